@@ -510,7 +510,7 @@ def _readable(error: Exception) -> str:
         if isinstance(cause, ConfigError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    return str(error).removeprefix("Parser ")
+    return " ".join(str(error).removeprefix("Parser ").split())
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

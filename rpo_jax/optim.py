@@ -1,0 +1,54 @@
+"""Optimizers and learning-rate schedules, from the `optim` section of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from rpo_jax.config import OptimConfig
+
+Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+
+_DECAYS: dict[str, Callable[[Array], Array]] = {
+    "constant": jnp.ones_like,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+}
+
+
+def learning_rate_schedule(config: OptimConfig, total_steps: int) -> Schedule:
+    """Learning rate of a step: linear warm-up, then constant or a decay that ends at `total_steps`.
+
+    lr(s) = learning_rate * min(1, (s + 1) / (warmup_steps + 1)) * decay((s - warmup_steps) / (total - warmup_steps)).
+    The warm-up is the authors' release's: the first step already moves.
+    """
+    decay = _DECAYS[config.schedule]
+    decay_steps = max(1, total_steps - config.warmup_steps)
+
+    def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        position = jnp.asarray(step, jnp.float32)
+        warm = jnp.minimum(1.0, (position + 1.0) / (config.warmup_steps + 1.0))
+        done = jnp.clip((position - config.warmup_steps) / decay_steps, 0.0, 1.0)
+        return config.learning_rate * warm * decay(done)
+
+    return schedule
+
+
+def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformation:
+    """Gradient transformation: clip by global norm, precondition, decay weights, scale by the learning rate.
+
+    rmsprop has torch.optim.RMSprop's constants: v = decay * v + (1 - decay) * g^2 from v = 0, and
+    g / (sqrt(v) + eps) with eps outside the root.
+    """
+    direction = {
+        "rmsprop": lambda: optax.scale_by_rms(decay=config.decay, eps=config.eps, eps_in_sqrt=False),
+        "adamw": lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        "lion": lambda: optax.scale_by_lion(b1=config.b1, b2=config.b2),
+    }[config.name]()
+    steps = [optax.clip_by_global_norm(config.max_grad_norm), direction]
+    if config.name != "rmsprop" and config.weight_decay:
+        steps.append(optax.add_decayed_weights(config.weight_decay))
+    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))

@@ -1,0 +1,105 @@
+"""Where arrays live: the device mesh, and rules from logical axis names to mesh axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rpo_jax.config import MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # packed rows are split over both
+
+# A parameter is split over fsdp along its embedding dimension and over tensor along heads, MLP or vocabulary.
+PARAMETER_RULES: dict[str, str] = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+ACTIVATION_RULES: dict[str, str | tuple[str, ...]] = {
+    "rows": ROWS,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh (data, fsdp, tensor) over the given devices, or over all; a size of -1 takes what the others leave.
+
+    Raises ValueError if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        named = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = len(devices) // named
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} do not multiply to the "
+            f"{len(devices)} devices here; set sizes whose product is {len(devices)}, or one of them to -1."
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Number of devices among which packed rows are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(pairs: int, micro_rows: int | None, mesh: Mesh) -> None:
+    """Raise ValueError unless pairs and micro-batch rows divide evenly among the mesh's row shards."""
+    shards = row_shards(mesh)
+    for key, value in (("batch.pairs", pairs), ("batch.micro_rows", micro_rows)):
+        if value is not None and value % shards:
+            raise ValueError(
+                f"{key}={value} is not divisible by the {shards} shards of mesh.data={mesh.shape['data']} x "
+                f"mesh.fsdp={mesh.shape['fsdp']}; use a multiple of {shards}, or give more devices to mesh.tensor."
+            )
+
+
+def _spec(mesh: Mesh, rules: dict[str, Any], axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """Partition of one array; a dimension that its mesh axes do not divide stays whole."""
+    parts = []
+    for name, size in zip(axes, shape, strict=True):
+        target = rules.get(name) if name else None
+        names = (target,) if isinstance(target, str) else target or ()
+        parts.append(target if size % int(np.prod([mesh.shape[n] for n in names])) == 0 else None)
+    return PartitionSpec(*parts)
+
+
+def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """Shardings of a parameter tree.
+
+    Args:
+        axes: tree of tuples of logical axis names, one name per dimension.
+        shapes: tree of the same structure whose leaves have a `shape`.
+    """
+    return jax.tree.map(
+        lambda leaf, names: NamedSharding(mesh, _spec(mesh, PARAMETER_RULES, names, leaf.shape)), shapes, axes
+    )
+
+
+def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, Sequence[str | None]], jax.Array]:
+    """Function that pins an activation with the given logical axes to the mesh."""
+
+    def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(mesh, ACTIVATION_RULES, axes, x.shape)))
+
+    return constrain
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """Sharding of [R, T] arrays."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
