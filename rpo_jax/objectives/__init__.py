@@ -1,0 +1,5 @@
+"""What is minimised: response log-probs, contrast weights, losses and their statistics, as pure functions of arrays."""
+
+from rpo_jax.objectives import contrast, logprobs, losses, metrics, scores
+
+__all__ = ["contrast", "logprobs", "losses", "metrics", "scores"]

@@ -1,0 +1,103 @@
+"""Statistics of a step or an evaluation, as sums that combine exactly over batches.
+
+Letters: M chosen and N rejected responses of a contrast group, *G leading group dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rpo_jax.objectives.contrast import row_perplexity
+from rpo_jax.objectives.losses import kl_estimate
+from rpo_jax.objectives.scores import Scores, keep
+
+RELATED_COSINE = 0.5  # the 99th percentile between random prompts of Anthropic-HH under MiniLM is 0.52
+
+
+class Mean(NamedTuple):
+    """A mean in two parts, so that batches of different sizes combine to the mean over all of them."""
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+def combine(first: dict[str, Mean], second: dict[str, Mean]) -> dict[str, Mean]:
+    """The means over both batches together."""
+    return jax.tree.map(jnp.add, first, second)
+
+
+def finalize(means: dict[str, Mean]) -> dict[str, Float[Array, ""]]:
+    """The means as scalars; 0 where nothing was counted."""
+    return {name: mean.total / jnp.maximum(mean.count, 1.0) for name, mean in means.items()}
+
+
+def masked(x: Float[Array, "*S"] | Bool[Array, "*S"], mask: Bool[Array, "*S"]) -> Mean:
+    """The mean of x over valid entries."""
+    return Mean(jnp.sum(keep(x, mask)), jnp.sum(mask).astype(jnp.float32))
+
+
+def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, Mean]:
+    """How well the policy tells chosen from rejected responses.
+
+    rewards/*: beta (log pi_policy - log pi_reference), over summed log-probs. rewards/margins is chosen minus
+    rejected over same pairs, or over all couples of a group's chosen and rejected responses if unpaired.
+    rewards/accuracies: share of same pairs whose chosen reward is strictly higher; logps/accuracies the same of the
+    policy's own log-probs; both only if paired. logps/*: summed log-probs, nats. kl: KTO's estimate, in nats, where
+    there are mismatched responses. A side without slots has no statistics.
+    """
+    sides = {"chosen": scores.chosen, "rejected": scores.rejected}
+    rewards = {name: beta * side.log_ratio() for name, side in sides.items()}
+    metrics = {}
+    for name, side in sides.items():
+        if side.valid.shape[-1]:
+            metrics[f"rewards/{name}"] = masked(rewards[name], side.valid)
+            metrics[f"logps/{name}"] = masked(side.log_prob, side.valid)
+    if len(metrics) == 4 and paired:
+        both = scores.chosen.valid & scores.rejected.valid
+        margin = rewards["chosen"] - rewards["rejected"]
+        metrics["rewards/margins"] = masked(margin, both)
+        metrics["rewards/accuracies"] = masked(margin > 0, both)
+        metrics["logps/accuracies"] = masked(scores.chosen.log_prob > scores.rejected.log_prob, both)
+    elif len(metrics) == 4:
+        num_chosen, num_rejected = (jnp.sum(side.valid, axis=-1) for side in sides.values())
+        total = jnp.sum(rewards["chosen"], axis=-1) * num_rejected - jnp.sum(rewards["rejected"], axis=-1) * num_chosen
+        metrics["rewards/margins"] = Mean(jnp.sum(total), jnp.sum(num_chosen * num_rejected).astype(jnp.float32))
+    if scores.mismatched.valid.shape[-1]:
+        valid = scores.mismatched.valid
+        count = jnp.sum(valid).astype(jnp.float32)
+        metrics["kl"] = Mean(kl_estimate(scores.mismatched.log_ratio(), valid) * count, count)
+    return metrics
+
+
+def contrast_metrics(
+    weights: Float[Array, "*G M N"],
+    mask: Bool[Array, "*G M N"],
+    temperature: Float[Array, "*G M"] | None,
+    cosine: Float[Array, "*G M N"] | None,
+    chosen_prompt_id: Int[Array, "*G M"],
+    rejected_prompt_id: Int[Array, "*G N"],
+    *,
+    paired: bool,
+) -> dict[str, Mean]:
+    """What the contrast matrix contrasts; means over the rows with a valid entry.
+
+    contrast/diagonal_weight: weight on the row's own pair, if paired. contrast/perplexity: effective contrasts.
+    contrast/temperature: tau, where the weights have one. contrast/related_weight: weight on other prompts (another
+    prompt id) with a cosine similarity above RELATED_COSINE, where prompts are embedded.
+    """
+    rows = jnp.any(mask, axis=-1)
+    weights = keep(weights, mask)
+    metrics = {"contrast/perplexity": masked(row_perplexity(weights, mask), rows)}
+    if paired:
+        metrics["contrast/diagonal_weight"] = masked(jnp.diagonal(weights, axis1=-2, axis2=-1), rows)
+    if temperature is not None:
+        metrics["contrast/temperature"] = masked(temperature, rows)
+    if cosine is not None:
+        other_prompt = chosen_prompt_id[..., :, None] != rejected_prompt_id[..., None, :]
+        related = mask & other_prompt & (cosine > RELATED_COSINE)
+        metrics["contrast/related_weight"] = masked(jnp.sum(keep(weights, related), axis=-1), rows)
+    return metrics
