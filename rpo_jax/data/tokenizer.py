@@ -1,0 +1,128 @@
+"""Tokenizers: loaded from Hugging Face folders, or learned from the data at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rpo_jax.data.hub import cached_folder, download_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# The paper's tags. A tokenizer without BOS renders `bos_token` as nothing; with one, other programs that render
+# the template and add no special tokens (the convention for chat templates) see what training saw.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+ROLE_TAGS = ("<|system|>", "<|user|>", "<|assistant|>")
+SPECIAL_TOKENS = (PAD, BOS, EOS, *ROLE_TAGS)
+NUM_BYTES = 256
+
+# Any of these holds a vocabulary; transformers builds an empty tokenizer from a folder that has only a config.json.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+HUB_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def load_tokenizer(folder_or_hub_name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or hub repository; runs no code that the folder brings.
+
+    Raises ValueError where there is no vocabulary or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = _tokenizer_folder(str(folder_or_hub_name))
+    if not _has_vocabulary(folder):
+        raise ValueError(
+            f"{folder} holds no tokenizer (none of {', '.join(VOCABULARY_FILES)}); copy the model's tokenizer files "
+            "there, or name a folder that has them."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(
+            f"The tokenizer in {folder} cannot be read ({error}); fetch its files again, or name another folder."
+        ) from error
+
+
+def _tokenizer_folder(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    cached = cached_folder(name)
+    return cached if cached and _has_vocabulary(cached) else download_folder(name, HUB_PATTERNS)
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in VOCABULARY_FILES)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE of at most `vocab_size` tokens from `texts` and save it to `folder`.
+
+    It encodes any text without loss, puts <s> in front as Llama's does, and carries DEFAULT_CHAT_TEMPLATE. The same
+    texts give the same files. Raises ValueError where `vocab_size` does not hold all bytes and special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = NUM_BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size={vocab_size} cannot hold the {NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens; "
+            f"use {smallest} or more."
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, SPECIAL_TOKENS.index(BOS))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens=list(ROLE_TAGS),
+        clean_up_tokenization_spaces=False,
+        chat_template=DEFAULT_CHAT_TEMPLATE,
+    )
+    _save(tokenizer, Path(folder).expanduser())
+    return tokenizer
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside first, the vocabulary last: a folder that has it is complete, whenever the run is stopped.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        tokenizer.save_pretrained(beside)
+        for file in sorted(Path(beside).iterdir(), key=lambda path: path.name == "tokenizer.json"):
+            os.replace(file, folder / file.name)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over all that decides how text becomes ids: vocabulary and rules, chat template, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # absent from tokenizers written in Python
+    rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    for state in ("truncation", "padding"):  # left behind by the last call, no part of the tokenizer
+        rules.pop(state, None)
+    parts = [rules, tokenizer.chat_template, {name: str(tok) for name, tok in tokenizer.special_tokens_map.items()}]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
