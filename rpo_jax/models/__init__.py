@@ -1,0 +1,36 @@
+"""The decoder, its families, and Hugging Face folders in and out."""
+
+from rpo_jax.models.architecture import ModelConfig
+from rpo_jax.models.decoder import (
+    REMAT_POLICIES,
+    abstract_params,
+    apply,
+    count_params,
+    hidden_states,
+    init_params,
+    output_head,
+    param_axes,
+)
+from rpo_jax.models.families import FAMILIES, new_config, read_config
+from rpo_jax.models.folders import resolve_folder
+from rpo_jax.models.rope import Rope
+from rpo_jax.models.weights import load_pretrained, save_pretrained
+
+__all__ = [
+    "FAMILIES",
+    "REMAT_POLICIES",
+    "ModelConfig",
+    "Rope",
+    "abstract_params",
+    "apply",
+    "count_params",
+    "hidden_states",
+    "init_params",
+    "load_pretrained",
+    "new_config",
+    "output_head",
+    "param_axes",
+    "read_config",
+    "resolve_folder",
+    "save_pretrained",
+]

@@ -1,0 +1,282 @@
+"""The one decoder: Llama, Mistral and Qwen are settings of it.
+
+Parameters are a plain nested dict of arrays; those of a layer carry all layers along their first axis, and the
+forward pass scans over it. Letters: B rows, T tokens, D hidden, V vocabulary, N heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from rpo_jax.models.architecture import ModelConfig
+from rpo_jax.models.attention import attention, visible
+from rpo_jax.models.rope import rotate, rotation
+
+Params = dict[str, Any]
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+
+# What the backward pass may keep of a layer; None keeps everything.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class _Maker(NamedTuple):
+    """Makes parameters from named axes; `stack` holds axes that lead all of them."""
+
+    rngs: nnx.Rngs
+    scale: float
+    dtype: DTypeLike
+    stack: dict[str, int]
+
+    def normal(self, axes: dict[str, int]) -> nnx.Param:
+        axes = self.stack | axes
+        value = self.scale * jax.random.normal(self.rngs.params(), tuple(axes.values()), jnp.float32)
+        return nnx.Param(value.astype(self.dtype), axes=tuple(axes))
+
+    def constant(self, value: float, axes: dict[str, int]) -> nnx.Param:
+        axes = self.stack | axes
+        return nnx.Param(jnp.full(tuple(axes.values()), value, self.dtype), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """y = x W + b, contracting all input axes at once."""
+
+    def __init__(self, make: _Maker, inputs: dict[str, int], outputs: dict[str, int], bias: bool):
+        self.input_rank = len(inputs)
+        self.kernel = make.normal(inputs | outputs)
+        self.bias = make.constant(0.0, outputs) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.input_rank)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """y = scale * x / sqrt(mean(x^2) + eps), in float32.  Source: arXiv 1910.07467."""
+
+    def __init__(self, make: _Maker, axes: dict[str, int], eps: float):
+        self.eps = eps
+        self.scale = make.constant(1.0, axes)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, make: _Maker):
+        hidden = {"embed": config.hidden_size}
+        head = {"head_dim": config.head_dim}
+        heads = {"heads": config.num_heads} | head
+        kv_heads = {"kv_heads": config.num_kv_heads} | head
+        self.query = Linear(make, hidden, heads, config.qkv_bias)
+        self.key = Linear(make, hidden, kv_heads, config.qkv_bias)
+        self.value = Linear(make, hidden, kv_heads, config.qkv_bias)
+        self.output = Linear(make, heads, hidden, config.output_bias)
+        self.query_norm = RMSNorm(make, head, config.rms_norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(make, head, config.rms_norm_eps) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cos_sin: tuple[Float[Array, "B T K/2"], Float[Array, "B T K/2"]],
+        mask: Bool[Array, "B T T"],
+        constrain: Constrain,
+    ) -> Float[Array, "B T D"]:
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = constrain(rotate(query, *cos_sin), ("rows", "tokens", "heads", "head_dim"))
+        key = constrain(rotate(key, *cos_sin), ("rows", "tokens", "kv_heads", "head_dim"))
+        value = constrain(value, ("rows", "tokens", "kv_heads", "head_dim"))
+        return self.output(constrain(attention(query, key, value, mask), ("rows", "tokens", "heads", "head_dim")))
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)).  Source: arXiv 2002.05202 (SwiGLU)."""
+
+    def __init__(self, config: ModelConfig, make: _Maker):
+        hidden, inner = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
+        self.gate = Linear(make, hidden, inner, config.mlp_bias)
+        self.up = Linear(make, hidden, inner, config.mlp_bias)
+        self.down = Linear(make, inner, hidden, config.mlp_bias)
+
+    def __call__(self, x: Float[Array, "B T D"], constrain: Constrain) -> Float[Array, "B T D"]:
+        return self.down(constrain(jax.nn.silu(self.gate(x)) * self.up(x), ("rows", "tokens", "mlp")))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, make: _Maker):
+        hidden = {"embed": config.hidden_size}
+        self.attention_norm = RMSNorm(make, hidden, config.rms_norm_eps)
+        self.attention = Attention(config, make)
+        self.mlp_norm = RMSNorm(make, hidden, config.rms_norm_eps)
+        self.mlp = GatedMLP(config, make)
+
+    def __call__(self, x: Float[Array, "B T D"], cos_sin: Any, mask: Bool[Array, "B T T"], constrain: Constrain):
+        axes = ("rows", "tokens", "embed")
+        x = constrain(x + self.attention(self.attention_norm(x), cos_sin, mask, constrain), axes)
+        return constrain(x + self.mlp(self.mlp_norm(x), constrain), axes)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray | int, dtype: DTypeLike = jnp.float32):
+        make = _Maker(nnx.Rngs(params=key), config.initializer_range, dtype, {})
+        embedding = {"vocab": config.vocab_size, "embed": config.hidden_size}
+        self.embed = make.normal(embedding)
+        self.layers = Layer(config, make._replace(stack={"layers": config.num_layers}))
+        self.final_norm = RMSNorm(make, {"embed": config.hidden_size}, config.rms_norm_eps)
+        head = {"embed": config.hidden_size, "vocab": config.vocab_size}
+        self.head = None if config.tie_embeddings else make.normal(head)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cos_sin: Any,
+        masks: Bool[Array, "W B T T"],
+        mask_of_layer: Int[Array, "L"],
+        remat: str,
+        constrain: Constrain,
+    ) -> Float[Array, "B T D"]:
+        """All layers and the final norm, on embedded tokens; W distinct masks."""
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(x, layer):
+            weights, which = layer
+            # A single mask is indexed statically, so that the scan need not copy it in every layer.
+            mask = masks[which if len(masks) > 1 else 0]
+            return nnx.merge(graphdef, weights)(x, cos_sin, mask, constrain), None
+
+        policy = REMAT_POLICIES[remat]
+        # A scan already keeps XLA from merging the recomputation with the forward pass.
+        step = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
+        x, _ = jax.lax.scan(step, x, (stacked, mask_of_layer))
+        return self.final_norm(x)
+
+
+@functools.cache
+def _abstract(model_config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's graph, and its parameters without values."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(model_config, 0)))
+
+
+def abstract_params(model_config: ModelConfig) -> Params:
+    """Parameters as jax.ShapeDtypeStruct, float32: nothing is allocated."""
+    return nnx.to_pure_dict(_abstract(model_config)[1])
+
+
+def param_axes(model_config: ModelConfig) -> Params:
+    """For each parameter the names of its axes, in the tree of the parameters.
+
+    Names: layers, vocab, embed, heads, kv_heads, head_dim, mlp. Leaves are tuples: map with
+    is_leaf=lambda x: isinstance(x, tuple).
+    """
+    state = _abstract(model_config)[1]
+    axes = jax.tree.map(lambda v: v.get_metadata()["axes"], state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(axes)
+
+
+def count_params(model_config: ModelConfig) -> int:
+    """Number of parameters; a tied head is not counted twice."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model_config)))
+
+
+def init_params(model_config: ModelConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> Params:
+    """New parameters: weights normal with standard deviation initializer_range, norms 1, biases 0.
+
+    A pure function: under jax.jit with out_shardings each device makes only its own part.
+    """
+    return nnx.to_pure_dict(nnx.state(Decoder(model_config, key, dtype), nnx.Param))
+
+
+def hidden_states(
+    model_config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    branch_ids: Int[Array, "B T"] | None = None,
+    *,
+    compute_dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    constrain: Constrain | None = None,
+) -> Float[Array, "B T D"]:
+    """Residual stream after the final norm, in compute_dtype.
+
+    A token sees earlier tokens of its own segment that are of branch 0 or of its own branch (rpo_jax.types.Batch);
+    the sliding window counts positions. An attention mask of ones and zeros is a valid segment_ids.
+
+    Args:
+        model_config: the architecture.
+        params: as init_params or load_pretrained gives them; cast to compute_dtype where they are used.
+        tokens: token ids.
+        positions: rotary positions; 0, 1, ... where not given.
+        segment_ids: 0 is padding; one segment per row where not given.
+        branch_ids: 0 is seen by the whole segment; all 0 where not given.
+        compute_dtype: dtype of matrix products and of the residual stream; norms, rotation and softmax are float32.
+        remat: a key of REMAT_POLICIES: none, dots or full.
+        constrain: called on activations with their axes' names (rows, tokens, embed, heads, kv_heads, head_dim, mlp),
+            returns them, possibly with a sharding constraint.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat={remat!r} is not known; use one of {', '.join(REMAT_POLICIES)}.")
+    constrain = constrain or (lambda x, axes: x)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+    segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+    branch_ids = jnp.zeros_like(tokens) if branch_ids is None else branch_ids
+
+    windows = tuple(dict.fromkeys(model_config.sliding_windows))
+    masks = jnp.stack([visible(positions, segment_ids, branch_ids, window) for window in windows])
+    mask_of_layer = jnp.array([windows.index(window) for window in model_config.sliding_windows])
+    cos_sin = rotation(model_config.rope, model_config.head_dim, positions)
+    model = nnx.merge(_abstract(model_config)[0], params)
+    x = constrain(model.embed[...][tokens].astype(compute_dtype), ("rows", "tokens", "embed"))
+    return model(x, cos_sin, masks, mask_of_layer, remat, constrain)
+
+
+def output_head(model_config: ModelConfig, params: Params) -> Float[Array, "D V"]:
+    """The matrix that turns hidden states into logits: the transposed embedding where tied."""
+    return params["embed"].T if model_config.tie_embeddings else params["head"]
+
+
+@functools.partial(jax.jit, static_argnames=("model_config", "compute_dtype", "remat", "constrain"))
+def apply(
+    model_config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    branch_ids: Int[Array, "B T"] | None = None,
+    *,
+    compute_dtype: DTypeLike = "float32",
+    remat: str = "none",
+    constrain: Constrain | None = None,
+) -> Float[Array, "B T V"]:
+    """Logits of every token's successor, float32; the arguments are those of hidden_states. Compiled."""
+    x = hidden_states(
+        model_config,
+        params,
+        tokens,
+        positions,
+        segment_ids,
+        branch_ids,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        constrain=constrain,
+    )
+    head = output_head(model_config, params).astype(compute_dtype)
+    logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
+    return logits if constrain is None else constrain(logits, ("rows", "tokens", "vocab"))

@@ -1,0 +1,320 @@
+"""Model families: how a Hugging Face configuration and its weights' names translate, one table entry each.
+
+A new family is one entry of FAMILIES, and a line of the parity test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rpo_jax.models.architecture import ModelConfig
+from rpo_jax.models.rope import ROPE_KINDS, Rope
+
+
+class WeightRule(NamedTuple):
+    """One tensor of a folder and the parameter that it fills; `{layer}` in the key indexes the first axis.
+
+    layout is a key of rpo_jax.models.weights.LAYOUTS: how the file's array relates to the parameter's.
+    """
+
+    key: str
+    path: tuple[str, ...]
+    layout: str
+
+
+def _layer_rules() -> tuple[WeightRule, ...]:
+    linears = {
+        "self_attn.q_proj": (("attention", "query"), "linear"),
+        "self_attn.k_proj": (("attention", "key"), "linear"),
+        "self_attn.v_proj": (("attention", "value"), "linear"),
+        "self_attn.o_proj": (("attention", "output"), "joined_linear"),
+        "mlp.gate_proj": (("mlp", "gate"), "linear"),
+        "mlp.up_proj": (("mlp", "up"), "linear"),
+        "mlp.down_proj": (("mlp", "down"), "linear"),
+    }
+    norms = {
+        "input_layernorm": ("attention_norm",),
+        "post_attention_layernorm": ("mlp_norm",),
+        "self_attn.q_norm": ("attention", "query_norm"),
+        "self_attn.k_norm": ("attention", "key_norm"),
+    }
+    prefix = "model.layers.{layer}."
+    return (
+        *(
+            WeightRule(f"{prefix}{name}.weight", ("layers", *path, "kernel"), layout)
+            for name, (path, layout) in linears.items()
+        ),
+        *(
+            WeightRule(f"{prefix}{name}.bias", ("layers", *path, "bias"), "vector")
+            for name, (path, _) in linears.items()
+        ),
+        *(WeightRule(f"{prefix}{name}.weight", ("layers", *path, "scale"), "vector") for name, path in norms.items()),
+    )
+
+
+# Names that all four families share; a rule whose parameter a model does not have is not used.
+DECODER_WEIGHTS = (
+    WeightRule("model.embed_tokens.weight", ("embed",), "table"),
+    *_layer_rules(),
+    WeightRule("model.norm.weight", ("final_norm", "scale"), "vector"),
+    WeightRule("lm_head.weight", ("head",), "linear"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture; its key in FAMILIES is transformers' model_type.
+
+    Args:
+        architecture: transformers' model class.
+        config_class: transformers' configuration class.
+        read: the fields of ModelConfig that this family alone decides, from a transformers configuration.
+        write: the arguments of the configuration class that `read` came from.
+        weights: the tensors of a folder.
+    """
+
+    architecture: str
+    config_class: str
+    read: Callable[[Any], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    weights: tuple[WeightRule, ...] = DECODER_WEIGHTS
+
+
+def _read_llama(config: Any) -> dict[str, Any]:
+    return {
+        "qkv_bias": config.attention_bias,
+        "output_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "qk_norm": False,
+        "sliding_windows": (None,) * config.num_hidden_layers,
+    }
+
+
+def _write_llama(model: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": model.qkv_bias, "mlp_bias": model.mlp_bias}
+
+
+def _read_mistral(config: Any) -> dict[str, Any]:
+    return {
+        "qkv_bias": False,
+        "output_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "sliding_windows": (config.sliding_window,) * config.num_hidden_layers,
+    }
+
+
+def _write_mistral(model: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": model.sliding_windows[0]}
+
+
+def _qwen_windows(config: Any) -> tuple[int | None, ...]:
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    unknown = sorted(set(config.layer_types) - set(windows))
+    if unknown:
+        raise ValueError(f"layer_types {unknown} are not supported; known types: {', '.join(windows)}.")
+    return tuple(windows[layer_type] for layer_type in config.layer_types)
+
+
+def _write_qwen_windows(model: ModelConfig) -> dict[str, Any]:
+    windows = model.sliding_windows
+    sliding = [index for index, window in enumerate(windows) if window is not None]
+    return {
+        "use_sliding_window": bool(sliding),
+        "sliding_window": windows[sliding[0]] if sliding else None,
+        "max_window_layers": sliding[0] if sliding else model.num_layers,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+    }
+
+
+def _read_qwen2(config: Any) -> dict[str, Any]:
+    return {
+        "qkv_bias": True,
+        "output_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "sliding_windows": _qwen_windows(config),
+    }
+
+
+def _read_qwen3(config: Any) -> dict[str, Any]:
+    return {
+        "qkv_bias": config.attention_bias,
+        "output_bias": config.attention_bias,
+        "mlp_bias": False,
+        "qk_norm": True,
+        "sliding_windows": _qwen_windows(config),
+    }
+
+
+def _write_qwen3(model: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": model.qkv_bias, **_write_qwen_windows(model)}
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(architecture="LlamaForCausalLM", config_class="LlamaConfig", read=_read_llama, write=_write_llama),
+    "mistral": Family(
+        architecture="MistralForCausalLM", config_class="MistralConfig", read=_read_mistral, write=_write_mistral
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM", config_class="Qwen2Config", read=_read_qwen2, write=_write_qwen_windows
+    ),
+    "qwen3": Family(architecture="Qwen3ForCausalLM", config_class="Qwen3Config", read=_read_qwen3, write=_write_qwen3),
+}
+
+# ModelConfig's name -> transformers' name, where the value is the same.
+_SAME_VALUE = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "max_position_embeddings": "max_position_embeddings",
+    "initializer_range": "initializer_range",
+    "bos_token_id": "bos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+
+
+def new_config(
+    *,
+    family: str,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    tie_embeddings: bool,
+    rope_theta: float,
+    max_position_embeddings: int,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> ModelConfig:
+    """Architecture of a model from scratch; what is not given here is as the family's transformers class has it."""
+    _check_family(family, f"model.family={family}")
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads}.")
+    config = _config_class(family)(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=hidden_size // num_heads,
+        tie_word_embeddings=tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        max_position_embeddings=max_position_embeddings,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    return _from_transformers(family, config, "float32")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The architecture that a folder's config.json describes; its dtype is what config.json says."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no config.json; a model folder is what transformers' save_pretrained writes.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from None
+    family = str(values.get("model_type"))
+    architectures = values.get("architectures") or [f"model_type {family}"]
+    _check_family(family, f"the architecture {architectures[0]!r} in {file}")
+    known = FAMILIES[family].architecture
+    if values.get("architectures") and known not in architectures:
+        raise ValueError(f"{file} describes a {architectures[0]}; only {known} of the {family} family is supported.")
+    try:
+        return _from_transformers(family, _build(family, values), _stored_dtype(values))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def to_transformers(model: ModelConfig, dtype: str) -> Any:
+    """The transformers configuration whose model class loads these weights."""
+    family = FAMILIES[model.family]
+    eos = model.eos_token_id
+    config = _config_class(model.family)(
+        **{theirs: getattr(model, ours) for ours, theirs in _SAME_VALUE.items()},
+        **family.write(model),
+        head_dim=model.head_dim,
+        eos_token_id=list(eos) if isinstance(eos, tuple) else eos,
+        rope_parameters={
+            "rope_type": model.rope.kind,
+            "rope_theta": model.rope.theta,
+            **dict(model.rope.scaling),
+        },
+        architectures=[family.architecture],
+        dtype=dtype,
+    )
+    if _from_transformers(model.family, config, model.dtype) != model:
+        raise ValueError(f"transformers' {family.config_class} cannot express this architecture: {model}.")
+    return config
+
+
+def _check_family(family: str, what: str) -> None:
+    if family not in FAMILIES:
+        known = ", ".join(f"{name} ({entry.architecture})" for name, entry in FAMILIES.items())
+        raise ValueError(f"{what} is not supported; known families: {known}.")
+
+
+def _config_class(family: str) -> Any:
+    import transformers
+
+    return getattr(transformers, FAMILIES[family].config_class)
+
+
+def _stored_dtype(values: Mapping[str, Any]) -> str:
+    return str(values.get("dtype") or values.get("torch_dtype") or "float32")
+
+
+def _build(family: str, values: Mapping[str, Any]) -> Any:
+    """The transformers configuration of a config.json; it fills in defaults and renames older keys."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    if values.get("quantization_config"):
+        raise ValueError("quantized weights are not supported; use the folder of the unquantized model.")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"rope type {kind!r} is not supported; known types: {', '.join(ROPE_KINDS)}.")
+    try:
+        return _config_class(family).from_dict(dict(values))
+    except (StrictDataclassError, TypeError, KeyError) as error:
+        raise ValueError(f"transformers does not accept it: {error}") from error
+
+
+def _from_transformers(family: str, config: Any, dtype: str) -> ModelConfig:
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; only 'silu' is.")
+    eos = config.eos_token_id
+    return ModelConfig(
+        family=family,
+        **{ours: getattr(config, theirs) for ours, theirs in _SAME_VALUE.items()},
+        **FAMILIES[family].read(config),
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+        rope=_read_rope(config.rope_parameters),
+        dtype=dtype,
+    )
+
+
+def _read_rope(parameters: Mapping[str, Any]) -> Rope:
+    scaling = {name: value for name, value in parameters.items() if value is not None}
+    theta, kind = scaling.pop("rope_theta"), scaling.pop("rope_type")
+    scaling.pop("type", None)  # the older name of rope_type
+    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor is not supported: every dimension of a head is rotated.")
+    return Rope(theta=float(theta), kind=kind, scaling=tuple(sorted(scaling.items())))

@@ -1,0 +1,136 @@
+"""Model folders on disk: local or from the hub, their safetensors files, tokenizer files, and atomic writing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """The local folder of `path`: itself, or the hub's model of that name, downloaded once (no pickles)."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{path} is a file; give the folder that holds config.json and the weights.")
+    if not _HUB_NAME.fullmatch(str(path)):
+        raise ValueError(f"There is no model folder {path}; give an existing folder or a hub name such as org/model.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", *TOKENIZER_FILES]
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
+    except Exception as error:  # whatever keeps the hub from answering, the user can do the same about it
+        raise ValueError(
+            f"There is no folder {path}, and the Hugging Face hub did not give a model of that name "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). "
+            "Give a local folder, or download the model where the hub can be reached."
+        ) from error
+
+
+def safetensors_files(folder: Path) -> dict[str, Path]:
+    """For each tensor of a folder the file that holds it; one file, or several with an index."""
+    from safetensors import SafetensorError, safe_open
+
+    index = _read_index(folder)
+    files: dict[str, Path] = {}
+    for name in sorted(set(index.values())) if index is not None else [WEIGHTS]:
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{folder / WEIGHTS_INDEX} names {name}, which is not there; copy the folder again.")
+        try:
+            with safe_open(file, "numpy") as tensors:
+                keys = list(tensors.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a complete safetensors file ({error}); copy it again.") from None
+        for key in keys:
+            if index is not None and index.get(key) != name:
+                raise ValueError(f"{file} holds {key!r}, which {WEIGHTS_INDEX} places in {index.get(key)}.")
+            files[key] = file
+    absent = sorted(set(index or ()) - set(files))
+    if absent:
+        raise ValueError(f"{folder / WEIGHTS_INDEX} names {some(absent)}, which its files do not hold.")
+    return files
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """The index of a sharded folder, None where there is a single file; anything else is refused."""
+    file = folder / WEIGHTS_INDEX
+    if file.is_file():
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not a safetensors index: {type(error).__name__}: {error}.") from None
+    if (folder / WEIGHTS).is_file():
+        return None
+    pickles = sorted(found.name for pattern in _PICKLES for found in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{folder} holds pickled weights ({some(pickles)}), which can run code when read. Convert them once: "
+            'python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    raise ValueError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}: there are no weights to load.")
+
+
+def copy_tokenizer(tokenizer: Any, target: Path) -> None:
+    """Write a tokenizer, its chat template included, from its folder or from the loaded object."""
+    if not isinstance(tokenizer, str | Path):
+        tokenizer.save_pretrained(target)
+        return
+    source = Path(tokenizer).expanduser()
+    found = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern)]
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & {file.name for file in found}:
+        raise ValueError(f"{source} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json).")
+    for file in found:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """An empty folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists; give another folder, or ask to overwrite it.")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(partial, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def some(names: list[str], limit: int = 6) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

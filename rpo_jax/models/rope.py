@@ -1,0 +1,133 @@
+"""Rotary position embeddings: frequencies of every supported scaling, and the rotation.
+
+Letters: B rows, T tokens, N heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Frequencies = tuple[Float[np.ndarray, "K/2"], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary embedding of one model: base, kind of scaling (a key of ROPE_KINDS) and that scaling's parameters."""
+
+    theta: float
+    kind: str = "default"
+    scaling: tuple[tuple[str, Any], ...] = ()  # sorted pairs: hashable, as the whole config must be
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"rope type {self.kind!r} is not supported; known types: {', '.join(ROPE_KINDS)}.")
+        try:
+            inspect.signature(ROPE_KINDS[self.kind]).bind(self.theta, 2, **dict(self.scaling))
+        except TypeError as error:
+            raise ValueError(
+                f"rope type {self.kind!r} does not go with the parameters {dict(self.scaling)}: {error}."
+            ) from None
+
+
+def frequencies(rope: Rope, head_dim: int) -> Frequencies:
+    """Angle per position of each pair of dimensions (radians), and the factor on cos and sin."""
+    return ROPE_KINDS[rope.kind](rope.theta, head_dim, **dict(rope.scaling))
+
+
+def rotation(
+    rope: Rope, head_dim: int, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T K/2"], Float[Array, "B T K/2"]]:
+    """cos and sin of every position's angles, float32."""
+    frequency, attention_factor = frequencies(rope, head_dim)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle) * attention_factor, jnp.sin(angle) * attention_factor
+
+
+def rotate(
+    x: Float[Array, "B T N K"], cos: Float[Array, "B T K/2"], sin: Float[Array, "B T K/2"]
+) -> Float[Array, "B T N K"]:
+    """Rotate pairs (k, k + K/2) of every head by their position's angle, in float32.  Source: arXiv 2104.09864."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _default(theta: float, head_dim: int) -> Frequencies:
+    # float32 throughout, as transformers: at long positions a float64 table would give other angles.
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return (1.0 / theta**exponent).astype(np.float32), 1.0
+
+
+def _linear(theta: float, head_dim: int, *, factor: float) -> Frequencies:
+    """Every position divided by `factor`."""
+    return _default(theta, head_dim)[0] / np.float32(factor), 1.0
+
+
+def _llama3(
+    theta: float,
+    head_dim: int,
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> Frequencies:
+    """Long wavelengths divided by `factor`, short ones kept, a linear blend between.  Source: Llama 3.1."""
+    base = _default(theta, head_dim)[0]
+    wavelength = 2 * math.pi / base
+    turns = original_max_position_embeddings / wavelength
+    kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
+    return ((1 - kept) * base / factor + kept * base).astype(np.float32), 1.0
+
+
+def _yarn(
+    theta: float,
+    head_dim: int,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    attention_factor: float | None = None,
+    beta_fast: float = 32,
+    beta_slow: float = 1,
+    mscale: float | None = None,
+    mscale_all_dim: float | None = None,
+    truncate: bool = True,
+) -> Frequencies:
+    """NTK-by-parts interpolation with an attention temperature.  Source: arXiv 2309.00071, Sections 3.2 and 3.4."""
+
+    def dimension_of(turns: float) -> float:
+        return head_dim * math.log(original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    def temperature(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    low, high = dimension_of(beta_fast), dimension_of(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    base = _default(theta, head_dim)[0]
+    frequency = base / factor * interpolated + base * (1 - interpolated)
+    if attention_factor is None:
+        if mscale and mscale_all_dim:
+            attention_factor = temperature(mscale) / temperature(mscale_all_dim)
+        else:
+            attention_factor = temperature(1.0)
+    return frequency.astype(np.float32), attention_factor
+
+
+ROPE_KINDS: dict[str, Callable[..., Frequencies]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
