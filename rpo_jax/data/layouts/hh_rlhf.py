@@ -1,0 +1,60 @@
+"""Raw Anthropic HH-RLHF transcripts: chosen and rejected as "\\n\\nHuman: ...\\n\\nAssistant: ..." texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, common_prefix, per_row, text_field
+from rpo_jax.types import Message
+
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def parse(values: Mapping[str, Any]) -> Parts:
+    """The prompt is the longest common prefix of both texts, backed up to the last "\\n\\nAssistant:".
+
+    What follows it must be one turn in both; texts that part earlier answer different prompts and are refused.
+    Turns and responses are stripped. Source: arXiv 2204.05862's release, github.com/anthropics/hh-rlhf.
+    """
+    chosen, rejected = text_field(values, "chosen"), text_field(values, "rejected")
+    shared = common_prefix(chosen, rejected)
+    cut = shared.rfind(_ASSISTANT)
+    if cut < 0 or not shared.startswith(_HUMAN):
+        raise Unusable("no shared prompt: the texts do not begin with the same Human and Assistant turns")
+    responses = [text[cut + len(_ASSISTANT) :] for text in (chosen, rejected)]
+    for name, response in zip(("chosen", "rejected"), responses, strict=True):
+        if _TURN.search(response):
+            raise Unusable(f"no shared prompt: {name} goes on with another turn after the last shared one")
+    return Parts(_messages(shared[:cut]), responses[0].strip(), responses[1].strip())
+
+
+def _messages(transcript: str) -> tuple[Message, ...]:
+    pieces = _TURN.split(transcript)[1:]
+    messages: list[Message] = []
+    for name, content in zip(pieces[::2], pieces[1::2], strict=True):
+        role, content = _ROLES[name], content.strip()
+        # A few transcripts repeat a speaker's mark; chat templates want roles to alternate.
+        if messages and messages[-1].role == role:
+            content = f"{messages.pop().content}\n\n{content}"
+        messages.append(Message(role, content))
+    return tuple(messages)
+
+
+def _is_transcript(values: Mapping[str, Any]) -> bool:
+    texts = (values["chosen"], values["rejected"])
+    return "prompt" not in values and all(
+        isinstance(text, str) and text.startswith(_HUMAN) and _ASSISTANT in text for text in texts
+    )
+
+
+LAYOUT = Layout(
+    read=per_row(parse),
+    columns=("chosen", "rejected"),
+    truncation_side="keep_end",
+    description="Anthropic/hh-rlhf: chosen and rejected transcripts of Human and Assistant",
+    recognise=_is_transcript,
+)

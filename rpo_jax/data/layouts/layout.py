@@ -1,0 +1,192 @@
+"""What a dataset layout is, and the readers of fields that layouts share.
+
+A layout turns rows into examples. Its readers raise `Unusable` with a reason whose words before the first colon
+name the kind of fault; `finish` applies the checks that hold whatever the layout.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from rpo_jax.data.sources import BadRow
+from rpo_jax.types import Message, PreferenceExample, Row
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+class Unusable(Exception):
+    """Why a row cannot become an example."""
+
+
+class Parts(NamedTuple):
+    """What a layout finds in a row; None where the layout has no such response."""
+
+    prompt: str | tuple[Message, ...]
+    chosen: str | None
+    rejected: str | None
+
+
+Reader = Callable[[Sequence[Row]], Iterable[PreferenceExample | BadRow]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of storing preferences.
+
+    Args:
+        read: every row of the source to examples, or to the reasons why not.
+        columns: columns that a row must have.
+        truncation_side: which end of a long prompt survives unless the configuration says otherwise.
+        description: the data sets that use it, in one line.
+        recognise: tells it, by a row's values, from another layout with the same columns.
+    """
+
+    read: Reader
+    columns: tuple[str, ...]
+    truncation_side: Literal["keep_start", "keep_end"]
+    description: str
+    recognise: Callable[[Mapping[str, Any]], bool] | None = None
+
+
+def per_row(parse: Callable[[Mapping[str, Any]], Parts]) -> Reader:
+    """A layout's reader from a function of one row's values."""
+
+    def read(rows: Sequence[Row]) -> Iterator[PreferenceExample | BadRow]:
+        for row in rows:
+            try:
+                yield finish(row.row_id, parse(row.values))
+            except Unusable as reason:
+                yield BadRow(row.row_id, str(reason))
+
+    return read
+
+
+def finish(row_id: str, parts: Parts) -> PreferenceExample:
+    """The example made of `parts`; Unusable for what no training can use."""
+    prompt = parts.prompt
+    if isinstance(prompt, tuple) and (not prompt or prompt[-1].role != "user"):
+        last = prompt[-1].role if prompt else "nothing"
+        raise Unusable(f"prompt does not end with a user turn: it ends with {last}")
+    if not (prompt if isinstance(prompt, str) else prompt[-1].content).strip():
+        raise Unusable("empty prompt")
+    texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+    for name, response in (("chosen", parts.chosen), ("rejected", parts.rejected)):
+        if response is not None:
+            if not response.strip():
+                raise Unusable(f"empty {name} response")
+            texts.append(response)
+    if parts.chosen == parts.rejected:
+        raise Unusable("chosen equals rejected")
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise Unusable(f"not valid unicode text: lone surrogate U+{code:04X}") from None
+    return PreferenceExample(row_id, prompt, parts.chosen, parts.rejected)
+
+
+def field(values: Mapping[str, Any], name: str) -> Any:
+    """A column's value; Unusable where it is missing or null."""
+    if name not in values:
+        found = ", ".join(map(str, values)) or "none"
+        raise Unusable(f"column '{name}' is missing: the row has {found}")
+    if values[name] is None:
+        raise Unusable(f"column '{name}' is null")
+    return values[name]
+
+
+def _wrong_type(name: str, expected: str, value: Any) -> Unusable:
+    return Unusable(f"column '{name}' does not hold {expected}: got {type(value).__name__}")
+
+
+def text_field(values: Mapping[str, Any], name: str) -> str:
+    """A column's text, as it is."""
+    value = field(values, name)
+    if not isinstance(value, str):
+        raise _wrong_type(name, "text", value)
+    return value
+
+
+def object_field(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A column that holds an object."""
+    value = field(values, name)
+    if not isinstance(value, Mapping):
+        raise _wrong_type(name, "an object", value)
+    return value
+
+
+def list_field(values: Mapping[str, Any], name: str) -> list[Any]:
+    """A column that holds a list."""
+    value = field(values, name)
+    if not isinstance(value, list):
+        raise _wrong_type(name, "a list", value)
+    return value
+
+
+def messages_field(values: Mapping[str, Any], name: str) -> tuple[Message, ...]:
+    """A column's conversation: a list of messages, or a single message, in `role`/`content` or `from`/`value`."""
+    value = field(values, name)
+    items = [value] if isinstance(value, Mapping) else value
+    if not isinstance(items, list):
+        raise _wrong_type(name, "messages", value)
+    return tuple(_message(item, name) for item in items)
+
+
+def _message(item: Any, name: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise _wrong_type(name, "messages", item)
+    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
+    role, content = item.get(role_key), item.get(content_key)
+    if not isinstance(role, str) or role not in ROLES:
+        raise Unusable(f"column '{name}' has an unknown role: {role!r}, known are {', '.join(ROLES)}")
+    if isinstance(content, list):
+        content = "".join(_text_part(part, name) for part in content)
+    if not isinstance(content, str):
+        raise Unusable(f"column '{name}' has a message without text: got {type(content).__name__}")
+    return Message(ROLES[role], content)
+
+
+def _text_part(part: Any, name: str) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise Unusable(f"column '{name}' has a message part that is not text: {kind!r}")
+
+
+def reply_field(values: Mapping[str, Any], name: str) -> str:
+    """A column's response: text as it is, or the content of exactly one assistant message."""
+    value = field(values, name)
+    if isinstance(value, str):
+        return value
+    turns = messages_field(values, name)
+    if len(turns) != 1 or turns[0].role != "assistant":
+        found = ", ".join(turn.role for turn in turns) or "none"
+        raise Unusable(f"column '{name}' is not one assistant turn: its roles are {found}")
+    return turns[0].content
+
+
+def common_prefix(first: str, second: str) -> str:
+    """The characters that both texts begin with."""
+    return os.path.commonprefix([first, second])  # noqa: RUF071 - characters, not path components, are meant
+
+
+def shared_conversation(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], str, str]:
+    """Prompt and responses of two conversations that differ in their last turn only."""
+    chosen, rejected = messages_field(values, "chosen"), messages_field(values, "rejected")
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if not turns or turns[-1].role != "assistant":
+            raise Unusable(f"column '{name}' does not end with an assistant turn")
+    if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
+        raise Unusable("no shared prompt: the conversations differ before their last turn, or have no other")
+    return chosen[:-1], chosen[-1].content, rejected[-1].content
