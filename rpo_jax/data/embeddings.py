@@ -115,8 +115,8 @@ def _encode_missing(
         for key, row in zip(batch, rows, strict=True):
             if not np.isfinite(row).all():
                 raise ValueError(
-                    f"The encoder gives an embedding that is not finite for the text {missing[key][:80]!r}; its weights "
-                    "are damaged or its dtype too narrow: use another encoder."
+                    f"The encoder gives an embedding that is not finite for the text {missing[key][:80]!r}; "
+                    "its weights are damaged or its dtype too narrow: use another encoder."
                 )
             unsaved[key] = row
         if len(unsaved) >= TEXTS_PER_FILE or start + batch_texts >= len(ordered):

@@ -1,0 +1,187 @@
+"""Ragged examples to rows of fixed shape, several to a row, each prompt stored once for all its responses.
+
+Letters: R rows and T tokens of a batch; S response slots of one side; n segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from rpo_jax.types import RESPONSES, Batch, PreferenceData, Side
+
+NO_EXAMPLE = -1
+
+
+class Segment(NamedTuple):
+    """One prompt and the responses that share it: (slot in the batch, token ids), branches 1, 2, ... in this order."""
+
+    row_id: str
+    prompt_ids: Int[np.ndarray, "_"]
+    responses: tuple[tuple[int, Int[np.ndarray, "_"]], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(len(ids) for _, ids in self.responses)
+
+
+def pack(
+    lengths: Sequence[int] | Int[np.ndarray, "n"], row_tokens: int
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"], int]:
+    """First-fit-decreasing: (row of each segment, its first column, number of rows).
+
+    Longest first, ties in the order given; each goes to the first row with room, so at most one row is less than
+    half full. Lengths must not exceed `row_tokens`.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    assert lengths.max(initial=0) <= row_tokens
+    rows, starts = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    free = np.full(len(lengths), row_tokens, np.int64)
+    num_rows = 0
+    for index in np.argsort(-lengths, kind="stable"):
+        row = int(np.argmax(free >= lengths[index]))
+        rows[index], starts[index] = row, row_tokens - free[row]
+        free[row] -= lengths[index]
+        num_rows = max(num_rows, row + 1)
+    return rows, starts, num_rows
+
+
+def build_batch(
+    data: PreferenceData,
+    chosen_index: Int[np.ndarray, "M"],
+    rejected_index: Int[np.ndarray, "N"],
+    *,
+    paired: bool,
+    mismatched: bool,
+    row_tokens: int,
+    row_counts: Sequence[int],
+) -> Batch:
+    """Pack the examples at these indices of `data` into a Batch; index -1 leaves its slot invalid.
+
+    Slots are the chosen responses, the rejected ones, and, with `mismatched`, one for each chosen. With `paired`,
+    slot i of both sides is one example and one segment; otherwise every chosen and every rejected response has its
+    own segment. The batch has the smallest of the ascending `row_counts` that holds it.
+
+    Raises ValueError for a segment longer than `row_tokens`.
+    """
+    segments = _segments(data, chosen_index, rejected_index, paired=paired, mismatched=mismatched)
+    for segment in segments:
+        if segment.num_tokens > row_tokens:
+            raise ValueError(
+                f"{segment.row_id} needs {segment.num_tokens} tokens for its prompt and responses, more than "
+                f"row_tokens={row_tokens}; raise batch.row_tokens or lower data.max_tokens."
+            )
+    rows, starts, needed = pack([segment.num_tokens for segment in segments], row_tokens)
+    num_rows = next(count for count in row_counts if count >= needed)
+    none = np.zeros(0, np.int64)
+    return Batch(
+        **_layout(segments, rows, starts, num_rows, row_tokens),
+        chosen=_side(data, "chosen", chosen_index),
+        rejected=_side(data, "rejected", rejected_index),
+        mismatched=_side(data, "mismatched", chosen_index if mismatched else none),
+    )
+
+
+def packing_efficiency(batch: Batch) -> float:
+    """Share of the R x T positions that hold a token."""
+    return float(np.mean(batch.segment_ids > 0))
+
+
+def _segments(
+    data: PreferenceData,
+    chosen_index: Int[np.ndarray, "M"],
+    rejected_index: Int[np.ndarray, "N"],
+    *,
+    paired: bool,
+    mismatched: bool,
+) -> list[Segment]:
+    num_chosen, num_rejected = len(chosen_index), len(rejected_index)
+    segments = []
+    for slot, index in enumerate(chosen_index):
+        if index == NO_EXAMPLE:
+            continue
+        example = data.examples[index]
+        responses = [(slot, example.chosen_ids)]
+        if paired and num_rejected:
+            assert rejected_index[slot] == index
+            responses.append((num_chosen + slot, example.rejected_ids))
+        if mismatched:
+            responses.append((num_chosen + num_rejected + slot, example.mismatched_ids))
+        segments.append(Segment(example.row_id, example.prompt_ids, tuple(responses)))
+    if not paired:
+        for slot, index in enumerate(rejected_index):
+            if index != NO_EXAMPLE:
+                example = data.examples[index]
+                responses = ((num_chosen + slot, example.rejected_ids),)
+                segments.append(Segment(example.row_id, example.prompt_ids, responses))
+    return segments
+
+
+def _layout(
+    segments: Sequence[Segment],
+    rows: Int[np.ndarray, "n"],
+    starts: Int[np.ndarray, "n"],
+    num_rows: int,
+    row_tokens: int,
+) -> dict[str, Int[np.ndarray, "R T"]]:
+    """The token arrays of a Batch, computed for all segments' pieces (prompt or response) at once."""
+    names = ("tokens", "positions", "segment_ids", "branch_ids", "previous", "response_ids")
+    arrays = {name: np.zeros((num_rows, row_tokens), np.int32) for name in names}
+    arrays["response_ids"][:] = -1
+    if not segments:
+        return arrays
+    pieces = []  # token ids; and (segment, branch, slot, column, position of the first token, predecessor's column)
+    facts = []
+    for number, (segment, start) in enumerate(zip(segments, starts, strict=True)):
+        prompt_tokens = len(segment.prompt_ids)
+        pieces.append(segment.prompt_ids)
+        facts.append((number, 0, -1, start, 0, start))
+        column = start + prompt_tokens
+        for branch, (slot, ids) in enumerate(segment.responses, start=1):
+            pieces.append(ids)
+            facts.append((number, branch, slot, column, prompt_tokens, start + prompt_tokens - 1))
+            column += len(ids)
+
+    piece_tokens = np.array([len(piece) for piece in pieces])
+    per_token = np.repeat(np.array(facts).T, piece_tokens, axis=1)
+    segment, branch, slot, first_column, first_position, predecessor = per_token
+    offset = np.arange(piece_tokens.sum()) - np.repeat(np.cumsum(piece_tokens) - piece_tokens, piece_tokens)
+    where = rows[segment], first_column + offset
+    arrays["tokens"][where] = np.concatenate(pieces)
+    arrays["positions"][where] = first_position + offset
+    arrays["segment_ids"][where] = _number_within_rows(rows, starts)[segment]
+    arrays["branch_ids"][where] = branch
+    arrays["previous"][where] = np.where(offset == 0, predecessor, first_column + offset - 1)
+    arrays["response_ids"][where] = slot
+    return arrays
+
+
+def _number_within_rows(rows: Int[np.ndarray, "n"], starts: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """1, 2, ... for the segments of each row, from left to right."""
+    order = np.lexsort((starts, rows))
+    _, first, count = np.unique(rows[order], return_index=True, return_counts=True)
+    numbers = np.zeros(len(rows), np.int64)
+    numbers[order] = np.arange(len(rows)) - np.repeat(first, count) + 1
+    return numbers
+
+
+def _side(data: PreferenceData, name: str, index: Int[np.ndarray, "S"]) -> Side:
+    valid = index != NO_EXAMPLE
+    examples = [data.examples[i] for i in index[valid]]
+    embeddings = {"chosen": data.chosen_embeddings, "rejected": data.rejected_embeddings}
+    # A mismatched response only enters KTO's KL estimate, which contrasts nothing: no embedding, no text id.
+    width = data.chosen_embeddings.shape[1]
+    embedding = np.zeros((len(index), width), np.float32)
+    if name in embeddings:
+        embedding[valid] = embeddings[name][index[valid]]
+    reference = np.zeros(len(index), np.float32)
+    if data.reference_log_probs is not None:
+        reference[valid] = data.reference_log_probs[index[valid], RESPONSES.index(name)]
+    prompt_id, text_id = np.full(len(index), -1, np.int32), np.full(len(index), -1, np.int32)
+    prompt_id[valid] = [example.prompt_id for example in examples]
+    if name != "mismatched":
+        text_id[valid] = [getattr(example, f"{name}_text_id") for example in examples]
+    return Side(valid, reference, embedding, prompt_id, text_id, index.astype(np.int32))
