@@ -203,9 +203,9 @@ def kto_loss(
     """
     kl = kl_estimate(mismatched_log_ratio, mismatched_mask)
     chosen, rejected = keep(chosen_log_ratio, chosen_mask), keep(rejected_log_ratio, rejected_mask)
-    # 1 - sigmoid(x) as sigmoid(-x), which keeps its digits where x is large.
-    chosen_losses = desirable_weight * jax.nn.sigmoid(-beta * (chosen - kl))
-    rejected_losses = undesirable_weight * jax.nn.sigmoid(-beta * (kl - rejected))
+    # 1 - sigmoid(x) = exp(-softplus(x)): both it and its derivative keep their digits in either tail.
+    chosen_losses = desirable_weight * jnp.exp(-jax.nn.softplus(beta * (chosen - kl)))
+    rejected_losses = undesirable_weight * jnp.exp(-jax.nn.softplus(beta * (kl - rejected)))
     total = jnp.sum(keep(chosen_losses, chosen_mask)) + jnp.sum(keep(rejected_losses, rejected_mask))
     count = sum(
         x.size if mask is None else jnp.sum(mask) for x, mask in ((chosen, chosen_mask), (rejected, rejected_mask))
