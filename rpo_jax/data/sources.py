@@ -163,14 +163,15 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is broken JSON: {error}; fix the file.") from None
-    records = content.get("data") if isinstance(content, dict) else content
-    if isinstance(content, dict) and "data" not in content:
-        records = [content] if b"\n" not in raw.strip() else None  # a JSON Lines file of one line
-    if not isinstance(records, list):
+    if isinstance(content, dict) and "data" in content:
+        content = content["data"]
+    elif isinstance(content, dict) and b"\n" not in raw.strip():  # JSON Lines of one line
+        content = [content]
+    if not isinstance(content, list):
         raise ValueError(
             f'{path} holds neither a list of objects nor {{"data": [...]}}; make it one of them, or JSON Lines.'
         )
-    for number, value in enumerate(records, start=1):
+    for number, value in enumerate(content, start=1):
         yield _record(value, str(path), number)
 
 
@@ -197,7 +198,7 @@ def _read_arrow_folder(folder: Path, split: str) -> Iterator[Row]:
 
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except (ValueError, KeyError, TypeError, OSError, pyarrow.ArrowException) as error:
+    except (ValueError, LookupError, TypeError, OSError, pyarrow.ArrowException) as error:
         raise ValueError(
             f"{folder} is no readable Arrow folder ({type(error).__name__}: {error}); write it again with "
             "datasets.save_to_disk."
