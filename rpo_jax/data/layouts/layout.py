@@ -179,7 +179,7 @@ def reply_field(values: Mapping[str, Any], name: str) -> str:
 def common_prefix(first: str, second: str) -> str:
     """The characters that both texts begin with."""
     shorter = range(min(len(first), len(second)))
-    # Ten times as fast on transcripts as comparing one character after the other.
+    # Long transcripts: comparing character by character takes three times as long.
     return first[: bisect.bisect_left(shorter, True, key=lambda n: first[: n + 1] != second[: n + 1])]
 
 
