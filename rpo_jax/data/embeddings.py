@@ -31,7 +31,6 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 # No pickled weights, and not the same weights again for other runtimes.
 ENCODER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
 TEXTS_PER_FILE = 2048  # what an interrupted run loses at most
-FORMAT = "rpo_jax.embeddings.1"
 
 log = logging.getLogger(__name__)
 
@@ -132,11 +131,16 @@ def _encode_missing(
 # its content, so runs can add to it side by side, and damage shows.
 
 
+def _metadata(fingerprint: str) -> dict[str, str]:
+    # A single entry: safetensors writes several in a random order, and equal content must give equal files.
+    return {"rpo_jax.embeddings.1": fingerprint}
+
+
 def _write_file(store: Path, rows: Mapping[bytes, Float[np.ndarray, "E"]], fingerprint: str) -> None:
     from safetensors.numpy import save
 
     keys = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
-    data = save({"keys": keys, "embeddings": np.stack(list(rows.values()))}, {"format": FORMAT, "encoder": fingerprint})
+    data = save({"keys": keys, "embeddings": np.stack(list(rows.values()))}, _metadata(fingerprint))
     store.mkdir(parents=True, exist_ok=True)
     descriptor, beside = tempfile.mkstemp(dir=store, suffix=".tmp")
     try:
@@ -167,8 +171,8 @@ def _read_file(path: Path, fingerprint: str) -> dict[bytes, Float[np.ndarray, "E
     if hashlib.sha256(path.read_bytes()).hexdigest() != path.stem:
         raise ValueError("its content does not match the hash in its name")
     with safe_open(path, framework="np") as file:
-        if file.metadata() != {"format": FORMAT, "encoder": fingerprint}:
-            raise ValueError(f"it was written for {file.metadata()}, not for encoder {fingerprint}")
+        if file.metadata() != _metadata(fingerprint):
+            raise ValueError(f"it holds {file.metadata()}, not {_metadata(fingerprint)}")
         keys, rows = file.get_tensor("keys"), file.get_tensor("embeddings")
     return {key.tobytes(): row for key, row in zip(keys, rows, strict=True)}
 

@@ -61,6 +61,7 @@ class PreferenceBatches:
         rows_multiple: int = 1,
     ) -> None:
         _check_arguments(pairs, pairing, responses, order, rows_multiple)
+        assert len(data.examples) == len(data.chosen_embeddings) == len(data.rejected_embeddings)
         self.data = data
         self.pairs = pairs
         self.paired = pairing == "paired"
@@ -131,7 +132,7 @@ class PreferenceBatches:
         for name, pool in pools.items():
             if not len(pool):
                 raise ValueError(f"None of the {len(examples)} examples has a {name} response; add rows that have one.")
-            for index in pool:
+            for index in pool.tolist():
                 for response in self._responses_of(name):
                     _check_response(examples[index], response)
         return pools
@@ -145,7 +146,7 @@ class PreferenceBatches:
     def _count_tokens(self, pool: str) -> Int[np.ndarray, "n"]:
         """Tokens of each example's segment in this pool; 0 for examples that are not in it."""
         tokens = np.zeros(len(self.data.examples), np.int64)
-        for index in self._pools[pool]:
+        for index in self._pools[pool].tolist():
             example = self.data.examples[index]
             tokens[index] = len(example.prompt_ids) + sum(len(_ids(example, r)) for r in self._responses_of(pool))
         return tokens

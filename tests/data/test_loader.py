@@ -1,0 +1,195 @@
+import numpy as np
+import pytest
+
+from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.data.packing import packing_efficiency
+from rpo_jax.types import RESPONSES, PreferenceData
+
+from .ragged import data_of, examples_of_lengths, sequence
+
+
+def paired_data(count=10, width=0, seed=0):
+    sizes = np.random.default_rng(seed).integers(1, 20, size=(count, 4))
+    return data_of(examples_of_lengths(sizes.tolist()), width)
+
+
+def unpaired_data(num_chosen, num_rejected):
+    lengths = [(3, 4, None, 2)] * num_chosen + [(2, None, 5, None)] * num_rejected
+    return data_of(examples_of_lengths(lengths))
+
+
+def served(batches, epoch, side="chosen"):
+    """Examples of the valid slots of an epoch, in order."""
+    first = epoch * batches.steps_per_epoch
+    sides = [getattr(batches.batch_at(first + step), side) for step in range(batches.steps_per_epoch)]
+    return [int(i) for side in sides for i in side.example_index[side.valid]]
+
+
+def assert_equal(left, right):
+    for a, b in zip(
+        [*left[:6], *left[6], *left[7], *left[8]], [*right[:6], *right[6], *right[7], *right[8]], strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+def test_every_row_once_an_epoch(pairing, order):
+    batches = PreferenceBatches(paired_data(10), pairs=4, pairing=pairing, order=order, seed=3)
+    assert batches.steps_per_epoch == 3
+    for epoch in range(3):
+        for side in ("chosen", "rejected"):
+            indices = served(batches, epoch, side)
+            assert sorted(indices) == list(range(10))
+            assert order == "shuffled" or indices == list(range(10))
+
+
+def test_paired_slots_hold_one_pair_and_unpaired_ones_are_shuffled_apart():
+    paired = PreferenceBatches(paired_data(40), pairs=8, seed=0)
+    assert served(paired, 0, "chosen") == served(paired, 0, "rejected")
+    unpaired = PreferenceBatches(paired_data(40), pairs=8, pairing="unpaired", seed=0)
+    assert served(unpaired, 0, "chosen") != served(unpaired, 0, "rejected")
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    batches = PreferenceBatches(paired_data(40), pairs=8, seed=0)
+    orders = [served(batches, 0), served(batches, 1), served(PreferenceBatches(paired_data(40), pairs=8, seed=1), 0)]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_a_batch_depends_on_its_step_only(pairing):
+    def fresh():
+        return PreferenceBatches(paired_data(10, width=3), pairs=4, pairing=pairing, responses=RESPONSES, seed=5)
+
+    batches = fresh()
+    forward = [batches.batch_at(step) for step in range(9)]
+    for step in (7, 2, 8, 0, 5):
+        assert_equal(batches.batch_at(step), forward[step])
+        assert_equal(fresh().batch_at(step), forward[step])
+
+
+def test_the_last_batch_of_an_epoch_is_filled_with_invalid_slots():
+    batches = PreferenceBatches(paired_data(10, width=3), pairs=4, responses=RESPONSES, seed=0)
+    batch = batches.batch_at(2)
+    for side in (batch.chosen, batch.rejected, batch.mismatched):
+        assert side.valid.tolist() == [True, True, False, False]
+        assert side.example_index[2:].tolist() == side.prompt_id[2:].tolist() == side.text_id[2:].tolist() == [-1, -1]
+        assert not side.embedding[2:].any()
+        assert not side.reference_log_prob[2:].any()
+    assert set(np.unique(batch.response_ids)) == {-1, 0, 1, 4, 5, 8, 9}
+
+
+@pytest.mark.parametrize(
+    ("responses", "sizes"), [(("chosen",), (4, 0, 0)), (("rejected", "chosen"), (4, 4, 0)), (RESPONSES, (4, 4, 4))]
+)
+def test_slots_follow_the_responses_asked_for(responses, sizes):
+    batches = PreferenceBatches(paired_data(9, width=2), pairs=4, responses=responses, seed=0)
+    for step in range(3):
+        batch = batches.batch_at(step)
+        assert tuple(len(side.valid) for side in (batch.chosen, batch.rejected, batch.mismatched)) == sizes
+        assert [side.embedding.shape[1] for side in (batch.chosen, batch.rejected, batch.mismatched)] == [2, 2, 2]
+        assert batch.response_ids.max() < sum(sizes)
+
+
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_each_slot_holds_its_example(pairing):
+    data = paired_data(13)
+    batches = PreferenceBatches(data, pairs=5, pairing=pairing, responses=RESPONSES, seed=2)
+    for step in range(batches.steps_per_epoch):
+        batch = batches.batch_at(step)
+        assert batch.mismatched.example_index.tolist() == batch.chosen.example_index.tolist()
+        for side, name in enumerate(RESPONSES):
+            slots = getattr(batch, name)
+            for slot in np.flatnonzero(slots.valid):
+                source = data.examples[slots.example_index[slot]]
+                prompt, response = sequence(batch, 5 * side + slot)
+                assert prompt == source.prompt_ids.tolist()
+                assert response == getattr(source, f"{name}_ids").tolist()
+
+
+@pytest.mark.parametrize(("num_chosen", "num_rejected"), [(11, 4), (4, 11)])
+def test_the_smaller_pool_goes_round_in_a_new_order(num_chosen, num_rejected):
+    batches = PreferenceBatches(unpaired_data(num_chosen, num_rejected), pairs=3, pairing="unpaired", seed=0)
+    assert batches.steps_per_epoch == 4
+    streams = {side: [i for epoch in range(4) for i in served(batches, epoch, side)] for side in ("chosen", "rejected")}
+    pools = {"chosen": range(num_chosen), "rejected": range(num_chosen, num_chosen + num_rejected)}
+    for side, stream in streams.items():
+        size = len(pools[side])
+        rounds = [stream[start : start + size] for start in range(0, 44 - size + 1, size)]
+        assert all(sorted(once) == list(pools[side]) for once in rounds)
+        assert len({tuple(once) for once in rounds}) > 1
+    last = batches.batch_at(3)
+    assert last.chosen.valid.tolist() == last.rejected.valid.tolist() == [True, True, False]
+
+
+def test_unpaired_data_without_rejected_responses_serves_sft():
+    batches = PreferenceBatches(unpaired_data(5, 3), pairs=2, pairing="unpaired", responses=("chosen",), seed=0)
+    assert batches.steps_per_epoch == 3
+    assert sorted(served(batches, 0)) == [0, 1, 2, 3, 4]
+
+
+def test_reference_log_probs_come_from_the_column_of_their_response():
+    data = paired_data(6)
+    table = np.arange(18, dtype=np.float32).reshape(6, 3)
+    data = PreferenceData(data.examples, data.chosen_embeddings, data.rejected_embeddings, table)
+    batch = PreferenceBatches(data, pairs=6, pairing="unpaired", responses=RESPONSES, seed=1).batch_at(0)
+    for column, side in enumerate((batch.chosen, batch.rejected, batch.mismatched)):
+        assert side.reference_log_prob.tolist() == table[side.example_index, column].tolist()
+
+
+def test_row_tokens_default_to_the_longest_segment_rounded_up():
+    data = data_of(examples_of_lengths([(3, 4, 5, 6), (30, 20, 14, 60)]))
+    assert PreferenceBatches(data, pairs=1, seed=0).row_tokens == 64
+    assert PreferenceBatches(data, pairs=1, seed=0, responses=RESPONSES).row_tokens == 128
+    assert PreferenceBatches(data, pairs=1, seed=0, row_tokens=65).batch_at(0).tokens.shape[1] == 65
+    with pytest.raises(ValueError, match=r"file:2 needs 64 tokens.*batch.row_tokens=63; raise it to 64"):
+        PreferenceBatches(data, pairs=1, seed=0, row_tokens=63)
+
+
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+@pytest.mark.parametrize("rows_multiple", [1, 4])
+def test_few_shapes_all_of_them_announced(pairing, rows_multiple):
+    sizes = np.random.default_rng(1).lognormal(3, 0.8, size=(400, 4)).clip(max=100).astype(int) + 1
+    data = data_of(examples_of_lengths(sizes.tolist()))
+    batches = PreferenceBatches(data, pairs=32, pairing=pairing, seed=0, row_tokens=320, rows_multiple=rows_multiple)
+    shapes, efficiencies = set(), []
+    for step in range(5 * batches.steps_per_epoch):
+        batch = batches.batch_at(step)
+        shapes.add(batch.tokens.shape)
+        efficiencies.append(packing_efficiency(batch))
+    assert {rows for rows, _ in shapes} <= set(batches.row_counts)
+    assert len(batches.row_counts) <= 5
+    assert batches.num_rows_max == max(batches.row_counts)
+    assert all(rows % rows_multiple == 0 for rows in batches.row_counts)
+    if rows_multiple == 1:
+        assert np.mean(efficiencies) > 0.7
+
+
+def test_a_pair_that_lacks_a_side_is_refused_by_name():
+    data = data_of(examples_of_lengths([(1, 1, 1, None), (1, 1, 1, None), (1, None, 1, None)]))
+    with pytest.raises(ValueError, match=r"file:3 has no chosen response.*data.pairing: unpaired"):
+        PreferenceBatches(data, pairs=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pairs": 0}, "pairs=0"),
+        ({"pairing": "both"}, "pairing='both' is unknown; use one of paired, unpaired"),
+        ({"order": "random"}, "order='random' is unknown"),
+        ({"responses": ("rejected",)}, "must hold chosen"),
+        ({"responses": ("chosen", "best")}, "none but chosen, rejected, mismatched"),
+        ({"responses": RESPONSES}, "file:1 has no mismatched response; tokenise the data with mismatched=True"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    data = data_of(examples_of_lengths([(1, 1, 1, None)]))
+    with pytest.raises(ValueError, match=message):
+        PreferenceBatches(data, **{"pairs": 1, "seed": 0, **arguments})
+
+
+def test_an_empty_pool_is_refused():
+    with pytest.raises(ValueError, match="None of the 3 examples has a rejected response"):
+        PreferenceBatches(unpaired_data(3, 0), pairs=1, pairing="unpaired", seed=0)
