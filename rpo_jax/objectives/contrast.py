@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Closer than the smaller one in cosine distance is the same prompt, and rounding may not tell them apart; at the
-# larger one the weights are uniform to float32.
-TEMPERATURE_BOUNDS = (1e-3, 1e3)
+# Below the smaller one a weight would follow float32's rounding of the cosine (about 1e-7); at the larger one weights
+# are uniform.
+TEMPERATURE_BOUNDS = (1e-5, 1e3)
 _BISECTIONS = 32  # more than the bits of a float32 log-temperature
 
 

@@ -37,9 +37,7 @@ WEIGHTINGS = {
 @partial(jax.jit, static_argnames=("link", "weights_on"))
 def value_and_gradients(chosen, rejected, weights, mask, link, weights_on="score"):
     def loss(c, r):
-        return losses.pairwise_loss(
-            c, r, weights, 0.1, link, mask, label_smoothing=0.2, weights_on=weights_on
-        )
+        return losses.pairwise_loss(c, r, weights, 0.1, link, mask, label_smoothing=0.2, weights_on=weights_on)
 
     value, gradients = jax.value_and_grad(loss, (0, 1))(chosen, rejected)
     return value, *gradients
@@ -189,9 +187,7 @@ def test_groups_are_the_blocks_of_a_masked_matrix():
     chosen, rejected = rng.normal(size=(2, groups, size)).astype(np.float32)
     emb = rng.normal(size=(2, groups, size, 8)).astype(np.float32)
     mask = jnp.asarray(rng.random((groups, size, size)) > 0.3)
-    grouped = losses.pairwise_loss(
-        chosen, rejected, contrast.embedding_weights(*emb, mask=mask), mask=mask
-    )
+    grouped = losses.pairwise_loss(chosen, rejected, contrast.embedding_weights(*emb, mask=mask), mask=mask)
     blocks = jax.scipy.linalg.block_diag(*mask).astype(bool)
     flat_weights = contrast.embedding_weights(*emb.reshape(2, groups * size, 8), mask=blocks)
     flat = losses.pairwise_loss(chosen.ravel(), rejected.ravel(), flat_weights, mask=blocks)
@@ -240,9 +236,7 @@ def test_kto_agrees_with_the_oracle(scale):
             return losses.kto_loss(c, r, m, 0.1, *masks, desirable_weight=1.5, undesirable_weight=0.5)
 
         value, gradients = jax.value_and_grad(loss, (0, 1, 2))(chosen, rejected, mismatched)
-        assert_agree(
-            (value, *gradients[:2]), oracle.kto(chosen, rejected, mismatched, 0.1, masks, 1.5, 0.5)
-        )
+        assert_agree((value, *gradients[:2]), oracle.kto(chosen, rejected, mismatched, 0.1, masks, 1.5, 0.5))
         np.testing.assert_array_equal(gradients[2], 0)
         dirty = loss(np.where(masks[0], chosen, np.nan), rejected, np.where(masks[2], mismatched, np.inf))
         assert dirty == value

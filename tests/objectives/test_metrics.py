@@ -1,0 +1,120 @@
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rpo_jax.objectives import contrast, metrics
+from rpo_jax.objectives.scores import Responses, Scores
+
+
+def responses(log_prob, reference, valid):
+    count = len(log_prob)
+    return Responses(
+        jnp.asarray(log_prob, jnp.float32),
+        jnp.asarray(reference, jnp.float32),
+        jnp.ones(count, int),
+        jnp.asarray(valid),
+    )
+
+
+def draw(seed=0, size=5):
+    rng = np.random.default_rng(seed)
+    chosen_valid, rejected_valid = rng.random((2, size)) > 0.3
+    chosen_valid[0] = rejected_valid[0] = True
+    side = [rng.normal(-20, 5, (2, size)) for _ in range(3)]
+    return Scores(
+        responses(*np.where(chosen_valid, side[0], np.nan), chosen_valid),
+        responses(*np.where(rejected_valid, side[1], np.inf), rejected_valid),
+        responses(*side[2], np.ones(size, bool)),
+    )
+
+
+def valid_rewards(side, beta):
+    keep = np.asarray(side.valid)
+    return beta * (np.asarray(side.log_prob, np.float64)[keep] - np.asarray(side.reference_log_prob)[keep])
+
+
+def test_rewards_and_log_probs_are_means_over_valid_responses():
+    scores = draw()
+    got = metrics.finalize(metrics.preference_metrics(scores, 0.1, paired=True))
+    both = np.asarray(scores.chosen.valid & scores.rejected.valid)
+    pairs = [side._replace(valid=both) for side in scores[:2]]
+    margins = valid_rewards(pairs[0], 0.1) - valid_rewards(pairs[1], 0.1)
+    log_probs = [np.asarray(side.log_prob)[both] for side in pairs]
+    expected = {
+        "rewards/chosen": valid_rewards(scores.chosen, 0.1).mean(),
+        "rewards/rejected": valid_rewards(scores.rejected, 0.1).mean(),
+        "rewards/margins": margins.mean(),
+        "rewards/accuracies": (margins > 0).mean(),
+        "logps/chosen": np.asarray(scores.chosen.log_prob)[np.asarray(scores.chosen.valid)].mean(),
+        "logps/rejected": np.asarray(scores.rejected.log_prob)[np.asarray(scores.rejected.valid)].mean(),
+        "logps/accuracies": (log_probs[0] > log_probs[1]).mean(),
+        "kl": max(0.0, valid_rewards(scores.mismatched, 1.0).mean()),
+    }
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_a_tie_is_no_success():
+    side = responses([-3.0, -3.0], [-3.0, -3.0], [True, True])
+    got = metrics.finalize(metrics.preference_metrics(Scores(side, side, side), 0.1, paired=True))
+    assert got["rewards/accuracies"] == got["logps/accuracies"] == 0
+
+
+def test_unpaired_margins_compare_all_couples():
+    scores = draw(1)
+    got = metrics.finalize(metrics.preference_metrics(scores, 0.1, paired=False))
+    chosen, rejected = valid_rewards(scores.chosen, 0.1), valid_rewards(scores.rejected, 0.1)
+    np.testing.assert_allclose(got["rewards/margins"], (chosen[:, None] - rejected[None, :]).mean(), rtol=1e-5)
+    assert "rewards/accuracies" not in got
+
+
+def test_a_side_without_slots_has_no_statistics():
+    nothing = responses([], [], np.zeros(0, bool))
+    got = metrics.preference_metrics(Scores(draw().chosen, nothing, nothing), 0.1, paired=True)
+    assert got.keys() == {"rewards/chosen", "logps/chosen"}
+
+
+def test_batches_combine_to_the_mean_over_all_of_them():
+    batches = [draw(seed, size) for seed, size in ((2, 3), (3, 6), (4, 1))]
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
+    parts = [metrics.preference_metrics(batch, 0.1, paired=True) for batch in batches]
+    got = metrics.finalize(reduce(metrics.combine, parts))
+    expected = metrics.finalize(metrics.preference_metrics(joined, 0.1, paired=True))
+    for name in expected.keys() - {"kl"}:  # each batch clamps its own estimate of the KL at 0
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, err_msg=name)
+
+
+def test_nothing_valid_is_zero():
+    empty = responses([np.nan], [np.nan], [False])
+    got = metrics.finalize(metrics.preference_metrics(Scores(empty, empty, empty), 0.1, paired=True))
+    assert got
+    assert all(value == 0 for value in got.values())
+
+
+def test_contrast_metrics_describe_the_rows_with_a_contrast():
+    weights = jnp.array([[0.5, 0.3, 0.2], [0.25, 0.75, 9.0], [9.0, 9.0, 9.0]])
+    mask = jnp.array([[1, 1, 1], [1, 1, 0], [0, 0, 0]], bool)
+    cosine = jnp.array([[1.0, 0.6, 0.4], [0.6, 1.0, 0.9], [1.0, 1.0, 1.0]])
+    described = metrics.contrast_metrics(
+        weights, mask, jnp.array([0.5, 0.7, 99.0]), cosine, jnp.array([1, 2, 3]), jnp.array([1, 2, 3]), paired=True
+    )
+    got = metrics.finalize(described)
+    expected = {
+        "contrast/diagonal_weight": (0.5 + 0.75) / 2,
+        "contrast/perplexity": np.mean(contrast.row_perplexity(weights, mask)[:2]),
+        "contrast/temperature": 0.6,
+        "contrast/related_weight": (0.3 + 0.25) / 2,
+    }
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_contrast_metrics_leave_out_what_a_weighting_lacks():
+    mask, ids = jnp.ones((2, 3), bool), jnp.arange(3)
+    got = metrics.contrast_metrics(contrast.uniform_weights(mask), mask, None, None, ids[:2], ids, paired=False)
+    assert got.keys() == {"contrast/perplexity"}
+    np.testing.assert_allclose(metrics.finalize(got)["contrast/perplexity"], 3, rtol=1e-6)
