@@ -285,8 +285,6 @@ def test_hh_turns_of_one_speaker_are_joined():
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (transcripts("\n\nHuman: a\n\nAssistant:", " b\n\nAssistant: c", " d"), "no shared prompt: chosen goes on"),
-        (transcripts("\n\nHuman: a\n\nAssistant:", " b", " d\n\nHuman: e"), "no shared prompt: rejected goes on"),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
             "no shared prompt: the texts do not begin",

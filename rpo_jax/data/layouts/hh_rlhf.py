@@ -17,19 +17,16 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 def parse(values: Mapping[str, Any]) -> Parts:
     """The prompt is the longest common prefix of both texts, backed up to the last "\\n\\nAssistant:".
 
-    What follows it must be one turn in both; texts that part earlier answer different prompts and are refused.
-    Turns and responses are stripped. Source: arXiv 2204.05862's release, github.com/anthropics/hh-rlhf.
+    What follows it is the response, also where it runs into further turns (5 of 2,312 rows of the harmless test
+    split do). Turns and responses are stripped. Source: arXiv 2204.05862's release, github.com/anthropics/hh-rlhf.
     """
     chosen, rejected = text_field(values, "chosen"), text_field(values, "rejected")
     shared = common_prefix(chosen, rejected)
     cut = shared.rfind(_ASSISTANT)
     if cut < 0 or not shared.startswith(_HUMAN):
         raise Unusable("no shared prompt: the texts do not begin with the same Human and Assistant turns")
-    responses = [text[cut + len(_ASSISTANT) :] for text in (chosen, rejected)]
-    for name, response in zip(("chosen", "rejected"), responses, strict=True):
-        if _TURN.search(response):
-            raise Unusable(f"no shared prompt: {name} goes on with another turn after the last shared one")
-    return Parts(_messages(shared[:cut]), responses[0].strip(), responses[1].strip())
+    responses = [text[cut + len(_ASSISTANT) :].strip() for text in (chosen, rejected)]
+    return Parts(_messages(shared[:cut]), *responses)
 
 
 def _messages(transcript: str) -> tuple[Message, ...]:
