@@ -1,18 +1,12 @@
-"""Configuration: frozen dataclasses, the one home of every default; YAML files and dotted overrides.
+"""Configuration: frozen dataclasses, the one home of every default. rpo_jax.config_io reads them from files.
 
 Every range is checked when a section is built, so a bad value stops a run before any file is read.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from dataclasses import dataclass, field
+from typing import Literal
 
 
 class ConfigError(ValueError):
@@ -50,9 +44,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.resume == "auto" and self.overwrite:
-            raise ConfigError(
-                "run.resume=auto and run.overwrite=true contradict each other; give one of them."
-            )
+            raise ConfigError("run.resume=auto and run.overwrite=true contradict each other; give one of them.")
         if self.seed < 0:
             raise ConfigError(f"run.seed={self.seed} must not be negative.")
 
@@ -104,9 +96,7 @@ class DataConfig:
         if self.eval_rows < 0:
             raise ConfigError(f"data.eval_rows={self.eval_rows} must not be negative.")
         if self.eval_rows and self.eval_path:
-            raise ConfigError(
-                "data.eval_rows and data.eval_path both name the held-out data; give one of them."
-            )
+            raise ConfigError("data.eval_rows and data.eval_path both name the held-out data; give one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,9 +351,7 @@ class TrainConfig:
     keep_best: int = 1
 
     def __post_init__(self) -> None:
-        _positive(
-            "train", steps=self.steps, epochs=self.epochs, log_every=self.log_every, keep_last=self.keep_last
-        )
+        _positive("train", steps=self.steps, epochs=self.epochs, log_every=self.log_every, keep_last=self.keep_last)
         if min(self.eval_every, self.save_every, self.keep_best) < 0:
             raise ConfigError("train.eval_every, train.save_every and train.keep_best must not be negative.")
 
@@ -413,112 +401,3 @@ class Config:
                 f"contrast.weights={self.contrast.weights} needs pairs that share a prompt, but data.pairing is "
                 "unpaired; use contrast.weights=embedding or uniform, or data.pairing=paired."
             )
-
-
-def known_keys() -> dict[str, Any]:
-    """Every configuration key, dotted, with its default."""
-    return {
-        f"{section.name}.{name}": value
-        for section in fields(Config)
-        for name, value in asdict(getattr(Config(), section.name)).items()
-    }
-
-
-def _reject_unknown(keys: Iterable[str], where: str) -> None:
-    known = [*known_keys(), *(section.name for section in fields(Config))]
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "the keys are listed in rpo_jax/config.py."
-            raise ValueError(f"{where}: unknown configuration key '{key}'; {hint}")
-
-
-def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(
-            f"No configuration file at {path}; see configs/ for those that come with the project."
-        )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold sections such as 'data:' with keys below them.")
-    for section, values in content.items():
-        _reject_unknown([str(section)], str(path))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: '{section}' is a section and needs keys below it, got {values!r}.")
-        _reject_unknown([f"{section}.{name}" for name in values], str(path))
-    return content
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="rpo_jax",
-        exit_on_error=False,
-        default_env=False,
-        description="Keys are given in a YAML file (--config, several are merged in order) and as --section.key value.",
-    )
-    parser.add_argument("--config", action="config", help="YAML file with sections of keys")
-    parser.add_class_arguments(Config, as_group=False)
-    return parser
-
-
-# Short forms on the command line for what is typed most often.
-_FLAGS = {"--resume": "--run.resume", "--overwrite": "--run.overwrite"}
-
-
-def parse_config(arguments: Sequence[str]) -> Config:
-    """Configuration from command-line arguments: `--config FILE` and `--section.key value` or `=value`.
-
-    Raises ValueError for an unknown key (naming the nearest known one) or a value of the wrong type or range.
-    """
-    expanded: list[str] = []
-    for position, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if not name.startswith("--"):
-            previous = arguments[position - 1] if position else ""
-            if not previous.startswith("--") or "=" in previous:
-                raise ValueError(
-                    f"unexpected argument '{argument}'; options are written --section.key value."
-                )
-            expanded.append(argument)
-            continue
-        name = _FLAGS.get(name, name)
-        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
-        if name == "--config":
-            _read_yaml(Path(value if equals else following))
-        elif name != "--help":
-            _reject_unknown([name.removeprefix("--")], "command line")
-        if name == "--run.overwrite" and not equals and following.startswith("--"):
-            value, equals = "true", "="
-        expanded.append(name + equals + value)
-    parser = _parser()
-    try:
-        parsed = parser.instantiate(parser.parse_args(expanded))
-    except ArgumentError as error:
-        raise ValueError(_readable(error)) from None
-    return Config(**{section.name: parsed[section.name] for section in fields(Config)})
-
-
-def _readable(error: Exception) -> str:
-    """A section's own reason where there is one: jsonargparse wraps it in a report of every type it tried."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConfigError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).removeprefix("Parser ").split())
-
-
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Configuration from a YAML file and `section.key=value` overrides; errors as `parse_config`."""
-    files = [] if path is None else [f"--config={path}"]
-    return parse_config(files + [f"--{override}" for override in overrides])
-
-
-def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to an equal configuration."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
