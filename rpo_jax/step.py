@@ -1,0 +1,336 @@
+"""The sharded training step: log-probs of all responses, one loss on their contrast matrix, exact micro-batches.
+
+Letters: R rows and T tokens of a packed batch; P = M + N + K response slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from rpo_jax import models, sharding
+from rpo_jax.config import Config
+from rpo_jax.models import ModelConfig
+from rpo_jax.objectives import contrast, losses, metrics
+from rpo_jax.objectives.logprobs import response_log_probs
+from rpo_jax.objectives.scores import Responses, Scores
+from rpo_jax.optim import learning_rate_schedule, make_optimizer
+from rpo_jax.types import Batch, Side
+
+Params = Any
+Means = dict[str, metrics.Mean]  # they combine over batches
+
+
+class TrainState(NamedTuple):
+    """What training changes, and all that a checkpoint needs: float32 masters, optimizer state, steps done."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+class LogProbs(NamedTuple):
+    log_prob: Float[Array, "P"]  # summed over scored tokens, nats
+    num_tokens: Int[Array, "P"]
+
+
+Forward = Callable[[Params, dict[str, Array], int], LogProbs]  # parameters, packed rows, number of responses
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The compiled functions of a run.
+
+    Attributes:
+        objective: the row of the table of objectives that the run minimises.
+        init: parameters to a fresh TrainState; the parameters are given up.
+        train: (state, batch, live reference's parameters or None) to (state, metrics); the state is given up.
+        evaluate: (parameters, batch, live reference's parameters or None) to the metrics' means.
+        state_shardings: where each part of the state lives.
+    """
+
+    objective: losses.Objective
+    init: Callable[[Params], TrainState]
+    train: Callable[[TrainState, Batch, Params | None], tuple[TrainState, dict[str, Array]]]
+    evaluate: Callable[[Params, Batch, Params | None], Means]
+    state_shardings: TrainState
+
+
+_ROW_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "previous", "response_ids")
+
+
+def _micro_batches(batch: Batch, micro_rows: int | None) -> tuple[dict[str, Int[Array, "B r T"]], int]:
+    """The row arrays split into micro-batches, and their number B.
+
+    A micro-batch takes every B-th row, not a block of rows: each device then keeps its own rows in every one.
+    """
+    rows = batch.tokens.shape[0]
+    micro_rows = rows if micro_rows is None else min(micro_rows, rows)
+    assert rows % micro_rows == 0, "the loader pads rows to a multiple of micro_rows"
+    count = rows // micro_rows
+    split = {name: getattr(batch, name).reshape(micro_rows, count, -1).swapaxes(0, 1) for name in _ROW_FIELDS}
+    return split, count
+
+
+def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh) -> Forward:
+    """Function from parameters and packed rows to the log-probs of the responses that these rows hold."""
+    constrain = sharding.activation_constraint(mesh)
+
+    def log_probs(params: Params, rows: dict[str, Array], num_responses: int) -> LogProbs:
+        hidden = models.hidden_states(
+            model_config,
+            params,
+            rows["tokens"],
+            rows["positions"],
+            rows["segment_ids"],
+            rows["branch_ids"],
+            compute_dtype=config.model.compute_dtype,
+            remat=config.model.remat,
+            constrain=constrain,
+        )
+        head = models.output_head(model_config, params)
+        ids = (rows["tokens"], rows["previous"], rows["response_ids"])
+        return LogProbs(*response_log_probs(hidden, head, *ids, num_responses, constrain=constrain))
+
+    return log_probs
+
+
+def _num_responses(batch: Batch) -> int:
+    return sum(side.valid.shape[0] for side in (batch.chosen, batch.rejected, batch.mismatched))
+
+
+def make_scores(config: Config, objective: losses.Objective) -> Callable[[LogProbs, Batch, bool], tuple[Scores, Means]]:
+    """Function from log-probs, batch and whether it is of pairs to what an objective sees, and the contrast metrics."""
+    kind = config.contrast.weights or objective.weights
+
+    def grouped(x: Array) -> Array:
+        # Pair-only contrast is a matrix of one entry per pair: nothing else need be computed.
+        size = 1 if kind == "pair" else config.contrast.group
+        return x if size == "global" else x.reshape(-1, size, *x.shape[1:])
+
+    def responses(side: Side, log_probs: LogProbs, start: int) -> Responses:
+        slots = slice(start, start + side.valid.shape[0])
+        parts = (log_probs.log_prob[slots], side.reference_log_prob, log_probs.num_tokens[slots], side.valid)
+        return Responses(*map(grouped, parts))
+
+    def scores(log_probs: LogProbs, batch: Batch, paired: bool) -> tuple[Scores, Means]:
+        num_chosen, num_rejected = batch.chosen.valid.shape[0], batch.rejected.valid.shape[0]
+        sides = (
+            responses(batch.chosen, log_probs, 0),
+            responses(batch.rejected, log_probs, num_chosen),
+            responses(batch.mismatched, log_probs, num_chosen + num_rejected),
+        )
+        if kind is None:
+            return Scores(*sides), {}
+        chosen, rejected = jax.tree.map(grouped, (batch.chosen, batch.rejected))
+        mask = contrast.valid_entries(
+            chosen.valid, rejected.valid, chosen.prompt_id, rejected.prompt_id, chosen.text_id, rejected.text_id
+        )
+        matrix = contrast.make_weights(
+            kind,
+            chosen.embedding,
+            rejected.embedding,
+            mask,
+            temperature=config.contrast.temperature,
+            perplexity=config.contrast.target_perplexity,
+            alpha=config.contrast.alpha,
+        )
+        embedded = chosen.embedding.shape[-1] > 0
+        means = metrics.contrast_metrics(
+            *matrix,
+            contrast.cosine(chosen.embedding, rejected.embedding) if embedded else None,
+            chosen.prompt_id,
+            rejected.prompt_id,
+            paired=paired,
+        )
+        return Scores(*sides, matrix.weights, matrix.mask), means
+
+    return scores
+
+
+def _with_reference(batch: Batch, log_probs: LogProbs) -> Batch:
+    """The batch with the reference's log-probs filled in."""
+    sides, start = [], 0
+    for side in (batch.chosen, batch.rejected, batch.mismatched):
+        size = side.valid.shape[0]
+        sides.append(side._replace(reference_log_prob=log_probs.log_prob[start : start + size]))
+        start += size
+    return batch._replace(chosen=sides[0], rejected=sides[1], mismatched=sides[2])
+
+
+def make_loss_and_gradient(
+    forward: Forward,
+    loss: Callable[[LogProbs], tuple[Array, Any]],
+    params: Params,
+    batch: Batch,
+    micro_rows: int | None,
+) -> tuple[Array, Any, Params]:
+    """Loss, auxiliary output and gradient, with the activations of one micro-batch in memory at a time.
+
+    The loss sees the model through P scalars, so this is exact: all log-probs first, then the loss's derivative with
+    respect to each, then every micro-batch's vector-Jacobian product with its own derivatives.
+    """
+    rows, count = _micro_batches(batch, micro_rows)
+    num_responses = _num_responses(batch)
+    if count == 1:
+        only = {name: values[0] for name, values in rows.items()}
+        (value, aux), gradient = jax.value_and_grad(lambda p: loss(forward(p, only, num_responses)), has_aux=True)(
+            params
+        )
+        return value, aux, gradient
+
+    log_probs = accumulate_log_probs(forward, params, rows, num_responses)
+    (value, aux), derivative = jax.value_and_grad(
+        lambda log_prob: loss(log_probs._replace(log_prob=log_prob)), has_aux=True
+    )(log_probs.log_prob)
+
+    def backward(gradient: Params, micro: dict[str, Array]) -> tuple[Params, None]:
+        _, vjp = jax.vjp(lambda p: forward(p, micro, num_responses).log_prob, params)
+        return jax.tree.map(jnp.add, gradient, vjp(derivative)[0]), None
+
+    gradient, _ = jax.lax.scan(backward, jax.tree.map(jnp.zeros_like, params), rows)
+    return value, aux, gradient
+
+
+def accumulate_log_probs(
+    forward: Forward,
+    params: Params,
+    rows: dict[str, Int[Array, "B r T"]],
+    num_responses: int,
+) -> LogProbs:
+    """Log-probs of all responses, one micro-batch at a time: a response is in one row, so they add up."""
+
+    def body(total: LogProbs, micro: dict[str, Array]) -> tuple[LogProbs, None]:
+        return jax.tree.map(jnp.add, total, forward(params, micro, num_responses)), None
+
+    zero = LogProbs(jnp.zeros(num_responses, jnp.float32), jnp.zeros(num_responses, jnp.int32))
+    return jax.lax.scan(body, zero, rows)[0]
+
+
+def build_log_probs(
+    config: Config, model_config: ModelConfig, mesh: Mesh
+) -> tuple[Callable[[Params, Batch], LogProbs], Any]:
+    """Compiled function from parameters and batch to the responses' log-probs, and the parameters' shardings."""
+    forward = make_log_probs(config, model_config, mesh)
+
+    def log_probs(params: Params, batch: Batch) -> LogProbs:
+        return _all_log_probs(forward, config.batch.micro_rows, params, batch)
+
+    return jax.jit(log_probs, out_shardings=sharding.replicated(mesh)), _param_shardings(model_config, mesh)
+
+
+def _all_log_probs(forward: Forward, micro_rows: int | None, params: Params, batch: Batch) -> LogProbs:
+    rows, _ = _micro_batches(batch, micro_rows)
+    return accumulate_log_probs(forward, params, rows, _num_responses(batch))
+
+
+def _param_shardings(model_config: ModelConfig, mesh: Mesh) -> Any:
+    shapes = models.abstract_params(model_config)
+    return sharding.parameter_shardings(mesh, models.param_axes(model_config), shapes)
+
+
+def build_steps(
+    config: Config,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    total_steps: int,
+    *,
+    eval_paired: bool = True,
+    reference_config: ModelConfig | None = None,
+) -> Steps:
+    """Compile-on-first-use functions of a run on a mesh.
+
+    Args:
+        total_steps: where a decaying learning rate ends.
+        eval_paired: whether slot i of chosen and rejected is one pair in held-out batches.
+        reference_config: architecture of a live reference; the policy's where not given.
+
+    Raises ValueError for an objective that the configuration asks for in a way that means nothing.
+    """
+    objective = losses.objective_named(
+        config.objective.name, link=config.objective.link, weights=config.contrast.weights
+    )
+    schedule = learning_rate_schedule(config.optim, total_steps)
+    optimizer = make_optimizer(config.optim, schedule)
+    forward = make_log_probs(config, model_config, mesh)
+    reference_forward = make_log_probs(config, reference_config or model_config, mesh)
+    scores_of = make_scores(config, objective)
+    micro_rows = config.batch.micro_rows
+    train_paired = config.data.pairing == "paired"
+
+    def scored(batch: Batch, paired: bool, log_probs: LogProbs) -> tuple[Array, Means]:
+        scores, means = scores_of(log_probs, batch, paired)
+        weights_on = config.contrast.diagonal_on if config.contrast.weights == "diagonal" else "score"
+        value = objective.compute(scores, config.objective, weights_on=weights_on)
+        return value, means | metrics.preference_metrics(scores, config.objective.beta, paired)
+
+    def referenced(batch: Batch, reference: Params | None) -> Batch:
+        if reference is None:
+            return batch
+        return _with_reference(batch, _all_log_probs(reference_forward, micro_rows, reference, batch))
+
+    def train(state: TrainState, batch: Batch, reference: Params | None) -> tuple[TrainState, dict[str, Array]]:
+        batch = referenced(batch, reference)
+        value, means, gradient = make_loss_and_gradient(
+            forward, partial(scored, batch, train_paired), state.params, batch, micro_rows
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        report = {
+            "loss": value,
+            "grad_norm": optax.global_norm(gradient),
+            "learning_rate": schedule(state.step),
+            **metrics.finalize(means),
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), report
+
+    def evaluate(params: Params, batch: Batch, reference: Params | None) -> Means:
+        batch = referenced(batch, reference)
+        value, means = scored(batch, eval_paired, _all_log_probs(forward, micro_rows, params, batch))
+        count = jnp.sum(batch.chosen.valid).astype(jnp.float32)
+        return {"loss": metrics.Mean(value * count, count), **means}
+
+    whole, param_shardings = sharding.replicated(mesh), _param_shardings(model_config, mesh)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, placed: placed,
+        jax.eval_shape(optimizer.init, models.abstract_params(model_config)),
+        param_shardings,
+        transform_non_params=lambda _: whole,
+    )
+    state_shardings = TrainState(whole, param_shardings, opt_shardings)
+
+    def init(params: Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return Steps(
+        objective=objective,
+        init=jax.jit(init, out_shardings=state_shardings, donate_argnums=0),
+        train=jax.jit(train, out_shardings=(state_shardings, whole), donate_argnums=0),
+        evaluate=jax.jit(evaluate, out_shardings=whole),
+        state_shardings=state_shardings,
+    )
+
+
+def put_batch(mesh: Mesh, batch: Batch) -> Batch:
+    """Place a host batch on the mesh: rows split over data and fsdp, the responses' records everywhere."""
+    rows, whole = sharding.by_rows(mesh), sharding.replicated(mesh)
+
+    def place(target: jax.sharding.NamedSharding, values: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(target, values, values.shape)
+
+    return Batch(
+        **{name: place(rows, getattr(batch, name)) for name in _ROW_FIELDS},
+        **{
+            name: jax.tree.map(partial(place, whole), getattr(batch, name))
+            for name in ("chosen", "rejected", "mismatched")
+        },
+    )
