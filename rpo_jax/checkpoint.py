@@ -1,0 +1,108 @@
+"""Checkpoints of a run on disk, through orbax: saved in the background, the newest and the best kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+_UNRANKED = -1e30  # score of a checkpoint without an evaluation of its own: orbax ranks only numbers
+
+
+class Checkpoints:
+    """The checkpoints below a folder.
+
+    Each holds the training state and a record, a JSON object that says which model and configuration made it.
+
+    Args:
+        folder: created on the first save.
+        keep_last: newest checkpoints to keep.
+        keep_best: checkpoints of highest score to keep besides.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_last: int = 1, keep_best: int = 0, read_only: bool = False) -> None:
+        self.folder = Path(folder).resolve()
+        policy = [checkpoint_managers.LatestN(n=keep_last)]
+        if keep_best:
+            policy.append(
+                checkpoint_managers.BestN(get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False)
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policy),
+            best_fn=_score,
+            create=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "record"))
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def save(self, step: int, state: Any, record: dict[str, Any], score: float | None = None) -> None:
+        """Start saving in the background; `score` ranks the checkpoint for keep_best, higher is better."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
+            metrics={"score": _UNRANKED if score is None else float(score)},
+        )
+
+    def record(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+
+    def restore(self, step: int, like: Any) -> Any:
+        """State of a step, with the shapes, dtypes and shardings of `like`: arrays or jax.ShapeDtypeStruct."""
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
+        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """Parameters of a step alone, on one local device; `like` gives their shapes."""
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
+        item = {"params": abstract}
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(
+                self.path(step) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+                ),
+            )["params"]
+
+    def wait(self) -> None:
+        """Block until saves in the background are on disk; raises what failed there."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def _score(metrics: Any) -> float:
+    return metrics["score"]
+
+
+def comparable(model_config: Any) -> dict[str, Any]:
+    """An architecture as JSON gives it back, where tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(model_config)))
+
+
+def check_architecture(saved: dict[str, Any], current: dict[str, Any], where: str | Path) -> None:
+    """Raise ValueError naming the first difference if a checkpoint's model is not the configured one."""
+    for key in sorted(saved.keys() | current.keys()):
+        if saved.get(key) != current.get(key):
+            raise ValueError(
+                f"The checkpoint in {where} is of another architecture: {key} is {saved.get(key)!r} there and "
+                f"{current.get(key)!r} in this configuration; resume with the run's own configuration, or choose "
+                "another run.dir."
+            )

@@ -1,0 +1,157 @@
+"""What a run tells: console phases and progress, metrics.jsonl, and the dashboards asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rpo_jax.config import TrackingConfig
+
+# What the progress bar and the plain lines show, in this order, where a run has it.
+_SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("rewards/accuracies", "accuracy", "{:.3f}"),
+    ("rewards/margins", "margin", "{:.3f}"),
+    ("eval_loss", "held-out loss", "{:.4f}"),
+    ("eval_rewards/accuracies", "held-out accuracy", "{:.3f}"),
+    ("pairs_per_second", "pairs/s", "{:.1f}"),
+)
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """The key metrics in one short line."""
+    return "  ".join(f"{label} {form.format(metrics[key])}" for key, label, form in _SHOWN if key in metrics)
+
+
+class Reporter:
+    """Phases and progress on the console: bars on a terminal or in a notebook, plain lines elsewhere.
+
+    Attributes:
+        phase_seconds: wall time of each finished phase.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._live = self._console.is_terminal or self._console.is_jupyter
+        self.phase_seconds: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[list[str]]:
+        """Time a phase; what is appended to the list that it yields ends the phase's line."""
+        notes: list[str] = []
+        started = time.perf_counter()
+        yield notes
+        seconds = time.perf_counter() - started
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
+        self.say("  ".join([f"{name:<22}{seconds:8.1f} s", *notes]))
+
+    @contextmanager
+    def progress(self, name: str, total: int, start: int = 0) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+        """Progress of `total` things; call what it yields with the number done and the newest metrics.
+
+        On a terminal every call moves the bar; elsewhere a line is printed whenever there are metrics.
+        """
+        if not self._live:
+
+            def plain(done: int, metrics: Mapping[str, float]) -> None:
+                if metrics:
+                    self.say(f"{name} {done}/{total}  {summary(metrics)}")
+
+            yield plain
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+        )
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task(name, total=total, completed=start, shown="")
+
+            def update(done: int, metrics: Mapping[str, float]) -> None:
+                bar.update(task, completed=done)
+                if metrics:
+                    bar.update(task, shown=summary(metrics))
+
+            yield update
+
+
+def check_tracking(config: TrackingConfig) -> None:
+    """Raise ValueError if a dashboard that was asked for is not installed."""
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("tracking.wandb=true, but wandb is not installed; run `pip install rpo-jax[wandb]`.")
+
+
+class MetricsLog:
+    """Writes metrics to `metrics.jsonl` in the run folder, and to TensorBoard and Weights & Biases if asked.
+
+    Args:
+        start_step: steps done when this part of the run begins; later lines of an earlier part are dropped,
+            because they will be logged again.
+
+    Attributes:
+        earlier: what the earlier parts of the run logged.
+    """
+
+    def __init__(self, run_dir: Path, config: TrackingConfig, start_step: int, hyperparameters: dict[str, Any]) -> None:
+        path = run_dir / "metrics.jsonl"
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
+        self.earlier: list[dict[str, float]] = [json.loads(line) for line in kept]
+        beside = path.with_suffix(".jsonl.tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = None
+        if config.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = None
+        if config.wandb:
+            import wandb  # pyright: ignore[reportMissingImports]  # optional
+
+            # One id per run folder, so that a resumed run goes on in the same chart.
+            self._wandb = wandb.init(
+                project=config.wandb_project, id=run_dir.resolve().name, resume="allow", config=hyperparameters
+            )
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """Log one step; `metrics` holds `step`."""
+        self._file.write(json.dumps(dict(metrics)) + "\n")
+        self._file.flush()
+        step = int(metrics["step"])
+        scalars = {name: value for name, value in metrics.items() if name != "step"}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of an earlier part of the run; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
