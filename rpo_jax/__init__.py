@@ -1,1 +1,34 @@
-"""Relative Preference Optimization (arXiv 2402.10958) in JAX: one contrast matrix over all devices."""
+"""Relative Preference Optimization (arXiv 2402.10958) in JAX: one contrast matrix over all devices.
+
+    config = rpo_jax.load_config("configs/quickstart.yaml", ["optim.learning_rate=1e-4"])
+    result = rpo_jax.run(config)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rpo_jax import models, objectives
+    from rpo_jax.config import Config
+    from rpo_jax.config_io import load_config
+    from rpo_jax.train import RunResult, run
+
+__all__ = ["Config", "RunResult", "load_config", "models", "objectives", "run"]
+
+_HOMES = {
+    "Config": "rpo_jax.config",
+    "RunResult": "rpo_jax.train",
+    "load_config": "rpo_jax.config_io",
+    "run": "rpo_jax.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: whoever only reads data or a configuration need not wait for jax.
+    if name in ("models", "objectives"):
+        return importlib.import_module(f"rpo_jax.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'rpo_jax' has no attribute {name!r}")

@@ -1,0 +1,166 @@
+"""The training loop: batches packed ahead, metrics read one step late, evaluations and checkpoints on their steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rpo_jax.checkpoint import Checkpoints
+from rpo_jax.config import TrainConfig
+from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.data.packing import packing_efficiency
+from rpo_jax.objectives import metrics as means
+from rpo_jax.step import Params, Steps, TrainState, put_batch
+from rpo_jax.tracking import MetricsLog, Reporter
+from rpo_jax.types import Batch
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class _Window:
+    """What has been trained since the last line of metrics, to tell rates from."""
+
+    since: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    pairs: int = 0
+    tokens: int = 0
+
+    def add(self, batch: Batch) -> None:
+        self.steps += 1
+        self.pairs += int(np.sum(batch.chosen.valid))
+        self.tokens += _num_tokens(batch)
+
+    def rates(self) -> Metrics:
+        seconds = time.perf_counter() - self.since
+        return {
+            "tokens_per_second": self.tokens / seconds,
+            "pairs_per_second": self.pairs / seconds,
+            "step_seconds": seconds / max(self.steps, 1),
+        }
+
+
+def _num_tokens(batch: Batch) -> int:
+    return int(np.sum(batch.segment_ids > 0))
+
+
+@dataclass
+class TrainingLoop:
+    """Trains from a state to `total_steps`.
+
+    Args:
+        held_out: batches of the held-out data; None where there are none.
+        reference: parameters of a live reference; None where log-probs are in the data, or none are used.
+        record: what each checkpoint says about its run, besides the number of tokens seen.
+    """
+
+    config: TrainConfig
+    steps: Steps
+    mesh: Mesh
+    batches: PreferenceBatches
+    held_out: PreferenceBatches | None
+    reference: Params | None
+    checkpoints: Checkpoints
+    log: MetricsLog
+    reporter: Reporter
+    record: Mapping[str, Any]
+    total_steps: int
+
+    def run(self, state: TrainState, start: int, num_tokens: int) -> tuple[Metrics, Metrics]:
+        """Train from step `start`.
+
+        Returns the held-out metrics before the run's first step, and the last training and held-out ones together.
+        """
+        if start == 0:
+            initial = last_eval = self._evaluate(state, 0)
+            last: Metrics = {}
+        else:
+            told = self.log.earlier
+            initial = next((line for line in told if line["step"] == 0), {})
+            last = next((line for line in reversed(told) if "loss" in line), {})
+            last_eval = next((line for line in reversed(told) if "eval_loss" in line), {})
+        if start >= self.total_steps:
+            return initial, {**last, **last_eval}
+        with (
+            self.reporter.progress("train", self.total_steps, start) as progress,
+            ThreadPoolExecutor(1, thread_name_prefix="packer") as packer,
+        ):
+            ahead = packer.submit(self.batches.batch_at, start)
+            waiting: tuple[int, int, dict[str, jax.Array], Batch] | None = None
+            window = _Window()
+            for step in range(start + 1, self.total_steps + 1):
+                batch = ahead.result()
+                ahead = packer.submit(self.batches.batch_at, step)
+                num_tokens += _num_tokens(batch)
+                state, report = self.steps.train(state, put_batch(self.mesh, batch), self.reference)
+                if waiting is not None:
+                    # The device works on this step while the previous one is read and told.
+                    last, window = self._tell(waiting, window, progress, last)
+                waiting = (step, num_tokens, report, batch)
+                if self._due(self.config.eval_every, step) or self._due(self.config.save_every, step):
+                    last, window = self._tell(waiting, window, progress, last)
+                    waiting = None
+                    if self._due(self.config.eval_every, step):
+                        last_eval = self._evaluate(state, step)
+                    if self._due(self.config.save_every, step):
+                        self._save(state, step, num_tokens, last_eval if last_eval.get("step") == step else {})
+                    window = _Window()
+        self.checkpoints.wait()
+        return initial, {**last, **last_eval}
+
+    def _due(self, every: int, step: int) -> bool:
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def _tell(self, waiting, window: _Window, progress, last: Metrics) -> tuple[Metrics, _Window]:
+        """Log a finished step if its turn has come; returns the newest metrics and the window for rates."""
+        step, num_tokens, report, batch = waiting
+        jax.block_until_ready(report)
+        window.add(batch)
+        if step != 1 and not self._due(self.config.log_every, step):
+            progress(step, {})
+            return last, window
+        metrics: Metrics = {
+            "step": step,
+            "epoch": step / self.batches.steps_per_epoch,
+            **{name: float(value) for name, value in report.items()},
+            "num_tokens": num_tokens,
+            "packing/efficiency": packing_efficiency(batch),
+            **window.rates(),
+        }
+        self.log.write(metrics)
+        progress(step, metrics)
+        return metrics, _Window()
+
+    def _evaluate(self, state: TrainState, step: int) -> Metrics:
+        """Held-out metrics over all of the held-out data, with `eval_` in front; logged."""
+        if self.held_out is None:
+            return {}
+        started = time.perf_counter()
+        total: dict[str, means.Mean] | None = None
+        for index in range(self.held_out.steps_per_epoch):
+            batch = put_batch(self.mesh, self.held_out.batch_at(index))
+            found = self.steps.evaluate(state.params, batch, self.reference)
+            total = found if total is None else means.combine(total, found)
+        assert total is not None
+        metrics = {f"eval_{name}": float(value) for name, value in means.finalize(total).items()}
+        metrics = {"step": step, "epoch": step / self.batches.steps_per_epoch, **metrics}
+        metrics["eval_seconds"] = time.perf_counter() - started
+        self.log.write(metrics)
+        return metrics
+
+    def _save(self, state: TrainState, step: int, num_tokens: int, evaluated: Metrics) -> None:
+        if step in self.checkpoints.steps():
+            return
+        score = None
+        if evaluated:
+            # Best by held-out accuracy of the implicit rewards; by loss where there are none, as in sft.
+            uses_rewards = self.steps.objective.uses_reference and "eval_rewards/accuracies" in evaluated
+            score = evaluated["eval_rewards/accuracies"] if uses_rewards else -evaluated["eval_loss"]
+        self.checkpoints.save(step, state, {**self.record, "num_tokens": num_tokens}, score)

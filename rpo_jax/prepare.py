@@ -1,0 +1,230 @@
+"""From files to packed-ready data: read, split, tokenise, embed. No model runs here but the sentence encoder."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from rpo_jax.config import Config, DataConfig
+from rpo_jax.config_io import parse_config
+from rpo_jax.data.embeddings import embed_texts
+from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, prompt_text
+from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.data.sources import read_rows
+from rpo_jax.data.tokenize import tokenize_examples
+from rpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from rpo_jax.objectives.contrast import WEIGHTS
+from rpo_jax.objectives.losses import Objective, objective_named
+from rpo_jax.tracking import Reporter
+from rpo_jax.types import PreferenceData, PreferenceExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training reads: the tokenizer, the training data, and the held-out data where there is any."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: PreferenceData
+    held_out: PreferenceData | None
+    responses: tuple[str, ...]
+
+    @property
+    def eval_responses(self) -> tuple[str, ...]:
+        """Held-out pairs are scored on both sides whatever the objective: accuracy needs them."""
+        return ("chosen", "rejected", *(("mismatched",) if "mismatched" in self.responses else ()))
+
+
+def checked_objective(config: Config) -> Objective:
+    """The objective of a configuration; ValueError where its parts do not fit together."""
+    objective = objective_named(config.objective.name, link=config.objective.link, weights=config.contrast.weights)
+    kind = config.contrast.weights or objective.weights
+    if kind is not None and WEIGHTS[kind].needs_pairs and config.data.pairing == "unpaired":
+        raise ValueError(
+            f"objective.name={config.objective.name} contrasts the two responses of a pair, but data.pairing is "
+            "unpaired; set contrast.weights to embedding or uniform, or data.pairing to paired."
+        )
+    return objective
+
+
+def is_paired(data: PreferenceData) -> bool:
+    return all(e.chosen_ids is not None and e.rejected_ids is not None for e in data.examples)
+
+
+def batches_of(config: Config, data: PreferenceData, responses: tuple[str, ...], row_shards: int) -> PreferenceBatches:
+    """Training batches of a data set; `row_shards` devices split a batch's rows."""
+    return PreferenceBatches(
+        data,
+        pairs=config.batch.pairs,
+        pairing=config.data.pairing,
+        responses=responses,
+        order=config.batch.order,
+        seed=config.run.seed,
+        row_tokens=config.batch.row_tokens,
+        rows_multiple=config.batch.micro_rows or row_shards,
+    )
+
+
+def sweep_of(config: Config, data: PreferenceData, responses: tuple[str, ...], row_shards: int) -> PreferenceBatches:
+    """Batches that reach every example once, in order: for evaluation and for the reference's log-probs."""
+    return PreferenceBatches(
+        data,
+        pairs=config.batch.pairs,
+        pairing="paired" if is_paired(data) else "unpaired",
+        responses=responses,
+        order="sequential",
+        seed=0,
+        row_tokens=config.batch.row_tokens,
+        rows_multiple=config.batch.micro_rows or row_shards,
+    )
+
+
+def _read(config: DataConfig, path: str, split: str, reporter: Reporter) -> ExampleSet:
+    found = make_examples(read_rows(path, split=split), config.layout, config.on_bad_row)
+    if found.bad:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in found.bad_counts.items())
+        reporter.say(f"{path}: {len(found.bad)} unusable rows skipped ({counts})")
+    return found
+
+
+def _split(config: DataConfig, reporter: Reporter) -> tuple[ExampleSet, ExampleSet | None]:
+    """Training and held-out examples."""
+    if config.path is None:
+        raise ValueError("data.path is not set; give a file, a folder or a hub data set.")
+    whole = _read(config, config.path, config.split, reporter)
+    examples, held_out = whole.examples, None
+    if config.eval_path is not None:
+        held_out = _read(config, config.eval_path, config.eval_split, reporter)
+    elif config.eval_rows:
+        if config.eval_rows >= len(examples):
+            raise ValueError(
+                f"data.eval_rows={config.eval_rows} leaves nothing to train on: {config.path} has {len(examples)} "
+                "usable examples."
+            )
+        held_out = replace(whole, examples=examples[-config.eval_rows :])
+        examples = examples[: -config.eval_rows]
+    return replace(whole, examples=examples[: config.train_rows]), held_out
+
+
+def _tokenizer(config: Config, examples: Sequence[PreferenceExample], trained: Path | None) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer; for a new model one that is learnt from the training texts."""
+    if trained is not None:
+        return load_tokenizer(trained)
+    source = config.model.path or config.model.tokenizer
+    if source != "train":
+        return load_tokenizer(source)
+    texts = [
+        text
+        for example in examples
+        for text in (prompt_text(example), example.chosen, example.rejected)
+        if text is not None
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
+
+
+def _tokenized(
+    config: Config,
+    found: ExampleSet,
+    tokenizer: PreTrainedTokenizerBase,
+    responses: tuple[str, ...],
+    reporter: Reporter,
+) -> tuple[list, list[PreferenceExample]]:
+    """Token ids, and the examples that they belong to."""
+    side = config.data.truncation_side
+    tokenized, bad = tokenize_examples(
+        found.examples,
+        tokenizer,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_tokens=config.data.max_tokens,
+        truncation_side=found.truncation_side if side == "auto" else side,
+        template=config.data.template,
+        mismatched="mismatched" in responses,
+    )
+    if bad and config.data.on_bad_row == "error":
+        raise ValueError(
+            f"{bad[0][0]}: {bad[0][1]}. {len(bad)} of {len(found.examples)} examples cannot be tokenised; fix them, or "
+            "set data.on_bad_row: skip to leave them out."
+        )
+    if bad:
+        reporter.say(f"{len(bad)} examples that cannot be tokenised skipped; the first: {bad[0][0]}: {bad[0][1]}")
+    refused = {row_id for row_id, _ in bad}
+    return tokenized, [example for example in found.examples if example.row_id not in refused]
+
+
+def _embeddings(
+    config: Config, examples: Sequence[PreferenceExample], reporter: Reporter
+) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "n E"]]:
+    """Embeddings that go with each example's chosen and rejected response."""
+    kind = config.embedding.text
+    if kind == "prompt_response":
+        texts = [embedding_text(e, kind, getattr(e, side) or "") for side in ("chosen", "rejected") for e in examples]
+    else:
+        texts = [embedding_text(e, kind, "") for e in examples]
+    with reporter.progress("embed", len(texts)) as update:
+        rows = embed_texts(
+            texts,
+            config.embedding.encoder,
+            config.run.cache_dir,
+            batch_texts=config.embedding.batch_texts,
+            on_progress=lambda done, total: update(len(texts) - total + done, {}),
+        )
+    return rows[: len(examples)], rows[-len(examples) :]
+
+
+def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None = None) -> Prepared:
+    """Read, split, tokenise and embed the data of a configuration.
+
+    Args:
+        trained_tokenizer: tokenizer folder of the run that is being resumed.
+
+    Raises:
+        ValueError: for anything in the data or the configuration that cannot be used, with file and row.
+    """
+    objective = checked_objective(config)
+    with reporter.phase("read") as notes:
+        train, held_out = _split(config.data, reporter)
+        notes.append(f"{len(train.examples):,} training and {len(held_out.examples) if held_out else 0:,} held-out ")
+        notes.append(f"examples, layout {train.layout}")
+    with reporter.phase("tokenise") as notes:
+        tokenizer = _tokenizer(config, train.examples, trained_tokenizer)
+        parts = {}
+        for name, found in (("train", train), ("held_out", held_out)):
+            if found is not None:
+                parts[name] = _tokenized(config, found, tokenizer, objective.responses, reporter)
+        notes.append(f"vocabulary {len(tokenizer):,}")
+
+    kind = config.contrast.weights or objective.weights
+    needs_embeddings = kind is not None and WEIGHTS[kind].needs_embeddings
+    data = {}
+    with reporter.phase("embed") as notes:
+        for name, (tokenized, examples) in parts.items():
+            nothing = np.zeros((len(examples), 0), np.float32)
+            chosen, rejected = _embeddings(config, examples, reporter) if needs_embeddings else (nothing, nothing)
+            data[name] = PreferenceData(tokenized, chosen, rejected)
+        notes.append(config.embedding.encoder if needs_embeddings else "not needed")
+    return Prepared(tokenizer, data["train"], data.get("held_out"), objective.responses)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fill the caches of a configuration without training: `python -m rpo_jax.prepare --config FILE`."""
+    try:
+        config = parse_config(sys.argv[1:] if arguments is None else arguments)
+        prepare(config, Reporter())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
