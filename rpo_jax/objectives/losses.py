@@ -28,8 +28,7 @@ from rpo_jax.objectives.scores import Scores, at_least_float32, keep, masked_mea
 
 WeightsOn = Literal["score", "loss"]
 
-
-# Links: u = w_ij (rho_chosen,i - rho_rejected,j) to a loss per entry.
+# From u = w_ij (rho_chosen,i - rho_rejected,j), beta and label smoothing to a loss per entry.
 Link = Callable[[Float[Array, "*S"], float, float], Float[Array, "*S"]]
 
 

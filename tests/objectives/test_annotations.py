@@ -1,5 +1,6 @@
 """The shapes that signatures promise, checked at run time, with and without leading group dimensions."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,23 +27,26 @@ def arrays(*groups):
 
 @pytest.mark.parametrize("groups", [(), (2,), (2, 3)])
 def test_contrast_and_losses_keep_their_shapes(groups):
-    normal, ids, mask = arrays(*groups)
-    chosen_emb, rejected_emb = normal(M, E), normal(N, E)
-    distance = checked(contrast.cosine_distance)(chosen_emb, rejected_emb)
-    temperature = checked(contrast.calibrated_temperature)(distance, mask, 2.0)
-    weights = checked(contrast.embedding_weights)(chosen_emb, rejected_emb, temperature, mask)
-    checked(contrast.row_perplexity)(weights, mask)
-    checked(contrast.uniform_weights)(mask)
-    for square in (contrast.pair_weights, contrast.pair_mask):
-        checked(square)(mask[..., :M])
-    checked(contrast.diagonal_weights)(M, 0.8, mask[..., :M])
-    valid = (jnp.any(mask, axis=-1), jnp.any(mask, axis=-2))
-    checked(contrast.valid_entries)(*valid, ids(M), ids(N), ids(M), ids(N))
-    checked(losses.pairwise_loss)(normal(M), normal(N), weights, mask=mask)
-    checked(losses.slic_loss)(normal(M), normal(N), ids(M), weights, mask=mask)
-    checked(losses.sft_loss)(normal(M), ids(M))
-    checked(losses.kto_loss)(normal(M), normal(N), jnp.ones(K))
-    checked(metrics.contrast_metrics)(weights, mask, temperature, 1 - distance, ids(M), ids(N), paired=False)
+    def call_all():
+        normal, ids, mask = arrays(*groups)
+        chosen_emb, rejected_emb = normal(M, E), normal(N, E)
+        distance = checked(contrast.cosine_distance)(chosen_emb, rejected_emb)
+        temperature = checked(contrast.calibrated_temperature)(distance, mask, 2.0)
+        weights = checked(contrast.embedding_weights)(chosen_emb, rejected_emb, temperature, mask)
+        checked(contrast.row_perplexity)(weights, mask)
+        checked(contrast.uniform_weights)(mask)
+        for square in (contrast.pair_weights, contrast.pair_mask):
+            checked(square)(mask[..., :M])
+        checked(contrast.diagonal_weights)(M, 0.8, mask[..., :M])
+        valid = (jnp.any(mask, axis=-1), jnp.any(mask, axis=-2))
+        checked(contrast.valid_entries)(*valid, ids(M), ids(N), ids(M), ids(N))
+        checked(losses.pairwise_loss)(normal(M), normal(N), weights, mask=mask)
+        checked(losses.slic_loss)(normal(M), normal(N), ids(M), weights, mask=mask)
+        checked(losses.sft_loss)(normal(M), ids(M))
+        checked(losses.kto_loss)(normal(M), normal(N), jnp.ones(K))
+        checked(metrics.contrast_metrics)(weights, mask, temperature, 1 - distance, ids(M), ids(N), paired=False)
+
+    jax.eval_shape(call_all)
 
 
 def test_log_probs_keep_their_shapes():

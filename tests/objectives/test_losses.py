@@ -66,7 +66,7 @@ def test_every_link_on_every_weighting_agrees_with_the_oracle(link, weights_on, 
 
 
 def test_the_oracles_gradients_are_those_of_its_losses():
-    chosen, rejected, mask, emb = draw(0)
+    chosen, rejected, mask, _ = draw(0)
     chosen, rejected = chosen.astype(np.float64), rejected.astype(np.float64)
     num_tokens, weights, step = np.arange(3, 3 + M), oracle.uniform_weights(mask), 1e-6
     masks = (mask.any(1), mask.any(0), np.zeros(0, bool))
