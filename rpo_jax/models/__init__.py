@@ -11,7 +11,7 @@ from rpo_jax.models.decoder import (
     output_head,
     param_axes,
 )
-from rpo_jax.models.families import FAMILIES, new_config, read_config
+from rpo_jax.models.families import FAMILIES, new_config, read_config, to_transformers
 from rpo_jax.models.folders import resolve_folder
 from rpo_jax.models.rope import Rope
 from rpo_jax.models.weights import load_pretrained, save_pretrained
@@ -33,4 +33,5 @@ __all__ = [
     "read_config",
     "resolve_folder",
     "save_pretrained",
+    "to_transformers",
 ]

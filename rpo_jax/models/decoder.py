@@ -1,7 +1,8 @@
 """The one decoder: Llama, Mistral and Qwen are settings of it.
 
 Parameters are a plain nested dict of arrays; those of a layer carry all layers along their first axis, and the
-forward pass scans over it. Letters: B rows, T tokens, D hidden, V vocabulary, N heads, K head dimension.
+forward pass scans over it. Letters: B rows, T tokens, D hidden, V vocabulary, P = half the head dimension, L layers,
+W distinct masks.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cos_sin: tuple[Float[Array, "B T K/2"], Float[Array, "B T K/2"]],
+        cos_sin: tuple[Float[Array, "B T P"], Float[Array, "B T P"]],
         mask: Bool[Array, "B T T"],
         constrain: Constrain,
     ) -> Float[Array, "B T D"]:

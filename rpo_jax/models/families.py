@@ -203,22 +203,22 @@ def new_config(
     _check_family(family, f"model.family={family}")
     if hidden_size % num_heads:
         raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads}.")
-    config = _config_class(family)(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=hidden_size // num_heads,
-        tie_word_embeddings=tie_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-        max_position_embeddings=max_position_embeddings,
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
-    return _from_transformers(family, config, "float32")
+    values = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": hidden_size // num_heads,
+        "tie_word_embeddings": tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "max_position_embeddings": max_position_embeddings,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+    }
+    return _from_transformers(family, _build(family, values), "float32")
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -246,19 +246,20 @@ def to_transformers(model: ModelConfig, dtype: str) -> Any:
     """The transformers configuration whose model class loads these weights."""
     family = FAMILIES[model.family]
     eos = model.eos_token_id
-    config = _config_class(model.family)(
+    values = {
         **{theirs: getattr(model, ours) for ours, theirs in _SAME_VALUE.items()},
         **family.write(model),
-        head_dim=model.head_dim,
-        eos_token_id=list(eos) if isinstance(eos, tuple) else eos,
-        rope_parameters={
+        "head_dim": model.head_dim,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "rope_parameters": {
             "rope_type": model.rope.kind,
             "rope_theta": model.rope.theta,
             **dict(model.rope.scaling),
         },
-        architectures=[family.architecture],
-        dtype=dtype,
-    )
+        "architectures": [family.architecture],
+        "dtype": dtype,
+    }
+    config = _build(model.family, values)
     if _from_transformers(model.family, config, model.dtype) != model:
         raise ValueError(f"transformers' {family.config_class} cannot express this architecture: {model}.")
     return config
@@ -270,18 +271,13 @@ def _check_family(family: str, what: str) -> None:
         raise ValueError(f"{what} is not supported; known families: {known}.")
 
 
-def _config_class(family: str) -> Any:
-    import transformers
-
-    return getattr(transformers, FAMILIES[family].config_class)
-
-
 def _stored_dtype(values: Mapping[str, Any]) -> str:
     return str(values.get("dtype") or values.get("torch_dtype") or "float32")
 
 
 def _build(family: str, values: Mapping[str, Any]) -> Any:
-    """The transformers configuration of a config.json; it fills in defaults and renames older keys."""
+    """The transformers configuration of a config.json's values; it fills in defaults and renames older keys."""
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
 
     if values.get("quantization_config"):
@@ -291,7 +287,7 @@ def _build(family: str, values: Mapping[str, Any]) -> Any:
     if kind not in ROPE_KINDS:
         raise ValueError(f"rope type {kind!r} is not supported; known types: {', '.join(ROPE_KINDS)}.")
     try:
-        return _config_class(family).from_dict(dict(values))
+        return getattr(transformers, FAMILIES[family].config_class).from_dict(dict(values))
     except (StrictDataclassError, TypeError, KeyError) as error:
         raise ValueError(f"transformers does not accept it: {error}") from error
 

@@ -1,6 +1,6 @@
 """Rotary position embeddings: frequencies of every supported scaling, and the rotation.
 
-Letters: B rows, T tokens, N heads, K head dimension.
+Letters: B rows, T tokens, N heads, K head dimension, P = K / 2 pairs of dimensions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Frequencies = tuple[Float[np.ndarray, "K/2"], float]
+Frequencies = tuple[Float[np.ndarray, "P"], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def frequencies(rope: Rope, head_dim: int) -> Frequencies:
 
 def rotation(
     rope: Rope, head_dim: int, positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T K/2"], Float[Array, "B T K/2"]]:
+) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
     """cos and sin of every position's angles, float32."""
     frequency, attention_factor = frequencies(rope, head_dim)
     angle = positions[..., None].astype(jnp.float32) * frequency
@@ -52,7 +52,7 @@ def rotation(
 
 
 def rotate(
-    x: Float[Array, "B T N K"], cos: Float[Array, "B T K/2"], sin: Float[Array, "B T K/2"]
+    x: Float[Array, "B T N K"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"]
 ) -> Float[Array, "B T N K"]:
     """Rotate pairs (k, k + K/2) of every head by their position's angle, in float32.  Source: arXiv 2104.09864."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

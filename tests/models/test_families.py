@@ -1,0 +1,148 @@
+"""Configurations translate both ways, older keys load, and what is not supported is refused by name."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from rpo_jax import models
+from rpo_jax.models.families import to_transformers
+
+from .conftest import CASES, LLAMA3_ROPE, torch_model
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def _write(folder, **changes):
+    (folder / "config.json").write_text(json.dumps(BASE | changes))
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_configuration_survives_both_ways(name, hf_folder, tmp_path):
+    config = models.read_config(hf_folder(name))
+    to_transformers(config, "float32").save_pretrained(tmp_path)
+    assert models.read_config(tmp_path) == config
+    assert hash(config) == hash(models.read_config(tmp_path))
+
+
+def test_every_family_is_among_the_cases():
+    assert {torch_model(name).config.model_type for name in CASES} == set(models.FAMILIES)
+
+
+def test_older_rope_keys_mean_the_same(tmp_path):
+    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    old = models.read_config(_write(tmp_path / "old", rope_theta=500_000.0, rope_scaling=scaling))
+    new = models.read_config(_write(tmp_path / "new", rope_parameters=LLAMA3_ROPE))
+    assert old == new
+    assert old.rope.theta == 500_000.0
+    assert dict(old.rope.scaling)["factor"] == 8.0
+    legacy = models.read_config(_write(tmp_path / "old", rope_scaling={"type": "linear", "factor": 2.0}))
+    assert legacy.rope == models.Rope(theta=10_000.0, kind="linear", scaling=(("factor", 2.0),))
+
+
+def test_older_dtype_key_and_absent_sizes_have_transformers_meaning(tmp_path):
+    config = models.read_config(_write(tmp_path, torch_dtype="bfloat16"))
+    assert config.dtype == "bfloat16"
+    assert (config.num_kv_heads, config.head_dim) == (4, 8)
+
+
+def test_max_window_layers_places_the_sliding_layers(tmp_path):
+    qwen = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+    }
+    window = {"sliding_window": 7, "max_window_layers": 3}
+    config = models.read_config(_write(tmp_path, **qwen, **window, use_sliding_window=True))
+    assert config.sliding_windows == (None, None, None, 7)
+    config = models.read_config(_write(tmp_path, **qwen, **window, use_sliding_window=False))
+    assert config.sliding_windows == (None,) * 4
+    layer_types = ["sliding_attention", "full_attention"] * 2
+    config = models.read_config(_write(tmp_path, **qwen, **window, use_sliding_window=True, layer_types=layer_types))
+    assert config.sliding_windows == (7, None, 7, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            "'GPT2LMHeadModel' in .*config.json is not supported; known families: llama .LlamaForCausalLM., mistral",
+        ),
+        ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification; only LlamaForCausalLM"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json: rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3.*high_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
+        ({"num_attention_heads": 5}, "hidden size .32. is not a multiple"),
+        ({"hidden_size": "wide"}, "transformers does not accept it: .*hidden_size"),
+        ({"num_key_value_heads": 3}, "num_heads=4 of a llama model must be a multiple of num_kv_heads=3"),
+    ],
+)
+def test_unsupported_configurations_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        models.read_config(_write(tmp_path, **changes))
+
+
+def test_missing_and_broken_config_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        models.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        models.read_config(tmp_path)
+
+
+def _new(**changes):
+    sizes = {
+        "family": "llama",
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "tie_embeddings": True,
+        "rope_theta": 5_000.0,
+        "max_position_embeddings": 64,
+    }
+    return models.new_config(**(sizes | changes))
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_new_config_has_the_sizes_it_was_given(family):
+    config = _new(family=family, eos_token_id=3)
+    assert (config.family, config.head_dim, config.num_kv_heads, config.eos_token_id) == (family, 8, 2, 3)
+    assert config.rope == models.Rope(theta=5_000.0)
+    assert config.tie_embeddings
+    assert config.qk_norm == (family == "qwen3")
+    assert config.qkv_bias == (family == "qwen2")
+
+
+def test_new_config_refuses_unknown_family_and_impossible_sizes():
+    with pytest.raises(ValueError, match="family=gemma is not supported; known families: llama"):
+        _new(family="gemma")
+    with pytest.raises(ValueError, match="hidden_size=30 must be a multiple of num_heads=4"):
+        _new(hidden_size=30)
+    with pytest.raises(ValueError, match=r"(?s)transformers does not accept it: .*head_dim`=9"):
+        _new(hidden_size=36)
+
+
+def test_an_architecture_that_transformers_cannot_express_is_refused():
+    config = dataclasses.replace(_new(), qk_norm=True)
+    with pytest.raises(ValueError, match="LlamaConfig cannot express this architecture"):
+        to_transformers(config, "float32")

@@ -1,0 +1,50 @@
+"""Logits equal those of transformers' torch models.  `pytest tests/models -s -k parity` prints the figures."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from rpo_jax import models
+
+from .conftest import CASES, SIZES, torch_model
+
+TOLERANCE = 1e-4
+LENGTHS = (24, 15, 9)
+
+
+def _padded(side: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, attention mask and positions of rows of several lengths."""
+    width = max(LENGTHS)
+    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (len(LENGTHS), width))
+    index = np.arange(width)
+    lengths = LENGTHS if side else [width] * len(LENGTHS)
+    real = np.stack([index >= width - n if side == "left" else index < n for n in lengths])
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    return tokens, real, positions
+
+
+def _difference(name: str, model_config, params, side: str | None) -> tuple[float, float]:
+    tokens, real, positions = _padded(side)
+    torch_arguments = {"attention_mask": torch.tensor(real), "position_ids": torch.tensor(positions)}
+    with torch.no_grad():
+        expected = torch_model(name)(torch.tensor(tokens), **(torch_arguments if side else {})).logits.numpy()
+    # The same arguments in every case, so that each model compiles once; tests of the defaults are in test_decoder.
+    arguments = {"positions": jnp.array(positions), "segment_ids": jnp.array(real, jnp.int32)}
+    got = np.asarray(models.apply(model_config, params, jnp.array(tokens), **arguments))
+    assert np.isfinite(got).all()
+    return float(np.abs(got - expected)[real].max()), float(np.abs(expected[real]).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity_of_logits(name, hf_folder):
+    model_config, params = models.load_pretrained(hf_folder(name))
+    unpadded, size = _difference(name, model_config, params, None)
+    right, _ = _difference(name, model_config, params, "right")
+    left, _ = _difference(name, model_config, params, "left")
+    print(
+        f"\nparity {name:26s} max |logits - torch|: unpadded {unpadded:.1e}, right-padded {right:.1e}, "
+        f"left-padded {left:.1e} (logits up to {size:.1f})"
+    )
+    assert size > 1  # small logits would agree for no good reason
+    assert max(unpadded, right, left) <= TOLERANCE

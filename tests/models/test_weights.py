@@ -1,0 +1,195 @@
+"""Folders in and out: equal bytes, equal logits in torch, and every key used exactly once."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rpo_jax import models
+
+from .conftest import CASES, torch_model
+
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, 11))
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "numpy") as stored:  # unlike load_file, it reads bfloat16
+            tensors |= {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  (not a dict)
+    return tensors
+
+
+def _assert_same_bytes(a: Path, b: Path) -> None:
+    first, second = _tensors(a), _tensors(b)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert (value.dtype, value.shape) == (second[key].dtype, second[key].shape), key
+        assert value.tobytes() == second[key].tobytes(), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_load_then_save_gives_equal_bytes_and_torch_gives_equal_logits(name, hf_folder, tmp_path):
+    config, params = models.load_pretrained(hf_folder(name))
+    saved = models.save_pretrained(tmp_path / "out", config, params)
+    _assert_same_bytes(hf_folder(name), saved)
+    again = AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = torch_model(name)(torch.tensor(TOKENS)).logits
+        torch.testing.assert_close(again(torch.tensor(TOKENS)).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shard", [None, "30KB"])
+def test_half_precision_and_shards_survive(dtype, shard, tmp_path):
+    half = type(torch_model("qwen3"))(torch_model("qwen3").config).to(getattr(torch, dtype))
+    half.save_pretrained(tmp_path / "in", **({"max_shard_size": shard} if shard else {}))
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) == 1 or shard
+    config, params = models.load_pretrained(tmp_path / "in")
+    assert config.dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    limit = 5e9 if shard is None else 30_000
+    saved = models.save_pretrained(tmp_path / "out", config, params, max_shard_bytes=limit)
+    _assert_same_bytes(tmp_path / "in", saved)
+    assert json.loads((saved / "config.json").read_text())["dtype"] == dtype
+    if shard:
+        files = list(saved.glob("model-*-of-*.safetensors"))
+        index = json.loads((saved / "model.safetensors.index.json").read_text())
+        assert len(files) > 2
+        assert {file.name for file in files} == set(index["weight_map"].values())
+        assert index["metadata"]["total_size"] == sum(value.nbytes for value in _tensors(saved).values())
+    reloaded = AutoModelForCausalLM.from_pretrained(saved)
+    for key, value in half.state_dict().items():
+        torch.testing.assert_close(reloaded.state_dict()[key], value, rtol=0, atol=0)
+
+
+def test_parameters_in_the_asked_dtype_and_file_in_another(hf_folder, tmp_path):
+    config, params = models.load_pretrained(hf_folder("llama2"), dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    assert config.dtype == "float32"  # that of the folder
+    saved = models.save_pretrained(tmp_path / "out", config, params, dtype="float16")
+    assert {value.dtype for value in _tensors(saved).values()} == {np.dtype("float16")}
+
+
+def test_new_model_on_devices_reaches_torch_with_its_logits(tmp_path):
+    config = models.new_config(
+        family="qwen3",
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        tie_embeddings=True,
+        rope_theta=10_000.0,
+        max_position_embeddings=64,
+        eos_token_id=1,
+    )
+    params = jax.jit(models.init_params, static_argnums=0)(config, jax.random.key(0))
+    saved = models.save_pretrained(tmp_path / "out", config, params)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(saved)(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(models.apply(config, params, jnp.array(TOKENS)), expected, atol=1e-5)
+
+
+def _rewrite(source: Path, target: Path, change) -> Path:
+    """A copy of a folder whose tensors `change` has edited."""
+    target.mkdir()
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        (
+            "llama2",
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            r"do not fit its config.json .llama, 3 layers.: the folder lacks model.layers.1.mlp.up_proj.weight\.",
+        ),
+        (
+            "llama2",
+            lambda t: t.update({"model.layers.3.mlp.up_proj.weight": t["model.layers.2.mlp.up_proj.weight"]}),
+            "holds model.layers.3.mlp.up_proj.weight, which nothing uses",
+        ),
+        (
+            "llama2",
+            lambda t: t.update({"model.embed": t.pop("model.embed_tokens.weight")}),
+            "lacks model.embed_tokens.weight and holds model.embed, which",
+        ),
+        ("llama2", lambda t: t.pop("lm_head.weight"), "lacks lm_head.weight"),
+        (
+            "qwen3",
+            lambda t: t.update({"model.layers.0.self_attn.k_proj.weight": np.zeros((64, 63), np.float32)}),
+            r"k_proj.weight in .* has shape \(64, 63\); .*config.json implies \(64, 64\)",
+        ),
+        (
+            "llama2",
+            lambda t: t.update({"model.norm.weight": np.zeros(64, np.int8)}),
+            "model.norm.weight in .* has dtype I8; supported are F32, BF16, F16",
+        ),
+        (
+            "qwen2 tied",
+            lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
+            "lm_head.weight differs from model.embed_tokens.weight; set tie_word_embeddings to false",
+        ),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused_by_key(case, change, message, hf_folder, tmp_path):
+    folder = _rewrite(hf_folder(case), tmp_path / "changed", change)
+    with pytest.raises(ValueError, match=message):
+        models.load_pretrained(folder)
+
+
+def test_derived_buffers_and_an_equal_tied_head_are_tolerated(hf_folder, tmp_path):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+
+    folder = _rewrite(hf_folder("qwen2 tied"), tmp_path / "changed", change)
+    _, params = models.load_pretrained(folder)
+    _, expected = models.load_pretrained(hf_folder("qwen2 tied"))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_mixed_dtypes_are_saved_without_loss(hf_folder, tmp_path):
+    def change(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
+
+    config, _ = models.load_pretrained(_rewrite(hf_folder("llama2"), tmp_path / "changed", change))
+    assert config.dtype == "float32"
+
+
+def test_parameters_of_another_architecture_and_unknown_dtypes_are_refused(hf_folder, tmp_path):
+    config, params = models.load_pretrained(hf_folder("llama2"))
+    with pytest.raises(ValueError, match=r"Parameter embed has shape \(5, 64\); .* implies \(97, 64\)"):
+        models.save_pretrained(tmp_path / "out", config, params | {"embed": np.zeros((5, 64))})
+    with pytest.raises(ValueError, match="dtype='int8' is not known; use one of float32, bfloat16, float16"):
+        models.save_pretrained(tmp_path / "out", config, params, dtype="int8")
+    with pytest.raises(ValueError, match="dtype='int8' is not known"):
+        models.load_pretrained(hf_folder("llama2"), dtype="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_generation_config_is_derived_given_or_copied(hf_folder, tmp_path):
+    config, params = models.load_pretrained(hf_folder("llama3"))
+
+    def written(name, **arguments):
+        saved = models.save_pretrained(tmp_path / name, config, params, **arguments)
+        return json.loads((saved / "generation_config.json").read_text())
+
+    assert written("derived")["eos_token_id"] == [2, 3]
+    assert written("given", generation_config={"max_new_tokens": 7})["max_new_tokens"] == 7
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "generation_config.json").write_text('{"top_k": 3}')
+    assert written("copied", generation_config=tmp_path / "source") == {"top_k": 3}
