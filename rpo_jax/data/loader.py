@@ -148,7 +148,8 @@ class PreferenceBatches:
         tokens = np.zeros(len(self.data.examples), np.int64)
         for index in self._pools[pool].tolist():
             example = self.data.examples[index]
-            tokens[index] = len(example.prompt_ids) + sum(len(_ids(example, r)) for r in self._responses_of(pool))
+            responses = [_ids(example, name) for name in self._responses_of(pool)]
+            tokens[index] = len(example.prompt_ids) + sum(len(ids) for ids in responses if ids is not None)
         return tokens
 
     def _checked_row_tokens(self, row_tokens: int | None) -> int:
@@ -186,7 +187,7 @@ class PreferenceBatches:
         return pack(np.concatenate(lengths), self.row_tokens)[2]
 
 
-def _ids(example: TokenizedExample, response: str) -> Int[np.ndarray, "_"]:
+def _ids(example: TokenizedExample, response: str) -> Int[np.ndarray, "_"] | None:
     return getattr(example, f"{response}_ids")
 
 
