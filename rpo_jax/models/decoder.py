@@ -169,7 +169,7 @@ class Decoder(nnx.Module):
 
 
 @functools.cache
-def _abstract(model_config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract(model_config: ModelConfig) -> tuple[Any, Any]:
     """The model's graph, and its parameters without values."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(model_config, 0)))
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+Number = float | int  # JSON writes 8.0 as 8
 Frequencies = tuple[Float[np.ndarray, "P"], float]
 
 
@@ -66,7 +67,7 @@ def _default(theta: float, head_dim: int) -> Frequencies:
     return (1.0 / theta**exponent).astype(np.float32), 1.0
 
 
-def _linear(theta: float, head_dim: int, *, factor: float) -> Frequencies:
+def _linear(theta: float, head_dim: int, *, factor: Number) -> Frequencies:
     """Every position divided by `factor`."""
     return _default(theta, head_dim)[0] / np.float32(factor), 1.0
 
@@ -75,9 +76,9 @@ def _llama3(
     theta: float,
     head_dim: int,
     *,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
+    factor: Number,
+    low_freq_factor: Number,
+    high_freq_factor: Number,
     original_max_position_embeddings: int,
 ) -> Frequencies:
     """Long wavelengths divided by `factor`, short ones kept, a linear blend between.  Source: Llama 3.1."""
@@ -92,21 +93,21 @@ def _yarn(
     theta: float,
     head_dim: int,
     *,
-    factor: float,
+    factor: Number,
     original_max_position_embeddings: int,
-    attention_factor: float | None = None,
-    beta_fast: float = 32,
-    beta_slow: float = 1,
-    mscale: float | None = None,
-    mscale_all_dim: float | None = None,
+    attention_factor: Number | None = None,
+    beta_fast: Number = 32,
+    beta_slow: Number = 1,
+    mscale: Number | None = None,
+    mscale_all_dim: Number | None = None,
     truncate: bool = True,
 ) -> Frequencies:
     """NTK-by-parts interpolation with an attention temperature.  Source: arXiv 2309.00071, Sections 3.2 and 3.4."""
 
-    def dimension_of(turns: float) -> float:
+    def dimension_of(turns: Number) -> float:
         return head_dim * math.log(original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    def temperature(scale: float) -> float:
+    def temperature(scale: Number) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
     low, high = dimension_of(beta_fast), dimension_of(beta_slow)

@@ -193,7 +193,7 @@ def save_pretrained(
     tokenizer: Any = None,
     generation_config: Mapping[str, Any] | str | Path | None = None,
     dtype: str | None = None,
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Path:
     """Write a Hugging Face folder that transformers' AutoModelForCausalLM loads; whole or not at all.
@@ -252,7 +252,7 @@ def _write_generation_config(folder: Path, model_config: ModelConfig, given: Any
     GenerationConfig(**(special | dict(given or {}))).save_pretrained(folder)
 
 
-def _shards(tensors: Mapping[str, _Tensor], item_bytes: int, limit: float) -> Iterator[list[str]]:
+def _shards(tensors: Mapping[str, _Tensor], item_bytes: int, limit: int) -> Iterator[list[str]]:
     """Keys of one file after another, in order, each file as full as `limit` bytes allow."""
     keys: list[str] = []
     size = 0
@@ -271,7 +271,7 @@ def _write_shards(
     tensors: Mapping[str, _Tensor],
     flat: Mapping[tuple[str, ...], Any],
     dtype: str,
-    max_shard_bytes: float,
+    max_shard_bytes: int,
 ) -> None:
     from safetensors.numpy import save_file
 

@@ -28,7 +28,8 @@ def test_attention_equals_a_loop_over_heads(kv_heads):
     query = rng.normal(size=(2, 7, 6, 4)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, 7, kv_heads, 4)).astype(np.float32)
     mask = (rng.random((2, 7, 7)) < 0.5) | np.eye(7, dtype=bool)
-    np.testing.assert_allclose(attention(query, key, value, mask), _oracle(query, key, value, mask), atol=1e-5)
+    got = attention(*map(jnp.array, (query, key, value, mask)))
+    np.testing.assert_allclose(got, _oracle(query, key, value, mask), atol=1e-5)
 
 
 def test_softmax_is_float32_under_bfloat16_inputs():

@@ -55,7 +55,7 @@ def test_half_precision_and_shards_survive(dtype, shard, tmp_path):
     config, params = models.load_pretrained(tmp_path / "in")
     assert config.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
-    limit = 5e9 if shard is None else 30_000
+    limit = 5_000_000_000 if shard is None else 30_000
     saved = models.save_pretrained(tmp_path / "out", config, params, max_shard_bytes=limit)
     _assert_same_bytes(tmp_path / "in", saved)
     assert json.loads((saved / "config.json").read_text())["dtype"] == dtype
