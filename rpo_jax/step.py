@@ -97,7 +97,8 @@ def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh) -> For
             remat=config.model.remat,
             constrain=constrain,
         )
-        head = models.output_head(model_config, params)
+        # Whole over fsdp before the chunks of the head run, or each chunk would gather it again.
+        head = constrain(models.output_head(model_config, params), ("embed", "vocab"))
         ids = (rows["tokens"], rows["previous"], rows["response_ids"])
         return LogProbs(*response_log_probs(hidden, head, *ids, num_responses, constrain=constrain))
 
@@ -286,7 +287,7 @@ def build_steps(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         report = {
             "loss": value,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": schedule(state.step),
             **metrics.finalize(means),
         }
@@ -299,7 +300,7 @@ def build_steps(
         return {"loss": metrics.Mean(value * count, count), **means}
 
     whole, param_shardings = sharding.replicated(mesh), _param_shardings(model_config, mesh)
-    opt_shardings = optax.tree_utils.tree_map_params(
+    opt_shardings = optax.tree.map_params(
         optimizer,
         lambda _, placed: placed,
         jax.eval_shape(optimizer.init, models.abstract_params(model_config)),

@@ -74,7 +74,9 @@ def run(config: Config) -> RunResult:
     record = {"model": comparable(model_config), "config": dataclasses.asdict(config)}
     if resuming:
         _check_resumable(run_dir, record["model"])
-    with jax.set_mesh(mesh):
+    # An accelerator may multiply float32 at less than float32's precision unless told otherwise.
+    precision = "float32" if config.model.compute_dtype == "float32" else None
+    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
         policy = _start(config, model_config, prepared, mesh, reporter)
         if not resuming:
             _make_run_dir(config, model_config, prepared, run_dir)

@@ -67,7 +67,9 @@ def test_clipping_uses_the_global_norm():
     np.testing.assert_allclose(momentum["b"] / (1 - config.b2), 0.8, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("schedule", "half", "end"), [("constant", 1.0, 1.0), ("linear", 0.5, 0.0), ("cosine", 0.5, 0.0)])
+@pytest.mark.parametrize(
+    ("schedule", "half", "end"), [("constant", 1.0, 1.0), ("linear", 0.5, 0.0), ("cosine", 0.5, 0.0)]
+)
 def test_schedule(schedule, half, end):
     config = OptimConfig(learning_rate=2.0, warmup_steps=3, schedule=schedule)
     rate = learning_rate_schedule(config, total_steps=103)

@@ -53,7 +53,7 @@ def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, M
     rewards = {name: beta * side.log_ratio() for name, side in sides.items()}
     metrics = {}
     for name, side in sides.items():
-        if side.valid.shape[-1]:
+        if side.valid.size:
             metrics[f"rewards/{name}"] = masked(rewards[name], side.valid)
             metrics[f"logps/{name}"] = masked(side.log_prob, side.valid)
     if len(metrics) == 4 and paired:
@@ -66,7 +66,7 @@ def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, M
         num_chosen, num_rejected = (jnp.sum(side.valid, axis=-1) for side in sides.values())
         total = jnp.sum(rewards["chosen"], axis=-1) * num_rejected - jnp.sum(rewards["rejected"], axis=-1) * num_chosen
         metrics["rewards/margins"] = Mean(jnp.sum(total), jnp.sum(num_chosen * num_rejected).astype(jnp.float32))
-    if scores.mismatched.valid.shape[-1]:
+    if scores.mismatched.valid.size:
         valid = scores.mismatched.valid
         count = jnp.sum(valid).astype(jnp.float32)
         metrics["kl"] = Mean(kl_estimate(scores.mismatched.log_ratio(), valid) * count, count)

@@ -1,0 +1,216 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpo_jax import models, sharding
+from rpo_jax.config import (
+    BatchConfig,
+    Config,
+    ContrastConfig,
+    DataConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PolicyConfig,
+)
+from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.step import build_log_probs, build_steps, make_log_probs, make_loss_and_gradient, put_batch
+from rpo_jax.types import RESPONSES
+from tests.worlds import random_data, small_model
+
+PAIRS, STEPS = 16, 5
+MODEL = small_model()
+OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=2)
+
+
+def configured(pairing="paired", objective="rpo", micro_rows=None, remat="none", **contrast) -> Config:
+    return Config(
+        data=DataConfig(pairing=pairing),
+        objective=ObjectiveConfig(name=objective),
+        contrast=ContrastConfig(**contrast),
+        batch=BatchConfig(pairs=PAIRS, micro_rows=micro_rows),
+        model=PolicyConfig(remat=remat),
+        optim=OPTIM,
+    )
+
+
+def make_mesh(data=1, fsdp=1, tensor=1):
+    devices = jax.devices()[: data * fsdp * tensor]
+    return sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+
+
+def batches_for(config: Config, data=None, rows_multiple=8, responses=("chosen", "rejected"), **changes):
+    arguments = {"pairs": PAIRS, "pairing": config.data.pairing, "responses": responses, "seed": 0, "row_tokens": 64}
+    return PreferenceBatches(
+        random_data() if data is None else data, rows_multiple=rows_multiple, **arguments | changes
+    )
+
+
+def train(config: Config, mesh, batches, steps=STEPS, live=False):
+    """Metrics of a few steps from the same initial weights, and the final parameters."""
+    with jax.set_mesh(mesh):
+        built = build_steps(config, MODEL, mesh, total_steps=steps)
+        init = jax.jit(models.init_params, static_argnums=0, out_shardings=built.state_shardings.params)
+        params = init(MODEL, jax.random.key(0))
+        reference = jax.tree.map(jnp.copy, params) if live else None
+        state, reports = built.init(params), []
+        for step in range(steps):
+            state, report = built.train(state, put_batch(mesh, batches.batch_at(step)), reference)
+            reports.append({name: float(value) for name, value in report.items()})
+        return reports, jax.tree.map(np.asarray, state.params)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return {
+        pairing: train(config := configured(pairing), make_mesh(), batches_for(config))[0]
+        for pairing in ("paired", "unpaired")
+    }
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_any_mesh_gives_the_losses_of_one_device(shape, pairing, on_one_device):
+    config = configured(pairing)
+    reports, _ = train(config, make_mesh(*shape), batches_for(config))
+    for name in ("loss", "grad_norm", "rewards/margins", "contrast/perplexity"):
+        got, expected = ([report[name] for report in found] for found in (reports, on_one_device[pairing]))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert len({report["loss"] for report in reports}) == STEPS, "training must change the loss"
+
+
+def test_parameters_and_optimizer_state_are_split():
+    mesh = make_mesh(2, 2, 2)
+    placed = build_steps(configured(), MODEL, mesh, total_steps=1).state_shardings
+    head = placed.params["head"].spec
+    assert tuple(head) == ("fsdp", "tensor")
+    split = [s for s in jax.tree.leaves(placed.opt_state) if any(s.spec)]
+    assert len(split) == len([s for s in jax.tree.leaves(placed.params) if any(s.spec)])
+
+
+def gradient_of(config, batch, mesh, micro_rows):
+    """Loss and gradient for a loss that is nonlinear in all responses together."""
+    forward = make_log_probs(config, MODEL, mesh)
+    weights = jnp.linspace(-1, 1, 2 * PAIRS)
+
+    def loss(log_probs):
+        return jnp.tanh(jnp.sum(weights * log_probs.log_prob) / 50) + jnp.sum(log_probs.log_prob**2) / 1e4, None
+
+    params = models.init_params(MODEL, jax.random.key(0))
+    function = jax.jit(partial(make_loss_and_gradient, forward, loss, micro_rows=micro_rows))
+    with jax.set_mesh(mesh):
+        value, _, gradient = function(params, put_batch(mesh, batch))
+    return value, gradient
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_micro_batches_are_exact(remat):
+    config = configured(remat=remat)
+    batch = batches_for(config, rows_multiple=16).batch_at(0)
+    assert batch.tokens.shape[0] == 16
+    whole, expected = gradient_of(config, batch, make_mesh(), None)
+    for shape, micro_rows in (((1, 1, 1), 4), ((2, 1, 1), 2)):
+        value, gradient = gradient_of(config, batch, make_mesh(*shape), micro_rows)
+        np.testing.assert_allclose(value, whole, rtol=1e-6)
+        scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
+        for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_rpo_in_groups_of_one_is_dpo():
+    batches = batches_for(configured())
+    rpo, _ = train(configured(group=1), make_mesh(), batches)
+    dpo, _ = train(configured(objective="dpo"), make_mesh(), batches)
+    np.testing.assert_allclose([r["loss"] for r in rpo], [r["loss"] for r in dpo], rtol=1e-6)
+
+
+def test_a_group_does_not_see_the_others():
+    """Groups are filled in batch order: permuting pairs inside a group changes nothing, swapping across does."""
+    data = random_data(PAIRS)
+
+    mesh = make_mesh()
+    params = models.init_params(MODEL, jax.random.key(0))
+    plain = np.arange(PAIRS)
+    within = np.concatenate([plain[:4][::-1], plain[4:]])
+    across = plain.copy()
+    across[[0, 4]] = across[[4, 0]]
+
+    def losses(group):
+        config = configured(group=group)
+        evaluate = build_steps(config, MODEL, mesh, total_steps=1).evaluate
+        for order in (plain, within, across):
+            shuffled = type(data)(
+                [data.examples[i] for i in order],
+                data.chosen_embeddings[order],
+                data.rejected_embeddings[order],
+                data.reference_log_probs[order],
+            )
+            batch = batches_for(config, shuffled, order="sequential").batch_at(0)
+            yield float(evaluate(params, put_batch(mesh, batch), None)["loss"].total)
+
+    with jax.set_mesh(mesh):
+        in_order, permuted_within, swapped_across = losses(4)
+        assert permuted_within == pytest.approx(in_order, rel=1e-6)
+        assert abs(swapped_across / in_order - 1) > 1e-5
+        in_order, _, swapped_across = losses("global")
+        assert swapped_across == pytest.approx(in_order, rel=1e-6)
+
+
+def test_a_live_reference_equals_its_cached_log_probs():
+    config = configured()
+    data, mesh = random_data(), make_mesh()
+    sweep = batches_for(config, data, order="sequential")
+    with jax.set_mesh(mesh):
+        log_probs, _ = build_log_probs(config, MODEL, mesh)
+        params = models.init_params(MODEL, jax.random.key(0))
+        cached = np.zeros((len(data.examples), len(RESPONSES)), np.float32)
+        for step in range(sweep.steps_per_epoch):
+            batch = sweep.batch_at(step)
+            values = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob)
+            for column, side in enumerate((batch.chosen, batch.rejected)):
+                slots = values[column * PAIRS :][:PAIRS]
+                cached[side.example_index[side.valid], column] = slots[side.valid]
+    with_cache = type(data)(data.examples, data.chosen_embeddings, data.rejected_embeddings, cached)
+    live, _ = train(config, mesh, batches_for(config, data), live=True)
+    stored, _ = train(config, mesh, batches_for(config, with_cache))
+    np.testing.assert_allclose([r["loss"] for r in live], [r["loss"] for r in stored], rtol=1e-5)
+    np.testing.assert_allclose(live[0]["rewards/margins"], 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "ipo", "cdpo", "slic", "kto"])
+def test_every_objective_learns(objective):
+    data = random_data(PAIRS, mismatched=objective == "kto")
+    responses = {"sft": ("chosen",), "kto": RESPONSES}.get(objective, ("chosen", "rejected"))
+    config = configured(objective=objective)
+    live = objective in ("dpo", "ipo", "cdpo", "kto")
+    batches = batches_for(config, data, responses=responses, order="sequential")
+    reports, _ = train(config, make_mesh(), batches, steps=8, live=live)
+    assert reports[-1]["loss"] < reports[0]["loss"]
+    assert all(np.isfinite(list(report.values())).all() for report in reports)
+    assert ("kl" in reports[0]) == (objective == "kto")
+
+
+def test_empty_slots_of_the_last_batch_change_nothing():
+    """20 examples in batches of 16: the second holds 4, and is the same as a batch of 4."""
+    config = configured(group="global")
+    data = random_data(20)
+    last = batches_for(config, data, order="sequential").batch_at(1)
+    assert int(last.chosen.valid.sum()) == 4
+    tail = type(data)(
+        data.examples[16:],
+        data.chosen_embeddings[16:],
+        data.rejected_embeddings[16:],
+        data.reference_log_probs[16:],
+    )
+    alone = batches_for(config, tail, order="sequential", pairs=4).batch_at(0)
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        built = build_steps(config, MODEL, mesh, total_steps=1)
+        params = models.init_params(MODEL, jax.random.key(0))
+        found = [built.evaluate(params, put_batch(mesh, batch), None) for batch in (last, alone)]
+    for name in found[0]:
+        np.testing.assert_allclose(found[0][name].total, found[1][name].total, rtol=1e-5, atol=1e-6, err_msg=name)
+        assert found[0][name].count == found[1][name].count

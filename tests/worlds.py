@@ -1,0 +1,53 @@
+"""Small random data and models that the tests of the upper rooms share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rpo_jax import models
+from rpo_jax.types import PreferenceData, TokenizedExample
+
+VOCAB = 96
+
+
+def random_data(num_examples: int = 20, *, seed: int = 0, width: int = 8, mismatched: bool = False) -> PreferenceData:
+    """Ragged token ids, and embeddings in a few clusters so that calibrated weights are not flat."""
+    rng = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> np.ndarray:
+        return rng.integers(3, VOCAB, rng.integers(low, high)).astype(np.int32)
+
+    examples = [
+        TokenizedExample(
+            row_id=f"made.jsonl:{i + 1}",
+            prompt_ids=ids(4, 14),
+            chosen_ids=ids(2, 12),
+            rejected_ids=ids(2, 12),
+            prompt_id=i,
+            chosen_text_id=2 * i,
+            rejected_text_id=2 * i + 1,
+            mismatched_ids=ids(2, 12) if mismatched else None,
+        )
+        for i in range(num_examples)
+    ]
+    centres = rng.normal(size=(4, width))
+    embeddings = centres[rng.integers(0, 4, num_examples)] + 0.3 * rng.normal(size=(num_examples, width))
+    embeddings = embeddings.astype(np.float32)
+    reference = (-10 + rng.normal(size=(num_examples, 3))).astype(np.float32)
+    return PreferenceData(examples, embeddings, embeddings, reference)
+
+
+def small_model(**changes) -> models.ModelConfig:
+    sizes = {
+        "family": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "tie_embeddings": False,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 64,
+    }
+    return models.new_config(**sizes | changes)
