@@ -14,7 +14,7 @@ from rpo_jax.models.decoder import (
 from rpo_jax.models.families import FAMILIES, new_config, read_config, to_transformers
 from rpo_jax.models.folders import resolve_folder
 from rpo_jax.models.rope import Rope
-from rpo_jax.models.weights import load_pretrained, save_pretrained
+from rpo_jax.models.weights import check_pretrained, load_pretrained, save_pretrained
 
 __all__ = [
     "FAMILIES",
@@ -23,6 +23,7 @@ __all__ = [
     "Rope",
     "abstract_params",
     "apply",
+    "check_pretrained",
     "count_params",
     "hidden_states",
     "init_params",

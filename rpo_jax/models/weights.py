@@ -34,7 +34,7 @@ Shape = tuple[int, ...]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FILE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Buffers that older versions of transformers wrote beside the weights; they follow from the configuration.
-_DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)")
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 class Layout(NamedTuple):
@@ -95,28 +95,35 @@ def _tensors(model_config: ModelConfig) -> dict[str, _Tensor]:
     return tensors | {rule.key: _Tensor(rule, None, parameters[rule.path].shape) for rule in rest}
 
 
-def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[ModelConfig, Params]:
-    """Architecture and parameters of a Hugging Face folder or hub name.
+def check_pretrained(path: str | Path) -> ModelConfig:
+    """Architecture of a Hugging Face folder or hub name, after checking that its weights fit; reads no tensor.
 
-    Every tensor of the folder fills exactly one place and every place is filled; otherwise ValueError names them.
-
-    Returns:
-        The architecture, its dtype that of the folder's tensors (float32 where they are mixed); and a nested dict of
-        NumPy arrays of `dtype`, in host memory.
+    Every tensor of the folder must fill exactly one place and every place must be filled; otherwise ValueError names
+    them. The architecture's dtype is that of the folder's tensors, float32 where they are mixed.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}.")
     folder = resolve_folder(path)
     model_config = read_config(folder)
     files = safetensors_files(folder)
     tensors = _tensors(model_config)
     _check_keys(folder, model_config, tensors, files)
     stored = _check_contents(folder, tensors, files)
-    filled = _read(model_config, tensors, files, dtype)
+    return dataclasses.replace(model_config, dtype=stored.pop() if len(stored) == 1 else "float32")
+
+
+def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[ModelConfig, Params]:
+    """Architecture and parameters of a Hugging Face folder or hub name; refuses what check_pretrained refuses.
+
+    Returns:
+        The architecture, and a nested dict of NumPy arrays of `dtype` in host memory.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}.")
+    folder = resolve_folder(path)
+    model_config = check_pretrained(folder)
+    files = safetensors_files(folder)
     if model_config.tie_embeddings and "lm_head.weight" in files:
         _check_tied(folder, files)
-    source_dtype = stored.pop() if len(stored) == 1 else "float32"
-    return dataclasses.replace(model_config, dtype=source_dtype), unflatten_dict(filled)
+    return model_config, unflatten_dict(_read(model_config, _tensors(model_config), files, dtype))
 
 
 def _check_keys(

@@ -78,7 +78,7 @@ def test_parameters_in_the_asked_dtype_and_file_in_another(hf_folder, tmp_path):
     assert {value.dtype for value in _tensors(saved).values()} == {np.dtype("float16")}
 
 
-def test_new_model_on_devices_reaches_torch_with_its_logits(tmp_path):
+def test_a_new_architecture_on_devices_reaches_torch_with_its_logits(tmp_path):
     config = models.new_config(
         family="qwen3",
         vocab_size=97,
@@ -92,7 +92,9 @@ def test_new_model_on_devices_reaches_torch_with_its_logits(tmp_path):
         max_position_embeddings=64,
         eos_token_id=1,
     )
-    params = jax.jit(models.init_params, static_argnums=0)(config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    shapes = models.abstract_params(config)
+    params = jax.tree.map(lambda leaf: jnp.array(rng.normal(size=leaf.shape) / 8, jnp.float32), shapes)
     saved = models.save_pretrained(tmp_path / "out", config, params)
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(saved)(torch.tensor(TOKENS)).logits.numpy()
@@ -149,6 +151,13 @@ def test_folders_that_do_not_fit_are_refused_by_key(case, change, message, hf_fo
     folder = _rewrite(hf_folder(case), tmp_path / "changed", change)
     with pytest.raises(ValueError, match=message):
         models.load_pretrained(folder)
+
+
+def test_the_check_alone_finds_what_does_not_fit(hf_folder, tmp_path):
+    assert models.check_pretrained(hf_folder("llama2")) == models.load_pretrained(hf_folder("llama2"))[0]
+    folder = _rewrite(hf_folder("llama2"), tmp_path / "changed", lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match=r"lacks lm_head\.weight"):
+        models.check_pretrained(folder)
 
 
 def test_derived_buffers_and_an_equal_tied_head_are_tolerated(hf_folder, tmp_path):
