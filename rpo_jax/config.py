@@ -198,13 +198,10 @@ class ContrastConfig:
         _positive("contrast", temperature=self.temperature)
         if self.temperature is not None and self.perplexity is not None:
             raise ConfigError(
-                "contrast.temperature fixes tau and contrast.perplexity solves for it; set one of them, "
-                "and the other to null."
+                "contrast.temperature fixes tau and contrast.perplexity solves for it; set one of them to null."
             )
-        if self.perplexity is not None and self.perplexity < 1:
-            raise ConfigError(
-                f"contrast.perplexity={self.perplexity} must be at least 1: a row has that many contrasts."
-            )
+        if self.perplexity is not None and not self.perplexity >= 1:
+            raise ConfigError(f"contrast.perplexity={self.perplexity} must be at least 1: a row has that many contrasts.")
         if self.group != "global" and self.group < 1:
             raise ConfigError(f"contrast.group={self.group} must be a positive number of pairs or 'global'.")
 
@@ -324,7 +321,7 @@ class OptimConfig:
         _positive("optim", learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm, eps=self.eps)
         for name in ("b1", "b2", "decay"):
             _in_range("optim", name, getattr(self, name), 0.0, 1.0)
-        if self.warmup_steps < 0 or self.weight_decay < 0:
+        if self.warmup_steps < 0 or not self.weight_decay >= 0:
             raise ConfigError("optim.warmup_steps and optim.weight_decay must not be negative.")
 
 

@@ -24,12 +24,22 @@ def known_keys() -> dict[str, Any]:
 
 
 def _reject_unknown(keys: Iterable[str], where: str) -> None:
-    known = [*known_keys(), *(section.name for section in fields(Config))]
+    sections = [section.name for section in fields(Config)]
+    known = [*known_keys(), *sections]
     for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "the keys are listed in rpo_jax/config.py."
-            raise ValueError(f"{where}: unknown configuration key '{key}'; {hint}")
+        if key in known:
+            continue
+        section = key.partition(".")[0]
+        # In a section that exists, another section is no help: its own keys are.
+        choices = [name for name in known if name.startswith(f"{section}.")] if section in sections else known
+        near = difflib.get_close_matches(key, choices, n=1, cutoff=0.8 if section in sections else 0.5)
+        if near:
+            hint = f"did you mean {near[0]}?"
+        elif section in sections:
+            hint = f"there are {', '.join(choices)}."
+        else:
+            hint = f"the sections are {', '.join(sections)}."
+        raise ValueError(f"{where}: unknown configuration key '{key}'; {hint}")
 
 
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
@@ -84,6 +94,8 @@ def parse_config(arguments: Sequence[str]) -> Config:
         name = _FLAGS.get(name, name)
         following = arguments[position + 1] if position + 1 < len(arguments) else "--"
         if name == "--config":
+            if not equals and following.startswith("--"):
+                raise ValueError("--config needs a file after it, such as configs/quickstart.yaml.")
             _read_yaml(Path(value if equals else following))
         elif name != "--help":
             _reject_unknown([name.removeprefix("--")], "command line")
