@@ -1,0 +1,235 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rpo_jax.config import Config, ConfigError
+from rpo_jax.config_io import dump_config, known_keys, load_config, parse_config
+from rpo_jax.prepare import checked_objective
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+
+
+def write_yaml(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(arguments) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the callers look at the message
+        parse_config(arguments)
+    return str(caught.value)
+
+
+def test_nothing_given_is_the_defaults():
+    assert parse_config([]) == load_config() == Config()
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = write_yaml(tmp_path / "a.yaml", "batch:\n  pairs: 32\noptim:\n  learning_rate: 1e-4\n")
+    config = load_config(file, ["optim.learning_rate=2e-5", "contrast.group=8"])
+    assert (config.batch.pairs, config.optim.learning_rate, config.contrast.group) == (32, 2e-5, 8)
+    assert config.optim.warmup_steps == Config().optim.warmup_steps
+    assert parse_config(["--config", str(file), "--optim.learning_rate", "2e-5", "--contrast.group=8"]) == config
+
+
+def test_several_files_are_merged_in_order(tmp_path):
+    first = write_yaml(tmp_path / "a.yaml", "batch:\n  pairs: 32\n  order: sequential\ntrain:\n  steps: 3\n")
+    second = write_yaml(tmp_path / "b.yaml", "batch:\n  pairs: 16\n")
+    merged = parse_config(["--config", str(first), "--config", str(second)])
+    assert (merged.batch.pairs, merged.batch.order, merged.train.steps) == (16, "sequential", 3)
+    assert parse_config(["--config", str(second), "--config", str(first)]).batch.pairs == 32
+
+
+def test_a_file_wins_over_an_option_before_it(tmp_path):
+    """Order is meaning: what comes later wins, files included."""
+    file = write_yaml(tmp_path / "a.yaml", "batch:\n  pairs: 32\n")
+    assert parse_config(["--batch.pairs=8", "--config", str(file)]).batch.pairs == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "nearest"),
+    [
+        ("contrst:\n  group: 8\n", "contrst", "contrast"),
+        ("contrast:\n  temprature: 0.5\n", "contrast.temprature", "contrast.temperature"),
+    ],
+)
+def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path, text, unknown, nearest):
+    file = write_yaml(tmp_path / "a.yaml", text)
+    message = refusal(["--config", str(file)])
+    assert str(file) in message
+    assert f"'{unknown}'" in message
+    assert f"did you mean {nearest}" in message
+
+
+def test_an_unknown_key_on_the_command_line_names_the_nearest():
+    assert "did you mean batch.pairs?" in refusal(["--batch.pair", "8"])
+    assert "did you mean run.resume?" in refusal(["--run.resum=auto"])
+    with pytest.raises(ValueError, match=r"objective\.beta"):
+        load_config(None, ["objective.betta=0.2"])
+    assert "learning_rate" in refusal(["--optim.lr=1e-5"]), "a section's keys are listed where none is near"
+    assert "contrast" in refusal(["--zzzzzzzz=1"]), "and the sections where not even a section is"
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--batch.pairs=many", "batch.pairs"),
+        ("--optim.learning_rate=fast", "optim.learning_rate"),
+        ("--data.pairing=both", "data.pairing"),
+        ("--run.overwrite=perhaps", "run.overwrite"),
+        ("--contrast.group=all", "contrast.group"),
+        ("--contrast.weights=cosine", "contrast.weights"),
+        ("--train.steps=1.5", "train.steps"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_key(argument, named):
+    message = refusal([argument])
+    assert named in message
+    assert argument.partition("=")[2] in message
+    assert "\n" not in message
+
+
+# Each of these is out of range in one way; the message names what the user can change.
+OUT_OF_RANGE = {
+    "run.seed": ["run.seed=-1"],
+    "run.overwrite": ["run.resume=auto", "run.overwrite=true"],
+    "data.max_prompt_tokens": ["data.max_prompt_tokens=0"],
+    "data.train_rows": ["data.train_rows=0"],
+    "data.max_tokens": ["data.max_tokens=256", "data.max_prompt_tokens=256"],
+    "data.eval_rows": ["data.eval_rows=-1"],
+    "data.eval_path": ["data.eval_rows=8", "data.eval_path=x.jsonl"],
+    "model.vocab_size": ["model.vocab_size=0"],
+    "model.num_layers": ["model.num_layers=0"],
+    "model.num_heads": ["model.hidden_size=30", "model.num_heads=4"],
+    "model.num_kv_heads": ["model.num_heads=4", "model.num_kv_heads=3"],
+    "model.rope_theta": ["model.rope_theta=0"],
+    "objective.beta": ["objective.beta=0"],
+    "objective.label_smoothing": ["objective.label_smoothing=0.6"],
+    "contrast.alpha": ["contrast.alpha=1.5"],
+    "contrast.temperature": ["contrast.temperature=0"],
+    "contrast.perplexity": ["contrast.perplexity=0.5"],
+    "contrast.temperature fixes tau": ["contrast.perplexity=6", "contrast.temperature=0.5"],
+    "contrast.group": ["contrast.group=0"],
+    "contrast.group=24 does not divide the 64 pairs": ["contrast.group=24"],
+    "contrast.weights": ["contrast.weights=diagonal", "data.pairing=unpaired"],
+    "embedding.batch_texts": ["embedding.batch_texts=0"],
+    "batch.pairs": ["batch.pairs=0"],
+    "batch.micro_rows": ["batch.micro_rows=0"],
+    "batch.row_tokens": ["batch.row_tokens=0"],
+    "mesh.data": ["mesh.data=0"],
+    "mesh.fsdp": ["mesh.data=-1", "mesh.fsdp=-1"],
+    "optim.learning_rate": ["optim.learning_rate=0"],
+    "optim.max_grad_norm": ["optim.max_grad_norm=-1"],
+    "optim.eps": ["optim.eps=0"],
+    "optim.b1": ["optim.b1=1.1"],
+    "optim.b2": ["optim.b2=-0.1"],
+    "optim.decay": ["optim.decay=2"],
+    "optim.warmup_steps": ["optim.warmup_steps=-1"],
+    "optim.weight_decay": ["optim.weight_decay=-1"],
+    "train.steps": ["train.steps=0"],
+    "train.epochs": ["train.epochs=0"],
+    "train.log_every": ["train.log_every=0"],
+    "train.keep_last": ["train.keep_last=0"],
+    "train.eval_every": ["train.eval_every=-1"],
+    "train.save_every": ["train.save_every=-1"],
+    "train.keep_best": ["train.keep_best=-1"],
+}
+
+
+@pytest.mark.parametrize("named", OUT_OF_RANGE)
+def test_a_value_out_of_range_names_its_key(named):
+    with pytest.raises(ValueError, match=r"^\S") as caught:
+        load_config(None, OUT_OF_RANGE[named])
+    message = str(caught.value)
+    assert named in message
+    assert "\n" not in message
+    assert len(message) < 250, "a section's own reason, not jsonargparse's report of all that it tried"
+
+
+def test_sections_check_themselves_without_a_file():
+    with pytest.raises(ConfigError, match="batch.pairs=0"):
+        dataclasses.replace(Config().batch, pairs=0)
+
+
+def test_nan_is_in_no_range():
+    for key in ("objective.beta", "optim.learning_rate", "contrast.alpha", "contrast.perplexity", "optim.weight_decay"):
+        assert key in refusal([f"--{key}=.nan"])
+
+
+def test_a_group_that_does_not_divide_lists_those_that_do():
+    assert "1, 2, 4, 8, 16, 32, 64 or 'global'" in refusal(["--contrast.group=24"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n- b\n", "sections"),
+        ("batch: 8\n", "'batch' is a section"),
+        ("batch:\n\tpairs: 8\n", "not valid YAML"),
+        ("batch:\n  pairs: eight\n", "batch.pairs"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, text, said):
+    file = write_yaml(tmp_path / "a.yaml", text)
+    message = refusal(["--config", str(file)])
+    assert said in message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert str(tmp_path / "no.yaml") in refusal([f"--config={tmp_path}/no.yaml"])
+    assert "--config" in refusal(["--config"])
+
+
+def test_words_that_are_no_options_are_refused():
+    assert "'runs/a'" in refusal(["runs/a"])
+    assert "'8'" in refusal(["--batch.pairs=16", "8"])
+    assert "batch.pairs" in refusal(["--batch.pairs"])
+
+
+def test_null_takes_a_value_back(tmp_path):
+    file = write_yaml(tmp_path / "a.yaml", "contrast:\n  temperature: 0.5\n")
+    config = load_config(file, ["contrast.temperature=null", "contrast.perplexity=4"])
+    assert (config.contrast.temperature, config.contrast.target_perplexity) == (None, 4)
+
+
+def test_the_short_flags():
+    assert parse_config(["--resume", "auto"]).run.resume == "auto"
+    assert parse_config(["--resume=auto"]).run.resume == "auto"
+    assert parse_config(["--overwrite"]).run.overwrite
+    assert parse_config(["--overwrite", "--batch.pairs", "8"]) == parse_config(
+        ["--batch.pairs=8", "--run.overwrite=true"]
+    )
+    assert not parse_config(["--overwrite", "false"]).run.overwrite
+
+
+def test_what_is_dumped_is_read_back(tmp_path):
+    changes = ["contrast.group=16", "contrast.temperature=0.75", "optim.learning_rate=5e-7", "model.path=a b: c"]
+    config = load_config(None, changes)
+    assert load_config(write_yaml(tmp_path / "a.yaml", dump_config(config))) == config
+    assert load_config(write_yaml(tmp_path / "b.yaml", dump_config(Config()))) == Config()
+
+
+def test_known_keys_are_the_dumped_ones():
+    dumped = yaml.safe_load(dump_config(Config()))
+    assert known_keys() == {f"{section}.{key}": v for section, values in dumped.items() for key, v in values.items()}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_preset_loads_and_says_what_to_expect(path):
+    checked_objective(load_config(path))
+    comment = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    text = "\n".join(comment)
+    assert f"configs/{path.name}" in text, "the comment on top names the command"
+    assert "python -m rpo_jax." in text
+    for word in ("Hardware:", "Result:"):
+        assert any(line.startswith(word) and len(line) > len(word) + 3 for line in comment), f"{word} is missing"
+
+
+def test_there_are_presets():
+    assert CONFIGS
