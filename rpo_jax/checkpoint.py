@@ -27,7 +27,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep_last: int = 1, keep_best: int = 0, read_only: bool = False) -> None:
         self.folder = Path(folder).resolve()
-        policy = [checkpoint_managers.LatestN(n=keep_last)]
+        policy: list[Any] = [checkpoint_managers.LatestN(n=keep_last)]
         if keep_best:
             policy.append(
                 checkpoint_managers.BestN(get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False)
@@ -59,12 +59,15 @@ class Checkpoints:
         )
 
     def record(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        return self._restore(step, record=ocp.args.JsonRestore())["record"]
 
     def restore(self, step: int, like: Any) -> Any:
         """State of a step, with the shapes, dtypes and shardings of `like`: arrays or jax.ShapeDtypeStruct."""
         abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
-        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+        return self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def restore_params(self, step: int, like: Any) -> Any:
         """Parameters of a step alone, on one local device; `like` gives their shapes."""
@@ -98,11 +101,14 @@ def comparable(model_config: Any) -> dict[str, Any]:
 
 
 def check_architecture(saved: dict[str, Any], current: dict[str, Any], where: str | Path) -> None:
-    """Raise ValueError naming the first difference if a checkpoint's model is not the configured one."""
-    for key in sorted(saved.keys() | current.keys()):
-        if saved.get(key) != current.get(key):
-            raise ValueError(
-                f"The checkpoint in {where} is of another architecture: {key} is {saved.get(key)!r} there and "
-                f"{current.get(key)!r} in this configuration; resume with the run's own configuration, or choose "
-                "another run.dir."
-            )
+    """Raise ValueError naming the differences if a checkpoint's model is not the configured one."""
+    differences = [
+        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} in this configuration"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"The checkpoint in {where} is of another architecture: {', '.join(differences)}; resume with the run's own "
+            "configuration, or choose another run.dir."
+        )

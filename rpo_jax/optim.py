@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from rpo_jax.config import OptimConfig
 
-Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+Schedule = Callable[[Any], Array]  # steps done to learning rate
 
 _DECAYS: dict[str, Callable[[Array], Array]] = {
     "constant": jnp.ones_like,
@@ -28,7 +29,7 @@ def learning_rate_schedule(config: OptimConfig, total_steps: int) -> Schedule:
     decay = _DECAYS[config.schedule]
     decay_steps = max(1, total_steps - config.warmup_steps)
 
-    def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
+    def schedule(step: Shaped[ArrayLike, ""]) -> Float[Array, ""]:
         position = jnp.asarray(step, jnp.float32)
         warm = jnp.minimum(1.0, (position + 1.0) / (config.warmup_steps + 1.0))
         done = jnp.clip((position - config.warmup_steps) / decay_steps, 0.0, 1.0)

@@ -31,7 +31,7 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh (data, fsdp, tensor) over the given devices, or over all; a size of -1 takes what the others leave.
 
     Raises ValueError if the sizes do not multiply to the number of devices.

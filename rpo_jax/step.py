@@ -62,7 +62,7 @@ class Steps:
     init: Callable[[Params], TrainState]
     train: Callable[[TrainState, Batch, Params | None], tuple[TrainState, dict[str, Array]]]
     evaluate: Callable[[Params, Batch, Params | None], Means]
-    state_shardings: TrainState
+    state_shardings: Any
 
 
 _ROW_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "previous", "response_ids")
@@ -307,7 +307,8 @@ def build_steps(
         param_shardings,
         transform_non_params=lambda _: whole,
     )
-    state_shardings = TrainState(whole, param_shardings, opt_shardings)
+    placed: tuple[Any, Any, Any] = (whole, param_shardings, opt_shardings)
+    state_shardings = TrainState(*placed)
 
     def init(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -68,7 +68,7 @@ def run(config: Config) -> RunResult:
     jax.config.update("jax_compilation_cache_dir", str(_cache_dir(config) / "compiled"))
 
     reporter.say(f"{config.objective.name} on {_describe(mesh)}, run folder {run_dir}")
-    loaded = None if config.model.path is None else models.read_config(models.resolve_folder(config.model.path))
+    loaded = None if config.model.path is None else models.check_pretrained(config.model.path)
     prepared = prepare(config, reporter, run_dir / "model" if resuming else None)
     model_config = _policy_config(config, prepared, loaded)
     record = {"model": comparable(model_config), "config": dataclasses.asdict(config)}
@@ -126,9 +126,7 @@ def _policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | Non
         tie_embeddings=size.tie_embeddings,
         rope_theta=size.rope_theta,
         max_position_embeddings=config.data.max_tokens,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )
 
 

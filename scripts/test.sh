@@ -6,5 +6,5 @@ source scripts/environment.sh
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pyright --pythonpath "$python"
+"$(dirname "$python")/basedpyright" --pythonpath "$python"
 "$python" -m pytest "$@"
