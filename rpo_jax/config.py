@@ -201,7 +201,9 @@ class ContrastConfig:
                 "contrast.temperature fixes tau and contrast.perplexity solves for it; set one of them to null."
             )
         if self.perplexity is not None and not self.perplexity >= 1:
-            raise ConfigError(f"contrast.perplexity={self.perplexity} must be at least 1: a row has that many contrasts.")
+            raise ConfigError(
+                f"contrast.perplexity={self.perplexity} must be at least 1: a row has that many contrasts."
+            )
         if self.group != "global" and self.group < 1:
             raise ConfigError(f"contrast.group={self.group} must be a positive number of pairs or 'global'.")
 

@@ -110,7 +110,9 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, config: TrackingConfig, start_step: int, hyperparameters: dict[str, Any]) -> None:
         path = run_dir / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
+        # A run that starts over evaluates before its first step again, so even that line goes.
+        first_step = start_step + 1 if start_step else 0
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < first_step]
         self.earlier: list[dict[str, float]] = [json.loads(line) for line in kept]
         beside = path.with_suffix(".jsonl.tmp")
         beside.write_text("".join(kept), encoding="utf-8")
@@ -120,7 +122,7 @@ class MetricsLog:
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         self._wandb = None
         if config.wandb:
             import wandb  # pyright: ignore[reportMissingImports]  # optional
