@@ -149,7 +149,7 @@ def test_a_value_out_of_range_names_its_key(named):
 
 
 def test_sections_check_themselves_without_a_file():
-    with pytest.raises(ConfigError, match="batch.pairs=0"):
+    with pytest.raises(ConfigError, match=r"batch\.pairs=0"):
         dataclasses.replace(Config().batch, pairs=0)
 
 

@@ -1,0 +1,140 @@
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from rpo_jax import tracking
+from rpo_jax.config import TrackingConfig
+from rpo_jax.tracking import MetricsLog, Reporter, check_tracking, summary
+
+QUIET = TrackingConfig(tensorboard=False)
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write(run_dir, metrics, start_step=0, config=QUIET) -> MetricsLog:
+    log = MetricsLog(run_dir, config, start_step, {})
+    for line in metrics:
+        log.write(line)
+    log.close()
+    return log
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    log = MetricsLog(tmp_path, QUIET, 0, {})
+    log.write({"step": 1, "loss": 0.6931})
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.6931}]
+    log.close()
+
+
+def test_a_resume_drops_what_will_be_logged_again(tmp_path):
+    told = [{"step": 0, "eval_loss": 9.0}, *({"step": s, "loss": float(s)} for s in range(1, 7))]
+    write(tmp_path, told)
+    resumed = write(tmp_path, [{"step": 5, "loss": 50.0}], start_step=4)
+    assert lines(tmp_path) == [*told[:5], {"step": 5, "loss": 50.0}]
+    assert resumed.earlier == told[:5]
+
+
+def test_a_start_from_nothing_keeps_nothing(tmp_path):
+    """A run that was stopped before its first checkpoint evaluates before step 1 once more."""
+    write(tmp_path, [{"step": 0, "eval_loss": 9.0}, {"step": 1, "loss": 1.0}])
+    fresh = write(tmp_path, [{"step": 0, "eval_loss": 9.0}])
+    assert lines(tmp_path) == [{"step": 0, "eval_loss": 9.0}]
+    assert fresh.earlier == []
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 2, "loss": 2.0}'])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    write(tmp_path, [{"step": 1, "loss": 1.0}])
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(torn)
+    write(tmp_path, [{"step": 4, "loss": 4.0}], start_step=3)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 4]
+
+
+def test_a_number_that_is_not_finite_still_gives_lines_that_can_be_read(tmp_path):
+    write(tmp_path, [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}])
+    resumed = write(tmp_path, [], start_step=2)
+    assert [line["step"] for line in resumed.earlier] == [1, 2]
+
+
+def test_tensorboard_holds_every_number(tmp_path):
+    write(
+        tmp_path, [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "rewards/margins": 1.5}], config=TrackingConfig()
+    )
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert [event.value for event in events.Scalars("rewards/margins")] == [1.5]
+
+
+def test_tensorboard_can_be_left_out(tmp_path):
+    write(tmp_path, [{"step": 1, "loss": 0.5}])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_wandb_that_is_not_installed_is_said_before_the_run(monkeypatch):
+    check_tracking(TrackingConfig())
+    found = tracking.importlib.util.find_spec
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
+    with pytest.raises(ValueError, match=r"tracking\.wandb=true.*pip install rpo-jax\[wandb\]"):
+        check_tracking(TrackingConfig(wandb=True))
+
+
+def test_the_summary_is_short_and_ordered():
+    line = summary({"pairs_per_second": 12.34, "loss": 0.69314, "grad_norm": 3.0, "rewards/accuracies": 0.75})
+    assert line == "loss 0.6931  accuracy 0.750  pairs/s 12.3"
+
+
+def use_reporter(reporter):
+    with reporter.phase("read") as notes:
+        notes.append("[3 rows]")
+    with reporter.progress("train", 4) as update:
+        update(1, {"loss": 0.5})
+        update(2, {})
+        update(3, {"loss": 0.25})
+
+
+def test_where_there_is_no_terminal_lines_are_plain(capsys):
+    reporter = Reporter()
+    use_reporter(reporter)
+    phase, *progress = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"read +\d+\.\d s  \[3 rows\]", phase), "square brackets are text, not markup"
+    assert progress == ["train 1/4  loss 0.5000", "train 3/4  loss 0.2500"]
+    assert list(reporter.phase_seconds) == ["read"]
+
+
+def test_a_plain_line_is_never_broken(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    Reporter().say("a path of many letters " + "x" * 80)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_metrics(capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "Console", lambda **given: Console(**given, force_terminal=True, width=160))
+    use_reporter(Reporter())
+    out = capsys.readouterr().out
+    assert "\x1b[" in out
+    assert "3/4" in out
+    assert "loss 0.2500" in out
+    assert "left" in out
+
+
+def test_a_phase_that_comes_twice_adds_up(capsys):
+    reporter = Reporter()
+    for _ in range(2):
+        with reporter.phase("read"):
+            pass
+    assert list(reporter.phase_seconds) == ["read"]
+
+
+def test_a_phase_that_fails_reports_no_time(capsys):
+    reporter = Reporter()
+    with pytest.raises(ValueError, match="no rows"), reporter.phase("read"):
+        raise ValueError("no rows")
+    assert reporter.phase_seconds == {}
+    assert capsys.readouterr().out == ""
