@@ -109,6 +109,6 @@ def check_architecture(saved: dict[str, Any], current: dict[str, Any], where: st
     ]
     if differences:
         raise ValueError(
-            f"The checkpoint in {where} is of another architecture: {', '.join(differences)}; resume with the run's own "
-            "configuration, or choose another run.dir."
+            f"The checkpoint in {where} is of another architecture: {', '.join(differences)}; resume with the run's "
+            "own configuration, or choose another run.dir."
         )

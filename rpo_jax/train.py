@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +20,18 @@ from rpo_jax.checkpoint import Checkpoints, check_architecture, comparable
 from rpo_jax.config import Config
 from rpo_jax.config_io import dump_config, parse_config
 from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from rpo_jax.loop import TrainingLoop
 from rpo_jax.models import ModelConfig
+from rpo_jax.models.folders import written_whole
 from rpo_jax.prepare import Prepared, batches_of, checked_objective, is_paired, prepare, sweep_of
 from rpo_jax.reference import cached_log_probs, folder_fingerprint
 from rpo_jax.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 from rpo_jax.tracking import MetricsLog, Reporter, check_tracking, summary
 from rpo_jax.types import PreferenceData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHECKPOINTS = "checkpoints"  # folder of a run
 
@@ -94,6 +98,8 @@ def _describe(mesh: Mesh) -> str:
 
 def _check_run_dir(config: Config, run_dir: Path) -> bool:
     """Whether there is a run to resume; ValueError for one that neither resume nor overwrite was asked for."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run.dir={run_dir} is a file; choose another folder.")
     occupied = run_dir.exists() and any(run_dir.iterdir())
     if occupied and not (run_dir / "config.yaml").exists():
         raise ValueError(f"run.dir={run_dir} is not empty and holds no run; choose another folder.")
@@ -103,6 +109,26 @@ def _check_run_dir(config: Config, run_dir: Path) -> bool:
             "choose another folder."
         )
     return occupied and config.run.resume == "auto"
+
+
+def _reference_config(path: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+    """Architecture of a reference of its own; ValueError unless it reads the policy's tokens as the policy does."""
+    reference_config, folder = models.check_pretrained(path), models.resolve_folder(path)
+    if len(tokenizer) > reference_config.vocab_size:
+        raise ValueError(
+            f"reference.path={path} has a vocabulary of {reference_config.vocab_size} tokens, the policy's tokenizer "
+            f"{len(tokenizer)}; use a reference that was trained with the policy's tokenizer."
+        )
+    if any((folder / name).is_file() for name in VOCABULARY_FILES):
+        theirs = load_tokenizer(folder).get_vocab()
+        for token, number in tokenizer.get_vocab().items():
+            if theirs.get(token) != number:
+                raise ValueError(
+                    f"reference.path={path} has another vocabulary than the policy: token {token!r} has id "
+                    f"{theirs.get(token)} there and {number} in the policy's tokenizer; use a reference that was "
+                    "trained with the policy's tokenizer."
+                )
+    return reference_config
 
 
 def _policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | None) -> ModelConfig:
@@ -200,7 +226,7 @@ def _start(config: Config, model_config: ModelConfig, prepared: Prepared, mesh: 
     shards = sharding.row_shards(mesh)
     reference_config = model_config
     if config.reference.path is not None:
-        reference_config = models.read_config(models.resolve_folder(config.reference.path))
+        reference_config = _reference_config(config.reference.path, prepared.tokenizer)
     steps_per_epoch = batches_of(config, prepared.train, prepared.responses, shards).steps_per_epoch
     total_steps = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
     steps = build_steps(
@@ -224,12 +250,10 @@ def _start(config: Config, model_config: ModelConfig, prepared: Prepared, mesh: 
 
 def _make_run_dir(config: Config, model_config: ModelConfig, prepared: Prepared, run_dir: Path) -> None:
     """A new run folder: config.yaml, and in `model` all of a Hugging Face folder but the weights."""
-    if run_dir.exists():
-        shutil.rmtree(run_dir)
-    (run_dir / "model").mkdir(parents=True)
-    models.to_transformers(model_config, model_config.dtype).save_pretrained(run_dir / "model")
-    prepared.tokenizer.save_pretrained(run_dir / "model")
-    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    with written_whole(run_dir, overwrite=True) as folder:
+        models.to_transformers(model_config, model_config.dtype).save_pretrained(folder / "model")
+        prepared.tokenizer.save_pretrained(folder / "model")
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
 
 def _check_resumable(run_dir: Path, model: dict[str, Any]) -> None:
