@@ -18,7 +18,7 @@ from rpo_jax import quickstart
 from rpo_jax.quickstart import CRITERIA, TOPICS, Advice, Topic
 
 TRAIN_PAIRS_PER_TOPIC, EVAL_PAIRS_PER_TOPIC = 34, 4
-TWO_CRITERIA_SHARE = 0.5  # of the pairs; the others differ in one criterion
+TWO_CRITERIA_SHARE = 0.5  # where the chosen answer meets several; other pairs differ in one criterion
 
 OPENINGS = (
     "",
