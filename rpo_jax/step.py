@@ -116,7 +116,8 @@ def make_scores(config: Config, objective: losses.Objective) -> Callable[[LogPro
     def grouped(x: Array) -> Array:
         # Pair-only contrast is a matrix of one entry per pair: nothing else need be computed.
         size = 1 if kind == "pair" else config.contrast.group
-        return x if size == "global" else x.reshape(-1, size, *x.shape[1:])
+        # Spelt out, because embeddings that nothing needs have width 0, which leaves a -1 undetermined.
+        return x if size == "global" else x.reshape(x.shape[0] // size, size, *x.shape[1:])
 
     def responses(side: Side, log_probs: LogProbs, start: int) -> Responses:
         slots = slice(start, start + side.valid.shape[0])
