@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +69,33 @@ class Checkpoints:
         return self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        with self._readable(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def restore_params(self, step: int, like: Any) -> Any:
         """Parameters of a step alone, on one local device; `like` gives their shapes."""
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
         item = {"params": abstract}
-        with ocp.PyTreeCheckpointer() as reader:
+        with self._readable(step), ocp.PyTreeCheckpointer() as reader:
             return reader.restore(
                 self.path(step) / "state",
                 args=ocp.args.PyTreeRestore(
                     item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
                 ),
             )["params"]
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Turn the storage's report, which runs over pages, into one line."""
+        try:
+            yield
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"The checkpoint {self.path(step)} cannot be read ({reason} ...); remove that folder to use an earlier "
+                "checkpoint, if there is one."
+            ) from error
 
     def wait(self) -> None:
         """Block until saves in the background are on disk; raises what failed there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def run(config: Config) -> RunResult:
     model_config = _policy_config(config, prepared, loaded)
     record = {"model": comparable(model_config), "config": dataclasses.asdict(config)}
     if resuming:
-        _check_resumable(run_dir, record["model"])
+        _check_resumable(run_dir, record, reporter)
     # An accelerator may multiply float32 at less than float32's precision unless told otherwise.
     precision = "float32" if config.model.compute_dtype == "float32" else None
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
@@ -98,8 +99,9 @@ def _describe(mesh: Mesh) -> str:
 
 def _check_run_dir(config: Config, run_dir: Path) -> bool:
     """Whether there is a run to resume; ValueError for one that neither resume nor overwrite was asked for."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run.dir={run_dir} is a file; choose another folder.")
+    nearest = next(place for place in (run_dir, *run_dir.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"run.dir={run_dir} cannot be made: {nearest} is no folder to write to; choose another.")
     occupied = run_dir.exists() and any(run_dir.iterdir())
     if occupied and not (run_dir / "config.yaml").exists():
         raise ValueError(f"run.dir={run_dir} is not empty and holds no run; choose another folder.")
@@ -256,12 +258,32 @@ def _make_run_dir(config: Config, model_config: ModelConfig, prepared: Prepared,
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
 
-def _check_resumable(run_dir: Path, model: dict[str, Any]) -> None:
+def _check_resumable(run_dir: Path, record: dict[str, Any], reporter: Reporter) -> None:
+    """ValueError where the newest checkpoint is of another model or optimizer; says which other settings differ."""
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, read_only=True)
     newest = checkpoints.latest_step()
-    if newest is not None:
-        check_architecture(checkpoints.record(newest)["model"], model, run_dir)
+    saved = None if newest is None else checkpoints.record(newest)
     checkpoints.close()
+    if saved is None:
+        return
+    check_architecture(saved["model"], record["model"], run_dir)
+    changed = {
+        f"{section}.{key}": (before, now)
+        for section, values in record["config"].items()
+        for key, now in values.items()
+        if (before := saved["config"][section].get(key)) != now
+        # Where, how long and on what a run goes on may change without changing what its steps compute.
+        and section not in ("mesh", "train", "tracking")
+        and key not in ("dir", "cache_dir", "resume", "overwrite")
+    }
+    if "optim.name" in changed:
+        before, now = changed["optim.name"]
+        raise ValueError(
+            f"The checkpoint in {run_dir} holds the state of optim.name={before}, not of {now}; resume with {before}, "
+            "or choose another run.dir."
+        )
+    for key, (before, now) in changed.items():
+        reporter.say(f"resuming with another {key}: {before} until now, {now} from here on")
 
 
 def _train(
@@ -294,7 +316,8 @@ def _train(
     finally:
         log.close()
         checkpoints.close()
-    return RunResult(run_dir, checkpoints.path(start.total_steps), last, initial, reporter.phase_seconds)
+    newest_path = checkpoints.path(max(first_step, start.total_steps))  # a run may be resumed with fewer steps
+    return RunResult(run_dir, newest_path, last, initial, reporter.phase_seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -302,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every save and restore
     try:
         result = run(parse_config(sys.argv[1:] if arguments is None else arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"done: {summary(result.metrics)}")

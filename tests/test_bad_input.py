@@ -326,14 +326,21 @@ def test_a_folder_of_something_else_is_never_touched(refused, place, flags):
     assert str(folder) in refused({}, folder, flags=flags)
 
 
-def test_a_run_folder_that_is_a_file(refused, place):
-    assert "is a file" in refused({}, place.file("a_file", "text"))
+def test_a_run_folder_that_cannot_be_made(refused, place):
+    file = place.file("a_file", "text")
+    assert f"{file} is no folder to write to" in refused({}, file)
+    assert f"{file} is no folder to write to" in refused({}, file / "run")
 
 
 def test_a_checkpoint_of_another_architecture(refused, finished):
     error = refused({"model.num_layers": 3}, finished, flags=("--resume", "auto"))
     assert "num_layers is 2 there and 3 in this configuration" in error
     assert str(finished) in error
+
+
+def test_a_checkpoint_of_another_optimizer(refused, finished):
+    error = refused({"optim.name": "adamw"}, finished, flags=("--resume", "auto"))
+    assert "optim.name=rmsprop, not of adamw" in error
 
 
 def test_resume_and_overwrite_at_once(refused, finished):

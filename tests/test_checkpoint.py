@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -131,3 +132,19 @@ def test_another_architecture_is_named_by_its_differences(tmp_path):
 def test_an_architecture_survives_json():
     saved = json.loads(json.dumps(comparable(small_model(family="mistral"))))
     check_architecture(saved, comparable(small_model(family="mistral")), "here")
+
+
+def test_a_damaged_checkpoint_is_named_in_one_line(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "damaged")
+    metadata = folder / "3" / "state" / "_METADATA"
+    metadata.write_bytes(metadata.read_bytes()[:-20])
+    checkpoints = Checkpoints(folder, read_only=True)
+    with pytest.raises(ValueError, match="cannot be read") as whole:
+        checkpoints.restore(3, random_state(steps_on(8, 1, 1)))
+    with pytest.raises(ValueError, match="cannot be read") as alone:
+        checkpoints.restore_params(3, models.abstract_params(MODEL))
+    checkpoints.close()
+    for caught in (whole, alone):
+        assert str(folder / "3") in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500

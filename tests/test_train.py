@@ -173,6 +173,17 @@ def test_a_finished_run_goes_on_when_it_gets_more_steps(world, finished):
     assert world.lines("longer")[: len(world.lines("finished"))] == world.lines("finished")
 
 
+def test_a_resume_with_fewer_steps_gives_what_there_is(world, finished):
+    again = world.run("finished", {**PERIODS, "train.steps": 2, "run.resume": "auto"})
+    assert again.checkpoint == finished.checkpoint
+    assert again.metrics == finished.metrics
+
+
+def test_a_resume_with_other_settings_says_so(world, finished, capsys):
+    world.run("finished", {**PERIODS, "run.resume": "auto", "objective.beta": 0.2})
+    assert "another objective.beta: 0.1 until now, 0.2 from here on" in capsys.readouterr().out
+
+
 def test_a_second_run_uses_what_the_first_prepared(world, finished, monkeypatch, capsys):
     monkeypatch.setattr(embeddings, "_load", fail)
     monkeypatch.setattr(reference, "compute_log_probs", fail)
