@@ -197,13 +197,9 @@ class ContrastConfig:
         _in_range("contrast", "alpha", self.alpha, 0.0, 1.0)
         _positive("contrast", temperature=self.temperature)
         if self.temperature is not None and self.perplexity is not None:
-            raise ConfigError(
-                "contrast.temperature fixes tau and contrast.perplexity solves for it; set one of them to null."
-            )
+            raise ConfigError("contrast.temperature fixes tau, contrast.perplexity solves for it; set one to null.")
         if self.perplexity is not None and not self.perplexity >= 1:
-            raise ConfigError(
-                f"contrast.perplexity={self.perplexity} must be at least 1: a row has that many contrasts."
-            )
+            raise ConfigError(f"contrast.perplexity={self.perplexity} must be at least 1, one contrast a row.")
         if self.group != "global" and self.group < 1:
             raise ConfigError(f"contrast.group={self.group} must be a positive number of pairs or 'global'.")
 
