@@ -227,6 +227,7 @@ def test_every_preset_loads_and_says_what_to_expect(path):
     text = "\n".join(comment)
     assert f"configs/{path.name}" in text, "the comment on top names the command"
     assert "python -m rpo_jax." in text
+    assert "TBD" not in text
     for word in ("Hardware:", "Result:"):
         assert any(line.startswith(word) and len(line) > len(word) + 3 for line in comment), f"{word} is missing"
 
