@@ -1,7 +1,7 @@
 """Relative Preference Optimization (arXiv 2402.10958) in JAX: one contrast matrix over all devices.
 
-    config = rpo_jax.load_config("configs/quickstart.yaml", ["optim.learning_rate=1e-4"])
-    result = rpo_jax.run(config)
+config = rpo_jax.load_config("configs/quickstart.yaml", ["optim.learning_rate=1e-4"])
+result = rpo_jax.run(config)
 """
 
 from __future__ import annotations

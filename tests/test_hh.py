@@ -1,0 +1,60 @@
+"""The whole path on real Anthropic-HH transcripts, where the file is at hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rpo_jax
+from rpo_jax.export import export
+
+CONFIG = Path(__file__).parents[1] / "configs" / "hh_small.yaml"
+HH = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"
+needs_hh = pytest.mark.skipif(not HH.is_file(), reason=f"{HH.name} is not beside the repository")
+
+SMALL = (
+    "data.train_rows=48",
+    "data.eval_rows=32",
+    "data.max_prompt_tokens=48",
+    "data.max_tokens=96",
+    "model.vocab_size=512",
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "batch.pairs=16",
+    "train.steps=4",
+    "train.log_every=1",
+)
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@needs_hh
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_hh_transcripts_train_and_export(tmp_path, cache_dir, pairing):
+    overrides = (f"run.dir={tmp_path / 'run'}", f"run.cache_dir={cache_dir}", f"data.path={HH}")
+    result = rpo_jax.run(rpo_jax.load_config(CONFIG, [*overrides, *SMALL, f"data.pairing={pairing}"]))
+    lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 4
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-5), "before the first step every reward is 0"
+    assert losses[-1] < losses[0]
+    assert lines[-1]["eval_contrast/perplexity"] == pytest.approx(6, abs=1e-3)
+    assert ("rewards/accuracies" in lines[1]) == (pairing == "paired")
+    assert 0 < result.metrics["eval_rewards/accuracies"] < 1, "held-out pairs are compared in either setting"
+    folder = export(result.run_dir, tmp_path / "hf")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+
+
+@needs_hh
+@pytest.mark.slow
+def test_hh_small_as_configured(tmp_path):
+    overrides = [f"run.dir={tmp_path / 'run'}", f"run.cache_dir={tmp_path / 'cache'}", f"data.path={HH}"]
+    result = rpo_jax.run(rpo_jax.load_config(CONFIG, overrides))
+    assert result.metrics["rewards/accuracies"] > 0.6, "it learns its training pairs"
+    assert result.metrics["eval_rewards/accuracies"] > 0.5
