@@ -35,16 +35,17 @@ def response_log_probs(
     response_ids: Int[Array, "R T"],
     num_responses: int,
     *,
-    chunk_tokens: int = 128,
+    chunk_tokens: int = 64,
     constrain: Constrain | None = None,
 ) -> tuple[Float[Array, "P"], Int[Array, "P"]]:
     """Summed log-prob (nats, float32) and number of scored tokens of every response of the batch.
 
     log pi(y_p) = sum over scored tokens k of p of log softmax(hidden[r, previous[r, k]] @ head)[tokens[r, k]]
 
-    The head runs on `chunk_tokens` tokens of every row at a time, and again in the backward pass, so that logits of
-    R x chunk_tokens x V are the most that exist at once. Rows stay a dimension throughout: they may be split over
-    devices, and the vocabulary too; the sum by response is then the gather.
+    The head runs on `chunk_tokens` scored tokens of every row at a time, and again in the backward pass, so that
+    logits of R x chunk_tokens x V are the most that exist at once; chunks without a scored token are skipped. Rows
+    stay a dimension throughout: they may be split over devices, and the vocabulary too; the sum by response is then
+    the gather.
 
     Args:
         hidden: final hidden states; their dtype is that of the head's product, which accumulates in float32.
@@ -64,6 +65,9 @@ def response_log_probs(
     chunk_tokens = min(chunk_tokens, num_tokens)
     num_chunks = -(-num_tokens // chunk_tokens)
 
+    # Scored tokens first in every row: whatever lies behind those of the fullest row costs nothing.
+    order = jnp.argsort(response_ids < 0, axis=1, stable=True)
+    tokens, previous, response_ids = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, previous, response_ids))
     scored = response_ids >= 0
     predictor = jnp.take_along_axis(hidden, previous[..., None], axis=1)
     # Garbage at unscored positions must not reach a gradient through 0 * nan.
@@ -73,12 +77,23 @@ def response_log_probs(
         padding = [(0, 0), (0, num_chunks * chunk_tokens - num_tokens)] + [(0, 0)] * (x.ndim - 2)
         return jnp.moveaxis(jnp.pad(x, padding).reshape(num_rows, num_chunks, chunk_tokens, *x.shape[2:]), 1, 0)
 
-    chunk_log_probs = jax.checkpoint(
-        partial(_chunk_log_probs, constrain=constrain or (lambda x, _: x)),
-        prevent_cse=False,  # inside a scan nothing can be merged with the forward pass
-    )
+    constrain = constrain or (lambda x, _: x)
+
+    # Recomputed as a whole, the condition included: what it saved for the backward pass would be saved per chunk.
+    @partial(jax.checkpoint, prevent_cse=False)  # inside a scan nothing can be merged with the forward pass
+    def chunk_log_probs(head: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        any_scored, hidden, targets = chunk
+        return jax.lax.cond(
+            any_scored,
+            lambda: _chunk_log_probs(head, hidden, targets, constrain),
+            lambda: jnp.zeros(targets.shape, jnp.float32),
+        )
+
+    any_scored = jnp.any(in_chunks(scored), axis=(1, 2))
     _, chunks = jax.lax.scan(
-        lambda carry, chunk: (carry, chunk_log_probs(head, *chunk)), None, (in_chunks(predictor), in_chunks(tokens))
+        lambda carry, chunk: (carry, chunk_log_probs(head, chunk)),
+        None,
+        (any_scored, in_chunks(predictor), in_chunks(tokens)),
     )
     token_log_probs = jnp.moveaxis(chunks, 0, 1).reshape(num_rows, -1)[:, :num_tokens]
 
