@@ -45,7 +45,14 @@ def export(
     params = checkpoints.restore_params(step, models.abstract_params(model_config))
     checkpoints.close()
     return models.save_pretrained(
-        out, model_config, params, tokenizer=run_dir / "model", dtype=dtype, overwrite=overwrite
+        out,
+        model_config,
+        params,
+        tokenizer=run_dir / "model",
+        # As the folder that the run started from had it; otherwise from the architecture.
+        generation_config=run_dir / "model" if (run_dir / "model" / "generation_config.json").is_file() else None,
+        dtype=dtype,
+        overwrite=overwrite,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,10 +25,31 @@ Metrics = dict[str, float]
 
 
 @dataclass
+class _Step:
+    """A step whose metrics are still on the device."""
+
+    step: int
+    num_tokens: int
+    report: dict[str, jax.Array]
+    batch: Batch
+    finished: float | None = None
+
+    def note_if_finished(self) -> None:
+        """Take the time now if the step is done: where dispatch blocks, it is long done when its metrics are read."""
+        if all(value.is_ready() for value in self.report.values()):
+            self.finished = time.perf_counter()
+
+    def wait(self) -> float:
+        """When the step was finished."""
+        jax.block_until_ready(self.report)
+        return self.finished or time.perf_counter()
+
+
+@dataclass
 class _Window:
     """What has been trained since the last line of metrics, to tell rates from."""
 
-    since: float = field(default_factory=time.perf_counter)
+    since: float
     steps: int = 0
     pairs: int = 0
     tokens: int = 0
@@ -38,12 +59,12 @@ class _Window:
         self.pairs += int(np.sum(batch.chosen.valid))
         self.tokens += _num_tokens(batch)
 
-    def rates(self) -> Metrics:
-        seconds = time.perf_counter() - self.since
+    def rates(self, until: float) -> Metrics:
+        seconds = until - self.since
         return {
             "tokens_per_second": self.tokens / seconds,
             "pairs_per_second": self.pairs / seconds,
-            "step_seconds": seconds / max(self.steps, 1),
+            "step_seconds": seconds / self.steps,
         }
 
 
@@ -93,17 +114,19 @@ class TrainingLoop:
             ThreadPoolExecutor(1, thread_name_prefix="packer") as packer,
         ):
             ahead = packer.submit(self.batches.batch_at, start)
-            waiting: tuple[int, int, dict[str, jax.Array], Batch] | None = None
-            window = _Window()
+            waiting: _Step | None = None
+            window = _Window(time.perf_counter())
             for step in range(start + 1, self.total_steps + 1):
                 batch = ahead.result()
                 ahead = packer.submit(self.batches.batch_at, step)
                 num_tokens += _num_tokens(batch)
+                if waiting is not None:
+                    waiting.note_if_finished()
                 state, report = self.steps.train(state, put_batch(self.mesh, batch), self.reference)
                 if waiting is not None:
                     # The device works on this step while the previous one is read and told.
                     last, window = self._tell(waiting, window, progress, last)
-                waiting = (step, num_tokens, report, batch)
+                waiting = _Step(step, num_tokens, report, batch)
                 if self._due(self.config.eval_every, step) or self._due(self.config.save_every, step):
                     last, window = self._tell(waiting, window, progress, last)
                     waiting = None
@@ -111,32 +134,31 @@ class TrainingLoop:
                         last_eval = self._evaluate(state, step)
                     if self._due(self.config.save_every, step):
                         self._save(state, step, num_tokens, last_eval if last_eval.get("step") == step else {})
-                    window = _Window()
+                    window = _Window(time.perf_counter())
         self.checkpoints.wait()
         return initial, {**last, **last_eval}
 
     def _due(self, every: int, step: int) -> bool:
         return step == self.total_steps or (every > 0 and step % every == 0)
 
-    def _tell(self, waiting, window: _Window, progress, last: Metrics) -> tuple[Metrics, _Window]:
+    def _tell(self, done: _Step, window: _Window, progress, last: Metrics) -> tuple[Metrics, _Window]:
         """Log a finished step if its turn has come; returns the newest metrics and the window for rates."""
-        step, num_tokens, report, batch = waiting
-        jax.block_until_ready(report)
-        window.add(batch)
-        if step != 1 and not self._due(self.config.log_every, step):
-            progress(step, {})
+        finished = done.wait()
+        window.add(done.batch)
+        if done.step != 1 and not self._due(self.config.log_every, done.step):
+            progress(done.step, {})
             return last, window
         metrics: Metrics = {
-            "step": step,
-            "epoch": step / self.batches.steps_per_epoch,
-            **{name: float(value) for name, value in report.items()},
-            "num_tokens": num_tokens,
-            "packing/efficiency": packing_efficiency(batch),
-            **window.rates(),
+            "step": done.step,
+            "epoch": done.step / self.batches.steps_per_epoch,
+            **{name: float(value) for name, value in done.report.items()},
+            "num_tokens": done.num_tokens,
+            "packing/efficiency": packing_efficiency(done.batch),
+            **window.rates(finished),
         }
         self.log.write(metrics)
-        progress(step, metrics)
-        return metrics, _Window()
+        progress(done.step, metrics)
+        return metrics, _Window(finished)
 
     def _evaluate(self, state: TrainState, step: int) -> Metrics:
         """Held-out metrics over all of the held-out data, with `eval_` in front; logged."""

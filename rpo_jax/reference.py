@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.step import LogProbs
+from rpo_jax.step import LogProbs, Params
 from rpo_jax.types import RESPONSES, Batch, PreferenceData
 
 FORMAT = "rpo_jax.reference_log_probs.1"
@@ -34,6 +35,15 @@ def folder_fingerprint(folder: Path) -> str:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def params_fingerprint(params: Params) -> str:
+    """SHA-256 over parameters in memory: those of a model from scratch, which no folder holds."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
 
 

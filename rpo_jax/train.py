@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from rpo_jax.loop import TrainingLoop
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.folders import written_whole
 from rpo_jax.prepare import Prepared, batches_of, checked_objective, is_paired, prepare, sweep_of
-from rpo_jax.reference import cached_log_probs, folder_fingerprint
+from rpo_jax.reference import cached_log_probs, folder_fingerprint, params_fingerprint
 from rpo_jax.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 from rpo_jax.tracking import MetricsLog, Reporter, check_tracking, summary
 from rpo_jax.types import PreferenceData
@@ -34,6 +35,7 @@ from rpo_jax.types import PreferenceData
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+GENERATION_CONFIG = "generation_config.json"
 CHECKPOINTS = "checkpoints"  # folder of a run
 
 
@@ -186,7 +188,7 @@ def _provide_reference(
         return jax.tree.map(jnp.copy, params), prepared
 
     source = config.reference.path or config.model.path
-    weights = f"seed {config.run.seed}" if source is None else folder_fingerprint(models.resolve_folder(source))
+    weights = params_fingerprint(params) if source is None else folder_fingerprint(models.resolve_folder(source))
 
     @functools.cache  # loaded at most once, and only where a cache is missing
     def reference_params() -> Params:
@@ -255,6 +257,10 @@ def _make_run_dir(config: Config, model_config: ModelConfig, prepared: Prepared,
     with written_whole(run_dir, overwrite=True) as folder:
         models.to_transformers(model_config, model_config.dtype).save_pretrained(folder / "model")
         prepared.tokenizer.save_pretrained(folder / "model")
+        if config.model.path is not None:
+            settings = models.resolve_folder(config.model.path) / GENERATION_CONFIG
+            if settings.is_file():
+                shutil.copyfile(settings, folder / "model" / GENERATION_CONFIG)
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
 
@@ -313,6 +319,9 @@ def _train(
     try:
         with reporter.phase("train and evaluate"):
             initial, last = loop.run(state, first_step, num_tokens)
+    except ValueError as error:
+        # Nothing that a user gave is read in here: this is a fault of ours, and its traceback is wanted.
+        raise RuntimeError(f"training stopped: {error}") from error
     finally:
         log.close()
         checkpoints.close()

@@ -4,6 +4,7 @@ import logging
 import numpy as np
 import pytest
 
+from rpo_jax import reference
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.reference import cached_log_probs, data_fingerprint, folder_fingerprint, read_cache, write_cache
 from rpo_jax.step import LogProbs
@@ -181,3 +182,11 @@ def test_a_folder_s_fingerprint_is_of_weights_and_architecture(tmp_path):
     second = folder_fingerprint(tmp_path)
     (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8")
     assert len({first, second, folder_fingerprint(tmp_path)}) == 3
+
+
+def test_parameters_in_memory_are_told_apart():
+    params = {"a": np.zeros((2, 3), np.float32), "b": {"c": np.ones(4, np.float32)}}
+    same = {"b": {"c": np.ones(4, np.float32)}, "a": np.zeros((2, 3), np.float32)}
+    changed = {"a": np.zeros((2, 3), np.float32), "b": {"c": np.array([1, 1, 1, 2], np.float32)}}
+    assert reference.params_fingerprint(params) == reference.params_fingerprint(same)
+    assert reference.params_fingerprint(params) != reference.params_fingerprint(changed)

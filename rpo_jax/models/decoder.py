@@ -244,7 +244,9 @@ def hidden_states(
     mask_of_layer = jnp.array([windows.index(window) for window in model_config.sliding_windows])
     cos_sin = rotation(model_config.rope, model_config.head_dim, positions)
     model = nnx.merge(_abstract(model_config)[0], params)
-    x = constrain(model.embed[...][tokens].astype(compute_dtype), ("rows", "tokens", "embed"))
+    # Whole over fsdp before rows are taken from it: a lookup in a table split both ways would be repeated everywhere.
+    table = constrain(model.embed[...], ("vocab", "embed"))
+    x = constrain(table[tokens].astype(compute_dtype), ("rows", "tokens", "embed"))
     return model(x, cos_sin, masks, mask_of_layer, remat, constrain)
 
 
