@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -73,16 +74,13 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def restore_params(self, step: int, like: Any) -> Any:
-        """Parameters of a step alone, on one local device; `like` gives their shapes."""
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
-        item = {"params": abstract}
+        """Parameters of a step alone, as NumPy arrays in host memory; `like` gives their shapes."""
+        item = {"params": like}
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         with self._readable(step), ocp.PyTreeCheckpointer() as reader:
             return reader.restore(
                 self.path(step) / "state",
-                args=ocp.args.PyTreeRestore(
-                    item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-                ),
+                args=ocp.args.PyTreeRestore(item=item, restore_args=on_host, partial_restore=True),
             )["params"]
 
     @contextlib.contextmanager

@@ -334,7 +334,8 @@ class TrainConfig:
         eval_every: steps between evaluations; 0 evaluates before the first and after the last step only.
         save_every: steps between checkpoints; 0 saves the last step only.
         keep_last: newest checkpoints to keep.
-        keep_best: checkpoints of highest held-out preference accuracy (lowest loss for sft) to keep besides.
+        keep_best: checkpoints of highest held-out preference accuracy (lowest loss where there are no rewards) to keep
+            besides; where it is not 0, every save is preceded by an evaluation.
     """
 
     steps: int | None = None

@@ -30,7 +30,7 @@ class _Step:
 
     step: int
     num_tokens: int
-    report: dict[str, jax.Array]
+    report: dict[str, Any]  # jax.Arrays, which say whether they are ready
     batch: Batch
     finished: float | None = None
 
@@ -127,13 +127,16 @@ class TrainingLoop:
                     # The device works on this step while the previous one is read and told.
                     last, window = self._tell(waiting, window, progress, last)
                 waiting = _Step(step, num_tokens, report, batch)
-                if self._due(self.config.eval_every, step) or self._due(self.config.save_every, step):
+                saving = self._due(self.config.save_every, step)
+                # A checkpoint is ranked by an evaluation of its own.
+                evaluating = self._due(self.config.eval_every, step) or (saving and self.config.keep_best > 0)
+                if evaluating or saving:
                     last, window = self._tell(waiting, window, progress, last)
                     waiting = None
-                    if self._due(self.config.eval_every, step):
-                        last_eval = self._evaluate(state, step)
-                    if self._due(self.config.save_every, step):
-                        self._save(state, step, num_tokens, last_eval if last_eval.get("step") == step else {})
+                    evaluated = self._evaluate(state, step) if evaluating else {}
+                    last_eval = evaluated or last_eval
+                    if saving:
+                        self._save(state, step, num_tokens, evaluated)
                     window = _Window(time.perf_counter())
         self.checkpoints.wait()
         return initial, {**last, **last_eval}
@@ -182,7 +185,6 @@ class TrainingLoop:
             return
         score = None
         if evaluated:
-            # Best by held-out accuracy of the implicit rewards; by loss where there are none, as in sft.
-            uses_rewards = self.steps.objective.uses_reference and "eval_rewards/accuracies" in evaluated
-            score = evaluated["eval_rewards/accuracies"] if uses_rewards else -evaluated["eval_loss"]
+            # By held-out accuracy of the rewards; by loss where there are none, as in sft.
+            score = evaluated.get("eval_rewards/accuracies", -evaluated["eval_loss"])
         self.checkpoints.save(step, state, {**self.record, "num_tokens": num_tokens}, score)

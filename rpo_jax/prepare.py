@@ -19,11 +19,11 @@ from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, pro
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import tokenize_examples
-from rpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE, load_tokenizer, train_tokenizer
 from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.objectives.losses import Objective, objective_named
 from rpo_jax.tracking import Reporter
-from rpo_jax.types import PreferenceData, PreferenceExample
+from rpo_jax.types import RESPONSES, PreferenceData, PreferenceExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,9 @@ class Prepared:
     @property
     def eval_responses(self) -> tuple[str, ...]:
         """Held-out pairs are scored on both sides whatever the objective: accuracy needs them."""
-        return ("chosen", "rejected", *(("mismatched",) if "mismatched" in self.responses else ()))
+        assert self.held_out is not None
+        compared = {"rejected"} if any(e.rejected_ids is not None for e in self.held_out.examples) else set()
+        return tuple(name for name in RESPONSES if name in {*self.responses, *compared})
 
 
 def checked_objective(config: Config) -> Objective:
@@ -75,7 +77,7 @@ def batches_of(config: Config, data: PreferenceData, responses: tuple[str, ...],
 
 
 def sweep_of(config: Config, data: PreferenceData, responses: tuple[str, ...], row_shards: int) -> PreferenceBatches:
-    """Batches that reach every example once, in order: for evaluation and for the reference's log-probs."""
+    """Batches of every response once, in order: for evaluation and for the reference's log-probs."""
     return PreferenceBatches(
         data,
         pairs=config.batch.pairs,
@@ -116,12 +118,18 @@ def _split(config: DataConfig, reporter: Reporter) -> tuple[ExampleSet, ExampleS
 
 
 def _tokenizer(config: Config, examples: Sequence[PreferenceExample], trained: Path | None) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer; for a new model one that is learnt from the training texts."""
-    if trained is not None:
-        return load_tokenizer(trained)
-    source = config.model.path or config.model.tokenizer
+    """The policy's tokenizer; for a new model one that is learnt from the training texts.
+
+    Where it has no chat template but conversations are rendered, it takes the default one along into the run folder
+    and the exported model: whoever serves it renders prompts as they were in training.
+    """
+    source = trained or config.model.path or config.model.tokenizer
     if source != "train":
-        return load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
+        rendered = config.data.template == "chat" or any(not isinstance(e.prompt, str) for e in examples)
+        if tokenizer.chat_template is None and rendered:
+            tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        return tokenizer
     texts = [
         text
         for example in examples

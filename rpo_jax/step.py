@@ -56,6 +56,7 @@ class Steps:
         train: (state, batch, live reference's parameters or None) to (state, metrics); the state is given up.
         evaluate: (parameters, batch, live reference's parameters or None) to the metrics' means.
         state_shardings: where each part of the state lives.
+        abstract_state: shapes, dtypes and shardings of the state, to restore a checkpoint into.
     """
 
     objective: losses.Objective
@@ -63,6 +64,7 @@ class Steps:
     train: Callable[[TrainState, Batch, Params | None], tuple[TrainState, dict[str, Array]]]
     evaluate: Callable[[Params, Batch, Params | None], Means]
     state_shardings: Any
+    abstract_state: Any
 
 
 _ROW_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "previous", "response_ids")
@@ -273,7 +275,11 @@ def build_steps(
         scores, means = scores_of(log_probs, batch, paired)
         weights_on = config.contrast.diagonal_on if config.contrast.weights == "diagonal" else "score"
         value = objective.compute(scores, config.objective, weights_on=weights_on)
-        return value, means | metrics.preference_metrics(scores, config.objective.beta, paired)
+        told = metrics.preference_metrics(scores, config.objective.beta, paired)
+        if not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
+            told = {name: mean for name, mean in told.items() if not name.startswith("rewards/")}
+        count = objective.count(scores).astype(jnp.float32)
+        return value, {"loss": metrics.Mean(value * count, count), **means, **told}
 
     def referenced(batch: Batch, reference: Params | None) -> Batch:
         if reference is None:
@@ -287,18 +293,16 @@ def build_steps(
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         report = {
-            "loss": value,
             "grad_norm": optax.tree.norm(gradient),
             "learning_rate": schedule(state.step),
             **metrics.finalize(means),
+            "loss": value,
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), report
 
     def evaluate(params: Params, batch: Batch, reference: Params | None) -> Means:
         batch = referenced(batch, reference)
-        value, means = scored(batch, eval_paired, _all_log_probs(forward, micro_rows, params, batch))
-        count = jnp.sum(batch.chosen.valid).astype(jnp.float32)
-        return {"loss": metrics.Mean(value * count, count), **means}
+        return scored(batch, eval_paired, _all_log_probs(forward, micro_rows, params, batch))[1]
 
     whole, param_shardings = sharding.replicated(mesh), _param_shardings(model_config, mesh)
     opt_shardings = optax.tree.map_params(
@@ -320,6 +324,11 @@ def build_steps(
         train=jax.jit(train, out_shardings=(state_shardings, whole), donate_argnums=0),
         evaluate=jax.jit(evaluate, out_shardings=whole),
         state_shardings=state_shardings,
+        abstract_state=jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            jax.eval_shape(init, models.abstract_params(model_config)),
+            state_shardings,
+        ),
     )
 
 

@@ -23,6 +23,7 @@ _SHOWN = (
     ("rewards/margins", "margin", "{:.3f}"),
     ("eval_loss", "held-out loss", "{:.4f}"),
     ("eval_rewards/accuracies", "held-out accuracy", "{:.3f}"),
+    ("eval_logps/accuracies", "held-out accuracy of log-probs", "{:.3f}"),
     ("pairs_per_second", "pairs/s", "{:.1f}"),
 )
 
@@ -103,12 +104,15 @@ class MetricsLog:
     Args:
         start_step: steps done when this part of the run begins; later lines of an earlier part are dropped,
             because they will be logged again.
+        run_id: the same for all parts of a run, so that a resumed one goes on in the same chart.
 
     Attributes:
         earlier: what the earlier parts of the run logged.
     """
 
-    def __init__(self, run_dir: Path, config: TrackingConfig, start_step: int, hyperparameters: dict[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, config: TrackingConfig, start_step: int, run_id: str, hyperparameters: dict[str, Any]
+    ) -> None:
         path = run_dir / "metrics.jsonl"
         # A run that starts over evaluates before its first step again, so even that line goes.
         first_step = start_step + 1 if start_step else 0
@@ -127,10 +131,7 @@ class MetricsLog:
         if config.wandb:
             import wandb  # pyright: ignore[reportMissingImports]  # optional
 
-            # One id per run folder, so that a resumed run goes on in the same chart.
-            self._wandb = wandb.init(
-                project=config.wandb_project, id=run_dir.resolve().name, resume="allow", config=hyperparameters
-            )
+            self._wandb = wandb.init(project=config.wandb_project, id=run_id, resume="allow", config=hyperparameters)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Log one step; `metrics` holds `step`."""

@@ -20,7 +20,8 @@ LEVELS = (
     ("data", "models", "sharding", "optim"),
     ("step",),
     ("checkpoint", "tracking", "reference"),
-    ("prepare", "loop"),
+    ("prepare", "loop", "run_folder"),
+    ("start",),
     ("train", "export"),
 )
 STANDALONE = ("quickstart",)  # standard library only

@@ -16,7 +16,7 @@ def lines(run_dir):
 
 
 def write(run_dir, metrics, start_step=0, config=QUIET) -> MetricsLog:
-    log = MetricsLog(run_dir, config, start_step, {})
+    log = MetricsLog(run_dir, config, start_step, "id", {})
     for line in metrics:
         log.write(line)
     log.close()
@@ -24,7 +24,7 @@ def write(run_dir, metrics, start_step=0, config=QUIET) -> MetricsLog:
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
-    log = MetricsLog(tmp_path, QUIET, 0, {})
+    log = MetricsLog(tmp_path, QUIET, 0, "id", {})
     log.write({"step": 1, "loss": 0.6931})
     assert lines(tmp_path) == [{"step": 1, "loss": 0.6931}]
     log.close()

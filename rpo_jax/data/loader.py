@@ -35,7 +35,7 @@ class PreferenceBatches:
         pairs: slots of each side of a batch: M = pairs, N = pairs or 0, K = pairs or 0.
         pairing: `paired` gives slot i of every side to one example; `unpaired` draws chosen and rejected responses
             from two pools, shuffled apart, as many of each: the larger pool's size is the epoch, the smaller one starts
-            again in a new order when it is used up.
+            again in a new order when it is used up; in sequential order its slots stay empty instead.
         responses: which of RESPONSES to load; mismatched slot i belongs to chosen slot i.
         order: `shuffled` anew each epoch, or `sequential`.
         seed: of the shuffles.
@@ -105,6 +105,12 @@ class PreferenceBatches:
         position = epoch * self.epoch_examples + first + np.arange(count)
         indices = {}
         for name, pool in self._pools.items():
+            if self.order == "sequential":
+                # A sweep has everything once: evaluation must not count the smaller pool's responses twice.
+                here = first + np.arange(count)
+                here = here[here < len(pool)]
+                indices[name] = np.concatenate([pool[here], np.full(self.pairs - len(here), NO_EXAMPLE)])
+                continue
             rounds, places = np.divmod(position, len(pool))
             index = np.full(self.pairs, NO_EXAMPLE, np.int64)
             for number in np.unique(rounds):
@@ -115,8 +121,6 @@ class PreferenceBatches:
 
     def _new_permutation(self, pool: str, number: int) -> Int[np.ndarray, "_"]:
         size = len(self._pools[pool])
-        if self.order == "sequential":
-            return np.arange(size)
         return np.random.default_rng([self.seed, number, RESPONSES.index(pool)]).permutation(size)
 
     def _build_pools(self) -> dict[str, Int[np.ndarray, "_"]]:

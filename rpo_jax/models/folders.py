@@ -124,7 +124,12 @@ def written_whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
         yield partial
         if path.exists():
             os.replace(path, replaced)
-        os.replace(partial, path)
+        try:
+            os.replace(partial, path)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, path)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -288,11 +288,25 @@ def _sft(scores, options, *, weights_on: WeightsOn = "score"):
     return sft_loss(scores.chosen.log_prob, scores.chosen.num_tokens, scores.chosen.valid)
 
 
+def _count_entries(scores: Scores) -> Int[Array, ""]:
+    assert scores.mask is not None
+    return jnp.sum(scores.mask)
+
+
+def _count_responses(scores: Scores) -> Int[Array, ""]:
+    return jnp.sum(scores.chosen.valid) + jnp.sum(scores.rejected.valid)
+
+
+def _count_chosen_tokens(scores: Scores) -> Int[Array, ""]:
+    return jnp.sum(jnp.where(scores.chosen.valid, scores.chosen.num_tokens, 0))
+
+
 @dataclass(frozen=True)
 class Objective:
     """One row of the table: what to compute, and what to prepare for it.
 
-    responses: the kinds of response that must be scored. weights: the contrast weights by default, a name in
+    responses: the kinds of response that must be scored. count: what the loss is a mean over, so that the means of
+    batches of different size combine. weights: the contrast weights by default, a name in
     contrast.WEIGHTS; None without a contrast matrix. link: the default link on it; None where it is not exchangeable.
     """
 
@@ -300,6 +314,7 @@ class Objective:
     description: str
     source: str
     responses: tuple[str, ...] = ("chosen", "rejected")
+    count: Callable[[Scores], Int[Array, ""]] = _count_entries
     weights: str | None = None
     link: str | None = None
     uses_reference: bool = True
@@ -318,10 +333,19 @@ OBJECTIVES: dict[str, Objective] = {
         _slic, "sequence likelihood calibration", "arXiv 2305.10425", weights="pair", uses_reference=False
     ),
     "kto": Objective(
-        _kto, "Kahneman-Tversky Optimization", "arXiv 2402.01306", responses=("chosen", "rejected", "mismatched")
+        _kto,
+        "Kahneman-Tversky Optimization",
+        "arXiv 2402.01306",
+        responses=("chosen", "rejected", "mismatched"),
+        count=_count_responses,
     ),
     "sft": Objective(
-        _sft, "supervised fine-tuning on chosen responses", "-", responses=("chosen",), uses_reference=False
+        _sft,
+        "supervised fine-tuning on chosen responses",
+        "-",
+        responses=("chosen",),
+        count=_count_chosen_tokens,
+        uses_reference=False,
     ),
 }
 

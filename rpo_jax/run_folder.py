@@ -1,0 +1,114 @@
+"""The folder of a run: made whole or not at all, never emptied of what the run itself reads, checked before a resume.
+
+It holds config.yaml, run_id, metrics.jsonl, tensorboard/, checkpoints/, and in model/ all of a Hugging Face folder but
+the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rpo_jax import models
+from rpo_jax.checkpoint import Checkpoints, check_architecture
+from rpo_jax.config import Config
+from rpo_jax.config_io import dump_config
+from rpo_jax.models import ModelConfig
+from rpo_jax.models.folders import written_whole
+from rpo_jax.tracking import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+RUN_ID = "run_id"
+GENERATION_CONFIG = "generation_config.json"
+
+
+def check_run_folder(config: Config, folder: Path) -> bool:
+    """Whether there is a checkpoint to resume from.
+
+    Raises ValueError for a run that neither resume nor overwrite was asked for, and for a folder that cannot be made
+    or whose replacement would delete what this run reads.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"run.dir={folder} cannot be made: {nearest} is no folder to write to; choose another.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"run.dir={folder} is not empty and holds no run; choose another folder.")
+    if config.run.resume == "never" and not config.run.overwrite:
+        raise ValueError(
+            f"run.dir={folder} holds a run already; go on with it (--resume auto), replace it (--overwrite), or "
+            "choose another folder."
+        )
+    if config.run.resume == "auto" and _newest_record(folder) is not None:
+        return True
+    for key, path in (
+        ("model.path", config.model.path),
+        ("reference.path", config.reference.path),
+        ("data.path", config.data.path),
+        ("data.eval_path", config.data.eval_path),
+    ):
+        if path is not None and Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{key}={path} lies in run.dir={folder}, which this run would replace; move it, or choose another "
+                "run.dir."
+            )
+    return False
+
+
+def _newest_record(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint says about its run; None where there is no checkpoint."""
+    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+    newest = checkpoints.latest_step()
+    record = None if newest is None else checkpoints.record(newest)
+    checkpoints.close()
+    return record
+
+
+def make_run_folder(
+    config: Config, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """A new run folder, in place of one that is there."""
+    with written_whole(folder, overwrite=True) as new:
+        models.to_transformers(model_config, model_config.dtype).save_pretrained(new / MODEL)
+        tokenizer.save_pretrained(new / MODEL)
+        if config.model.path is not None:
+            settings = models.resolve_folder(config.model.path) / GENERATION_CONFIG
+            if settings.is_file():
+                shutil.copyfile(settings, new / MODEL / GENERATION_CONFIG)
+        # What was asked of this start only would, read back from here, ask it again of the next.
+        lasting = dataclasses.replace(config.run, resume="never", overwrite=False)
+        (new / "config.yaml").write_text(dump_config(dataclasses.replace(config, run=lasting)), encoding="utf-8")
+        (new / RUN_ID).write_text(uuid.uuid4().hex, encoding="utf-8")
+
+
+def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
+    """ValueError where the newest checkpoint is of another model or optimizer; says which other settings differ."""
+    saved = _newest_record(folder)
+    assert saved is not None, "check_run_folder found a checkpoint"
+    check_architecture(saved["model"], record["model"], folder)
+    changed = {
+        f"{section}.{key}": (before, now)
+        for section, values in record["config"].items()
+        for key, now in values.items()
+        if (before := saved["config"][section].get(key)) != now
+        # Where, how long and on what a run goes on may change without changing what its steps compute.
+        and section not in ("mesh", "train", "tracking")
+        and key not in ("dir", "cache_dir", "resume", "overwrite")
+    }
+    if "optim.name" in changed:
+        before, now = changed["optim.name"]
+        raise ValueError(
+            f"The checkpoint in {folder} holds the state of optim.name={before}, not of {now}; resume with {before}, "
+            "or choose another run.dir."
+        )
+    for key, (before, now) in changed.items():
+        reporter.say(f"resuming with another {key}: {before} until now, {now} from here on")

@@ -1,0 +1,214 @@
+"""Everything that the first step needs: weights on the mesh, the reference's log-probs, batches, compiled functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rpo_jax import models, sharding
+from rpo_jax.config import Config
+from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
+from rpo_jax.models import ModelConfig
+from rpo_jax.objectives.contrast import WEIGHTS
+from rpo_jax.prepare import Prepared, batches_of, checked_objective, is_paired, sweep_of
+from rpo_jax.reference import cached_log_probs, folder_fingerprint, params_fingerprint
+from rpo_jax.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
+from rpo_jax.tracking import Reporter
+from rpo_jax.types import PreferenceData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the training loop starts from.
+
+    Attributes:
+        state: the state of step 0; shapes and shardings alone where a checkpoint is going to be restored.
+        live_reference: parameters of a reference that runs beside the policy; None where none does.
+    """
+
+    steps: Steps
+    state: TrainState
+    live_reference: Params | None
+    batches: PreferenceBatches
+    held_out: PreferenceBatches | None
+    total_steps: int
+
+
+def policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | None, reporter: Reporter) -> ModelConfig:
+    tokenizer, size = prepared.tokenizer, config.model
+    if loaded is not None:
+        if len(tokenizer) > loaded.vocab_size:
+            raise ValueError(
+                f"The tokenizer in {size.path} has {len(tokenizer)} tokens, its model only {loaded.vocab_size}; "
+                "use the tokenizer that belongs to the model."
+            )
+        if config.data.max_tokens > loaded.max_position_embeddings:
+            reporter.say(
+                f"data.max_tokens={config.data.max_tokens} is more than the {loaded.max_position_embeddings} positions "
+                f"that {size.path} was made for"
+            )
+        return loaded
+    return models.new_config(
+        family=size.family,
+        # Rounded up so that a tensor axis can split it.
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+        num_kv_heads=size.num_kv_heads,
+        tie_embeddings=size.tie_embeddings,
+        rope_theta=size.rope_theta,
+        max_position_embeddings=config.data.max_tokens,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    )
+
+
+def _reference_config(path: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+    """Architecture of a reference of its own; ValueError unless it reads the policy's tokens as the policy does."""
+    reference_config, folder = models.check_pretrained(path), models.resolve_folder(path)
+    if len(tokenizer) > reference_config.vocab_size:
+        raise ValueError(
+            f"reference.path={path} has a vocabulary of {reference_config.vocab_size} tokens, the policy's tokenizer "
+            f"{len(tokenizer)}; use a reference that was trained with the policy's tokenizer."
+        )
+    if any((folder / name).is_file() for name in VOCABULARY_FILES):
+        theirs = load_tokenizer(folder).get_vocab()
+        for token, number in tokenizer.get_vocab().items():
+            if theirs.get(token) != number:
+                raise ValueError(
+                    f"reference.path={path} has another vocabulary than the policy: token {token!r} has id "
+                    f"{theirs.get(token)} there and {number} in the policy's tokenizer; use a reference that was "
+                    "trained with the policy's tokenizer."
+                )
+    return reference_config
+
+
+def _uses_reference(config: Config) -> bool:
+    return config.reference.mode != "none" and checked_objective(config).uses_reference
+
+
+def _load(path: str, shardings: Any) -> Params:
+    _, host = models.load_pretrained(path)
+    return jax.tree.map(jax.device_put, host, shardings)
+
+
+def _initial_params(config: Config, model_config: ModelConfig, shardings: Any, reporter: Reporter) -> Params:
+    with reporter.phase("load model") as notes:
+        if config.model.path is not None:
+            params = _load(config.model.path, shardings)
+        else:
+            # Compiled with its output's shardings: each device makes only its own part.
+            init = jax.jit(models.init_params, static_argnums=0, out_shardings=shardings)
+            params = init(model_config, jax.random.key(config.run.seed))
+        notes.append(f"{models.count_params(model_config):,} parameters, {model_config.family}")
+        return jax.block_until_ready(params)
+
+
+def _with_cached_reference(
+    config: Config,
+    reference_config: ModelConfig,
+    policy_params: Callable[[], Params],
+    prepared: Prepared,
+    mesh: Mesh,
+    reporter: Reporter,
+) -> Prepared:
+    """The data with the reference's log-probs, from the cache or computed now."""
+    log_probs, shardings = build_log_probs(config, reference_config, mesh)
+    own = config.reference.path
+    source = own or config.model.path
+    weights = folder_fingerprint(models.resolve_folder(source)) if source else params_fingerprint(policy_params())
+
+    @functools.cache  # loaded at most once, and only where the cache lacks something
+    def reference_params() -> Params:
+        return policy_params() if own is None else _load(own, shardings)
+
+    filled = {}
+    with reporter.phase("reference log-probs") as notes:
+        for name, responses in (("train", prepared.responses), ("held_out", prepared.eval_responses)):
+            data: PreferenceData | None = getattr(prepared, name)
+            if data is None:
+                continue
+            sweep = sweep_of(config, data, responses, sharding.row_shards(mesh))
+            with reporter.progress(f"reference, {name}", sweep.steps_per_epoch) as update:
+                filled[name], found = cached_log_probs(
+                    data,
+                    sweep,
+                    (weights, reference_config, config.model.compute_dtype),
+                    Path(config.run.cache_dir).expanduser(),
+                    lambda batch: log_probs(reference_params(), put_batch(mesh, batch)),
+                    update,
+                )
+            notes.append(f"{name} {'from the cache' if found else 'computed'}")
+    return dataclasses.replace(prepared, **filled)
+
+
+def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
+    """ValueError for data that cannot be packed or contrasted, before anything is loaded."""
+    batches_of(config, prepared.train, prepared.responses, shards)
+    if prepared.held_out is None:
+        return
+    sweep_of(config, prepared.held_out, prepared.eval_responses, shards)
+    kind = config.contrast.weights or checked_objective(config).weights
+    if kind is not None and WEIGHTS[kind].needs_pairs and not is_paired(prepared.held_out):
+        raise ValueError(
+            f"objective.name={config.objective.name} contrasts the two responses of a pair, but the held-out data has "
+            "examples with only one; evaluate on pairs."
+        )
+
+
+def make_start(
+    config: Config, model_config: ModelConfig, prepared: Prepared, mesh: Mesh, reporter: Reporter, *, resuming: bool
+) -> Start:
+    """Load, place and compile what training needs.
+
+    Raises ValueError for data or a reference that does not fit, before anything is loaded or compiled.
+    """
+    shards = sharding.row_shards(mesh)
+    _check_data(config, prepared, shards)
+    models.to_transformers(model_config, model_config.dtype)
+    reference_config = model_config
+    if config.reference.path is not None and _uses_reference(config):
+        reference_config = _reference_config(config.reference.path, prepared.tokenizer)
+    steps_per_epoch = batches_of(config, prepared.train, prepared.responses, shards).steps_per_epoch
+    total_steps = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
+    steps = build_steps(
+        config,
+        model_config,
+        mesh,
+        total_steps,
+        eval_paired=prepared.held_out is not None and is_paired(prepared.held_out),
+        reference_config=reference_config,
+    )
+
+    # Loaded at once for a new run; a resumed one needs the initial weights only if the reference is made of them.
+    @functools.cache
+    def params() -> Params:
+        return _initial_params(config, model_config, steps.state_shardings.params, reporter)
+
+    live = None
+    if not resuming:
+        params()
+    if _uses_reference(config) and config.reference.mode == "cached":
+        prepared = _with_cached_reference(config, reference_config, params, prepared, mesh, reporter)
+    elif _uses_reference(config) and config.reference.path is not None:
+        live = _load(config.reference.path, build_log_probs(config, reference_config, mesh)[1])
+    elif _uses_reference(config):
+        # The step gives its state's buffers up: the reference needs its own.
+        live = jax.tree.map(jnp.copy, params())
+    state = steps.abstract_state if resuming else steps.init(params())
+    batches = batches_of(config, prepared.train, prepared.responses, shards)
+    held_out = prepared.held_out and sweep_of(config, prepared.held_out, prepared.eval_responses, shards)
+    return Start(steps, state, live, batches, held_out, total_steps)
