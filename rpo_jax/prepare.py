@@ -41,8 +41,8 @@ class Prepared:
     @property
     def eval_responses(self) -> tuple[str, ...]:
         """Held-out pairs are scored on both sides whatever the objective: accuracy needs them."""
-        assert self.held_out is not None
-        compared = {"rejected"} if any(e.rejected_ids is not None for e in self.held_out.examples) else set()
+        held_out = () if self.held_out is None else self.held_out.examples
+        compared = {"rejected"} if any(example.rejected_ids is not None for example in held_out) else set()
         return tuple(name for name in RESPONSES if name in {*self.responses, *compared})
 
 

@@ -345,3 +345,8 @@ def test_a_checkpoint_of_another_optimizer(refused, finished):
 
 def test_resume_and_overwrite_at_once(refused, finished):
     assert "contradict" in refused({}, finished, flags=("--resume", "auto", "--overwrite"))
+
+
+def test_an_input_inside_the_folder_that_is_replaced(refused, finished):
+    error = refused({"model.path": finished / "model"}, finished, flags=("--overwrite",))
+    assert f"model.path={finished / 'model'} lies in run.dir={finished}" in error

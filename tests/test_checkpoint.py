@@ -60,13 +60,13 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(saved, shape):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
 
 
-def test_parameters_come_back_alone_on_one_device(saved):
+def test_parameters_come_back_alone_on_the_host(saved):
     folder, state = saved
     checkpoints = Checkpoints(folder, read_only=True)
     params = checkpoints.restore_params(3, models.abstract_params(MODEL))
     checkpoints.close()
     assert_equal(params, state.params)
-    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(params))
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
 
 
 def test_the_record_comes_back(saved):

@@ -17,6 +17,7 @@ from rpo_jax.config import (
     PolicyConfig,
 )
 from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.objectives import metrics
 from rpo_jax.step import build_log_probs, build_steps, make_log_probs, make_loss_and_gradient, put_batch
 from rpo_jax.types import RESPONSES
 from tests.worlds import random_data, small_model
@@ -214,3 +215,26 @@ def test_empty_slots_of_the_last_batch_change_nothing():
     for name in found[0]:
         np.testing.assert_allclose(found[0][name].total, found[1][name].total, rtol=1e-5, atol=1e-6, err_msg=name)
         assert found[0][name].count == found[1][name].count
+
+
+@pytest.mark.parametrize("objective", ["sft", "rpo", "kto"])
+def test_held_out_means_do_not_depend_on_the_batch_size(objective):
+    """20 examples in batches of 16, the last of 4, or in batches of 4: the same, where groups do not change either."""
+    data, mesh = random_data(20, mismatched=True), make_mesh()
+    responses = RESPONSES if objective == "kto" else ("chosen", "rejected")
+    config = configured(objective=objective, **({"group": 4} if objective == "rpo" else {}))
+    with jax.set_mesh(mesh):
+        evaluate = build_steps(config, MODEL, mesh, total_steps=1).evaluate
+        params = models.init_params(MODEL, jax.random.key(0))
+        found = []
+        for pairs in (16, 4):
+            sweep = batches_for(config, data, responses=responses, order="sequential", pairs=pairs)
+            total = None
+            for step in range(sweep.steps_per_epoch):
+                means = evaluate(params, put_batch(mesh, sweep.batch_at(step)), None)
+                total = means if total is None else metrics.combine(total, means)
+            found.append(metrics.finalize(total))
+    for name in found[0].keys() - ({"loss", "kl"} if objective == "kto" else set()):
+        # KTO's loss and kl are clamped batch estimates: they are the batch's own.
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert ("rewards/margins" in found[0]) == (objective != "sft")

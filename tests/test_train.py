@@ -94,7 +94,7 @@ def test_a_run_folder_holds_what_a_run_needs(world, finished):
     run_dir = finished.run_dir
     assert run_dir == world.folder / "finished"
     inside = {path.name for path in run_dir.iterdir()}
-    assert inside == {"config.yaml", "model", "checkpoints", "metrics.jsonl", "tensorboard"}
+    assert inside == {"config.yaml", "run_id", "model", "checkpoints", "metrics.jsonl", "tensorboard"}
     assert load_config(run_dir / "config.yaml") == world.configured("finished", PERIODS)
     assert finished.checkpoint == run_dir / "checkpoints" / str(STEPS)
     assert finished.checkpoint.is_dir()
@@ -371,3 +371,33 @@ def test_a_folder_of_transformers_goes_in_and_comes_out(world, foreign_folder):
     assert not np.array_equal(logits_in_torch(out, tokens), logits_in_torch(foreign_folder, tokens))
     before, after = (transformers.AutoTokenizer.from_pretrained(path) for path in (foreign_folder, out))
     assert before("How do I make tea?")["input_ids"] == after("How do I make tea?")["input_ids"]
+
+
+def test_a_runs_own_configuration_does_not_erase_it(finished, capsys):
+    """config.yaml says what the run is, not that it once replaced another."""
+    again = rpo_jax.load_config(finished.run_dir / "config.yaml")
+    assert not again.run.overwrite
+    assert again.run.resume == "never"
+    assert train.main(["--config", str(finished.run_dir / "config.yaml")]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_a_template_that_training_used_is_exported(world, exported):
+    """A base model's tokenizer has none; conversations are rendered with the default one, also by whoever serves it."""
+    plain = shutil.copytree(exported, world.folder / "no_template")
+    (plain / "chat_template.jinja").unlink()
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")},
+        }
+        for row in preference_rows()
+    ]
+    data = write_rows(world.folder / "conversations.jsonl", rows)
+    run = world.run("from_no_template", {**SHORT, "data.path": data, "model.path": plain})
+    folder = export.export(run.run_dir, world.folder / "with_template")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.endswith("<|assistant|>\n")

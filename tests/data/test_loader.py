@@ -193,3 +193,11 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_an_empty_pool_is_refused():
     with pytest.raises(ValueError, match="None of the 3 examples has a rejected response"):
         PreferenceBatches(unpaired_data(3, 0), pairs=1, pairing="unpaired", seed=0)
+
+
+def test_a_sweep_over_unequal_pools_has_every_response_once():
+    batches = PreferenceBatches(unpaired_data(7, 3), pairs=2, pairing="unpaired", order="sequential", seed=0)
+    assert batches.steps_per_epoch == 4
+    for epoch in (0, 1):
+        assert served(batches, epoch, "chosen") == [0, 1, 2, 3, 4, 5, 6]
+        assert served(batches, epoch, "rejected") == [7, 8, 9]
