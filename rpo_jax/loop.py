@@ -18,7 +18,7 @@ from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.packing import packing_efficiency
 from rpo_jax.objectives import metrics as means
 from rpo_jax.step import Params, Steps, TrainState, put_batch
-from rpo_jax.tracking import MetricsLog, Reporter
+from rpo_jax.tracking import MetricsLog, Reporter, summary
 from rpo_jax.types import Batch
 
 Metrics = dict[str, float]
@@ -178,6 +178,7 @@ class TrainingLoop:
         metrics = {"step": step, "epoch": step / self.batches.steps_per_epoch, **metrics}
         metrics["eval_seconds"] = time.perf_counter() - started
         self.log.write(metrics)
+        self.reporter.say(f"step {step}  {summary(metrics)}")
         return metrics
 
     def _save(self, state: TrainState, step: int, num_tokens: int, evaluated: Metrics) -> None:

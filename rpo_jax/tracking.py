@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from rpo_jax.config import TrackingConfig
 
@@ -31,6 +41,13 @@ _SHOWN = (
 def summary(metrics: Mapping[str, float]) -> str:
     """The key metrics in one short line."""
     return "  ".join(f"{label} {form.format(metrics[key])}" for key, label, form in _SHOWN if key in metrics)
+
+
+class _ShownColumn(ProgressColumn):
+    """A task's key metrics, cut where the line ends."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["shown"], no_wrap=True, overflow="ellipsis")
 
 
 class Reporter:
@@ -72,14 +89,17 @@ class Reporter:
 
             yield plain
             return
+
+        def whole() -> Column:
+            return Column(no_wrap=True)
+
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
+            TextColumn("{task.description}", table_column=whole()),
+            BarColumn(bar_width=16, table_column=whole()),
+            MofNCompleteColumn(table_column=whole()),
+            TimeRemainingColumn(table_column=whole()),
+            TextColumn("left", table_column=whole()),
+            _ShownColumn(),  # the one that a narrow terminal cuts
         )
         with Progress(*columns, console=self._console) as bar:
             task = bar.add_task(name, total=total, completed=start, shown="")
