@@ -304,32 +304,42 @@ def build_steps(
         batch = referenced(batch, reference)
         return scored(batch, eval_paired, _all_log_probs(forward, micro_rows, params, batch))[1]
 
-    whole, param_shardings = sharding.replicated(mesh), _param_shardings(model_config, mesh)
-    opt_shardings = optax.tree.map_params(
-        optimizer,
-        lambda _, placed: placed,
-        jax.eval_shape(optimizer.init, models.abstract_params(model_config)),
-        param_shardings,
-        transform_non_params=lambda _: whole,
-    )
-    placed: tuple[Any, Any, Any] = (whole, param_shardings, opt_shardings)
-    state_shardings = TrainState(*placed)
-
     def init(params: Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return _fresh_state(optimizer, params)
 
+    abstract_state = _abstract_state(optimizer, model_config, mesh)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    whole = sharding.replicated(mesh)
     return Steps(
         objective=objective,
         init=jax.jit(init, out_shardings=state_shardings, donate_argnums=0),
         train=jax.jit(train, out_shardings=(state_shardings, whole), donate_argnums=0),
         evaluate=jax.jit(evaluate, out_shardings=whole),
         state_shardings=state_shardings,
-        abstract_state=jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            jax.eval_shape(init, models.abstract_params(model_config)),
-            state_shardings,
-        ),
+        abstract_state=abstract_state,
     )
+
+
+def _fresh_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def _abstract_state(optimizer: optax.GradientTransformation, model_config: ModelConfig, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the state: what the optimizer keeps for a parameter lives where that does."""
+    params, whole = models.abstract_params(model_config), sharding.replicated(mesh)
+    shapes = jax.eval_shape(partial(_fresh_state, optimizer), params)
+    # optax finds its parameter-like leaves by a trial run, which needs a device, and the mesh may be one that is only
+    # compiled for.
+    with jax.set_mesh(jax.make_mesh((1,), ("trial",), devices=jax.local_devices()[:1])):
+        opt_state = optax.tree.map_params(
+            optimizer,
+            lambda _, placed: placed,
+            shapes.opt_state,
+            _param_shardings(model_config, mesh),
+            transform_non_params=lambda _: whole,
+        )
+    placed = TrainState(*(whole, _param_shardings(model_config, mesh), opt_state))
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed)
 
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
