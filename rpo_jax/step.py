@@ -338,7 +338,7 @@ def _abstract_state(optimizer: optax.GradientTransformation, model_config: Model
             _param_shardings(model_config, mesh),
             transform_non_params=lambda _: whole,
         )
-    placed = TrainState(*(whole, _param_shardings(model_config, mesh), opt_state))
+    placed: Any = shapes._replace(step=whole, params=_param_shardings(model_config, mesh), opt_state=opt_state)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed)
 
 
