@@ -1,4 +1,5 @@
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,29 @@ def test_every_preset_loads_and_says_what_to_expect(path):
 
 def test_there_are_presets():
     assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_command_in_a_preset_is_one_that_runs(path, monkeypatch):
+    """The variants that a header names (SFT, unpaired) must stay valid, not the file alone."""
+    monkeypatch.chdir(path.parents[1])
+    comment = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    commands = [line for line in "\n".join(comment).replace("\\\n", " ").splitlines() if "-m rpo_jax.train" in line]
+    assert commands
+    for command in commands:
+        checked_objective(parse_config(shlex.split(command)[3:]))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.name.startswith("paper_")], ids=lambda path: path.name
+)
+def test_the_papers_presets_hold_its_table_5(path):
+    config = load_config(path)
+    assert (config.batch.pairs, config.contrast.group) == (64, 8)
+    assert (config.contrast.temperature, config.contrast.target_perplexity) == (0.5, None)
+    assert (config.objective.name, config.objective.beta) == ("rpo", 0.1)
+    assert (config.data.max_prompt_tokens, config.data.max_tokens) == (256, 512)
+    optim = config.optim
+    assert (optim.name, optim.learning_rate, optim.warmup_steps, optim.schedule) == ("rmsprop", 5e-7, 150, "constant")
+    assert (optim.decay, optim.eps, optim.max_grad_norm, config.train.epochs) == (0.99, 1e-8, 10.0, 1)
+    assert config.embedding.encoder.endswith("all-MiniLM-L6-v2")
