@@ -26,15 +26,15 @@ from rich.text import Text
 
 from rpo_jax.config import TrackingConfig
 
-# What the progress bar and the plain lines show, in this order, where a run has it.
+# What the progress bar and the plain lines show where a run has it; a narrow terminal cuts the end.
 _SHOWN = (
     ("loss", "loss", "{:.4f}"),
+    ("pairs_per_second", "pairs/s", "{:.1f}"),
     ("rewards/accuracies", "accuracy", "{:.3f}"),
     ("rewards/margins", "margin", "{:.3f}"),
     ("eval_loss", "held-out loss", "{:.4f}"),
     ("eval_rewards/accuracies", "held-out accuracy", "{:.3f}"),
     ("eval_logps/accuracies", "held-out accuracy of log-probs", "{:.3f}"),
-    ("pairs_per_second", "pairs/s", "{:.1f}"),
 )
 
 

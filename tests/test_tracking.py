@@ -87,7 +87,7 @@ def test_wandb_that_is_not_installed_is_said_before_the_run(monkeypatch):
 
 def test_the_summary_is_short_and_ordered():
     line = summary({"pairs_per_second": 12.34, "loss": 0.69314, "grad_norm": 3.0, "rewards/accuracies": 0.75})
-    assert line == "loss 0.6931  accuracy 0.750  pairs/s 12.3"
+    assert line == "loss 0.6931  pairs/s 12.3  accuracy 0.750"
 
 
 def use_reporter(reporter):
