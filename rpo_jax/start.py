@@ -47,6 +47,10 @@ class Start:
 
 
 def policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | None, reporter: Reporter) -> ModelConfig:
+    """Architecture of the policy: that of its folder, or one of the configured sizes for the tokenizer at hand.
+
+    Raises ValueError for a tokenizer with more tokens than the folder's model.
+    """
     tokenizer, size = prepared.tokenizer, config.model
     if loaded is not None:
         if len(tokenizer) > loaded.vocab_size:

@@ -3,6 +3,7 @@ import re
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rpo_jax import tracking
 from rpo_jax.config import TrackingConfig
@@ -66,8 +67,7 @@ def test_tensorboard_holds_every_number(tmp_path):
         tmp_path, [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "rewards/margins": 1.5}], config=TrackingConfig()
     )
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
     assert [event.value for event in events.Scalars("rewards/margins")] == [1.5]
 

@@ -76,10 +76,6 @@ class PreferenceBatches:
         self.row_tokens = self._checked_row_tokens(row_tokens)
         self.row_counts = self._choose_row_counts(rows_multiple)
 
-    @property
-    def num_rows_max(self) -> int:
-        return self.row_counts[-1]
-
     def batch_at(self, step: int) -> Batch:
         """The batch of this step, counted from 0 over all epochs."""
         index = self._indices(step)
