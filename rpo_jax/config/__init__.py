@@ -1,0 +1,64 @@
+"""Configuration: frozen dataclasses, the one home of every default. rpo_jax.config_io reads them from files.
+
+Every range is checked when a section is built, so a bad value stops a run before any file is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rpo_jax.config.checks import ConfigError
+from rpo_jax.config.data import BatchConfig, DataConfig, EmbeddingConfig
+from rpo_jax.config.model import PolicyConfig, ReferenceConfig
+from rpo_jax.config.objective import DEFAULT_PERPLEXITY, ContrastConfig, ObjectiveConfig, OptimConfig
+from rpo_jax.config.run import MeshConfig, RunConfig, TrackingConfig, TrainConfig
+
+__all__ = [
+    "DEFAULT_PERPLEXITY",
+    "BatchConfig",
+    "Config",
+    "ConfigError",
+    "ContrastConfig",
+    "DataConfig",
+    "EmbeddingConfig",
+    "MeshConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "PolicyConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "TrackingConfig",
+    "TrainConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run needs; one section per part of the system."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: PolicyConfig = field(default_factory=PolicyConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        group, pairs = self.contrast.group, self.batch.pairs
+        if group != "global" and pairs % group:
+            divisors = ", ".join(str(d) for d in range(1, pairs + 1) if pairs % d == 0)
+            raise ConfigError(
+                f"contrast.group={group} does not divide the {pairs} pairs of a batch; "
+                f"use one of {divisors} or 'global'."
+            )
+        if self.data.pairing == "unpaired" and self.contrast.weights in ("diagonal", "pair"):
+            raise ConfigError(
+                f"contrast.weights={self.contrast.weights} needs pairs that share a prompt, but data.pairing is "
+                "unpaired; use contrast.weights=embedding or uniform, or data.pairing=paired."
+            )

@@ -1,0 +1,97 @@
+"""Sections on the data: what is read, how its prompts are compared, and what makes a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rpo_jax.config.checks import ConfigError, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which preferences to train on, and how they become tokens.
+
+    Args:
+        path: a JSON, JSONL (.gz too) or Parquet file, a folder of them, an Arrow folder, or a hub data set.
+        split: split of a hub data set or of an Arrow folder with several.
+        eval_path: held-out data, read like `path`.
+        eval_split: split of `eval_path`.
+        eval_rows: without `eval_path`: hold out this many usable examples from the end of `path`.
+        train_rows: use at most this many training examples, from the start.
+        layout: name of a layout in rpo_jax.data.examples; `auto` recognises it by its columns.
+        pairing: `paired` keeps a pair's responses in one contrast row and column; `unpaired` draws chosen and
+            rejected responses apart.
+        max_prompt_tokens: a prompt is cut to this where prompt and response exceed `max_tokens`.
+        max_tokens: prompt and response together.
+        truncation_side: which end of a long prompt survives; `auto` keeps the end of dialogues and the start of
+            texts to summarise.
+        template: `auto` renders conversations with the tokenizer's chat template and uses string prompts as they
+            are; `chat` wraps string prompts into a user turn too.
+        on_bad_row: `error` refuses data with an unusable row; `skip` drops, counts and reports such rows.
+    """
+
+    path: str | None = None
+    split: str = "train"
+    eval_path: str | None = None
+    eval_split: str = "test"
+    eval_rows: int = 0
+    train_rows: int | None = None
+    layout: str = "auto"
+    pairing: Literal["paired", "unpaired"] = "paired"
+    max_prompt_tokens: int = 256
+    max_tokens: int = 512
+    truncation_side: Literal["auto", "keep_start", "keep_end"] = "auto"
+    template: Literal["auto", "chat"] = "auto"
+    on_bad_row: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        positive("data", max_prompt_tokens=self.max_prompt_tokens, train_rows=self.train_rows)
+        if self.max_tokens <= self.max_prompt_tokens:
+            raise ConfigError(
+                f"data.max_prompt_tokens={self.max_prompt_tokens} leaves no room for a response in "
+                f"data.max_tokens={self.max_tokens}; raise max_tokens or lower max_prompt_tokens."
+            )
+        if self.eval_rows < 0:
+            raise ConfigError(f"data.eval_rows={self.eval_rows} must not be negative.")
+        if self.eval_rows and self.eval_path:
+            raise ConfigError("data.eval_rows and data.eval_path both name the held-out data; give one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """The sentence encoder that says how related two prompts are.
+
+    Args:
+        encoder: sentence-transformers folder or hub name.
+        text: what is embedded: the prompt, prompt and response together, or the last user turn.
+        batch_texts: texts encoded at once.
+    """
+
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    text: Literal["prompt", "prompt_response", "last_turn"] = "prompt"
+    batch_texts: int = 64
+
+    def __post_init__(self) -> None:
+        positive("embedding", batch_texts=self.batch_texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The global batch: the same whatever the number of devices and hosts.
+
+    Args:
+        pairs: pairs of a step; with unpaired data, chosen and rejected responses of a step each.
+        micro_rows: packed rows whose activations are in memory at a time; all where not given. The contrast
+            matrix spans the whole batch either way, and the gradient is the same.
+        row_tokens: length of a packed row; where not given, the data's longest segment rounded up to 64.
+        order: `shuffled`, or `sequential` in file order.
+    """
+
+    pairs: int = 64
+    micro_rows: int | None = None
+    row_tokens: int | None = None
+    order: Literal["shuffled", "sequential"] = "shuffled"
+
+    def __post_init__(self) -> None:
+        positive("batch", pairs=self.pairs, micro_rows=self.micro_rows, row_tokens=self.row_tokens)

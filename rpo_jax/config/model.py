@@ -1,0 +1,59 @@
+"""Sections on the models: the policy, and the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rpo_jax.config.checks import ConfigError, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The policy: a Hugging Face folder, or sizes of a new model.
+
+    Args:
+        path: Hugging Face folder or hub name to start from; the sizes below are then not used.
+        tokenizer: tokenizer folder of a new model; `train` learns a byte-level BPE of `vocab_size` from the data.
+        family: architecture of a new model: llama, mistral, qwen2 or qwen3.
+        compute_dtype: dtype of matrix products and activations; weights, log-softmax and loss stay float32.
+        remat: what the backward pass recomputes: `none` keeps every activation, `dots` keeps matrix products,
+            `full` keeps each layer's input only.
+    """
+
+    path: str | None = None
+    tokenizer: str = "train"
+    family: str = "llama"
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    tie_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        positive("model", **{name: getattr(self, name) for name in (*sizes, "rope_theta")})
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}, "
+                f"and that one of model.num_kv_heads={self.num_kv_heads}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Where the reference's log-probs come from.
+
+    Args:
+        mode: `cached` computes them once before training and stores them; `live` keeps a second model in memory;
+            `none` uses zeros (the reference-free form).
+        path: Hugging Face folder of the reference; the policy's starting weights where not given.
+    """
+
+    mode: Literal["cached", "live", "none"] = "cached"
+    path: str | None = None

@@ -1,0 +1,119 @@
+"""Sections on what is minimised, and by which optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rpo_jax.config.checks import ConfigError, in_range, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised.
+
+    Args:
+        name: rpo, dpo, ipo, cdpo, slic, kto or sft (the table is rpo_jax.objectives.losses.OBJECTIVES).
+        beta: inverse temperature of the implicit reward, 1/nats.
+        link: overrides the objective's link on the contrast matrix: logistic, smoothed, squared or hinge.
+        label_smoothing: probability that a label is flipped (the smoothed link's epsilon).
+        average_log_prob: divide each response's log-prob by its number of scored tokens.
+        slic_margin: SLiC's delta, nats.
+        slic_nll_weight: SLiC's lambda, the weight of the chosen responses' negative log-likelihood.
+        kto_desirable_weight: KTO's weight of chosen responses.
+        kto_undesirable_weight: KTO's weight of rejected responses.
+    """
+
+    name: str = "rpo"
+    beta: float = 0.1
+    link: Literal["logistic", "smoothed", "squared", "hinge"] | None = None
+    label_smoothing: float = 0.1
+    average_log_prob: bool = False
+    slic_margin: float = 1.0
+    slic_nll_weight: float = 1.0
+    kto_desirable_weight: float = 1.0
+    kto_undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("objective", beta=self.beta)
+        in_range("objective", "label_smoothing", self.label_smoothing, 0.0, 0.5)
+
+
+DEFAULT_PERPLEXITY = 6.0  # what the paper's 8 x 8 matrices have on Anthropic-HH at temperature 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastConfig:
+    """The contrast matrix.
+
+    Args:
+        weights: embedding, uniform, diagonal or pair; the objective's own where not given (rpo: embedding; dpo,
+            ipo, cdpo, slic: pair).
+        alpha: weight of the diagonal for `weights: diagonal`.
+        diagonal_on: `score` multiplies the scores (Eq. 13); `loss` the losses, as the authors' release does.
+        temperature: fixed tau of the embedding weights.
+        perplexity: instead of a temperature: solve each row's tau for this many effective contrasts. With neither
+            given, 6.
+        group: `global` contrasts the whole global batch; an integer fills independent square groups of that many
+            pairs in batch order.
+    """
+
+    weights: Literal["embedding", "uniform", "diagonal", "pair"] | None = None
+    alpha: float = 0.8
+    diagonal_on: Literal["score", "loss"] = "score"
+    temperature: float | None = None
+    perplexity: float | None = None
+    group: int | Literal["global"] = "global"
+
+    def __post_init__(self) -> None:
+        in_range("contrast", "alpha", self.alpha, 0.0, 1.0)
+        positive("contrast", temperature=self.temperature)
+        if self.temperature is not None and self.perplexity is not None:
+            raise ConfigError("contrast.temperature fixes tau, contrast.perplexity solves for it; set one to null.")
+        if self.perplexity is not None and not self.perplexity >= 1:
+            raise ConfigError(f"contrast.perplexity={self.perplexity} must be at least 1, one contrast a row.")
+        if self.group != "global" and self.group < 1:
+            raise ConfigError(f"contrast.group={self.group} must be a positive number of pairs or 'global'.")
+
+    @property
+    def target_perplexity(self) -> float | None:
+        """The perplexity to calibrate to; None with a fixed temperature."""
+        if self.temperature is not None:
+            return None
+        return DEFAULT_PERPLEXITY if self.perplexity is None else self.perplexity
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer; the defaults are the paper's (Table 5).
+
+    Args:
+        name: rmsprop (as torch.optim.RMSprop), adamw or lion.
+        learning_rate: peak learning rate.
+        warmup_steps: steps of linear warm-up.
+        schedule: after the warm-up: constant, or linear or cosine decay to zero at the last step.
+        max_grad_norm: gradients are scaled down to this global norm.
+        weight_decay: decoupled weight decay of adamw and lion.
+        b1: first-moment decay of adamw and lion.
+        b2: second-moment decay of adamw and lion.
+        decay: squared-gradient decay of rmsprop.
+        eps: added outside the square root.
+    """
+
+    name: Literal["rmsprop", "adamw", "lion"] = "rmsprop"
+    learning_rate: float = 5e-7
+    warmup_steps: int = 150
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: float = 10.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.99
+    decay: float = 0.99
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        positive("optim", learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm, eps=self.eps)
+        for name in ("b1", "b2", "decay"):
+            in_range("optim", name, getattr(self, name), 0.0, 1.0)
+        if self.warmup_steps < 0 or not self.weight_decay >= 0:
+            raise ConfigError("optim.warmup_steps and optim.weight_decay must not be negative.")

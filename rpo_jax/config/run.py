@@ -1,0 +1,100 @@
+"""Sections on where a run lives, on what it runs, how long, and where it tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rpo_jax.config.checks import ConfigError, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives.
+
+    Args:
+        dir: run folder; holds config, metrics, checkpoints and the tokenizer.
+        seed: seed of data order and, for a model from scratch, of its initial weights.
+        resume: `auto` continues from the newest checkpoint in `dir`, or starts where there is none.
+        overwrite: empty an existing run folder first.
+        cache_dir: prepared embeddings, reference log-probs and compiled programs; shared between runs.
+    """
+
+    dir: str = "runs/run"
+    seed: int = 0
+    resume: Literal["never", "auto"] = "never"
+    overwrite: bool = False
+    cache_dir: str = "~/.cache/rpo_jax"
+
+    def __post_init__(self) -> None:
+        if self.resume == "auto" and self.overwrite:
+            raise ConfigError("run.resume=auto and run.overwrite=true contradict each other; give one of them.")
+        if self.seed < 0:
+            raise ConfigError(f"run.seed={self.seed} must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes all that the others leave.
+
+    Args:
+        data: copies of the model.
+        fsdp: shards of parameters, gradients and optimizer state; rows are split over data and fsdp.
+        tensor: shards of heads, MLP and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ConfigError(
+                f"mesh.data={self.data}, mesh.fsdp={self.fsdp}, mesh.tensor={self.tensor}: sizes must be positive, "
+                "and at most one of them -1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, and how often to look.
+
+    Args:
+        steps: optimizer steps; where not given, `epochs` passes over the data.
+        epochs: passes over the training data.
+        log_every: steps between lines of metrics.jsonl.
+        eval_every: steps between evaluations; 0 evaluates before the first and after the last step only.
+        save_every: steps between checkpoints; 0 saves the last step only.
+        keep_last: newest checkpoints to keep.
+        keep_best: checkpoints of highest held-out preference accuracy (lowest loss where there are no rewards) to keep
+            besides; where it is not 0, every save is preceded by an evaluation.
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    keep_last: int = 2
+    keep_best: int = 1
+
+    def __post_init__(self) -> None:
+        positive("train", steps=self.steps, epochs=self.epochs, log_every=self.log_every, keep_last=self.keep_last)
+        if min(self.eval_every, self.save_every, self.keep_best) < 0:
+            raise ConfigError("train.eval_every, train.save_every and train.keep_best must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Dashboards besides metrics.jsonl.
+
+    Args:
+        tensorboard: write event files into the run folder.
+        wandb: log to Weights & Biases (needs `pip install rpo-jax[wandb]`; the key comes from the environment).
+        wandb_project: project there.
+    """
+
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "rpo_jax"
