@@ -9,18 +9,20 @@ from dataclasses import dataclass, field
 
 from rpo_jax.config.checks import ConfigError
 from rpo_jax.config.data import BatchConfig, DataConfig, EmbeddingConfig
-from rpo_jax.config.model import PolicyConfig, ReferenceConfig
+from rpo_jax.config.model import LORA_TARGETS, LoraConfig, PolicyConfig, ReferenceConfig
 from rpo_jax.config.objective import DEFAULT_PERPLEXITY, ContrastConfig, ObjectiveConfig, OptimConfig
 from rpo_jax.config.run import MeshConfig, RunConfig, TrackingConfig, TrainConfig
 
 __all__ = [
     "DEFAULT_PERPLEXITY",
+    "LORA_TARGETS",
     "BatchConfig",
     "Config",
     "ConfigError",
     "ContrastConfig",
     "DataConfig",
     "EmbeddingConfig",
+    "LoraConfig",
     "MeshConfig",
     "ObjectiveConfig",
     "OptimConfig",
@@ -39,6 +41,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: PolicyConfig = field(default_factory=PolicyConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
@@ -61,4 +64,18 @@ class Config:
             raise ConfigError(
                 f"contrast.weights={self.contrast.weights} needs pairs that share a prompt, but data.pairing is "
                 "unpaired; use contrast.weights=embedding or uniform, or data.pairing=paired."
+            )
+        if self.lora.rank and self.model.path is None:
+            raise ConfigError(
+                f"lora.rank={self.lora.rank} adapts a model that exists; name it with model.path, or set lora.rank=0."
+            )
+        if self.reference.mode == "adapter" and not self.lora.rank:
+            raise ConfigError(
+                "reference.mode=adapter is the policy with its LoRA adapters off, but lora.rank=0 gives it none; set "
+                "lora.rank, or reference.mode=cached."
+            )
+        if self.reference.mode == "adapter" and self.reference.path is not None:
+            raise ConfigError(
+                f"reference.mode=adapter uses the policy's own base, so reference.path={self.reference.path} would "
+                "not be read; leave it out, or use reference.mode=cached or live."
             )

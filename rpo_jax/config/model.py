@@ -1,4 +1,4 @@
-"""Sections on the models: the policy, and the reference."""
+"""Sections on the models: the policy, what of it is trained, and the reference."""
 
 from __future__ import annotations
 
@@ -45,15 +45,52 @@ class PolicyConfig:
             )
 
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: trained in place of the policy's weights, which stay as they are.
+
+    Args:
+        rank: inner dimension of an adapter; 0 trains all weights.
+        alpha: the adapters' product is scaled by alpha / rank.
+        targets: which linear layers get adapters, by PEFT's names.
+        base_dtype: how the frozen weights are stored; `int8` quantizes the linear layers, per output channel, and
+            keeps embedding, head and norms in float32.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = LORA_TARGETS
+    base_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+
+    def __post_init__(self) -> None:
+        positive("lora", alpha=self.alpha)
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank={self.rank} must not be negative; 0 trains all weights.")
+        unknown = [name for name in self.targets if name not in LORA_TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ConfigError(
+                f"lora.targets={list(self.targets)} must be some of {', '.join(LORA_TARGETS)}, each at most once."
+            )
+        if self.base_dtype != "float32" and not self.rank:
+            raise ConfigError(
+                f"lora.base_dtype={self.base_dtype} is for weights that stay frozen, but lora.rank=0 trains them; "
+                "set lora.rank, or base_dtype=float32."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     """Where the reference's log-probs come from.
 
     Args:
         mode: `cached` computes them once before training and stores them; `live` keeps a second model in memory;
-            `none` uses zeros (the reference-free form).
+            `adapter` runs the policy's base with its LoRA adapters off, in every step; `none` uses zeros (the
+            reference-free form).
         path: Hugging Face folder of the reference; the policy's starting weights where not given.
     """
 
-    mode: Literal["cached", "live", "none"] = "cached"
+    mode: Literal["cached", "live", "adapter", "none"] = "cached"
     path: str | None = None

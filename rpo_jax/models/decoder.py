@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention import attention, visible
+from rpo_jax.models.projection import project
 from rpo_jax.models.rope import rotate, rotation
 
 Params = dict[str, Any]
@@ -52,7 +53,7 @@ class _Maker(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """y = x W + b, contracting all input axes at once."""
+    """y = x W + b, contracting all input axes at once; W may be any rpo_jax.models.projection.Kernel."""
 
     def __init__(self, make: _Maker, inputs: dict[str, int], outputs: dict[str, int], bias: bool):
         self.input_rank = len(inputs)
@@ -60,7 +61,7 @@ class Linear(nnx.Module):
         self.bias = make.constant(0.0, outputs) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.input_rank)
+        y = project(x, self.kernel.get_value(), self.input_rank)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

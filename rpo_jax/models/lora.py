@@ -1,0 +1,190 @@
+"""LoRA: low-rank adapters beside a frozen base, which may be bfloat16 or int8.  W' = W + (alpha / rank) a b.
+
+Source: arXiv 2106.09685, Section 4.1; training over quantized weights as in arXiv 2305.14314.
+
+Adapters are a parameter tree of their own, float32 and stacked over layers like the others: {"layers": {"attention":
+{"query": {"lora_a": ..., "lora_b": ...}, ...}}}. `combine` puts them beside the base's kernels in a tree that the
+decoder reads; the base alone, as the decoder reads it too, is the model with its adapters off.
+
+Why not qwix (0.1.8 tried): it makes adapters and int8 weights while it runs the model, layer by layer, and ours scan
+over stacked layers: apply_lora_to_model fails there, and quantize_model leaves every layer as it was.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PRNGKeyArray
+
+from rpo_jax.config import LoraConfig
+from rpo_jax.models.architecture import ModelConfig
+from rpo_jax.models.decoder import Params, abstract_params, param_axes
+from rpo_jax.models.families import FAMILIES
+from rpo_jax.models.projection import Adapted, Quantized
+from rpo_jax.models.weights import check_pretrained, load_pretrained
+
+A, B = "lora_a", "lora_b"
+INT8_MAX = 127  # symmetric: -128 is not used
+
+
+class Projection(NamedTuple):
+    """One linear layer of every decoder layer, stacked.
+
+    Attributes:
+        path: of its kernel in the tree of parameters.
+        module: its name in a Hugging Face model, with `{layer}`.
+        layers: how many are stacked.
+        inputs: sizes of its input axes, by name.
+        outputs: sizes of its output axes, by name.
+    """
+
+    path: tuple[str, ...]
+    module: str
+    layers: dict[str, int]
+    inputs: dict[str, int]
+    outputs: dict[str, int]
+
+
+def _flat(tree: Params) -> dict[tuple[str, ...], Any]:
+    return dict(cast(Any, flatten_dict(tree)))
+
+
+def projections(model_config: ModelConfig) -> dict[str, Projection]:
+    """The linear layers of a model by the names that PEFT's target_modules have for them: q_proj, ..., down_proj."""
+    shapes, axes = _flat(abstract_params(model_config)), _flat(param_axes(model_config))
+    found = {}
+    for rule in FAMILIES[model_config.family].weights:
+        if rule.path[-1] == "kernel":
+            module = rule.key.removesuffix(".weight")
+            sizes = list(zip(axes[rule.path], shapes[rule.path].shape, strict=True))
+            # The first axis is that of the layers; of the others, all but the last lead into a joined layer.
+            split = len(sizes) - 1 if rule.layout == "joined_linear" else 2
+            parts = (dict(sizes[:1]), dict(sizes[1:split]), dict(sizes[split:]))
+            found[module.rpartition(".")[2]] = Projection(rule.path, module, *parts)
+    return found
+
+
+def _adapter_sizes(model_config: ModelConfig, lora: LoraConfig) -> dict[tuple[str, ...], dict[str, int]]:
+    """Sizes of every adapter's axes, by name."""
+    known, rank = projections(model_config), {"rank": lora.rank}
+    sizes = {}
+    for target in lora.targets:
+        path, _, layers, inputs, outputs = known[target]
+        sizes[(*path[:-1], A)] = layers | inputs | rank
+        sizes[(*path[:-1], B)] = layers | rank | outputs
+    return sizes
+
+
+def abstract_adapters(model_config: ModelConfig, lora: LoraConfig) -> Params:
+    """Adapters as jax.ShapeDtypeStruct, float32."""
+    sizes = _adapter_sizes(model_config, lora)
+    return unflatten_dict(
+        {path: jax.ShapeDtypeStruct(tuple(axes.values()), jnp.float32) for path, axes in sizes.items()}
+    )
+
+
+def adapter_axes(model_config: ModelConfig, lora: LoraConfig) -> Params:
+    """Names of every adapter's axes, as models.param_axes; `rank` is one more."""
+    return unflatten_dict({path: tuple(axes) for path, axes in _adapter_sizes(model_config, lora).items()})
+
+
+def init_adapters(model_config: ModelConfig, lora: LoraConfig, key: PRNGKeyArray) -> Params:
+    """New adapters as peft makes them: a uniform within 1 / sqrt(inputs), b zero, so that the model is the base."""
+    filled = {}
+    for number, (path, axes) in enumerate(_adapter_sizes(model_config, lora).items()):
+        shape = tuple(axes.values())
+        if path[-1] == A:
+            bound = np.prod(shape[1:-1]) ** -0.5
+            filled[path] = jax.random.uniform(jax.random.fold_in(key, number), shape, jnp.float32, -bound, bound)
+        else:
+            filled[path] = jnp.zeros(shape, jnp.float32)
+    return unflatten_dict(filled)
+
+
+def combine(base: Params, adapters: Params, lora: LoraConfig) -> Params:
+    """The parameters that the decoder reads: the base with (alpha / rank) a b beside its kernels."""
+    flat, pairs = _flat(base), _flat(adapters)
+    for path, a in pairs.items():
+        if path[-1] == A:
+            kernel = (*path[:-1], "kernel")
+            flat[kernel] = Adapted(flat[kernel], a, pairs[(*path[:-1], B)] * (lora.alpha / lora.rank))
+    return unflatten_dict(flat)
+
+
+def abstract_base(model_config: ModelConfig, base_dtype: str) -> Params:
+    """The frozen base as jax.ShapeDtypeStruct, as `load_base` gives it."""
+    if base_dtype != "int8":
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, base_dtype), abstract_params(model_config))
+    flat = _flat(abstract_params(model_config))
+    for path, _, layers, _, outputs in projections(model_config).values():
+        scale = jax.ShapeDtypeStruct(tuple((layers | outputs).values()), jnp.float32)
+        flat[path] = Quantized(cast(Any, jax.ShapeDtypeStruct(flat[path].shape, jnp.int8)), cast(Any, scale))
+    return unflatten_dict(flat)
+
+
+def base_axes(model_config: ModelConfig, base_dtype: str) -> Params:
+    """Names of the axes of the frozen base, in its tree."""
+    axes = param_axes(model_config)
+    if base_dtype != "int8":
+        return axes
+    flat = _flat(axes)
+    for path, _, layers, _, outputs in projections(model_config).values():
+        flat[path] = Quantized(cast(Any, flat[path]), cast(Any, tuple(layers | outputs)))
+    return unflatten_dict(flat)
+
+
+def load_base(path: str | Path, base_dtype: str) -> Params:
+    """The frozen base from a Hugging Face folder, in host memory; errors as load_pretrained's."""
+    if base_dtype != "int8":
+        return load_pretrained(path, base_dtype)[1]
+    # In the folder's own dtype first: a model that is worth quantizing may not fit the host's memory in float32.
+    model_config, params = load_pretrained(path, check_pretrained(path).dtype)
+    return quantize(model_config, params)
+
+
+def quantize(model_config: ModelConfig, params: Params) -> Params:
+    """Parameters with the decoder layers' linear kernels in int8, symmetric, one scale per output channel and layer.
+
+    values = round(W / scale), scale = max over inputs |W| / 127.
+
+    The rest becomes float32: the head's rounding errors would go straight into every log-prob, the embedding's into
+    every layer, and norms are too small to save anything.
+    """
+    flat = _flat(params)
+    kernels = {projection.path: projection for projection in projections(model_config).values()}
+    for path, leaf in flat.items():
+        if path in kernels:
+            flat[path] = _quantize_kernel(np.asarray(leaf), len(kernels[path].inputs))
+        else:
+            flat[path] = np.asarray(leaf, np.float32)
+    return unflatten_dict(flat)
+
+
+def _quantize_kernel(kernel: np.ndarray, num_inputs: int) -> Quantized:
+    values = np.empty(kernel.shape, np.int8)
+    scale = np.empty(kernel.shape[:1] + kernel.shape[1 + num_inputs :], np.float32)
+    for layer, stored in enumerate(kernel):  # one at a time: only a layer is ever float32
+        wide = stored.astype(np.float32)
+        largest = np.max(np.abs(wide), axis=tuple(range(num_inputs)))
+        scale[layer] = np.where(largest > 0, largest / INT8_MAX, 1.0)
+        values[layer] = np.rint(wide / scale[layer])
+    return Quantized(cast(Any, values), cast(Any, scale))
+
+
+def merge(model_config: ModelConfig, params: Params, adapters: Params, lora: LoraConfig) -> Params:
+    """float32 parameters in host memory with the adapters added.  W + (alpha / rank) a b."""
+    flat, pairs = _flat(params), _flat(adapters)
+    known = projections(model_config)
+    for target in lora.targets:
+        path = known[target].path
+        a, b = (np.asarray(pairs[(*path[:-1], name)], np.float32) for name in (A, B))
+        merged = np.array(flat[path], np.float32)
+        for layer in range(len(merged)):
+            merged[layer] += (lora.alpha / lora.rank) * np.tensordot(a[layer], b[layer], axes=1)
+        flat[path] = merged
+    return unflatten_dict(flat)

@@ -1,0 +1,59 @@
+"""What the weights of a linear layer may be: an array, one quantized to int8, or either with an adapter beside it.
+
+The parameter tree itself says which: a kernel's place holds an array, a Quantized or an Adapted.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+
+class Quantized(NamedTuple):
+    """W ~ values * scale: int8, symmetric, one scale per output channel (of each layer, where layers are stacked)."""
+
+    values: Int8[Array, "..."]  # [*inputs, *outputs]
+    scale: Float[Array, "..."]  # [*outputs], float32
+
+
+class Adapted(NamedTuple):
+    """W + a b, never added up."""
+
+    kernel: Float[Array, "..."] | Quantized
+    a: Float[Array, "..."]  # [*inputs, rank]
+    b: Float[Array, "..."]  # [rank, *outputs]
+
+
+Kernel: TypeAlias = Array | Quantized | Adapted
+
+
+def project(x: Float[Array, "..."], kernel: Kernel, input_rank: int) -> Float[Array, "..."]:
+    """x W, contracting the last `input_rank` axes of x with the first ones of W, in x's dtype."""
+    if isinstance(kernel, Adapted):
+        inner = jnp.tensordot(x, kernel.a.astype(x.dtype), axes=input_rank)
+        delta = jnp.tensordot(inner, kernel.b.astype(x.dtype), axes=1)
+        return project(x, kernel.kernel, input_rank) + delta
+    if isinstance(kernel, Quantized):
+        return _project_quantized(x, kernel, input_rank)
+    if kernel.dtype.itemsize < x.dtype.itemsize:
+        return _project_widened(x, kernel, input_rank)
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=input_rank)
+
+
+# The backward pass widens again: the widened weights of every layer, kept until then, would take the memory that
+# narrow ones are there to save.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _project_widened(x: Array, kernel: Array, input_rank: int) -> Array:
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=input_rank)
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _project_quantized(x: Array, kernel: Quantized, input_rank: int) -> Array:
+    # The scale belongs to the output, so it may follow the product, where it multiplies fewer numbers; -127 to 127 are
+    # exact in bfloat16, and the sums are float32.
+    y = jnp.tensordot(x, kernel.values.astype(x.dtype), axes=input_rank, preferred_element_type=jnp.float32)
+    return (y * kernel.scale).astype(x.dtype)
