@@ -6,7 +6,7 @@ Letters: R rows and T tokens of a packed batch; P = M + N + K response slots.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from rpo_jax import models, sharding
 from rpo_jax.config import Config
-from rpo_jax.models import ModelConfig
+from rpo_jax.models import ModelConfig, lora
 from rpo_jax.objectives import contrast, losses, metrics
 from rpo_jax.objectives.logprobs import response_log_probs
 from rpo_jax.objectives.scores import Responses, Scores
@@ -31,7 +31,10 @@ Means = dict[str, metrics.Mean]  # they combine over batches
 
 
 class TrainState(NamedTuple):
-    """What training changes, and all that a checkpoint needs: float32 masters, optimizer state, steps done."""
+    """What training changes, and all that a checkpoint needs: float32 masters, optimizer state, steps done.
+
+    With LoRA the parameters are the adapters alone; the base, which they are nothing without, is an argument apart.
+    """
 
     step: Int[Array, ""]
     params: Params
@@ -55,16 +58,21 @@ class Steps:
         init: parameters to a fresh TrainState; the parameters are given up.
         train: (state, batch, live reference's parameters or None) to (state, metrics); the state is given up.
         evaluate: (parameters, batch, live reference's parameters or None) to the metrics' means.
+            With LoRA both need the frozen base besides, as `base`; `on` gives it to them.
         state_shardings: where each part of the state lives.
         abstract_state: shapes, dtypes and shardings of the state, to restore a checkpoint into.
     """
 
     objective: losses.Objective
     init: Callable[[Params], TrainState]
-    train: Callable[[TrainState, Batch, Params | None], tuple[TrainState, dict[str, Array]]]
-    evaluate: Callable[[Params, Batch, Params | None], Means]
+    train: Callable[..., tuple[TrainState, dict[str, Array]]]
+    evaluate: Callable[..., Means]
     state_shardings: Any
     abstract_state: Any
+
+    def on(self, base: Params) -> Steps:
+        """The same with the frozen base that LoRA's adapters are trained on; it stays the caller's."""
+        return replace(self, train=partial(self.train, base=base), evaluate=partial(self.evaluate, base=base))
 
 
 _ROW_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "previous", "response_ids")
@@ -223,13 +231,17 @@ def accumulate_log_probs(
 def build_log_probs(
     config: Config, model_config: ModelConfig, mesh: Mesh
 ) -> tuple[Callable[[Params, Batch], LogProbs], Any]:
-    """Compiled function from parameters and batch to the responses' log-probs, and the parameters' shardings."""
+    """Compiled function from parameters and batch to the responses' log-probs, and the parameters' shardings.
+
+    The parameters may also be a frozen base, or a base with adapters, placed as their own axes say.
+    """
     forward = make_log_probs(config, model_config, mesh)
 
     def log_probs(params: Params, batch: Batch) -> LogProbs:
         return _all_log_probs(forward, config.batch.micro_rows, params, batch)
 
-    return jax.jit(log_probs, out_shardings=sharding.replicated(mesh)), _param_shardings(model_config, mesh)
+    shapes, axes = models.abstract_params(model_config), models.param_axes(model_config)
+    return jax.jit(log_probs, out_shardings=sharding.replicated(mesh)), sharding.parameter_shardings(mesh, axes, shapes)
 
 
 def _all_log_probs(forward: Forward, micro_rows: int | None, params: Params, batch: Batch) -> LogProbs:
@@ -237,9 +249,11 @@ def _all_log_probs(forward: Forward, micro_rows: int | None, params: Params, bat
     return accumulate_log_probs(forward, params, rows, _num_responses(batch))
 
 
-def _param_shardings(model_config: ModelConfig, mesh: Mesh) -> Any:
-    shapes = models.abstract_params(model_config)
-    return sharding.parameter_shardings(mesh, models.param_axes(model_config), shapes)
+def _trained(config: Config, model_config: ModelConfig) -> tuple[Params, Any]:
+    """Shapes of what is trained, and its axes' names: all parameters, or the adapters on a base that is not."""
+    if config.lora.rank:
+        return lora.abstract_adapters(model_config, config.lora), lora.adapter_axes(model_config, config.lora)
+    return models.abstract_params(model_config), models.param_axes(model_config)
 
 
 def build_steps(
@@ -281,15 +295,26 @@ def build_steps(
         count = objective.count(scores).astype(jnp.float32)
         return value, {"loss": metrics.Mean(value * count, count), **means, **told}
 
-    def referenced(batch: Batch, reference: Params | None) -> Batch:
+    def policy(base: Params | None) -> Forward:
+        """The forward pass as a function of what is trained."""
+        assert (base is not None) == (config.lora.rank > 0), "LoRA trains adapters on a base, and only LoRA has one"
+        if base is None:
+            return forward
+        return lambda adapters, *rows: forward(lora.combine(base, adapters, config.lora), *rows)
+
+    def referenced(batch: Batch, reference: Params | None, base: Params | None) -> Batch:
+        if config.reference.mode == "adapter" and objective.uses_reference:
+            reference = base
         if reference is None:
             return batch
         return _with_reference(batch, _all_log_probs(reference_forward, micro_rows, reference, batch))
 
-    def train(state: TrainState, batch: Batch, reference: Params | None) -> tuple[TrainState, dict[str, Array]]:
-        batch = referenced(batch, reference)
+    def train(
+        state: TrainState, batch: Batch, reference: Params | None, base: Params | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        batch = referenced(batch, reference, base)
         value, means, gradient = make_loss_and_gradient(
-            forward, partial(scored, batch, train_paired), state.params, batch, micro_rows
+            policy(base), partial(scored, batch, train_paired), state.params, batch, micro_rows
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         report = {
@@ -300,14 +325,14 @@ def build_steps(
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), report
 
-    def evaluate(params: Params, batch: Batch, reference: Params | None) -> Means:
-        batch = referenced(batch, reference)
-        return scored(batch, eval_paired, _all_log_probs(forward, micro_rows, params, batch))[1]
+    def evaluate(params: Params, batch: Batch, reference: Params | None, base: Params | None = None) -> Means:
+        batch = referenced(batch, reference, base)
+        return scored(batch, eval_paired, _all_log_probs(policy(base), micro_rows, params, batch))[1]
 
     def init(params: Params) -> TrainState:
         return _fresh_state(optimizer, params)
 
-    abstract_state = _abstract_state(optimizer, model_config, mesh)
+    abstract_state = _abstract_state(optimizer, *_trained(config, model_config), mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     whole = sharding.replicated(mesh)
     return Steps(
@@ -324,9 +349,9 @@ def _fresh_state(optimizer: optax.GradientTransformation, params: Params) -> Tra
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def _abstract_state(optimizer: optax.GradientTransformation, model_config: ModelConfig, mesh: Mesh) -> Any:
+def _abstract_state(optimizer: optax.GradientTransformation, params: Params, axes: Any, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the state: what the optimizer keeps for a parameter lives where that does."""
-    params, whole = models.abstract_params(model_config), sharding.replicated(mesh)
+    param_shardings, whole = sharding.parameter_shardings(mesh, axes, params), sharding.replicated(mesh)
     shapes = jax.eval_shape(partial(_fresh_state, optimizer), params)
     # optax finds its parameter-like leaves by a trial run, which needs a device, and the mesh may be one that is only
     # compiled for.
@@ -335,10 +360,10 @@ def _abstract_state(optimizer: optax.GradientTransformation, model_config: Model
             optimizer,
             lambda _, placed: placed,
             shapes.opt_state,
-            _param_shardings(model_config, mesh),
+            param_shardings,
             transform_non_params=lambda _: whole,
         )
-    placed: Any = shapes._replace(step=whole, params=_param_shardings(model_config, mesh), opt_state=opt_state)
+    placed: Any = shapes._replace(step=whole, params=param_shardings, opt_state=opt_state)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed)
 
 
