@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 import rpo_jax
+from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.export import export
+from rpo_jax.prepare import prepare
+from rpo_jax.tracking import Reporter
 
 CONFIG = Path(__file__).parents[1] / "configs" / "hh_small.yaml"
 HH = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"
@@ -52,6 +55,42 @@ def test_hh_transcripts_train_and_export(tmp_path, cache_dir, pairing):
     assert 0 < result.metrics["eval_rewards/accuracies"] < 1, "held-out pairs are compared in either setting"
     folder = export(result.run_dir, tmp_path / "hf")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def hh_data():
+    """The transcripts in tokens of a vocabulary learnt from them, at most 512 each."""
+    settings = [f"data.path={HH}", "data.layout=hh_rlhf", "data.on_bad_row=skip", "contrast.weights=uniform"]
+    return prepare(rpo_jax.load_config(None, settings), Reporter()).train
+
+
+# Share of all positions that hold a token. Few pairs leave the last row part empty as often as many, of fewer rows.
+PACKED = {
+    ("paired", 64, 1): 0.93,
+    ("unpaired", 64, 1): 0.95,
+    ("paired", 64, 4): 0.92,
+    ("unpaired", 64, 4): 0.93,
+    ("paired", 8, 1): 0.85,
+    ("unpaired", 8, 1): 0.87,
+    ("paired", 8, 4): 0.80,
+    ("unpaired", 8, 4): 0.75,
+}
+
+
+@needs_hh
+@pytest.mark.parametrize(("pairing", "pairs", "rows_multiple"), PACKED)
+def test_hh_rows_are_full(hh_data, pairing, pairs, rows_multiple):
+    """Over whole epochs, their small last batches included, and later ones than the shapes are chosen by."""
+    batches = PreferenceBatches(hh_data, pairs=pairs, pairing=pairing, seed=0, rows_multiple=rows_multiple)
+    tokens, positions, used = 0, 0, set()
+    for step in range(5 * batches.steps_per_epoch, 10 * batches.steps_per_epoch):
+        batch = batches.batch_at(step)
+        tokens += int(np.sum(batch.segment_ids > 0))
+        positions += batch.tokens.size
+        used.add(batch.tokens.shape)
+    print(f"{pairing}, {pairs} pairs, rows by {rows_multiple}: {tokens / positions:.4f} in {sorted(used)}")
+    assert tokens / positions > PACKED[pairing, pairs, rows_multiple]
+    assert len(used) <= 6
 
 
 @needs_hh

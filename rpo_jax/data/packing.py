@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from rpo_jax.data.shapes import Shape
 from rpo_jax.types import RESPONSES, Batch, PreferenceData, Side
 
 NO_EXAMPLE = -1
@@ -39,14 +40,43 @@ def pack(
     lengths = np.asarray(lengths, np.int64)
     assert lengths.max(initial=0) <= row_tokens
     rows, starts = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
-    free = np.full(len(lengths), row_tokens, np.int64)
+    free = np.full(len(lengths) + 1, row_tokens, np.int64)
     num_rows = 0
     for index in np.argsort(-lengths, kind="stable"):
-        row = int(np.argmax(free >= lengths[index]))
+        row = int(np.argmax(free[: num_rows + 1] >= lengths[index]))
         rows[index], starts[index] = row, row_tokens - free[row]
         free[row] -= lengths[index]
         num_rows = max(num_rows, row + 1)
     return rows, starts, num_rows
+
+
+def by_prompt(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments with the same prompt token ids together, in order of first appearance.
+
+    The ids, not the prompt's text: two texts that are cut to the same ids can share, one text that is cut to
+    different ids cannot.
+    """
+    groups: dict[bytes, list[Segment]] = {}
+    for segment in segments:
+        groups.setdefault(segment.prompt_ids.tobytes(), []).append(segment)
+    return list(groups.values())
+
+
+def share_prompts(groups: Sequence[Sequence[Segment]], row_tokens: int) -> list[Segment]:
+    """Segments of one prompt joined into one, or into as many as it takes to stay within `row_tokens` each.
+
+    A segment that is longer than that on its own stays as it is.
+    """
+    shared = []
+    for first, *others in groups:
+        shared.append(first)
+        for segment in others:
+            joined = shared[-1]._replace(responses=(*shared[-1].responses, *segment.responses))
+            if joined.num_tokens <= row_tokens:
+                shared[-1] = joined
+            else:
+                shared.append(segment)
+    return shared
 
 
 def build_batch(
@@ -56,29 +86,36 @@ def build_batch(
     *,
     paired: bool,
     mismatched: bool,
-    row_tokens: int,
-    row_counts: Sequence[int],
+    shapes: Sequence[Shape],
 ) -> Batch:
     """Pack the examples at these indices of `data` into a Batch; index -1 leaves its slot invalid.
 
     Slots are the chosen responses, the rejected ones, and, with `mismatched`, one for each chosen. With `paired`,
-    slot i of both sides is one example and one segment; otherwise every chosen and every rejected response has its
-    own segment. The batch has the smallest of the ascending `row_counts` that holds it.
+    slot i of both sides is one example. All responses to one prompt share it, whichever slots they have, as far
+    as a row holds them. Of `shapes`, the batch has the smallest that holds it, and of equal ones the one with the
+    shortest rows, in which attention has least to skip.
 
-    Raises ValueError for a segment longer than `row_tokens`.
+    Raises ValueError for an example that no row holds.
     """
-    segments = _segments(data, chosen_index, rejected_index, paired=paired, mismatched=mismatched)
+    segments = segments_of(data, chosen_index, rejected_index, paired=paired, mismatched=mismatched)
+    longest = max((segment.num_tokens for segment in segments), default=0)
     for segment in segments:
-        if segment.num_tokens > row_tokens:
+        if segment.num_tokens > max(shape.tokens for shape in shapes):
             raise ValueError(
                 f"{segment.row_id} needs {segment.num_tokens} tokens for its prompt and responses, more than "
-                f"row_tokens={row_tokens}; raise batch.row_tokens or lower data.max_tokens."
+                f"row_tokens={max(shape.tokens for shape in shapes)}; raise batch.row_tokens or lower data.max_tokens."
             )
-    rows, starts, needed = pack([segment.num_tokens for segment in segments], row_tokens)
-    num_rows = next(count for count in row_counts if count >= needed)
+    groups = by_prompt(segments)
+    packed = {}
+    for tokens in {shape.tokens for shape in shapes if shape.tokens >= longest}:
+        shared = share_prompts(groups, tokens)
+        packed[tokens] = shared, *pack([segment.num_tokens for segment in shared], tokens)
+    holding = [shape for shape in shapes if shape.tokens in packed and packed[shape.tokens][-1] <= shape.rows]
+    shape = min(holding, key=lambda shape: (shape.size, shape.tokens))
+    shared, rows, starts, _ = packed[shape.tokens]
     none = np.zeros(0, np.int64)
     return Batch(
-        **_layout(segments, rows, starts, num_rows, row_tokens),
+        **layout(shared, rows, starts, shape),
         chosen=_side(data, "chosen", chosen_index),
         rejected=_side(data, "rejected", rejected_index),
         mismatched=_side(data, "mismatched", chosen_index if mismatched else none),
@@ -90,7 +127,7 @@ def packing_efficiency(batch: Batch) -> float:
     return float(np.mean(batch.segment_ids > 0))
 
 
-def _segments(
+def segments_of(
     data: PreferenceData,
     chosen_index: Int[np.ndarray, "M"],
     rejected_index: Int[np.ndarray, "N"],
@@ -98,6 +135,7 @@ def _segments(
     paired: bool,
     mismatched: bool,
 ) -> list[Segment]:
+    """A segment for each example (with `paired`) or each chosen and each rejected response, as for build_batch."""
     num_chosen, num_rejected = len(chosen_index), len(rejected_index)
     segments = []
     for slot, index in enumerate(chosen_index):
@@ -120,16 +158,12 @@ def _segments(
     return segments
 
 
-def _layout(
-    segments: Sequence[Segment],
-    rows: Int[np.ndarray, "n"],
-    starts: Int[np.ndarray, "n"],
-    num_rows: int,
-    row_tokens: int,
+def layout(
+    segments: Sequence[Segment], rows: Int[np.ndarray, "n"], starts: Int[np.ndarray, "n"], shape: Shape
 ) -> dict[str, Int[np.ndarray, "R T"]]:
     """The token arrays of a Batch, computed for all segments' pieces (prompt or response) at once."""
     names = ("tokens", "positions", "segment_ids", "branch_ids", "previous", "response_ids")
-    arrays = {name: np.zeros((num_rows, row_tokens), np.int32) for name in names}
+    arrays = {name: np.zeros(shape, np.int32) for name in names}
     arrays["response_ids"][:] = -1
     if not segments:
         return arrays

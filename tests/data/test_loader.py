@@ -1,8 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.data.packing import packing_efficiency
+from rpo_jax.data.shapes import MAX_SHAPES
 from rpo_jax.types import RESPONSES, PreferenceData
 
 from .ragged import data_of, examples_of_lengths, sequence
@@ -139,32 +141,68 @@ def test_reference_log_probs_come_from_the_column_of_their_response():
         assert side.reference_log_prob.tolist() == table[side.example_index, column].tolist()
 
 
-def test_row_tokens_default_to_the_longest_segment_rounded_up():
+def test_row_tokens_go_up_to_the_longest_segment_rounded_up():
     data = data_of(examples_of_lengths([(3, 4, 5, 6), (30, 20, 14, 60)]))
-    assert PreferenceBatches(data, pairs=1, seed=0).row_tokens == 64
-    assert PreferenceBatches(data, pairs=1, seed=0, responses=RESPONSES).row_tokens == 128
+
+    def longest(**arguments):
+        return max(shape.tokens for shape in PreferenceBatches(data, pairs=1, seed=0, **arguments).shapes)
+
+    assert longest() == 64
+    assert longest(responses=RESPONSES) == 128
     assert PreferenceBatches(data, pairs=1, seed=0, row_tokens=65).batch_at(0).tokens.shape[1] == 65
     with pytest.raises(ValueError, match=r"file:2 needs 64 tokens.*batch.row_tokens=63; raise it to 64"):
         PreferenceBatches(data, pairs=1, seed=0, row_tokens=63)
 
 
+def skewed_lengths(count=400):
+    sizes = np.random.default_rng(1).lognormal(3, 0.8, size=(count, 4)).clip(max=100).astype(int) + 1
+    return data_of(examples_of_lengths(sizes.tolist()))
+
+
+def share_of_tokens(batches, steps):
+    """Share of all positions of these batches that hold a token, and their shapes."""
+    made = [batches.batch_at(step) for step in steps]
+    tokens = sum(int((batch.segment_ids > 0).sum()) for batch in made)
+    return tokens / sum(batch.tokens.size for batch in made), {batch.tokens.shape for batch in made}
+
+
 @pytest.mark.parametrize("pairing", ["paired", "unpaired"])
-@pytest.mark.parametrize("rows_multiple", [1, 4])
-def test_few_shapes_all_of_them_announced(pairing, rows_multiple):
-    sizes = np.random.default_rng(1).lognormal(3, 0.8, size=(400, 4)).clip(max=100).astype(int) + 1
-    data = data_of(examples_of_lengths(sizes.tolist()))
-    batches = PreferenceBatches(data, pairs=32, pairing=pairing, seed=0, row_tokens=320, rows_multiple=rows_multiple)
-    shapes, efficiencies = set(), []
-    for step in range(5 * batches.steps_per_epoch):
-        batch = batches.batch_at(step)
-        shapes.add(batch.tokens.shape)
-        efficiencies.append(packing_efficiency(batch))
-    assert {rows for rows, _ in shapes} <= set(batches.row_counts)
-    assert len(batches.row_counts) <= 5
-    assert batches.row_counts == tuple(sorted(batches.row_counts))
-    assert all(rows % rows_multiple == 0 for rows in batches.row_counts)
-    if rows_multiple == 1:
-        assert np.mean(efficiencies) > 0.7
+@pytest.mark.parametrize(("rows_multiple", "row_tokens"), [(1, None), (4, None), (1, 320)])
+def test_few_shapes_all_of_them_announced(pairing, rows_multiple, row_tokens):
+    batches = PreferenceBatches(
+        skewed_lengths(), pairs=32, pairing=pairing, seed=0, row_tokens=row_tokens, rows_multiple=rows_multiple
+    )
+    share, used = share_of_tokens(batches, range(20 * batches.steps_per_epoch))
+    assert used <= set(batches.shapes)
+    assert len(batches.shapes) <= MAX_SHAPES + 1
+    assert batches.shapes == tuple(sorted(batches.shapes, key=lambda shape: shape.size))
+    assert all(shape.rows % rows_multiple == 0 for shape in batches.shapes)
+    assert row_tokens is None or {shape.tokens for shape in batches.shapes} == {row_tokens}
+    assert share > (0.85 if rows_multiple == 1 else 0.8)
+
+
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_the_largest_shape_holds_the_worst_batch(pairing):
+    """32 long segments among 3,000 short ones, in one batch although no sampled one has them together."""
+    sizes = [(1, 2, 2, None)] * 3000 + [(40, 30, 30, None)] * 32
+    batches = PreferenceBatches(data_of(examples_of_lengths(sizes)), pairs=32, pairing=pairing, seed=0)
+    worst = np.arange(3000, 3032)
+    batches._indices = lambda _: {"chosen": worst, "rejected": worst}
+    assert batches.batch_at(0).tokens.shape in batches.shapes
+
+
+def test_responses_to_one_prompt_share_it_across_a_batch():
+    """Four pairs to each prompt: a batch in file order stores every prompt once, and needs fewer rows for it."""
+    examples = examples_of_lengths([(40, 5, 5, None)] * 16)
+    shared = [dataclasses.replace(e, prompt_ids=examples[i // 4].prompt_ids) for i, e in enumerate(examples)]
+    sizes = []
+    for data in (data_of(examples), data_of(shared)):
+        batch = PreferenceBatches(data, pairs=8, order="sequential", seed=0, row_tokens=128).batch_at(0)
+        sizes.append((int((batch.segment_ids > 0).sum()), batch.tokens.size))
+    (tokens, positions), (shared_tokens, shared_positions) = sizes
+    assert tokens == 8 * 50
+    assert shared_tokens == 2 * 40 + 8 * 10
+    assert (positions, shared_positions) == (4 * 128, 2 * 128)
 
 
 def test_a_pair_that_lacks_a_side_is_refused_by_name():

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpo_jax.data.packing import build_batch, pack, packing_efficiency
+from rpo_jax.data.shapes import Shape
 
 from .ragged import data_of, example, examples_of_lengths, sequence
 
@@ -15,7 +16,7 @@ def test_a_batch_token_by_token():
     long = example("file:2", [1, 10, 11], [20, 21, 2], [30, 2], [40], number=1)
     index = np.array([0, 1, -1])
     data = data_of([short, long], width=2)
-    batch = build_batch(data, index, index, paired=True, mismatched=True, row_tokens=20, row_counts=(2,))
+    batch = build_batch(data, index, index, paired=True, mismatched=True, shapes=[Shape(2, 20)])
 
     # Slots: chosen 0-2, rejected 3-5, mismatched 6-8. The longer segment comes first.
     # fmt: off
@@ -46,9 +47,8 @@ def test_a_batch_token_by_token():
 
 def test_unpaired_responses_have_segments_of_their_own():
     data = data_of(examples_of_lengths([(3, 2, None, 4), (2, None, 5, None)]))
-    batch = build_batch(
-        data, np.array([0]), np.array([1]), paired=False, mismatched=True, row_tokens=16, row_counts=(1, 2)
-    )
+    shapes = [Shape(1, 16), Shape(2, 16)]
+    batch = build_batch(data, np.array([0]), np.array([1]), paired=False, mismatched=True, shapes=shapes)
     assert batch.tokens.shape == (1, 16)
     assert batch.segment_ids[0].tolist() == [1] * 9 + [2] * 7
     assert batch.branch_ids[0].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1, 1, 1, 1]
@@ -61,9 +61,8 @@ def test_no_token_is_lost_or_duplicated(lengths, paired, mismatched, order):
     data = data_of(examples_of_lengths(lengths))
     chosen = np.arange(count)
     rejected = chosen if paired else np.array(order.sample(range(count), count))
-    batch = build_batch(
-        data, chosen, rejected, paired=paired, mismatched=mismatched, row_tokens=48, row_counts=range(1, 2 * count + 1)
-    )
+    shapes = [Shape(rows, 48) for rows in range(1, 2 * count + 1)]
+    batch = build_batch(data, chosen, rejected, paired=paired, mismatched=mismatched, shapes=shapes)
     expected = [(data.examples[i], data.examples[i].chosen_ids) for i in chosen]
     expected += [(data.examples[i], data.examples[i].rejected_ids) for i in rejected]
     expected += [(data.examples[i], data.examples[i].mismatched_ids) for i in chosen if mismatched]
@@ -71,10 +70,14 @@ def test_no_token_is_lost_or_duplicated(lengths, paired, mismatched, order):
         assert sequence(batch, slot) == (source.prompt_ids.tolist(), response.tolist())
     assert batch.response_ids.max() == len(expected) - 1
 
-    prompt_copies = count if paired else 2 * count
-    prompts = sum(len(source.prompt_ids) for source, _ in expected[:prompt_copies])
-    num_tokens = prompts + sum(len(response) for _, response in expected)
-    assert (batch.segment_ids > 0).sum() == num_tokens
+    num_tokens = int((batch.segment_ids > 0).sum())
+    responses = sum(len(response) for _, response in expected)
+    prompts = [len(example.prompt_ids) for example in data.examples]
+    # Each prompt once, and again only where one row does not hold all that follows it.
+    assert responses + sum(prompts) <= num_tokens <= responses + sum(prompts) * (1 if paired else 2)
+    together = [sum(map(len, (e.prompt_ids, e.chosen_ids, e.rejected_ids, e.mismatched_ids))) for e in data.examples]
+    if max(together) <= 48:
+        assert num_tokens == responses + sum(prompts)
     assert packing_efficiency(batch) == pytest.approx(num_tokens / batch.tokens.size)
     for row in batch.segment_ids:  # numbered from the left, padding at the end
         assert row[row > 0].tolist() == sorted(row[row > 0])
@@ -102,18 +105,74 @@ def test_first_fit_decreasing_by_hand():
     assert num_rows == 2
 
 
-def test_a_batch_takes_the_smallest_row_count_that_holds_it():
+def test_a_batch_takes_the_smallest_shape_that_holds_it():
     data = data_of(examples_of_lengths([(4, 3, 3, None)] * 3))
     index = np.arange(3)
-    kwargs = {"paired": True, "mismatched": False, "row_tokens": 10}
-    assert build_batch(data, index, index, row_counts=(2, 4, 8), **kwargs).tokens.shape == (4, 10)
-    assert build_batch(data, index[:2], index[:2], row_counts=(2, 4, 8), **kwargs).tokens.shape == (2, 10)
+
+    def shape_of(index, *shapes):
+        shapes = [Shape(*shape) for shape in shapes]
+        return build_batch(data, index, index, paired=True, mismatched=False, shapes=shapes).tokens.shape
+
+    assert shape_of(index, (2, 10), (4, 10), (8, 10)) == (4, 10)
+    assert shape_of(index[:2], (2, 10), (4, 10), (8, 10)) == (2, 10)
+    assert shape_of(index, (4, 10), (1, 30), (1, 32)) == (1, 30)
+    assert shape_of(index, (1, 30), (3, 10), (2, 15)) == (3, 10), "the shortest rows of equal sizes"
+    assert shape_of(index, (50, 9), (1, 64), (2, 19)) == (1, 64), "two segments do not fit into 19 tokens"
+
+
+def same_prompt_examples(responses, prompt=(5, 6, 7, 8)):
+    """Pairs to one prompt, of these (chosen, rejected) lengths, every response token a different one."""
+    made, first = [], 10
+    for number, sizes in enumerate(responses):
+        sides = [range(first, first + sizes[0]), range(first + sizes[0], first + sum(sizes))]
+        first += sum(sizes)
+        made.append(example(f"file:{number + 1}", list(prompt), *map(list, sides), number=number))
+    return made
+
+
+def copies_of_the_prompt(batch):
+    return int(((batch.branch_ids == 0) & (batch.segment_ids > 0)).sum()) / 4
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_all_responses_to_one_prompt_share_it(paired):
+    data = data_of(same_prompt_examples([(3, 2), (1, 4), (2, 2)]))
+    index = np.arange(3)
+    rejected = index if paired else np.array([2, 0, 1])
+    batch = build_batch(data, index, rejected, paired=paired, mismatched=False, shapes=[Shape(1, 18)])
+    assert copies_of_the_prompt(batch) == 1
+    assert batch.branch_ids.max() == 6
+    assert packing_efficiency(batch) == 1.0
+    for slot in range(6):
+        source = data.examples[(index if slot < 3 else rejected)[slot % 3]]
+        response = source.chosen_ids if slot < 3 else source.rejected_ids
+        assert sequence(batch, slot) == ([5, 6, 7, 8], response.tolist())
+
+
+def test_a_prompt_is_stored_again_where_a_row_does_not_hold_all_its_responses():
+    data = data_of(same_prompt_examples([(3, 3)] * 5))
+    index = np.arange(5)
+    batch = build_batch(data, index, index, paired=True, mismatched=False, shapes=[Shape(3, 16)])
+    assert copies_of_the_prompt(batch) == 3, "two pairs to a row"
+    for slot in range(10):
+        source = data.examples[slot % 5]
+        response = source.chosen_ids if slot < 5 else source.rejected_ids
+        assert sequence(batch, slot) == ([5, 6, 7, 8], response.tolist())
+
+
+def test_prompts_that_differ_do_not_share():
+    """One prompt cut to two lengths, and one that is another's start."""
+    examples = same_prompt_examples([(3, 2)]) + same_prompt_examples([(3, 2)], prompt=(5, 6, 7))
+    examples += same_prompt_examples([(3, 2)], prompt=(5, 6, 7, 9))
+    index = np.arange(3)
+    batch = build_batch(data_of(examples), index, index, paired=True, mismatched=False, shapes=[Shape(1, 32)])
+    assert batch.segment_ids.max() == 3
 
 
 def test_a_batch_without_examples_is_all_padding():
     data = data_of(examples_of_lengths([(4, 3, 3, None)]))
     index = np.array([-1, -1])
-    batch = build_batch(data, index, index, paired=True, mismatched=False, row_tokens=8, row_counts=(1,))
+    batch = build_batch(data, index, index, paired=True, mismatched=False, shapes=[Shape(1, 8)])
     assert not batch.segment_ids.any()
     assert (batch.response_ids == -1).all()
     assert not batch.chosen.valid.any()
@@ -124,4 +183,4 @@ def test_a_segment_longer_than_a_row_is_refused_by_name():
     data = data_of(examples_of_lengths([(4, 3, 3, None), (4, 4, 3, None)]))
     index = np.arange(2)
     with pytest.raises(ValueError, match=r"file:2 needs 11 tokens.*row_tokens=10"):
-        build_batch(data, index, index, paired=True, mismatched=False, row_tokens=10, row_counts=(2,))
+        build_batch(data, index, index, paired=True, mismatched=False, shapes=[Shape(2, 10)])

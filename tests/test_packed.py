@@ -1,0 +1,77 @@
+"""The law of packing: a response's log-prob does not depend on what it is packed with, or whose prompt it shares."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpo_jax import models, sharding
+from rpo_jax.config import Config, MeshConfig
+from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.step import build_log_probs, put_batch
+from rpo_jax.types import RESPONSES
+from tests.worlds import random_data, small_model
+
+MODEL = small_model()
+PAIRS = 8
+
+
+@pytest.fixture(scope="module")
+def params():
+    return models.init_params(MODEL, jax.random.key(0))
+
+
+def packed_log_probs(params, batches, step):
+    """(row id, response name) -> log-prob, for the responses of one packed batch."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    batch = batches.batch_at(step)
+    with jax.set_mesh(mesh):
+        log_probs, _ = build_log_probs(Config(), MODEL, mesh)
+        values = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob)
+    found, first = [], 0
+    for name in RESPONSES:
+        side = getattr(batch, name)
+        for slot in np.flatnonzero(side.valid):
+            found.append((batches.data.examples[side.example_index[slot]], name, values[first + slot]))
+        first += len(side.valid)
+    return found, batch
+
+
+def padded_log_prob(params, prompt_ids, response_ids):
+    """The usual layout: one row, the prompt and one response, padded at the end; plain logits and log-softmax."""
+    tokens = np.zeros((1, 64), np.int32)
+    length = len(prompt_ids) + len(response_ids)
+    tokens[0, :length] = np.concatenate([prompt_ids, response_ids])
+    logits = models.apply(MODEL, params, tokens)
+    log_softmax = jax.nn.log_softmax(logits[0].astype(jnp.float32))
+    targets = np.arange(len(prompt_ids), length)
+    return float(log_softmax[targets - 1, tokens[0, targets]].sum())
+
+
+def data_with_shared_prompts(examples_a_prompt):
+    data = random_data(24, mismatched=True)
+    first = [data.examples[i - i % examples_a_prompt] for i in range(24)]
+    examples = [
+        dataclasses.replace(e, prompt_ids=f.prompt_ids, prompt_id=f.prompt_id)
+        for e, f in zip(data.examples, first, strict=True)
+    ]
+    return dataclasses.replace(data, examples=examples)
+
+
+@pytest.mark.parametrize("examples_a_prompt", [1, 4, 24], ids=["its own prompt", "four to a prompt", "one prompt"])
+@pytest.mark.parametrize("responses", [("chosen", "rejected"), RESPONSES])
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_packed_equals_padded(params, pairing, responses, examples_a_prompt):
+    batches = PreferenceBatches(
+        data_with_shared_prompts(examples_a_prompt), pairs=PAIRS, pairing=pairing, responses=responses, seed=0
+    )
+    found, batch = packed_log_probs(params, batches, 0)
+    assert len(found) == PAIRS * len(responses)
+    for example, name, log_prob in found:
+        response_ids = getattr(example, f"{name}_ids")
+        expected = padded_log_prob(params, example.prompt_ids, response_ids)
+        assert log_prob == pytest.approx(expected, rel=0, abs=1e-5 * len(response_ids)), (example.row_id, name)
+    if examples_a_prompt == 24:
+        assert batch.branch_ids.max() > 3, "more responses share a prompt than one example has"
