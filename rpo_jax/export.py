@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rpo_jax import models
 from rpo_jax.checkpoint import Checkpoints, check_architecture, comparable
+from rpo_jax.config_io import load_config
+from rpo_jax.models import ModelConfig, lora
+from rpo_jax.models.decoder import Params
+from rpo_jax.reference import folder_fingerprint
 
 
 def export(
@@ -19,21 +24,66 @@ def export(
     step: int | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    adapter: bool = False,
+    base: str | None = None,
 ) -> Path:
     """Write weights, configuration, tokenizer and chat template of a run's policy; whole or not at all.
 
+    A LoRA run's adapters are added in float32 to the weights of the folder that it started from, unrounded, also
+    where training kept them in int8 or bfloat16: the same model as its PEFT folder on that base, which is how such
+    adapters are used. It differs from the policy that was trained by the rounding of the base.
+
     Args:
         step: which checkpoint; the newest where not given.
-        dtype: of the tensors; where not given, that of the folder that the run started from.
+        dtype: of the tensors; where not given, that of the folder that the run started from (adapters: float32).
         overwrite: replace an existing folder.
+        adapter: write the adapters alone, as a PEFT folder.
+        base: where a LoRA run's base is now, if no longer where it was.
 
     Raises:
-        ValueError: a folder that is no run, a step without a checkpoint, an `out` that exists.
+        ValueError: a folder that is no run, a step without a checkpoint, an `out` that exists, adapters of a run that
+            has none, another base than the run's.
     """
     run_dir = Path(run_dir).expanduser()
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"{run_dir} is not a run folder: it has no config.yaml; give the run.dir of a training run.")
+    lora_config = load_config(run_dir / "config.yaml").lora
+    if not lora_config.rank and (adapter or base is not None):
+        raise ValueError(f"{run_dir} is no LoRA run: it trained all weights; leave out --adapter and --base.")
     model_config = models.read_config(run_dir / "model")
+    adapters = lora_config.rank > 0
+    like = lora.abstract_adapters(model_config, lora_config) if adapters else models.abstract_params(model_config)
+    trained, record = _checkpoint(run_dir, model_config, step, like)
+    if adapter:
+        return lora.save_adapter(
+            out,
+            model_config,
+            trained,
+            lora_config,
+            base=base or record["base"]["path"],
+            tokenizer=run_dir / "model",
+            dtype=dtype,
+            overwrite=overwrite,
+        )
+    if lora_config.rank:
+        _, weights = models.load_pretrained(_checked_base(base, record["base"], run_dir))
+        trained = lora.merge(model_config, weights, trained, lora_config)
+    return models.save_pretrained(
+        out,
+        model_config,
+        trained,
+        tokenizer=run_dir / "model",
+        # As the folder that the run started from had it; otherwise from the architecture.
+        generation_config=run_dir / "model" if (run_dir / "model" / "generation_config.json").is_file() else None,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+
+
+def _checkpoint(
+    run_dir: Path, model_config: ModelConfig, step: int | None, like: Params
+) -> tuple[Params, dict[str, Any]]:
+    """What a run had trained by a step, or by its newest checkpoint, and what that says about the run."""
     checkpoints = Checkpoints(run_dir / "checkpoints", read_only=True)
     steps = checkpoints.steps()
     if not steps:
@@ -41,19 +91,28 @@ def export(
     if step is not None and step not in steps:
         raise ValueError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     step = steps[-1] if step is None else step
-    check_architecture(checkpoints.record(step)["model"], comparable(model_config), run_dir)
-    params = checkpoints.restore_params(step, models.abstract_params(model_config))
+    record = checkpoints.record(step)
+    check_architecture(record["model"], comparable(model_config), run_dir)
+    trained = checkpoints.restore_params(step, like)
     checkpoints.close()
-    return models.save_pretrained(
-        out,
-        model_config,
-        params,
-        tokenizer=run_dir / "model",
-        # As the folder that the run started from had it; otherwise from the architecture.
-        generation_config=run_dir / "model" if (run_dir / "model" / "generation_config.json").is_file() else None,
-        dtype=dtype,
-        overwrite=overwrite,
-    )
+    return trained, record
+
+
+def _checked_base(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> Path:
+    """Folder of a LoRA run's base; ValueError where its weights are not those that the adapters were trained on."""
+    path = given or recorded["path"]
+    try:
+        folder = models.resolve_folder(path)
+    except ValueError as error:
+        raise ValueError(
+            f"The base of {run_dir} is needed to merge its adapters: {error} (--base says where it is)"
+        ) from None
+    if folder_fingerprint(folder) != recorded["fingerprint"]:
+        raise ValueError(
+            f"The weights in {path} are not those that the adapters of {run_dir} were trained on; give that folder as "
+            "--base, or write the adapters alone with --adapter."
+        )
+    return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,10 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="checkpoint to export; the newest by default")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the written tensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapters alone, as a PEFT folder")
+    parser.add_argument("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")
+    options = vars(parser.parse_args(arguments))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every restore
     try:
-        folder = export(options.run, options.out, step=options.step, dtype=options.dtype, overwrite=options.overwrite)
+        folder = export(options.pop("run"), options.pop("out"), **options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

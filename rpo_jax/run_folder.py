@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpo_jax import models
-from rpo_jax.checkpoint import Checkpoints, check_architecture
+from rpo_jax.checkpoint import Checkpoints, check_architecture, comparable
 from rpo_jax.config import Config
 from rpo_jax.config_io import dump_config
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.folders import written_whole
+from rpo_jax.reference import folder_fingerprint
 from rpo_jax.tracking import Reporter
 
 if TYPE_CHECKING:
@@ -90,20 +91,46 @@ def make_run_folder(
         (new / RUN_ID).write_text(uuid.uuid4().hex, encoding="utf-8")
 
 
+def base_record(config: Config) -> dict[str, str] | None:
+    """What a checkpoint of adapters says about the base without which they are nothing; None without LoRA."""
+    if not config.lora.rank:
+        return None
+    assert config.model.path is not None, "checked with the configuration"
+    # A local folder by its full path, so that it is found from anywhere; a hub's name as it is.
+    path, local = config.model.path, Path(config.model.path).expanduser()
+    fingerprint = folder_fingerprint(models.resolve_folder(path))
+    return {"path": str(local.resolve()) if local.is_dir() else path, "fingerprint": fingerprint}
+
+
 def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
-    """ValueError where the newest checkpoint is of another model or optimizer; says which other settings differ."""
+    """ValueError where the newest checkpoint is of another model, base or optimizer; says what else differs."""
     saved = _newest_record(folder)
     assert saved is not None, "check_run_folder found a checkpoint"
     check_architecture(saved["model"], record["model"], folder)
+    defaults = comparable(Config())
     changed = {
         f"{section}.{key}": (before, now)
         for section, values in record["config"].items()
         for key, now in values.items()
-        if (before := saved["config"][section].get(key)) != now
+        # A checkpoint that is older than a setting was made with what is its default now.
+        if (before := (defaults[section] | saved["config"].get(section, {}))[key]) != now
         # Where, how long and on what a run goes on may change without changing what its steps compute.
         and section not in ("mesh", "train", "tracking")
         and key not in ("dir", "cache_dir", "resume", "overwrite")
     }
+    adapters = [key for key in changed if key.startswith("lora.")]
+    if adapters:
+        told = ", ".join(f"{key}={changed[key][0]}, not {changed[key][1]}" for key in adapters)
+        raise ValueError(
+            f"The checkpoint in {folder} was trained with {told}; resume with its own lora section, or choose another "
+            "run.dir."
+        )
+    before, now = saved.get("base"), record["base"]
+    if before is not None and before["fingerprint"] != now["fingerprint"]:
+        raise ValueError(
+            f"The checkpoint in {folder} holds adapters of the weights that {before['path']} had, which are not those "
+            f"in model.path={now['path']} now; resume with the former, or choose another run.dir."
+        )
     if "optim.name" in changed:
         before, now = changed["optim.name"]
         raise ValueError(

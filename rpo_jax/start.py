@@ -17,7 +17,7 @@ from rpo_jax import models, sharding
 from rpo_jax.config import Config
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
-from rpo_jax.models import ModelConfig
+from rpo_jax.models import ModelConfig, lora
 from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.prepare import Prepared, batches_of, checked_objective, is_paired, sweep_of
 from rpo_jax.reference import cached_log_probs, folder_fingerprint, params_fingerprint
@@ -121,23 +121,55 @@ def _initial_params(config: Config, model_config: ModelConfig, shardings: Any, r
         return jax.block_until_ready(params)
 
 
+def _frozen_base(config: Config, model_config: ModelConfig, mesh: Mesh, reporter: Reporter) -> Params:
+    """The weights that LoRA leaves as they are, on the mesh."""
+    assert config.model.path is not None, "checked with the configuration"
+    shapes = lora.abstract_base(model_config, config.lora.base_dtype)
+    axes = lora.base_axes(model_config, config.lora.base_dtype)
+    adapters = jax.tree.leaves(lora.abstract_adapters(model_config, config.lora))
+    with reporter.phase("load model") as notes:
+        host = lora.load_base(config.model.path, config.lora.base_dtype)
+        base = jax.tree.map(jax.device_put, host, sharding.parameter_shardings(mesh, axes, shapes))
+        notes.append(
+            f"{models.count_params(model_config):,} parameters frozen in {config.lora.base_dtype}, "
+            f"{sum(leaf.size for leaf in adapters):,} trained, {model_config.family}"
+        )
+        return jax.block_until_ready(base)
+
+
+def _initial_adapters(config: Config, model_config: ModelConfig, shardings: Any) -> Params:
+    init = jax.jit(lora.init_adapters, static_argnums=(0, 1), out_shardings=shardings)
+    return init(model_config, config.lora, jax.random.key(config.run.seed))
+
+
 def _with_cached_reference(
     config: Config,
     reference_config: ModelConfig,
-    policy_params: Callable[[], Params],
+    start_params: Callable[[], Params],
+    base_fingerprint: str | None,
     prepared: Prepared,
     mesh: Mesh,
     reporter: Reporter,
 ) -> Prepared:
-    """The data with the reference's log-probs, from the cache or computed now."""
+    """The data with the reference's log-probs, from the cache or computed now.
+
+    Args:
+        start_params: the policy before training; with LoRA its base, which is the same.
+        base_fingerprint: of the folder that LoRA's base comes from; None without LoRA.
+    """
     log_probs, shardings = build_log_probs(config, reference_config, mesh)
     own = config.reference.path
     source = own or config.model.path
-    weights = folder_fingerprint(models.resolve_folder(source)) if source else params_fingerprint(policy_params())
+    if own is None and base_fingerprint is not None:
+        # A rounded base is a reference of its own: log-ratios start at 0.
+        stored = "" if config.lora.base_dtype == "float32" else f" in {config.lora.base_dtype}"
+        weights = base_fingerprint + stored
+    else:
+        weights = folder_fingerprint(models.resolve_folder(source)) if source else params_fingerprint(start_params())
 
     @functools.cache  # loaded at most once, and only where the cache lacks something
     def reference_params() -> Params:
-        return policy_params() if own is None else _load(own, shardings)
+        return start_params() if own is None else _load(own, shardings)
 
     filled = {}
     with reporter.phase("reference log-probs") as notes:
@@ -159,6 +191,27 @@ def _with_cached_reference(
     return dataclasses.replace(prepared, **filled)
 
 
+def _with_reference(
+    config: Config,
+    reference_config: ModelConfig,
+    start_params: Callable[[], Params],
+    base_fingerprint: str | None,
+    prepared: Prepared,
+    mesh: Mesh,
+    reporter: Reporter,
+) -> tuple[Prepared, Params | None]:
+    """The data with the reference's log-probs where they are cached, and the reference where it is another model."""
+    if not _uses_reference(config) or config.reference.mode == "adapter":  # the step has the base already
+        return prepared, None
+    if config.reference.mode == "cached":
+        arguments = (start_params, base_fingerprint, prepared, mesh, reporter)
+        return _with_cached_reference(config, reference_config, *arguments), None
+    if config.reference.path is not None:
+        return prepared, _load(config.reference.path, build_log_probs(config, reference_config, mesh)[1])
+    # The step gives its state's buffers up, so a reference made of them needs its own; LoRA's base is not of them.
+    return prepared, start_params() if config.lora.rank else jax.tree.map(jnp.copy, start_params())
+
+
 def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
     """ValueError for data that cannot be packed or contrasted, before anything is loaded."""
     batches_of(config, prepared.train, prepared.responses, shards)
@@ -174,7 +227,14 @@ def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
 
 
 def make_start(
-    config: Config, model_config: ModelConfig, prepared: Prepared, mesh: Mesh, reporter: Reporter, *, resuming: bool
+    config: Config,
+    model_config: ModelConfig,
+    prepared: Prepared,
+    mesh: Mesh,
+    reporter: Reporter,
+    *,
+    base_fingerprint: str | None,
+    resuming: bool,
 ) -> Start:
     """Load, place and compile what training needs.
 
@@ -197,22 +257,25 @@ def make_start(
         reference_config=reference_config,
     )
 
-    # Loaded at once for a new run; a resumed one needs the initial weights only if the reference is made of them.
+    # Loaded at once for a new run; a resumed one needs the initial weights only if the reference is made of them, or
+    # if they are LoRA's base.
     @functools.cache
     def params() -> Params:
+        if config.lora.rank:
+            return _frozen_base(config, model_config, mesh, reporter)
         return _initial_params(config, model_config, steps.state_shardings.params, reporter)
 
-    live = None
-    if not resuming:
+    if config.lora.rank:
+        steps = steps.on(params())
+    elif not resuming:
         params()
-    if _uses_reference(config) and config.reference.mode == "cached":
-        prepared = _with_cached_reference(config, reference_config, params, prepared, mesh, reporter)
-    elif _uses_reference(config) and config.reference.path is not None:
-        live = _load(config.reference.path, build_log_probs(config, reference_config, mesh)[1])
-    elif _uses_reference(config):
-        # The step gives its state's buffers up: the reference needs its own.
-        live = jax.tree.map(jnp.copy, params())
-    state = steps.abstract_state if resuming else steps.init(params())
+    prepared, live = _with_reference(config, reference_config, params, base_fingerprint, prepared, mesh, reporter)
+    if resuming:
+        state = steps.abstract_state
+    elif config.lora.rank:
+        state = steps.init(_initial_adapters(config, model_config, steps.state_shardings.params))
+    else:
+        state = steps.init(params())
     batches = batches_of(config, prepared.train, prepared.responses, shards)
     held_out = prepared.held_out and sweep_of(config, prepared.held_out, prepared.eval_responses, shards)
     return Start(steps, state, live, batches, held_out, total_steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,15 @@ from rpo_jax.config import Config
 from rpo_jax.config_io import parse_config
 from rpo_jax.loop import TrainingLoop
 from rpo_jax.prepare import checked_objective, prepare
-from rpo_jax.run_folder import CHECKPOINTS, MODEL, RUN_ID, check_resumable, check_run_folder, make_run_folder
+from rpo_jax.run_folder import (
+    CHECKPOINTS,
+    MODEL,
+    RUN_ID,
+    base_record,
+    check_resumable,
+    check_run_folder,
+    make_run_folder,
+)
 from rpo_jax.start import Start, make_start, policy_config
 from rpo_jax.tracking import MetricsLog, Reporter, check_tracking, summary
 
@@ -63,13 +70,17 @@ def run(config: Config) -> RunResult:
     loaded = None if config.model.path is None else models.check_pretrained(config.model.path)
     prepared = prepare(config, reporter, run_dir / MODEL if resuming else None)
     model_config = policy_config(config, prepared, loaded, reporter)
-    record = {"model": comparable(model_config), "config": dataclasses.asdict(config)}
+    base = base_record(config)
+    record = {"model": comparable(model_config), "config": comparable(config), "base": base}
     if resuming:
         check_resumable(run_dir, record, reporter)
     # An accelerator may multiply float32 at less than float32's precision unless told otherwise.
     precision = "float32" if config.model.compute_dtype == "float32" else None
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
-        start = make_start(config, model_config, prepared, mesh, reporter, resuming=resuming)
+        fingerprint = None if base is None else base["fingerprint"]
+        start = make_start(
+            config, model_config, prepared, mesh, reporter, base_fingerprint=fingerprint, resuming=resuming
+        )
         if not resuming:
             make_run_folder(config, model_config, prepared.tokenizer, run_dir)
         return _train(config, start, mesh, run_dir, record, reporter)

@@ -12,6 +12,7 @@ over stacked layers: apply_lora_to_model fails there, and quantize_model leaves 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -25,8 +26,9 @@ from rpo_jax.config import LoraConfig
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params, param_axes
 from rpo_jax.models.families import FAMILIES
+from rpo_jax.models.folders import copy_tokenizer, written_whole
 from rpo_jax.models.projection import Adapted, Quantized
-from rpo_jax.models.weights import check_pretrained, load_pretrained
+from rpo_jax.models.weights import DTYPES, check_pretrained, load_pretrained
 
 A, B = "lora_a", "lora_b"
 INT8_MAX = 127  # symmetric: -128 is not used
@@ -188,3 +190,59 @@ def merge(model_config: ModelConfig, params: Params, adapters: Params, lora: Lor
             merged[layer] += (lora.alpha / lora.rank) * np.tensordot(a[layer], b[layer], axes=1)
         flat[path] = merged
     return unflatten_dict(flat)
+
+
+def save_adapter(
+    path: str | Path,
+    model_config: ModelConfig,
+    adapters: Params,
+    lora: LoraConfig,
+    *,
+    base: str,
+    tokenizer: str | Path,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a PEFT folder that peft.PeftModel.from_pretrained loads onto the base; whole or not at all.
+
+    Args:
+        path: folder to make; an existing one is refused unless `overwrite`.
+        base: folder or hub name of the base, for those who load the adapter alone.
+        tokenizer: folder whose tokenizer files and chat template are copied.
+        dtype: of the written tensors; float32 where not given.
+        overwrite: replace an existing folder.
+    """
+    from safetensors.numpy import save_file
+
+    pairs, tensors = _flat(adapters), {}
+    for target in lora.targets:
+        kernel, module, layers, _, _ = projections(model_config)[target]
+        a, b = (np.asarray(pairs[(*kernel[:-1], name)]) for name in (A, B))
+        for layer in range(layers["layers"]):
+            name = f"base_model.model.{module.format(layer=layer)}"
+            # As torch has linear layers, outputs first.
+            tensors[f"{name}.lora_A.weight"] = a[layer].reshape(-1, lora.rank).T
+            tensors[f"{name}.lora_B.weight"] = b[layer].reshape(lora.rank, -1).T
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(lora.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    target_dtype, target = DTYPES[dtype or "float32"], Path(path).expanduser()
+    with written_whole(target, overwrite=overwrite) as folder:
+        copy_tokenizer(tokenizer, folder)
+        # save_file writes the buffer as it lies in memory, so a transposed view must become an array of its own.
+        contiguous = {name: np.ascontiguousarray(tensor.astype(target_dtype)) for name, tensor in tensors.items()}
+        save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    return target
