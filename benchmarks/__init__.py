@@ -1,0 +1,1 @@
+"""How fast rpo_jax trains, beside its peers, in one run on the same data."""

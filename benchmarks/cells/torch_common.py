@@ -1,0 +1,59 @@
+"""What the two PyTorch systems share: the model and the optimizer's constants."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.spec import MAX_POSITIONS, CellSpec
+from benchmarks.workloads import BOS, EOS, PAD
+
+LEARNING_RATE = 5e-7
+MAX_GRAD_NORM = 10.0
+BETA = 0.1
+
+
+def torch_device(spec: CellSpec) -> torch.device:
+    return torch.device("cuda" if spec.device == "gpu" else "cpu")
+
+
+def torch_dtype(spec: CellSpec) -> torch.dtype:
+    return getattr(torch, spec.dtype)
+
+
+def make_policy(spec: CellSpec) -> LlamaForCausalLM:
+    """A Llama of random weights with SDPA attention, in the cell's dtype."""
+    torch.manual_seed(spec.seed)
+    sizes = spec.sizes
+    settings: dict[str, Any] = {
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads,
+        "tie_word_embeddings": sizes.tie_embeddings,
+        "max_position_embeddings": MAX_POSITIONS,
+        "attn_implementation": "sdpa",
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
+    policy: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    return policy.to(device=torch_device(spec), dtype=torch_dtype(spec))
+
+
+def make_reference(policy: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A frozen copy."""
+    return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+def warm_up(model: LlamaForCausalLM) -> None:
+    """A small forward and backward pass: threads are started and kernels chosen before any step is timed."""
+    device = next(model.parameters()).device
+    tokens = torch.randint(0, model.config.vocab_size, (2, 64), device=device)
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    model.zero_grad(set_to_none=True)

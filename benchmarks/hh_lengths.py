@@ -1,0 +1,59 @@
+"""Write hh_lengths.json: the token counts of a preference file, and none of its text.
+
+python -m benchmarks.hh_lengths [--hh-file PATH]
+
+The tokenizer is rpo_jax's own byte-level BPE with the benchmark's vocabulary, learnt from the file; lengths are
+cut as in training, with the defaults of data.max_prompt_tokens and data.max_tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from benchmarks.spec import MODELS
+from benchmarks.workloads import HH_LENGTHS
+from rpo_jax.config import DataConfig
+from rpo_jax.data.examples import make_examples, prompt_text
+from rpo_jax.data.sources import read_rows
+from rpo_jax.data.tokenize import tokenize_examples
+from rpo_jax.data.tokenizer import train_tokenizer
+
+HH_FILE = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"
+
+
+def token_lengths(file: Path) -> list[list[int]]:
+    """[prompt, chosen, rejected] of every usable pair, in file order."""
+    found = make_examples(read_rows(str(file)), on_bad_row="skip")
+    texts = [
+        text for example in found.examples for text in (prompt_text(example), example.chosen, example.rejected) if text
+    ]
+    defaults = DataConfig()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenized, _ = tokenize_examples(
+            found.examples,
+            train_tokenizer(texts, MODELS["small"].vocab_size, folder),
+            max_prompt_tokens=defaults.max_prompt_tokens,
+            max_tokens=defaults.max_tokens,
+            truncation_side="keep_end",
+        )
+    return [
+        [len(ids) for ids in (example.prompt_ids, example.chosen_ids, example.rejected_ids) if ids is not None]
+        for example in tokenized
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hh-file", type=Path, default=HH_FILE)
+    file = parser.parse_args().hh_file
+    lengths = token_lengths(file)
+    text = ",\n".join(json.dumps(row) for row in lengths)
+    HH_LENGTHS.write_text(f'{{"file": "{file.name}", "lengths": [\n{text}\n]}}\n', encoding="utf-8")
+    print(f"{len(lengths)} pairs, {sum(map(sum, lengths)) / len(lengths):.1f} tokens each, in {HH_LENGTHS}")
+
+
+if __name__ == "__main__":
+    main()

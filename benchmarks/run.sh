@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Benchmark rpo_jax beside its peers: bash benchmarks/run.sh [options]; --help lists them.
+# DEV_PYTHON and PEERS_PYTHON name interpreters to use instead of .venv and .venv-peers.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [ -z "${DEV_PYTHON:-}" ]; then
+  . "$root/scripts/environment.sh"
+  DEV_PYTHON=$python
+fi
+
+if [ -z "${PEERS_PYTHON:-}" ]; then
+  pins=$root/benchmarks/peers-constraints.txt
+  PEERS_PYTHON=$root/.venv-peers/bin/python
+  wanted=$(cksum < "$pins")
+  if [ "$(cat "$root/.venv-peers/.made-from" 2>/dev/null)" != "$wanted" ]; then
+    echo "Making $root/.venv-peers (once; a few minutes) ..."
+    [ -x "$PEERS_PYTHON" ] || "${PYTHON:-python3}" -m venv "$root/.venv-peers"
+    # torch first and alone: its pin must be settled before another package asks for any torch.
+    "$PEERS_PYTHON" -m pip install --quiet --disable-pip-version-check -c "$pins" torch
+    "$PEERS_PYTHON" -m pip install --quiet --disable-pip-version-check -c "$pins" trl
+    echo "$wanted" > "$root/.venv-peers/.made-from"
+  fi
+fi
+
+cd "$root"
+export DEV_PYTHON PEERS_PYTHON
+exec "$DEV_PYTHON" -m benchmarks.suite "$@"

@@ -1,0 +1,196 @@
+"""The benchmark's pure parts: the arithmetic it counts, the data it serves, the table it makes. Nothing is timed."""
+
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import arithmetic, suite, table
+from benchmarks.cells import ours, torch_common, torch_rpo
+from benchmarks.spec import MODELS, CellSpec, peak_rss_bytes
+from benchmarks.workloads import BOS, EOS, NUM_EXAMPLES, WORKLOADS, batch_of, make_lengths, make_pairs, timed_work
+from rpo_jax import models
+from rpo_jax.objectives import contrast, losses
+
+TINY = CellSpec(
+    system="ours-cached", workload="A", pairs=4, micro=2, warmup=1, steps=2, model="tiny", shrink=8, settings=()
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_matrix_entries_are_the_model_s(name):
+    sizes = MODELS[name]
+    config = ours.make_model(ours.make_config(CellSpec(**{**TINY.__dict__, "model": name})))
+    norms = sizes.hidden_size * (2 * sizes.num_layers + 1)
+    heads = 1 if sizes.tie_embeddings else 2  # the embedding has as many entries as the head
+    whole = arithmetic.body_parameters(sizes) + heads * arithmetic.head_parameters(sizes) + norms
+    assert whole == models.count_params(config)
+
+
+def test_visible_pairs_are_those_of_the_mask():
+    prompt, responses = 5, (3, 4)
+    tokens = [(0, at) for at in range(prompt)]
+    tokens += [(branch, prompt + at) for branch, count in enumerate(responses, start=1) for at in range(count)]
+    seen = sum(
+        key_at <= query_at and key_branch in (0, query_branch)
+        for query_branch, query_at in tokens
+        for key_branch, key_at in tokens
+    )
+    assert arithmetic.visible_pairs(prompt, responses) == seen
+
+
+def test_necessary_operations_are_those_that_pytorch_counts():
+    """One row of T tokens, all scored, attention over T x T: the same formula with every pair visible."""
+    spec, length = TINY, 24
+    policy = torch_common.make_policy(spec)
+    policy.set_attn_implementation("eager")
+    tokens = torch.arange(length)[None]
+    with FlopCounterMode(display=False) as counter:
+        torch_rpo.log_probs(policy, tokens, torch.ones_like(tokens), torch.ones_like(tokens)).sum().backward()
+    sizes = spec.sizes
+    matrices = 6 * length * (arithmetic.body_parameters(sizes) + arithmetic.head_parameters(sizes))
+    attention = 12 * sizes.num_layers * sizes.num_heads * sizes.head_dim * length**2
+    # The rotary tables are a small product of their own.
+    assert counter.get_total_flops() == pytest.approx(matrices + attention, rel=1e-3)
+    # One token fewer is scored than the sequence has, and causal attention sees half of the square.
+    ours_counted = arithmetic.necessary_flops(sizes, 1, (length - 1,))
+    unscored, unseen = 6 * arithmetic.head_parameters(sizes), attention * (1 - (length + 1) / (2 * length))
+    assert ours_counted == pytest.approx(matrices + attention - unscored - unseen)
+
+
+@pytest.mark.parametrize(
+    ("workload", "prompt", "response"), [("A", (32, 256), (16, 256)), ("B", (192, 256), (16, 64)), ("H", None, None)]
+)
+def test_lengths_are_the_workload_s(workload, prompt, response):
+    lengths = make_lengths(workload, NUM_EXAMPLES, seed=0)
+    assert lengths.shape == (NUM_EXAMPLES, 3)
+    np.testing.assert_array_equal(lengths, make_lengths(workload, NUM_EXAMPLES, seed=0))
+    assert (lengths != make_lengths(workload, NUM_EXAMPLES, seed=1)).any()
+    if prompt is not None:
+        assert (lengths[:, 0].min(), lengths[:, 0].max()) == prompt
+        assert (lengths[:, 1:].min(), lengths[:, 1:].max()) == response
+    assert (lengths[:, :1] + lengths[:, 1:]).max() <= 512, "as the product cuts them"
+
+
+def test_hh_lengths_waste_what_was_measured():
+    """The two-row layout's positions per token needed, as counted on the file with another tokenizer: 3.4 and 4.6."""
+    lengths = make_lengths("H", NUM_EXAMPLES, seed=0)
+    for pairs, factor in ((8, 3.4), (64, 4.6)):
+        longest = (lengths[:, :1] + lengths[:, 1:]).max(1).reshape(-1, pairs).max(1)
+        assert 2 * pairs * longest.sum() / lengths.sum() == pytest.approx(factor, rel=0.1)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_system_gets_the_same_batches(workload):
+    spec = CellSpec(**{**TINY.__dict__, "workload": workload})
+    pairs = make_pairs(spec)
+    run = ours.Run(spec, ours.make_config(spec))
+    for step in range(3):
+        batch, wanted = run.batches.batch_at(step), batch_of(spec, pairs, step)
+        packed = np.asarray(batch.tokens)[np.asarray(batch.response_ids) >= 0]
+        scored = [token for pair in wanted for token in pair.chosen + pair.rejected]
+        assert sorted(packed.tolist()) == sorted(scored)
+        assert (np.asarray(batch.segment_ids) > 0).sum() == sum(pair.useful_tokens for pair in wanted)
+        rows, attention, mask = torch_rpo.padded_rows(wanted, torch.device("cpu"))
+        assert sorted(rows[mask.bool()].tolist()) == sorted(scored)
+        assert int(attention.sum()) == sum(pair.useful_tokens + len(pair.prompt) for pair in wanted)
+    assert all(pair.prompt[0] == BOS and pair.chosen[-1] == pair.rejected[-1] == EOS for pair in pairs)
+    tokens, flops = timed_work(spec, pairs)
+    assert tokens == [sum(pair.useful_tokens for pair in batch_of(spec, pairs, step)) for step in (1, 2)]
+    assert len(flops) == spec.steps
+
+
+def test_the_pytorch_step_s_loss_is_rpo():
+    pairs = make_pairs(TINY)[:4]
+    rng = np.random.default_rng(0)
+    policy, reference = rng.normal(size=(2, 8)).astype(np.float32) * 20
+    weights = torch_rpo.contrast_weights(pairs, torch.device("cpu"))
+    embeddings = jnp.stack([pair.embedding for pair in pairs])
+    expected = contrast.embedding_weights(embeddings, embeddings, temperature=0.5)
+    np.testing.assert_allclose(weights.numpy(), expected, atol=1e-6)
+    ratio = policy - reference
+    loss = losses.pairwise_loss(jnp.array(ratio[:4]), jnp.array(ratio[4:]), expected, beta=0.1)
+    found = torch_rpo.rpo_loss(torch.tensor(policy), torch.tensor(reference), weights)
+    assert float(found) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_padding_does_not_change_pytorch_s_log_probs():
+    policy = torch_common.make_policy(TINY).eval()
+    pairs = sorted(make_pairs(TINY)[:4], key=lambda pair: pair.useful_tokens)
+    with torch.no_grad():
+        together = torch_rpo.log_probs(policy, *torch_rpo.padded_rows(pairs, torch.device("cpu")))
+        alone = torch_rpo.log_probs(policy, *torch_rpo.padded_rows(pairs[:1], torch.device("cpu")))
+    np.testing.assert_allclose(together[[0, 4]], alone, atol=1e-4)
+
+
+def test_cells_take_turns():
+    options = suite.parse_arguments(["--workloads", "A,H", "--pairs", "8,64", "--systems", "ours-cached,trl"])
+    cells = suite.make_cells(options)
+    turn = ["ceiling-jax", "ceiling-torch", "ours-cached", "trl"]
+    assert [cell.system for cell in cells] == turn * 8
+    assert [(cell.repeat, cell.workload, cell.pairs) for cell in cells[::4]] == [
+        (repeat, workload, pairs) for repeat in (0, 1) for workload in "AH" for pairs in (8, 64)
+    ]
+    assert CellSpec.from_json(cells[2].to_json()) == cells[2]
+    with pytest.raises(SystemExit):
+        suite.parse_arguments(["--systems", "ours-cached,theirs"])
+
+
+@pytest.mark.parametrize(("code", "status"), [("pass", "ok"), ("raise SystemExit(3)", "failed (3)")])
+def test_a_cell_s_end_is_told(code, status):
+    process = subprocess.Popen([sys.executable, "-c", code])
+    assert suite.watch(process, suite.Limits(2**40, 300)) == status
+
+
+def test_a_cell_above_its_memory_is_stopped():
+    process = subprocess.Popen([sys.executable, "-c", "import time; x = b'1' * 2**28; time.sleep(300)"])
+    assert suite.watch(process, suite.Limits(2**27, 300)) == "out of memory"
+    assert process.returncode != 0
+    assert peak_rss_bytes() > 2**20
+
+
+def _record(system: str, seconds: list[float], repeat: int = 0, **measured) -> dict:
+    spec = {"system": system, "workload": "A", "pairs": 8, "micro": 8, "settings": [], "repeat": repeat}
+    values = {
+        "step_seconds": seconds,
+        "useful_tokens": [1000] * len(seconds),
+        "necessary_flops": [4e9] * len(seconds),
+        "first_step_seconds": 9.0 - repeat,
+        "reference_seconds": 0.0,
+        "peak_rss_bytes": 2**30,
+        "peak_device_bytes": 0,
+    }
+    return {"spec": spec, "status": "ok", "measured": {**values, **measured}}
+
+
+def test_the_table_compares_with_the_fastest_peer():
+    records = [
+        {"spec": {"system": "ceiling-jax"}, "status": "ok", "measured": {"flops_per_second": {"a": 8e9, "b": 1e10}}},
+        _record("ours-cached", [1.0, 2.0]),
+        _record("ours-cached", [1.0, 4.0], repeat=1),
+        _record("torch-rpo", [5.0, 5.0], peak_rss_bytes=2**31),
+        _record("trl", [9.0, 9.0]),
+        {**_record("trl-best", []), "status": "out of memory", "measured": {}},
+    ]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.render(records).splitlines()]
+    cells = {line[2]: dict(zip(table.COLUMNS, line, strict=True)) for line in lines if len(line) > 3}
+    first = cells["ours-cached"]
+    assert first["seconds a step (min-max)"] == "1.50 (1.00-4.00)"
+    # Steps of 1 and, at the median of both rounds, 3 seconds: 2 each.
+    assert (first["pairs/s"], first["useful tokens/s"], first["speed-up"]) == ("4.00", "500", "2.50")
+    assert (first["share of ceiling"], first["memory ratio"], first["first step, s"]) == ("20%", "0.50", "9.0 / 8.0")
+    assert cells["torch-rpo"]["speed-up"] == "1.00"
+    assert cells["trl"]["speed-up"] == "0.56"
+    assert cells["trl-best"]["seconds a step (min-max)"] == "out of memory"
+
+
+def test_the_table_goes_between_its_marks():
+    document = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    inserted = table.insert(document, "| new |")
+    assert inserted == f"before\n{table.BEGIN}\n\n| new |\n\n{table.END}\nafter\n"
+    with pytest.raises(ValueError, match="add them"):
+        table.insert("no marks", "| new |")
