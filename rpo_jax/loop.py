@@ -1,4 +1,4 @@
-"""The training loop: batches packed ahead, metrics read one step late, evaluations and checkpoints on their steps."""
+"""The training loop: batches packed and placed ahead, metrics read one step late, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -113,20 +113,24 @@ class TrainingLoop:
             self.reporter.progress("train", self.total_steps, start) as progress,
             ThreadPoolExecutor(1, thread_name_prefix="packer") as packer,
         ):
-            ahead = packer.submit(self.batches.batch_at, start)
+            ahead = packer.submit(self._placed, start)
             waiting: _Step | None = None
             window = _Window(time.perf_counter())
             for step in range(start + 1, self.total_steps + 1):
-                batch = ahead.result()
-                ahead = packer.submit(self.batches.batch_at, step)
+                batch, placed = ahead.result()
+                if step < self.total_steps:
+                    ahead = packer.submit(self._placed, step)
                 num_tokens += _num_tokens(batch)
                 if waiting is not None:
                     waiting.note_if_finished()
-                state, report = self.steps.train(state, put_batch(self.mesh, batch), self.reference)
+                state, report = self.steps.train(state, placed, self.reference)
                 if waiting is not None:
                     # The device works on this step while the previous one is read and told.
                     last, window = self._tell(waiting, window, progress, last)
                 waiting = _Step(step, num_tokens, report, batch)
+                if step == start + 1:
+                    waiting.finished = waiting.wait()
+                    self.reporter.first_step()
                 saving = self._due(self.config.save_every, step)
                 # A checkpoint is ranked by an evaluation of its own.
                 evaluating = self._due(self.config.eval_every, step) or (saving and self.config.keep_best > 0)
@@ -140,6 +144,11 @@ class TrainingLoop:
                     window = _Window(time.perf_counter())
         self.checkpoints.wait()
         return initial, {**last, **last_eval}
+
+    def _placed(self, step: int) -> tuple[Batch, Batch]:
+        """The batch of this step, and the same on the devices: the transfer overlaps with the step before it."""
+        batch = self.batches.batch_at(step)
+        return batch, put_batch(self.mesh, batch)
 
     def _due(self, every: int, step: int) -> bool:
         return step == self.total_steps or (every > 0 and step % every == 0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -18,8 +19,9 @@ from rpo_jax.data.embeddings import embed_texts
 from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, prompt_text
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.sources import read_rows
+from rpo_jax.data.sweep import Sweep
 from rpo_jax.data.tokenize import tokenize_examples
-from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE, load_tokenizer, train_tokenizer
+from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.objectives.losses import Objective, objective_named
 from rpo_jax.tracking import Reporter
@@ -31,12 +33,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training reads: the tokenizer, the training data, and the held-out data where there is any."""
+    """What training reads: the tokenizer, the training data, and the held-out data where there is any.
+
+    Attributes:
+        responses: the kinds of response that the objective needs.
+        origins: for train and held_out, what their token ids were made from, as rpo_jax.reference names it.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: PreferenceData
     held_out: PreferenceData | None
     responses: tuple[str, ...]
+    origins: Mapping[str, Mapping[str, str]]
 
     @property
     def eval_responses(self) -> tuple[str, ...]:
@@ -77,7 +85,7 @@ def batches_of(config: Config, data: PreferenceData, responses: tuple[str, ...],
 
 
 def sweep_of(config: Config, data: PreferenceData, responses: tuple[str, ...], row_shards: int) -> PreferenceBatches:
-    """Batches of every response once, in order: for evaluation and for the reference's log-probs."""
+    """Batches of every response once, in order: for evaluation."""
     return PreferenceBatches(
         data,
         pairs=config.batch.pairs,
@@ -85,6 +93,17 @@ def sweep_of(config: Config, data: PreferenceData, responses: tuple[str, ...], r
         responses=responses,
         order="sequential",
         seed=0,
+        row_tokens=config.batch.row_tokens,
+        rows_multiple=config.batch.micro_rows or row_shards,
+    )
+
+
+def reference_sweep(config: Config, data: PreferenceData, responses: tuple[str, ...], row_shards: int) -> Sweep:
+    """Every response once, in rows as full as they get, a training batch's worth of them in memory at a time."""
+    return Sweep(
+        data,
+        responses,
+        batch_pairs=config.batch.pairs,
         row_tokens=config.batch.row_tokens,
         rows_multiple=config.batch.micro_rows or row_shards,
     )
@@ -140,6 +159,28 @@ def _tokenizer(config: Config, examples: Sequence[PreferenceExample], trained: P
         return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
 
 
+def _truncation_side(config: Config, found: ExampleSet) -> Literal["keep_start", "keep_end"]:
+    side = config.data.truncation_side
+    return found.truncation_side if side == "auto" else side
+
+
+def _origins(config: Config, name: str, found: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What the token ids of a part of the data are made from: the cache of reference log-probs says what changed."""
+    texts = hashlib.sha256()
+    for example in found.examples:
+        texts.update(repr((example.prompt, example.chosen, example.rejected)).encode())
+    path = str((config.data.eval_path if name == "held_out" else None) or config.data.path)
+    local = Path(path).expanduser()
+    limits = f"max_prompt_tokens={config.data.max_prompt_tokens} max_tokens={config.data.max_tokens}"
+    return {
+        "slot": f"{name} data, {local.resolve() if local.exists() else path}",
+        "data": texts.hexdigest(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": config.data.template,
+        "truncation": f"{limits} {_truncation_side(config, found)}",
+    }
+
+
 def _tokenized(
     config: Config,
     found: ExampleSet,
@@ -148,13 +189,12 @@ def _tokenized(
     reporter: Reporter,
 ) -> tuple[list, list[PreferenceExample]]:
     """Token ids, and the examples that they belong to."""
-    side = config.data.truncation_side
     tokenized, bad = tokenize_examples(
         found.examples,
         tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_tokens=config.data.max_tokens,
-        truncation_side=found.truncation_side if side == "auto" else side,
+        truncation_side=_truncation_side(config, found),
         template=config.data.template,
         mismatched="mismatched" in responses,
     )
@@ -205,10 +245,11 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
         notes.append(f"examples, layout {train.layout}")
     with reporter.phase("tokenise") as notes:
         tokenizer = _tokenizer(config, train.examples, trained_tokenizer)
-        parts = {}
+        parts, origins = {}, {}
         for name, found in (("train", train), ("held_out", held_out)):
             if found is not None:
                 parts[name] = _tokenized(config, found, tokenizer, objective.responses, reporter)
+                origins[name] = _origins(config, name, found, tokenizer)
         notes.append(f"vocabulary {len(tokenizer):,}")
 
     kind = config.contrast.weights or objective.weights
@@ -220,7 +261,7 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
             chosen, rejected = _embeddings(config, examples, reporter) if needs_embeddings else (nothing, nothing)
             data[name] = PreferenceData(tokenized, chosen, rejected)
         notes.append(config.embedding.encoder if needs_embeddings else "not needed")
-    return Prepared(tokenizer, data["train"], data.get("held_out"), objective.responses)
+    return Prepared(tokenizer, data["train"], data.get("held_out"), objective.responses, origins)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

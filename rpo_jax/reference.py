@@ -1,15 +1,19 @@
 """Log-probs of the reference model, computed once over a data set and kept on disk.
 
+One file for each kind of response, so that an objective that needs one more computes that one alone. A file is a
+safetensors file of one vector; its header says what the values were computed from, part by part.
+
 Letters: n examples; one column per name in rpo_jax.types.RESPONSES.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +23,31 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.data.sweep import Sweep
 from rpo_jax.step import LogProbs, Params
 from rpo_jax.types import RESPONSES, Batch, PreferenceData
 
-FORMAT = "rpo_jax.reference_log_probs.1"
+FORMAT = "rpo_jax.reference_log_probs.2"
+FOLDER = "reference_log_probs"
+HEADER_SIZE_BYTES = 8  # safetensors: the header's length, then the header, then the values
+
+# What decides the values, and how a message names it.
+DECISIVE = {
+    "format": "the cache's format",
+    "weights": "the weights",
+    "architecture": "the architecture",
+    "compute_dtype": "the compute dtype",
+    "tokens": "the token ids",
+}
+# Where the token ids come from: not compared to find a file, only to say why none was found.
+ORIGINS = {
+    "data": "the data",
+    "tokenizer": "the tokenizer",
+    "template": "the template",
+    "truncation": "the truncation",
+}
+READABLE = ("compute_dtype", "template", "truncation")  # the others are hashes
+SLOT = ("slot", "response")  # files that differ in these have nothing to do with each other
 
 log = logging.getLogger(__name__)
 
@@ -47,63 +71,74 @@ def params_fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def data_fingerprint(data: PreferenceData, responses: tuple[str, ...]) -> str:
-    """SHA-256 over the token ids that are scored, and over what they follow: tokenizer and truncation are in it."""
-    digest = hashlib.sha256(repr(responses).encode())
+def tokens_fingerprint(data: PreferenceData, response: str) -> str:
+    """SHA-256 over the token ids that are scored, and over what they follow."""
+    digest = hashlib.sha256()
     for example in data.examples:
-        for name in ("prompt", *responses):
-            ids = getattr(example, f"{name}_ids")
+        for ids in (example.prompt_ids, getattr(example, f"{response}_ids")):
             digest.update(b"-" if ids is None else len(ids).to_bytes(8, "little") + np.asarray(ids, np.int32).tobytes())
     return digest.hexdigest()
 
 
 def compute_log_probs(
-    batches: PreferenceBatches,
-    log_probs: Callable[[Batch], LogProbs],
-    num_examples: int,
-    on_progress: Callable[[int, Mapping[str, float]], None],
+    sweep: Sweep, log_probs: Callable[[Batch], LogProbs], on_progress: Callable[[int, Mapping[str, float]], None]
 ) -> Float[np.ndarray, "n 3"]:
-    """Log-probs of every response in one pass over `batches`; NaN where an example has no such response.
+    """Log-probs of every response that the sweep reaches; NaN elsewhere.
 
     Args:
-        batches: must reach every example within an epoch.
         log_probs: host batch to the log-probs of its response slots.
-        on_progress: gets the number of batches done.
+        on_progress: gets the number of calls done.
     """
-    result = np.full((num_examples, len(RESPONSES)), np.nan, np.float32)
-    for step in range(batches.steps_per_epoch):
-        batch = batches.batch_at(step)
-        values, start = np.asarray(log_probs(batch).log_prob), 0
-        for column, name in enumerate(RESPONSES):
-            side = getattr(batch, name)
-            valid = np.asarray(side.valid)
-            result[side.example_index[valid], column] = values[start : start + len(valid)][valid]
-            start += len(valid)
-        on_progress(step + 1, {})
+    result = np.full((sweep.num_examples, len(RESPONSES)), np.nan, np.float32)
+    waiting = None
+    for number in range(len(sweep) + 1):
+        dispatched = None
+        if number < len(sweep):
+            batch, *places = sweep.call(number)
+            dispatched = log_probs(batch).log_prob, *places
+        if waiting is not None:  # read while the device works on the next one
+            values, examples, columns = waiting
+            result[examples, columns] = np.asarray(values)[: len(examples)]
+            on_progress(number, {})
+        waiting = dispatched
     return result
 
 
-def read_cache(path: Path, fingerprint: str, num_examples: int) -> Float[np.ndarray, "n 3"] | None:
-    """What `write_cache` wrote for this fingerprint; None, with a logged reason, where it is damaged or foreign."""
+def _header(path: Path) -> dict[str, str]:
+    """Metadata of a cache file; raises SafetensorError where the file is not whole."""
+    with safe_open(path, framework="np") as file:
+        return file.metadata() or {}
+
+
+def _checksum(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+def read_cache(path: Path, parts: Mapping[str, str], num_examples: int) -> Float[np.ndarray, "n"] | None:
+    """What `write_cache` wrote for these parts, mapped from the file, not read into memory.
+
+    None where there is no such file, and, with a logged reason, where it is damaged or not what it should be.
+    """
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="np") as file:
-            metadata, values = file.metadata() or {}, file.get_tensor("log_probs")
-    except (SafetensorError, OSError) as error:
+        header = _header(path)
+        with path.open("rb") as stream:
+            start = HEADER_SIZE_BYTES + int.from_bytes(stream.read(HEADER_SIZE_BYTES), "little")
+        values = np.memmap(path, np.float32, "r", offset=start)
+    except (SafetensorError, OSError, ValueError) as error:
         log.warning("Reference log-probs in %s are computed again: %s.", path, error)
         return None
-    expected = {"format": FORMAT, "fingerprint": fingerprint, "sha256": hashlib.sha256(values.tobytes()).hexdigest()}
-    if metadata != expected or values.shape != (num_examples, len(RESPONSES)) or values.dtype != np.float32:
+    wrong = [name for name in ("response", *DECISIVE) if header.get(name) != parts[name]]
+    if wrong or len(values) != num_examples or header.get("sha256") != _checksum(values):
         log.warning("Reference log-probs in %s are computed again: the file is not what its header says.", path)
         return None
     return values
 
 
-def write_cache(path: Path, fingerprint: str, values: Float[np.ndarray, "n 3"]) -> None:
+def write_cache(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "n"]) -> None:
     """Write beside, flush to disk, rename: a reader finds the whole file or none."""
-    checksum = hashlib.sha256(values.tobytes()).hexdigest()
-    content = save({"log_probs": values}, {"format": FORMAT, "fingerprint": fingerprint, "sha256": checksum})
+    content = save({"log_probs": values}, {**parts, "sha256": _checksum(values)})
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, beside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -117,27 +152,70 @@ def write_cache(path: Path, fingerprint: str, values: Float[np.ndarray, "n 3"]) 
         raise
 
 
+def what_changed(folder: Path, parts: Mapping[str, str]) -> list[str]:
+    """What the file that is nearest to these parts was computed from and they are not, in words.
+
+    Empty where the folder has no file of the same data and response.
+    """
+    nearest, most = None, -1
+    for path in sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime):
+        try:
+            header = _header(path)
+        except (SafetensorError, OSError):
+            continue
+        if any(header.get(name) != parts[name] for name in SLOT):
+            continue
+        same = sum(header.get(name) == parts[name] for name in (*DECISIVE, *ORIGINS))
+        if same >= most:  # the newest of those that are equally near
+            nearest, most = header, same
+    if nearest is None:
+        return []
+    changed = [name for name in DECISIVE if nearest.get(name) != parts[name]]
+    if "tokens" in changed:
+        origins = [name for name in ORIGINS if nearest.get(name) != parts[name]]
+        changed = [name for name in changed if name != "tokens"] + (origins or ["tokens"])
+    words = {**DECISIVE, **ORIGINS}
+    return [
+        words[name] + (f" ({nearest.get(name)} before, {parts[name]} now)" if name in READABLE else "")
+        for name in changed
+    ]
+
+
 def cached_log_probs(
     data: PreferenceData,
-    batches: PreferenceBatches,
-    settings: Sequence[object],
+    responses: tuple[str, ...],
+    parts: Mapping[str, str],
     cache_dir: Path,
-    log_probs: Callable[[Batch], LogProbs],
-    on_progress: Callable[[int, Mapping[str, float]], None],
-) -> tuple[PreferenceData, bool]:
-    """The data with the reference's log-probs filled in, and whether they came from the cache.
+    compute: Callable[[tuple[str, ...]], Float[np.ndarray, "n 3"]],
+    say: Callable[[str], None],
+) -> tuple[PreferenceData, tuple[str, ...]]:
+    """The data with the reference's log-probs filled in, and the kinds of response that had to be computed.
 
     Args:
-        batches: one epoch reaches every example of `data`.
-        settings: whatever else decides the values, such as the reference's weights and dtype; its repr is hashed.
-        log_probs: called for each batch unless the cache has them all.
+        parts: `slot`, DECISIVE without `format` and `tokens`, and ORIGINS.
+        compute: from the kinds of response that the cache lacks to their log-probs; not called if it has them all.
+        say: told why values are computed again where the cache has such values of something else.
     """
-    parts = repr((FORMAT, data_fingerprint(data, batches.responses), *settings))
-    fingerprint = hashlib.sha256(parts.encode()).hexdigest()
-    path = cache_dir / "reference_log_probs" / f"{fingerprint}.safetensors"
-    values = read_cache(path, fingerprint, len(data.examples))
-    found = values is not None
-    if values is None:
-        values = compute_log_probs(batches, log_probs, len(data.examples), on_progress)
-        write_cache(path, fingerprint, values)
-    return replace(data, reference_log_probs=values), found
+    table = np.full((len(data.examples), len(RESPONSES)), np.nan, np.float32)
+    missing: dict[str, tuple[Path, dict[str, str]]] = {}
+    reasons: dict[str, None] = {}
+    for name in responses:
+        own = {**parts, "format": FORMAT, "response": name, "tokens": tokens_fingerprint(data, name)}
+        decisive = json.dumps([own[part] for part in ("response", *DECISIVE)])
+        path = cache_dir / FOLDER / f"{hashlib.sha256(decisive.encode()).hexdigest()}.safetensors"
+        values = read_cache(path, own, len(data.examples))
+        if values is not None:
+            table[:, RESPONSES.index(name)] = values
+            continue
+        if not path.exists():
+            reasons |= dict.fromkeys(what_changed(path.parent, own))
+        missing[name] = path, own
+    if reasons:
+        say(f"reference log-probs of {parts['slot']} are computed again: {', '.join(reasons)} changed")
+    if missing:
+        computed = compute(tuple(missing))
+        for name, (path, own) in missing.items():
+            column = np.ascontiguousarray(computed[:, RESPONSES.index(name)])
+            write_cache(path, own, column)
+            table[:, RESPONSES.index(name)] = column
+    return replace(data, reference_log_probs=table), tuple(missing)

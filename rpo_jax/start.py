@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rpo_jax import models, sharding
@@ -19,8 +21,8 @@ from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.objectives.contrast import WEIGHTS
-from rpo_jax.prepare import Prepared, batches_of, checked_objective, is_paired, sweep_of
-from rpo_jax.reference import cached_log_probs, folder_fingerprint, params_fingerprint
+from rpo_jax.prepare import Prepared, batches_of, checked_objective, is_paired, reference_sweep, sweep_of
+from rpo_jax.reference import cached_log_probs, compute_log_probs, folder_fingerprint, params_fingerprint
 from rpo_jax.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 from rpo_jax.tracking import Reporter
 from rpo_jax.types import PreferenceData
@@ -171,23 +173,31 @@ def _with_cached_reference(
     def reference_params() -> Params:
         return start_params() if own is None else _load(own, shardings)
 
+    def compute(name: str, data: PreferenceData, missing: tuple[str, ...]) -> np.ndarray:
+        sweep = reference_sweep(config, data, missing, sharding.row_shards(mesh))
+        with reporter.progress(f"reference, {name}", len(sweep)) as update:
+            return compute_log_probs(sweep, lambda batch: log_probs(reference_params(), put_batch(mesh, batch)), update)
+
+    parts = {
+        "weights": weights,
+        "architecture": hashlib.sha256(repr(reference_config).encode()).hexdigest(),
+        "compute_dtype": config.model.compute_dtype,
+    }
     filled = {}
     with reporter.phase("reference log-probs") as notes:
         for name, responses in (("train", prepared.responses), ("held_out", prepared.eval_responses)):
             data: PreferenceData | None = getattr(prepared, name)
             if data is None:
                 continue
-            sweep = sweep_of(config, data, responses, sharding.row_shards(mesh))
-            with reporter.progress(f"reference, {name}", sweep.steps_per_epoch) as update:
-                filled[name], found = cached_log_probs(
-                    data,
-                    sweep,
-                    (weights, reference_config, config.model.compute_dtype),
-                    Path(config.run.cache_dir).expanduser(),
-                    lambda batch: log_probs(reference_params(), put_batch(mesh, batch)),
-                    update,
-                )
-            notes.append(f"{name} {'from the cache' if found else 'computed'}")
+            filled[name], computed = cached_log_probs(
+                data,
+                responses,
+                {**parts, **prepared.origins[name]},
+                Path(config.run.cache_dir).expanduser(),
+                functools.partial(compute, name, data),
+                reporter.say,
+            )
+            notes.append(f"{name} {'computed' if computed else 'from the cache'}")
     return dataclasses.replace(prepared, **filled)
 
 

@@ -26,6 +26,8 @@ from rich.text import Text
 
 from rpo_jax.config import TrackingConfig
 
+FIRST_STEP = "first step"  # its key in phase_seconds
+
 # What the progress bar and the plain lines show where a run has it; a narrow terminal cuts the end.
 _SHOWN = (
     ("loss", "loss", "{:.4f}"),
@@ -54,13 +56,15 @@ class Reporter:
     """Phases and progress on the console: bars on a terminal or in a notebook, plain lines elsewhere.
 
     Attributes:
-        phase_seconds: wall time of each finished phase.
+        phase_seconds: wall time of each finished phase; under "first step", from the making of this reporter, which
+            a run begins with, to the end of its first training step.
     """
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live = self._console.is_terminal or self._console.is_jupyter
         self.phase_seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
@@ -74,6 +78,11 @@ class Reporter:
         seconds = time.perf_counter() - started
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
         self.say("  ".join([f"{name:<22}{seconds:8.1f} s", *notes]))
+
+    def first_step(self) -> None:
+        """Tell that the first training step of this run is done."""
+        self.phase_seconds[FIRST_STEP] = seconds = time.perf_counter() - self._started
+        self.say(f"{FIRST_STEP:<22}{seconds:8.1f} s  from the start of the run to the end of its first step")
 
     @contextmanager
     def progress(self, name: str, total: int, start: int = 0) -> Iterator[Callable[[int, Mapping[str, float]], None]]:

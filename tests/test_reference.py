@@ -3,39 +3,67 @@ import logging
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from rpo_jax import reference
-from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.reference import cached_log_probs, data_fingerprint, folder_fingerprint, read_cache, write_cache
+from rpo_jax.data.sweep import Sweep
+from rpo_jax.reference import (
+    cached_log_probs,
+    compute_log_probs,
+    folder_fingerprint,
+    read_cache,
+    tokens_fingerprint,
+    write_cache,
+)
 from rpo_jax.step import LogProbs
 from rpo_jax.types import RESPONSES, PreferenceData
 from tests.worlds import random_data
 
-SETTINGS = ("weights of a", "float32")
+PARTS = {
+    "slot": "train data, /a/file.jsonl",
+    "weights": "weights of a",
+    "architecture": "a llama",
+    "compute_dtype": "float32",
+    "data": "texts of a",
+    "tokenizer": "vocabulary of a",
+    "template": "auto",
+    "truncation": "max_prompt_tokens=256 max_tokens=512 keep_end",
+}
 BOTH = ("chosen", "rejected")
 
 
-def batches_of(data: PreferenceData, responses=BOTH) -> PreferenceBatches:
-    return PreferenceBatches(data, pairs=8, responses=responses, order="sequential", seed=0, row_tokens=64)
+def made_up(data, names):
+    """Log-probs that say which example and response they are of."""
+    table = np.full((len(data.examples), len(RESPONSES)), np.nan, np.float32)
+    for name in names:
+        column = RESPONSES.index(name)
+        table[:, column] = -100.0 * column - np.arange(len(data.examples))
+    return table
 
 
-def slot_values(batch) -> LogProbs:
-    """Log-probs that say which example and response a slot holds; invalid slots hold what must not be stored."""
-    sides = [getattr(batch, name) for name in RESPONSES]
-    values = [np.where(side.valid, -100.0 * k - side.example_index, 9e9) for k, side in enumerate(sides)]
-    return LogProbs(np.concatenate(values).astype(np.float32), np.ones(sum(map(len, values)), np.int32))
-
-
-def refuse(_batch):
+def refuse(_missing):
     raise AssertionError("the reference was asked, although the cache has everything")
 
 
-def ignore(_done, _metrics):
-    pass
+class Cache:
+    """A cache folder, and what has been asked and said."""
+
+    def __init__(self, folder):
+        self.folder = folder / reference.FOLDER
+        self.parent, self.said = folder, []
+
+    def get(self, examples, responses=BOTH, compute=None, **changes):
+        parts = {**PARTS, **changes}
+        compute = compute or (lambda missing: made_up(examples, missing))
+        return cached_log_probs(examples, responses, parts, self.parent, compute, self.said.append)
+
+    def files(self):
+        return sorted(self.folder.iterdir())
 
 
-def cached(folder, data, *, responses=BOTH, settings=SETTINGS, log_probs=slot_values):
-    return cached_log_probs(data, batches_of(data, responses), settings, folder, log_probs, ignore)
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path)
 
 
 @pytest.fixture
@@ -43,26 +71,54 @@ def data():
     return random_data(20, mismatched=True)
 
 
-def test_every_response_gets_its_own_log_prob(tmp_path, data):
-    filled, found = cached(tmp_path, data)
-    assert not found
-    index = np.arange(20)
-    expected = np.stack([-index, -100.0 - index, np.full(20, np.nan)], axis=1).astype(np.float32)
-    np.testing.assert_array_equal(filled.reference_log_probs, expected)
-    assert filled.examples is data.examples
-
-
-def test_the_cache_gives_back_what_was_computed(tmp_path, data):
-    first, _ = cached(tmp_path, data)
-    again, found = cached(tmp_path, data, log_probs=refuse)
-    assert found
+def test_the_cache_gives_back_what_was_computed(cache, data):
+    first, computed = cache.get(data)
+    assert computed == BOTH
+    np.testing.assert_array_equal(first.reference_log_probs, made_up(data, BOTH))
+    assert first.examples is data.examples
+    again, computed = cache.get(data, compute=refuse)
+    assert computed == ()
     np.testing.assert_array_equal(again.reference_log_probs, first.reference_log_probs)
+    assert cache.said == []
 
 
-def test_progress_counts_batches(tmp_path, data):
+def test_files_are_mapped_not_read(cache, data):
+    cache.get(data)
+    header = {**PARTS, "format": reference.FORMAT, "response": "chosen", "tokens": tokens_fingerprint(data, "chosen")}
+    found = [read_cache(path, header, 20) for path in cache.files()]
+    (values,) = [values for values in found if values is not None]
+    assert isinstance(values, np.memmap)
+    np.testing.assert_array_equal(values, -np.arange(20))
+
+
+def test_another_objective_computes_only_the_responses_it_adds(cache, data):
+    cache.get(data)
+    filled, computed = cache.get(data, RESPONSES)
+    assert computed == ("mismatched",)
+    np.testing.assert_array_equal(filled.reference_log_probs, made_up(data, RESPONSES))
+    assert cache.get(data, RESPONSES, refuse)[1] == cache.get(data, BOTH, refuse)[1] == ()
+    assert cache.said == []
+
+
+def slot_values(batch) -> LogProbs:
+    """For each slot the first token of its response; slots without one hold what must not be stored."""
+    values = np.full(len(batch.chosen.valid), 9e9, np.float32)
+    rows, columns = np.nonzero(batch.response_ids >= 0)
+    for row, column in zip(rows[::-1], columns[::-1], strict=True):
+        values[batch.response_ids[row, column]] = batch.tokens[row, column]
+    return LogProbs(values, np.ones(len(values), np.int32))
+
+
+@pytest.mark.parametrize("responses", [("chosen",), BOTH, RESPONSES])
+def test_every_response_gets_its_own_log_prob(data, responses):
     seen = []
-    cached_log_probs(data, batches_of(data), SETTINGS, tmp_path, slot_values, lambda done, _: seen.append(done))
-    assert seen == [1, 2, 3]
+    sweep = Sweep(data, responses, batch_pairs=4, row_tokens=64)
+    table = compute_log_probs(sweep, slot_values, lambda done, _: seen.append(done))
+    for name in RESPONSES:
+        expected = [getattr(e, f"{name}_ids")[0] if name in responses else np.nan for e in data.examples]
+        np.testing.assert_array_equal(table[:, RESPONSES.index(name)], expected)
+    assert seen == list(range(1, len(sweep) + 1))
+    assert len(sweep) > 2
 
 
 def with_example(data: PreferenceData, index: int, **changes) -> PreferenceData:
@@ -93,28 +149,66 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_data_has_another_fingerprint(data, change):
-    assert data_fingerprint(CHANGES[change](data), BOTH) != data_fingerprint(data, BOTH)
+    before, after = ([tokens_fingerprint(d, response) for response in BOTH] for d in (data, CHANGES[change](data)))
+    assert before != after
 
 
 def test_what_is_not_scored_is_not_in_the_fingerprint(data):
     other = with_example(data, 3, mismatched_ids=one_more(data.examples[3].mismatched_ids), row_id="elsewhere:1")
-    assert data_fingerprint(other, BOTH) == data_fingerprint(data, BOTH)
-    assert data_fingerprint(other, RESPONSES) != data_fingerprint(data, RESPONSES)
+    for response in BOTH:
+        assert tokens_fingerprint(other, response) == tokens_fingerprint(data, response)
+    assert tokens_fingerprint(other, "mismatched") != tokens_fingerprint(data, "mismatched")
 
 
-@pytest.mark.parametrize("settings", [("weights of b", "float32"), ("weights of a", "bfloat16")])
-def test_other_weights_or_another_dtype_are_computed_anew(tmp_path, data, settings):
-    cached(tmp_path, data)
-    _, found = cached(tmp_path, data, settings=settings)
-    assert not found
-    assert cached(tmp_path, data, log_probs=refuse)[1], "the first is still there"
+OTHER_TOKENS = CHANGES["a prompt token"]
+SHORTER = "max_prompt_tokens=128 max_tokens=512 keep_end"
+# What is different in the second run, whether its token ids are, and what it says.
+REASONS = {
+    "weights": ({"weights": "weights of b"}, False, "the weights"),
+    "architecture": ({"architecture": "a mistral"}, False, "the architecture"),
+    "compute dtype": ({"compute_dtype": "bfloat16"}, False, "the compute dtype (float32 before, bfloat16 now)"),
+    "data": ({"data": "texts of b"}, True, "the data"),
+    "tokenizer": ({"tokenizer": "vocabulary of b"}, True, "the tokenizer"),
+    "template": ({"template": "chat"}, True, "the template (auto before, chat now)"),
+    "truncation": ({"truncation": SHORTER}, True, f"the truncation ({PARTS['truncation']} before, {SHORTER} now)"),
+    "two of them": ({"weights": "weights of b", "data": "texts of b"}, True, "the weights, the data"),
+    "token ids alone": ({}, True, "the token ids"),
+}
 
 
-def test_other_responses_are_computed_anew(tmp_path, data):
-    cached(tmp_path, data)
-    filled, found = cached(tmp_path, data, responses=RESPONSES)
-    assert not found
-    np.testing.assert_array_equal(filled.reference_log_probs[:, 2], -200.0 - np.arange(20))
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_changed_fingerprint_recomputes_and_says_why(cache, data, reason):
+    changes, other_tokens, words = REASONS[reason]
+    cache.get(data)
+    assert cache.said == [], "the first time there is nothing to say"
+    other = OTHER_TOKENS(data) if other_tokens else data
+    assert cache.get(other, **changes)[1] == BOTH
+    assert cache.said == [f"reference log-probs of {PARTS['slot']} are computed again: {words} changed"]
+    assert cache.get(data, compute=refuse)[1] == (), "the first is still there"
+    assert cache.get(other, compute=refuse, **changes)[1] == ()
+
+
+def test_a_changed_format_is_computed_again(cache, data, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "FORMAT", "rpo_jax.reference_log_probs.1")
+        cache.get(data)
+    assert cache.get(data)[1] == BOTH
+    assert "the cache's format changed" in cache.said[0]
+
+
+@pytest.mark.parametrize("part", ["data", "tokenizer", "template", "truncation"])
+def test_what_changes_no_token_changes_nothing(cache, data, part):
+    cache.get(data)
+    assert cache.get(data, compute=refuse, **{part: "another"})[1] == ()
+
+
+def test_the_nearest_file_is_the_one_compared_with(cache, data):
+    cache.get(data, compute_dtype="bfloat16", weights="weights of b")
+    cache.get(data)
+    cache.get(data, slot="train data, /another/file.jsonl", weights="weights of c")
+    assert len(cache.said) == 1, "another file has no history"
+    cache.get(data, weights="weights of b")
+    assert cache.said[1].endswith("computed again: the weights changed")
 
 
 def truncate(path):
@@ -128,11 +222,15 @@ def flip_a_bit(path):
 
 
 def of_another_run(path):
-    write_cache(path, "another fingerprint", np.zeros((20, 3), np.float32))
+    write_cache(path, {**PARTS, "response": "chosen", "format": "x", "tokens": "y"}, np.zeros(20, np.float32))
 
 
-def of_fewer_examples(path):
-    write_cache(path, path.stem, np.zeros((19, 3), np.float32))
+def with_one_value_less(path):
+    """Whole in itself, checksum and all."""
+    with safe_open(path, "np") as file:
+        header, values = file.metadata(), file.get_tensor("log_probs")
+    header.pop("sha256")
+    write_cache(path, header, values[1:])
 
 
 def of_another_program(path):
@@ -143,18 +241,28 @@ def empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, of_another_run, of_fewer_examples, of_another_program, empty])
-def test_a_file_that_is_not_what_it_should_be_is_computed_again(tmp_path, data, damage, caplog):
-    first, _ = cached(tmp_path, data)
-    (path,) = (tmp_path / "reference_log_probs").iterdir()
+DAMAGES = [truncate, flip_a_bit, of_another_run, with_one_value_less, of_another_program, empty]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_not_what_it_should_be_is_computed_again(cache, data, damage, caplog):
+    first, _ = cache.get(data, ("chosen",))
+    (path,) = cache.files()
     damage(path)
     with caplog.at_level(logging.WARNING):
-        again, found = cached(tmp_path, data)
-    assert not found
+        again, computed = cache.get(data, ("chosen",))
+    assert computed == ("chosen",)
     assert str(path) in caplog.text
     assert "computed again" in caplog.text
     np.testing.assert_array_equal(again.reference_log_probs, first.reference_log_probs)
-    assert cached(tmp_path, data, log_probs=refuse)[1], "and is whole after that"
+    assert cache.get(data, ("chosen",), refuse)[1] == (), "and is whole after that"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_does_not_stop_another_run(cache, data, damage):
+    cache.get(data, ("chosen",))
+    damage(cache.files()[0])
+    assert cache.get(data, ("chosen",), weights="weights of b")[1] == ("chosen",)
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -163,12 +271,12 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", no_space)
     with pytest.raises(OSError, match="no space"):
-        write_cache(tmp_path / "cache" / "a.safetensors", "a", np.zeros((1, 3), np.float32))
+        write_cache(tmp_path / "cache" / "a.safetensors", PARTS, np.zeros(1, np.float32))
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_cache_that_is_not_there_is_no_warning(tmp_path, caplog):
-    assert read_cache(tmp_path / "a.safetensors", "a", 1) is None
+    assert read_cache(tmp_path / "a.safetensors", PARTS, 1) is None
     assert caplog.text == ""
 
 

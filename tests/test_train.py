@@ -1,7 +1,10 @@
 """The whole job on a small file: what a run leaves, that stopping changes nothing, and folders in and out."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 import transformers
 
 import rpo_jax
-from rpo_jax import export, models, reference, train
+from rpo_jax import export, models, train
 from rpo_jax.checkpoint import Checkpoints
 from rpo_jax.config_io import load_config
 from rpo_jax.data import embeddings
@@ -100,8 +103,9 @@ def test_a_run_folder_holds_what_a_run_needs(world, finished):
     assert finished.checkpoint.is_dir()
     assert models.read_config(run_dir / "model").hidden_size == 32
     assert set(finished.phase_seconds) == {
-        *("read", "tokenise", "embed", "load model", "reference log-probs", "train and evaluate")
+        *("read", "tokenise", "embed", "load model", "reference log-probs", "first step", "train and evaluate")
     }
+    assert finished.phase_seconds["first step"] > finished.phase_seconds["reference log-probs"]
 
 
 def test_metrics_have_the_documented_names(world, finished):
@@ -186,11 +190,84 @@ def test_a_resume_with_other_settings_says_so(world, finished, capsys):
 
 def test_a_second_run_uses_what_the_first_prepared(world, finished, monkeypatch, capsys):
     monkeypatch.setattr(embeddings, "_load", fail)
-    monkeypatch.setattr(reference, "compute_log_probs", fail)
+    monkeypatch.setattr("rpo_jax.start.compute_log_probs", fail)
     world.run("second", {"train.steps": 1})
     assert "train from the cache  held_out from the cache" in capsys.readouterr().out
     expected = without_timings(world.lines("finished"))[1]
     assert without_timings(world.lines("second"))[1] == expected
+
+
+OTHER_RUNS = {
+    "temperature": {"contrast.weights": "embedding", "contrast.temperature": 0.7},
+    "beta": {"objective.beta": 0.5},
+    "loss": {"objective.name": "ipo", "contrast.weights": "null"},
+    "seed": {"run.seed": 7},
+    "pairing": {"data.pairing": "unpaired"},
+    "batch": {"batch.pairs": 16, "optim.learning_rate": 1e-4},
+}
+
+
+@pytest.fixture(scope="module")
+def started(world, exported):
+    """A first run from the exported folder, whose weights no seed decides."""
+    return world.run("first of its folder", {**SHORT, "model.path": exported})
+
+
+@pytest.mark.parametrize("what", OTHER_RUNS)
+def test_another_run_of_the_same_reference_starts_training_at_once(world, exported, started, what, monkeypatch, capsys):
+    monkeypatch.setattr("rpo_jax.start.compute_log_probs", fail)
+    monkeypatch.setattr(embeddings, "_load", fail)
+    result = world.run(f"another {what}", {**SHORT, "train.steps": 1, "model.path": exported, **OTHER_RUNS[what]})
+    assert "train from the cache  held_out from the cache" in capsys.readouterr().out
+    assert result.initial_metrics["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+
+
+RECOMPUTED = {
+    "the weights": {"reference.path": "an earlier checkpoint"},
+    "the compute dtype (float32 before, bfloat16 now)": {"model.compute_dtype": "bfloat16"},
+    "the truncation (max_prompt_tokens=40 max_tokens=120 keep_end before, "
+    "max_prompt_tokens=8 max_tokens=24 keep_end now)": {"data.max_prompt_tokens": 8, "data.max_tokens": 24},
+    "the template (auto before, chat now)": {"data.template": "chat"},
+    "the data": {"data.train_rows": 20},
+    "the tokenizer": {"model.path": "the folder with a longer vocabulary"},
+}
+
+
+@pytest.mark.parametrize("words", RECOMPUTED)
+def test_another_reference_is_computed_and_the_run_says_why(world, exported, started, words, capsys):
+    changes = {**SHORT, "train.steps": 1, "model.path": exported, **RECOMPUTED[words]}
+    if words == "the weights":
+        changes["reference.path"] = export.export(started.run_dir, world.folder / "other weights", step=2)
+    if words == "the tokenizer":
+        changes["model.path"] = with_a_word_less(exported, world.folder / "other tokenizer")
+    world.run(f"recomputed {list(RECOMPUTED).index(words)}", changes)
+    said = capsys.readouterr().out
+    assert f"reference log-probs of train data, {world.data} are computed again: {words} changed" in said
+    assert "train computed" in said
+
+
+def with_a_word_less(folder, target):
+    """The same model and vocabulary, but the tokenizer no longer makes its last merge."""
+    shutil.copytree(folder, target)
+    file = target / "tokenizer.json"
+    rules = json.loads(file.read_text(encoding="utf-8"))
+    rules["model"]["merges"] = rules["model"]["merges"][:5]
+    file.write_text(json.dumps(rules), encoding="utf-8")
+    return target
+
+
+def test_a_second_process_compiles_nothing_again(world, started):
+    """The compilation cache is on by default; in processes of their own, because jax reads its folder once."""
+    settings_of = [*settings(world.data, world.folder / "a process", world.cache, {**SHORT, "train.steps": 1})]
+    environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    compiled, sizes = world.cache / "compiled", []
+    for _ in range(2):
+        command = [sys.executable, "-m", "rpo_jax.train", *(f"--{s}" for s in settings_of), "--run.overwrite", "true"]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        assert "from the start of the run to the end of its first step" in done.stdout
+        sizes.append({file.name for file in compiled.iterdir() if file.name.endswith("-cache")})
+    assert sizes[0] == sizes[1]
+    assert len(sizes[0]) > 5
 
 
 def test_the_same_again_replaces_a_run(world, finished):

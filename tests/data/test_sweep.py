@@ -1,0 +1,75 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rpo_jax.data import sweep as module
+from rpo_jax.data.sweep import Sweep
+from rpo_jax.types import RESPONSES
+
+from .ragged import data_of, examples_of_lengths, sequence
+
+
+def made(sizes, **arguments):
+    data = data_of(examples_of_lengths(sizes))
+    return data, Sweep(data, **{"responses": RESPONSES, "batch_pairs": 8, **arguments})
+
+
+def ragged(count=100, seed=0):
+    return np.random.default_rng(seed).integers(1, 20, size=(count, 4)).tolist()
+
+
+@pytest.mark.parametrize("responses", [("chosen",), ("chosen", "rejected"), ("mismatched",), RESPONSES])
+def test_every_response_once(responses):
+    data, sweep = made(ragged(), responses=responses)
+    reached = []
+    for number in range(len(sweep)):
+        batch, examples, columns = sweep.call(number)
+        assert batch.tokens.shape == sweep.shape
+        assert batch.chosen.valid.sum() == len(examples) == batch.response_ids.max() + 1
+        for slot, (index, column) in enumerate(zip(examples, columns, strict=True)):
+            example = data.examples[index]
+            response = getattr(example, f"{RESPONSES[column]}_ids")
+            assert sequence(batch, slot) == (example.prompt_ids.tolist(), response.tolist())
+        reached += [(int(i), RESPONSES[c]) for i, c in zip(examples, columns, strict=True)]
+    assert sorted(reached) == sorted((i, name) for i in range(100) for name in responses)
+
+
+def test_calls_have_one_shape_and_full_rows():
+    _, sweep = made(ragged(2000), batch_pairs=32, row_tokens=128, rows_multiple=4)
+    calls = [sweep.call(number)[0] for number in range(len(sweep))]
+    assert len({tuple(np.shape(part) for part in (*call[:6], *call.chosen)) for call in calls}) == 1
+    assert sweep.shape.rows % 4 == 0
+    full = [np.mean(call.segment_ids > 0) for call in calls[:-1]]
+    assert np.mean(full) > 0.97
+    assert 0.8 < sweep.shape.size / (32 * np.mean(np.sum(ragged(2000), axis=1))) < 1.3, "as many tokens as 32 examples"
+
+
+def test_windows_are_packed_on_their_own(monkeypatch):
+    _, whole = made(ragged())
+    monkeypatch.setattr(module, "WINDOW", 30)
+    _, windowed = made(ragged())
+    examples = [set(sweep.call(0)[1].tolist()) for sweep in (whole, windowed)]
+    assert max(examples[1]) < 60 < max(examples[0])
+    reached = np.concatenate([windowed.call(number)[1] for number in range(len(windowed))])
+    assert sorted(reached) == sorted(3 * list(range(100)))
+
+
+def test_a_prompt_is_shared_by_all_its_examples():
+    examples = examples_of_lengths([(30, 2, 2, None)] * 12)
+    shared = [dataclasses.replace(e, prompt_ids=examples[i % 2].prompt_ids) for i, e in enumerate(examples)]
+    sweep = Sweep(data_of(shared), ("chosen", "rejected"), batch_pairs=12)
+    assert len(sweep) == 1
+    batch = sweep.call(0)[0]
+    assert (batch.segment_ids > 0).sum() == 2 * 30 + 12 * 4
+
+
+def test_missing_responses_are_not_reached():
+    data, sweep = made([(3, 2, None, None), (3, None, 4, None), (2, None, None, 3)], responses=("chosen", "rejected"))
+    _, examples, columns = sweep.call(0)
+    assert sorted(zip(examples.tolist(), columns.tolist(), strict=True)) == [(0, 0), (1, 1)]
+    assert len(Sweep(data, ("mismatched",), batch_pairs=1)) == 1
+
+
+def test_nothing_to_reach_is_no_call():
+    assert len(made([(3, 2, None, None)], responses=("rejected",))[1]) == 0
