@@ -15,9 +15,9 @@ from rpo_jax.config import Config, ConfigError
 
 
 def known_keys() -> dict[str, Any]:
-    """Every configuration key, dotted, with its default."""
+    """Every configuration key, dotted, with its default as YAML has it."""
     return {
-        f"{section.name}.{name}": value
+        f"{section.name}.{name}": list(value) if isinstance(value, tuple) else value
         for section in fields(Config)
         for name, value in asdict(getattr(Config(), section.name)).items()
     }
