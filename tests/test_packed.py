@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from rpo_jax import models, sharding
-from rpo_jax.config import Config, MeshConfig
+from rpo_jax.config import BatchConfig, Config, MeshConfig
 from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.prepare import reference_sweep
+from rpo_jax.reference import compute_log_probs
 from rpo_jax.step import build_log_probs, put_batch
 from rpo_jax.types import RESPONSES
 from tests.worlds import random_data, small_model
@@ -75,3 +77,22 @@ def test_packed_equals_padded(params, pairing, responses, examples_a_prompt):
         assert log_prob == pytest.approx(expected, rel=0, abs=1e-5 * len(response_ids)), (example.row_id, name)
     if examples_a_prompt == 24:
         assert batch.branch_ids.max() > 3, "more responses share a prompt than one example has"
+
+
+@pytest.mark.parametrize("examples_a_prompt", [1, 4], ids=["its own prompt", "four to a prompt"])
+@pytest.mark.parametrize("micro_rows", [None, 2])
+def test_the_reference_s_sweep_equals_padded(params, micro_rows, examples_a_prompt):
+    data = data_with_shared_prompts(examples_a_prompt)
+    config = Config(batch=BatchConfig(pairs=PAIRS, micro_rows=micro_rows, row_tokens=64))
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    sweep = reference_sweep(config, data, RESPONSES, row_shards=1)
+    assert len(sweep) > 1
+    assert sweep.shape.rows % (micro_rows or 1) == 0
+    with jax.set_mesh(mesh):
+        log_probs, _ = build_log_probs(config, MODEL, mesh)
+        table = compute_log_probs(sweep, lambda batch: log_probs(params, put_batch(mesh, batch)), lambda *_: None)
+    for row, example in zip(table, data.examples, strict=True):
+        for value, name in zip(row, RESPONSES, strict=True):
+            response_ids = getattr(example, f"{name}_ids")
+            expected = padded_log_prob(params, example.prompt_ids, response_ids)
+            assert value == pytest.approx(expected, rel=0, abs=1e-5 * len(response_ids)), (example.row_id, name)

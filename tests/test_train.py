@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import transformers
 
 import rpo_jax
-from rpo_jax import export, models, train
+from rpo_jax import export, loop, models, train
 from rpo_jax.checkpoint import Checkpoints
 from rpo_jax.config_io import load_config
 from rpo_jax.data import embeddings
@@ -154,6 +155,19 @@ def test_stopped_and_resumed_equals_never_stopped(world, finished, monkeypatch, 
     assert_same_params(world.params(name), world.params("finished"))
     assert without_timings([resumed.metrics]) == without_timings([finished.metrics])
     assert without_timings([resumed.initial_metrics]) == without_timings([finished.initial_metrics])
+
+
+def test_batches_are_packed_and_placed_off_the_loop_s_own_thread(world, monkeypatch):
+    placed, threads = loop.put_batch, []
+
+    def recording(mesh, batch):
+        threads.append(threading.current_thread().name)
+        return placed(mesh, batch)
+
+    monkeypatch.setattr(loop, "put_batch", recording)
+    world.run("placed", {**SHORT, "train.steps": 3})
+    assert sum(name.startswith("packer") for name in threads) == 3, "each training batch, and none too many"
+    assert len(threads) > 3, "held-out batches besides"
 
 
 def fail(*_, **__):
