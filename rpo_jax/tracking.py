@@ -57,7 +57,7 @@ class Reporter:
 
     Attributes:
         phase_seconds: wall time of each finished phase; under "first step", from the making of this reporter, which
-            a run begins with, to the end of its first training step.
+            a run begins with, to the end of its first training step, the evaluation before it included.
     """
 
     def __init__(self) -> None:
