@@ -39,6 +39,7 @@ CEILINGS = tuple(name for name in SYSTEMS if name.startswith("ceiling-"))
 MEASURED = tuple(name for name in SYSTEMS if name not in CEILINGS)
 
 SMALL_BATCH = 16  # pairs up to which a step is short enough to afford a whole one as warm-up, and three timed
+INTERPRETERS = ("--dev-python", "--peers-python")
 POLL_SECONDS = 0.1
 GIB = 2**30
 
@@ -183,6 +184,17 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def without_interpreters(arguments: Sequence[str]) -> list[str]:
+    """The arguments that a reader elsewhere can give too."""
+    kept, skip = [], False
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if not skip and name not in INTERPRETERS:
+            kept.append(argument)
+        skip = argument in INTERPRETERS
+    return kept
+
+
 def prepare_files(options: argparse.Namespace) -> tuple[Path, Path]:
     """The results file and a folder for logs and compiled programs, emptied unless --append is given."""
     results, beside = RESULTS / f"{options.name}.jsonl", RESULTS / options.name
@@ -209,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    write({"machine": describe_machine(), "arguments": list(sys.argv[1:] if arguments is None else arguments)})
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    write({"machine": describe_machine(), "arguments": without_interpreters(given)})
     for number, cell in enumerate(cells, start=1):
         label = f"{cell.workload}-{cell.pairs}-{cell.system}"
         cell = replace(cell, cache_dir=str(beside / "compiled" / label) if cell.system.startswith("ours") else "")

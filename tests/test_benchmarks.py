@@ -140,6 +140,11 @@ def test_cells_take_turns():
         suite.parse_arguments(["--systems", "ours-cached,theirs"])
 
 
+def test_results_name_no_interpreter_of_this_machine():
+    given = ["--tiny", "--peers-python", "/here/python", "--pairs", "8", "--dev-python=/there/python", "--steps", "2"]
+    assert suite.without_interpreters(given) == ["--tiny", "--pairs", "8", "--steps", "2"]
+
+
 @pytest.mark.parametrize(("code", "status"), [("pass", "ok"), ("raise SystemExit(3)", "failed (3)")])
 def test_a_cell_s_end_is_told(code, status):
     process = subprocess.Popen([sys.executable, "-c", code])
