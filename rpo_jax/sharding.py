@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -70,9 +71,14 @@ def _spec(mesh: Mesh, rules: dict[str, Any], axes: Sequence[str | None], shape: 
     parts = []
     for name, size in zip(axes, shape, strict=True):
         target = rules.get(name) if name else None
-        names = (target,) if isinstance(target, str) else target or ()
-        parts.append(target if size % int(np.prod([mesh.shape[n] for n in names])) == 0 else None)
+        parts.append(target if size % _size(mesh, target) == 0 else None)
     return PartitionSpec(*parts)
+
+
+def _size(mesh: Mesh, target: str | tuple[str, ...] | None) -> int:
+    """Devices along one or several axes of a mesh."""
+    names = (target,) if isinstance(target, str) else target or ()
+    return int(np.prod([mesh.shape[name] for name in names]))
 
 
 def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
@@ -87,13 +93,38 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     )
 
 
-def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, Sequence[str | None]], jax.Array]:
-    """Function that pins an activation with the given logical axes to the mesh."""
+@dataclass(frozen=True)
+class Placement:
+    """Where activations live on a mesh, by the names of their axes."""
 
-    def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(mesh, ACTIVATION_RULES, axes, x.shape)))
+    mesh: Mesh
 
-    return constrain
+    def constrain(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+        """Pin an activation to the mesh."""
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(self.mesh, _spec(self.mesh, ACTIVATION_RULES, axes, x.shape))
+        )
+
+    def shards(self, axis: str) -> int:
+        """Among how many devices an axis is split."""
+        return _size(self.mesh, ACTIVATION_RULES.get(axis))
+
+    def per_shard(self, function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+        """The function, run by each device on its own part alone.
+
+        The axes are trees of tuples of names, one tuple per array; every axis must divide by its shards.
+        """
+
+        def specs(axes: Any) -> Any:
+            return jax.tree.map(
+                lambda names: PartitionSpec(*(ACTIVATION_RULES.get(name) for name in names)),
+                axes,
+                is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(name, str | None) for name in x),
+            )
+
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -93,7 +93,8 @@ def _micro_batches(batch: Batch, micro_rows: int | None) -> tuple[dict[str, Int[
 
 def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh) -> Forward:
     """Function from parameters and packed rows to the log-probs of the responses that these rows hold."""
-    constrain = sharding.activation_constraint(mesh)
+    placement = sharding.Placement(mesh)
+    split, constrain = models.Split(placement.shards, placement.per_shard), placement.constrain
 
     def log_probs(params: Params, rows: dict[str, Array], num_responses: int) -> LogProbs:
         hidden = models.hidden_states(
@@ -105,7 +106,10 @@ def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh) -> For
             rows["branch_ids"],
             compute_dtype=config.model.compute_dtype,
             remat=config.model.remat,
+            attention=config.model.attention,
+            platform=mesh.devices.flat[0].platform,
             constrain=constrain,
+            split=split,
         )
         # Whole over fsdp before the chunks of the head run, or each chunk would gather it again.
         head = constrain(models.output_head(model_config, params), ("embed", "vocab"))

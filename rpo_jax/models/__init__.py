@@ -1,6 +1,7 @@
 """The decoder, its families, and Hugging Face folders in and out."""
 
 from rpo_jax.models.architecture import ModelConfig
+from rpo_jax.models.attend import ATTENTIONS, Split
 from rpo_jax.models.decoder import (
     REMAT_POLICIES,
     abstract_params,
@@ -17,10 +18,12 @@ from rpo_jax.models.rope import Rope
 from rpo_jax.models.weights import check_pretrained, load_pretrained, save_pretrained
 
 __all__ = [
+    "ATTENTIONS",
     "FAMILIES",
     "REMAT_POLICIES",
     "ModelConfig",
     "Rope",
+    "Split",
     "abstract_params",
     "apply",
     "check_pretrained",

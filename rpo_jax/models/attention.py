@@ -1,4 +1,4 @@
-"""Which tokens see which, and grouped-query attention.
+"""Which tokens see which, and grouped-query attention over all of a row.
 
 Letters: B rows, T query tokens, S key tokens, H query heads, G key-value heads, K head dimension.
 """
@@ -7,27 +7,38 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+# What a backward pass keeps of attention under the `dots` policy: to run it again would cost more than all the rest.
+ATTENTION_OUTPUT = "attention output"
 
 
 def visible(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     branch_ids: Int[Array, "B T"],
-    window: int | None,
-) -> Bool[Array, "B T T"]:
+    window: int | Int[Array, ""] | None,
+    *,
+    keys: tuple[Int[Array, "B S"], Int[Array, "B S"], Int[Array, "B S"]] | None = None,
+    offset: int | Int[Array, ""] = 0,
+) -> Bool[Array, "B T S"]:
     """Whether query t sees key s: s <= t, same segment, branch_s in {0, branch_t}, position_t - position_s < window.
 
     Every token sees itself, padding (segment 0) included, so no softmax is ever over nothing; padding sees only
     padding, and nothing else sees padding.
+
+    Args:
+        keys: positions, segments and branches of the keys; those of the queries where not given.
+        offset: index of the first query among the keys.
     """
-    index = jnp.arange(positions.shape[1])
-    causal = index[:, None] >= index[None, :]
-    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
-    key_branch = branch_ids[:, None, :]
+    key_positions, key_segments, key_branches = keys or (positions, segment_ids, branch_ids)
+    causal = (jnp.arange(positions.shape[1]) + offset)[:, None] >= jnp.arange(key_positions.shape[1])[None, :]
+    same_segment = segment_ids[:, :, None] == key_segments[:, None, :]
+    key_branch = key_branches[:, None, :]
     mask = causal & same_segment & ((key_branch == 0) | (key_branch == branch_ids[:, :, None]))
     if window is not None:
-        mask &= positions[:, :, None] - positions[:, None, :] < window
+        mask &= positions[:, :, None] - key_positions[:, None, :] < window
     return mask
 
 
@@ -48,4 +59,5 @@ def attention(
     # A finite minimum, not -inf: it keeps gradients finite where a whole row is masked.
     scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bgrts,bsgk->btgrk", weights, value).reshape(rows, tokens, heads, head_dim)
+    out = jnp.einsum("bgrts,bsgk->btgrk", weights, value).reshape(rows, tokens, heads, head_dim)
+    return checkpoint_name(out, ATTENTION_OUTPUT)

@@ -1,8 +1,7 @@
 """The one decoder: Llama, Mistral and Qwen are settings of it.
 
 Parameters are a plain nested dict of arrays; those of a layer carry all layers along their first axis, and the
-forward pass scans over it. Letters: B rows, T tokens, D hidden, V vocabulary, P = half the head dimension, L layers,
-W distinct masks.
+forward pass scans over it. Letters: B rows, T tokens, D hidden, V vocabulary, P = half the head dimension, L layers.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.attention import attention, visible
+from rpo_jax.models.attend import ONE_DEVICE, Attend, Split, make_attention
+from rpo_jax.models.attention import ATTENTION_OUTPUT
+from rpo_jax.models.blockwise import Layout
 from rpo_jax.models.projection import project
 from rpo_jax.models.rope import rotate, rotation
 
@@ -29,7 +30,10 @@ Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 # What the backward pass may keep of a layer; None keeps everything.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -95,7 +99,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cos_sin: tuple[Float[Array, "B T P"], Float[Array, "B T P"]],
-        mask: Bool[Array, "B T T"],
+        attend: Callable[[Array, Array, Array], Array],
         constrain: Constrain,
     ) -> Float[Array, "B T D"]:
         query, key, value = self.query(x), self.key(x), self.value(x)
@@ -104,7 +108,7 @@ class Attention(nnx.Module):
         query = constrain(rotate(query, *cos_sin), ("rows", "tokens", "heads", "head_dim"))
         key = constrain(rotate(key, *cos_sin), ("rows", "tokens", "kv_heads", "head_dim"))
         value = constrain(value, ("rows", "tokens", "kv_heads", "head_dim"))
-        return self.output(constrain(attention(query, key, value, mask), ("rows", "tokens", "heads", "head_dim")))
+        return self.output(constrain(attend(query, key, value), ("rows", "tokens", "heads", "head_dim")))
 
 
 class GatedMLP(nnx.Module):
@@ -128,9 +132,9 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(make, hidden, config.rms_norm_eps)
         self.mlp = GatedMLP(config, make)
 
-    def __call__(self, x: Float[Array, "B T D"], cos_sin: Any, mask: Bool[Array, "B T T"], constrain: Constrain):
+    def __call__(self, x: Float[Array, "B T D"], cos_sin: Any, attend: Callable[..., Array], constrain: Constrain):
         axes = ("rows", "tokens", "embed")
-        x = constrain(x + self.attention(self.attention_norm(x), cos_sin, mask, constrain), axes)
+        x = constrain(x + self.attention(self.attention_norm(x), cos_sin, attend, constrain), axes)
         return constrain(x + self.mlp(self.mlp_norm(x), constrain), axes)
 
 
@@ -148,24 +152,22 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cos_sin: Any,
-        masks: Bool[Array, "W B T T"],
-        mask_of_layer: Int[Array, "L"],
+        attend: Attend,
+        window_of_layer: Int[Array, "L"],
         remat: str,
         constrain: Constrain,
     ) -> Float[Array, "B T D"]:
-        """All layers and the final norm, on embedded tokens; W distinct masks."""
+        """All layers and the final norm, on embedded tokens."""
         graphdef, stacked = nnx.split(self.layers)
 
         def body(x, layer):
             weights, which = layer
-            # A single mask is indexed statically, so that the scan need not copy it in every layer.
-            mask = masks[which if len(masks) > 1 else 0]
-            return nnx.merge(graphdef, weights)(x, cos_sin, mask, constrain), None
+            return nnx.merge(graphdef, weights)(x, cos_sin, lambda *qkv: attend(*qkv, which), constrain), None
 
         policy = REMAT_POLICIES[remat]
         # A scan already keeps XLA from merging the recomputation with the forward pass.
         step = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(step, x, (stacked, mask_of_layer))
+        x, _ = jax.lax.scan(step, x, (stacked, window_of_layer))
         return self.final_norm(x)
 
 
@@ -214,7 +216,10 @@ def hidden_states(
     *,
     compute_dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    attention: str = "auto",
+    platform: str | None = None,
     constrain: Constrain | None = None,
+    split: Split = ONE_DEVICE,
 ) -> Float[Array, "B T D"]:
     """Residual stream after the final norm, in compute_dtype.
 
@@ -230,8 +235,11 @@ def hidden_states(
         branch_ids: 0 is seen by the whole segment; all 0 where not given.
         compute_dtype: dtype of matrix products and of the residual stream; norms, rotation and softmax are float32.
         remat: a key of REMAT_POLICIES: none, dots or full.
+        attention: a key of ATTENTIONS, or auto: what is best on the platform.
+        platform: cpu, gpu or tpu, where it is not the default one that this is compiled for.
         constrain: called on activations with their axes' names (rows, tokens, embed, heads, kv_heads, head_dim, mlp),
             returns them, possibly with a sharding constraint.
+        split: how devices share the attention.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat={remat!r} is not known; use one of {', '.join(REMAT_POLICIES)}.")
@@ -241,14 +249,15 @@ def hidden_states(
     branch_ids = jnp.zeros_like(tokens) if branch_ids is None else branch_ids
 
     windows = tuple(dict.fromkeys(model_config.sliding_windows))
-    masks = jnp.stack([visible(positions, segment_ids, branch_ids, window) for window in windows])
-    mask_of_layer = jnp.array([windows.index(window) for window in model_config.sliding_windows])
+    layout = Layout(positions, segment_ids, branch_ids)
+    attend = make_attention(attention, platform or jax.default_backend(), layout, windows, split)
+    window_of_layer = jnp.array([windows.index(window) for window in model_config.sliding_windows])
     cos_sin = rotation(model_config.rope, model_config.head_dim, positions)
     model = nnx.merge(_abstract(model_config)[0], params)
     # Whole over fsdp before rows are taken from it: a lookup in a table split both ways would be repeated everywhere.
     table = constrain(model.embed[...], ("vocab", "embed"))
     x = constrain(table[tokens].astype(compute_dtype), ("rows", "tokens", "embed"))
-    return model(x, cos_sin, masks, mask_of_layer, remat, constrain)
+    return model(x, cos_sin, attend, window_of_layer, remat, constrain)
 
 
 def output_head(model_config: ModelConfig, params: Params) -> Float[Array, "D V"]:
@@ -256,7 +265,7 @@ def output_head(model_config: ModelConfig, params: Params) -> Float[Array, "D V"
     return params["embed"].T if model_config.tie_embeddings else params["head"]
 
 
-@functools.partial(jax.jit, static_argnames=("model_config", "compute_dtype", "remat", "constrain"))
+@functools.partial(jax.jit, static_argnames=("model_config", "compute_dtype", "remat", "attention", "constrain"))
 def apply(
     model_config: ModelConfig,
     params: Params,
@@ -267,6 +276,7 @@ def apply(
     *,
     compute_dtype: DTypeLike = "float32",
     remat: str = "none",
+    attention: str = "auto",
     constrain: Constrain | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits of every token's successor, float32; the arguments are those of hidden_states. Compiled."""
@@ -279,6 +289,7 @@ def apply(
         branch_ids,
         compute_dtype=compute_dtype,
         remat=remat,
+        attention=attention,
         constrain=constrain,
     )
     head = output_head(model_config, params).astype(compute_dtype)

@@ -5,11 +5,13 @@ The parameter tree itself says which: a kernel's place holds an array, a Quantiz
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
 
@@ -34,26 +36,37 @@ Kernel: TypeAlias = Array | Quantized | Adapted
 def project(x: Float[Array, "..."], kernel: Kernel, input_rank: int) -> Float[Array, "..."]:
     """x W, contracting the last `input_rank` axes of x with the first ones of W, in x's dtype."""
     if isinstance(kernel, Adapted):
-        inner = jnp.tensordot(x, kernel.a.astype(x.dtype), axes=input_rank)
-        delta = jnp.tensordot(inner, kernel.b.astype(x.dtype), axes=1)
+        inner = _product(x, kernel.a.astype(x.dtype), input_rank)
+        delta = _product(inner, kernel.b.astype(x.dtype), 1)
         return project(x, kernel.kernel, input_rank) + delta
     if isinstance(kernel, Quantized):
         return _project_quantized(x, kernel, input_rank)
     if kernel.dtype.itemsize < x.dtype.itemsize:
         return _project_widened(x, kernel, input_rank)
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=input_rank)
+    return _product(x, kernel.astype(x.dtype), input_rank)
+
+
+def _product(x: Array, kernel: Array, input_rank: int, dtype: DTypeLike | None = None) -> Array:
+    """x W as a product of two matrices.
+
+    The gradient of W contracts all of x's leading axes. If these are several, XLA's CPU compiler writes x transposed
+    first, which took a quarter of the step; matrices it multiplies as they lie.
+    """
+    lead, inputs = x.shape[: x.ndim - input_rank], math.prod(kernel.shape[:input_rank])
+    y = jnp.matmul(x.reshape(-1, inputs), kernel.reshape(inputs, -1), preferred_element_type=dtype)
+    return y.reshape(*lead, *kernel.shape[input_rank:])
 
 
 # The backward pass widens again: the widened weights of every layer, kept until then, would take the memory that
 # narrow ones are there to save.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def _project_widened(x: Array, kernel: Array, input_rank: int) -> Array:
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=input_rank)
+    return _product(x, kernel.astype(x.dtype), input_rank)
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def _project_quantized(x: Array, kernel: Quantized, input_rank: int) -> Array:
     # The scale belongs to the output, so it may follow the product, where it multiplies fewer numbers; -127 to 127 are
     # exact in bfloat16, and the sums are float32.
-    y = jnp.tensordot(x, kernel.values.astype(x.dtype), axes=input_rank, preferred_element_type=jnp.float32)
+    y = _product(x, kernel.values.astype(x.dtype), input_rank, jnp.float32)
     return (y * kernel.scale).astype(x.dtype)

@@ -1,0 +1,138 @@
+"""The choice of an attention: one function of queries, keys and values, with the best path of each backend behind it.
+
+Letters: R rows, T tokens, H query heads, G key-value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rpo_jax.models import blockwise
+from rpo_jax.models.attention import attention, visible
+from rpo_jax.models.blockwise import Layout
+
+# query, key, value, which of the layers' distinct windows
+Attend = Callable[[Array, Array, Array, Array], Array]
+Windows = tuple[int | None, ...]
+EVERYTHING = 2**30  # a window that no position reaches
+
+
+class Split(NamedTuple):
+    """How devices share the work; by default there is one.
+
+    Attributes:
+        shards: number of devices among which an axis is split, by its name.
+        per_shard: (function, axes of its inputs, axes of its outputs) to the function that each device runs on its own
+            part; axes are tuples of names, one tuple per array.
+    """
+
+    shards: Callable[[str], int] = lambda axis: 1
+    per_shard: Callable[[Callable[..., Any], Any, Any], Callable[..., Any]] = lambda function, *axes: function
+
+
+ONE_DEVICE = Split()
+
+
+class AttentionKind(NamedTuple):
+    """Attributes:
+    make: (layout, distinct windows, split) to the attention of a batch.
+    why: one line on where it is used.
+    """
+
+    make: Callable[[Layout, Windows, Split], Attend]
+    why: str
+
+
+def _dense(layout: Layout, windows: Windows, split: Split) -> Attend:
+    masks = jnp.stack([visible(*layout, window) for window in windows])
+
+    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+        # A single mask is indexed statically, so that a scan over layers need not copy it in every one.
+        return attention(query, key, value, masks[which if len(masks) > 1 else 0])
+
+    return attend
+
+
+_ROWS = ("rows", "tokens")
+_LAYOUT = Layout(_ROWS, _ROWS, _ROWS)
+
+
+def _blockwise(layout: Layout, windows: Windows, split: Split) -> Attend:
+    tokens = layout.segment_ids.shape[1]
+    padding = -tokens % blockwise.BLOCK_TOKENS
+    layout = Layout(*(jnp.pad(ids, ((0, 0), (0, padding))) for ids in layout))
+    sizes = jnp.array([EVERYTHING if window is None else window for window in windows], jnp.int32)
+    # Once for all layers that share a window; every device plans its own rows.
+    plan_axes = blockwise.Plan(("rows",), ("rows",))
+    make_plan = split.per_shard(blockwise.make_plan, (_LAYOUT, ()), plan_axes)
+    plans = jax.tree.map(lambda *parts: jnp.stack(parts), *(make_plan(layout, size) for size in sizes))
+
+    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+        key, value = (_splittable(x, query.shape[2], split) for x in (key, value))
+        heads, kv_heads = ("heads", "kv_heads") if key.shape[2] % split.shards("kv_heads") == 0 else (None, None)
+        run = split.per_shard(
+            blockwise.blockwise_attention,
+            ((*_ROWS, heads, None), (*_ROWS, kv_heads, None), (*_ROWS, kv_heads, None), _LAYOUT, plan_axes, ()),
+            (*_ROWS, heads, None),
+        )
+        query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
+        return run(query, key, value, layout, jax.tree.map(lambda x: x[which], plans), sizes[which])[:, :tokens]
+
+    return attend
+
+
+def _splittable(x: Float[Array, "R T G K"], num_heads: int, split: Split) -> Float[Array, "R T H K"]:
+    """Keys or values whose heads can be split as the queries' are: repeated where there are too few."""
+    shards = split.shards("kv_heads")
+    if x.shape[2] % shards == 0 or num_heads % shards:
+        return x
+    return jnp.repeat(x, num_heads // x.shape[2], axis=2)
+
+
+def _cudnn(layout: Layout, windows: Windows, split: Split) -> Attend:
+    masks = jnp.stack([visible(*layout, window) for window in windows])[:, :, None]
+    axes = (*_ROWS, "heads", None)
+
+    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+        # One mask for all heads; the scores themselves stay inside the kernel.
+        key, value = (_splittable(x, query.shape[2], split) for x in (key, value))
+        run = split.per_shard(
+            lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"),
+            (axes, (*_ROWS, "kv_heads", None), (*_ROWS, "kv_heads", None), ("rows", None, None, None)),
+            axes,
+        )
+        return run(query, key, value, masks[which if len(masks) > 1 else 0])
+
+    return attend
+
+
+ATTENTIONS = {
+    "dense": AttentionKind(_dense, "all of a row against all of it: short rows; GPUs, where a loop over blocks waits"),
+    "blockwise": AttentionKind(_blockwise, "blocks that see something, one after another: CPU"),
+    "cudnn": AttentionKind(_cudnn, "cuDNN's fused kernel with the mask as a bias: GPUs, float16 and bfloat16, opt-in"),
+}
+# Measured on CPU only (benchmarks/README.md).
+BEST = {"cpu": "blockwise"}
+SHORT = 2 * blockwise.BLOCK_TOKENS  # rows up to this are one or two blocks: nothing to skip
+
+
+def make_attention(name: str, platform: str, layout: Layout, windows: Windows, split: Split) -> Attend:
+    """The attention of a batch.
+
+    Args:
+        name: a key of ATTENTIONS, or auto: what is best on the platform.
+        platform: cpu, gpu or tpu.
+        windows: the distinct sliding windows of the layers, None for all positions.
+
+    Raises ValueError for an unknown name.
+    """
+    if name == "auto":
+        name = "dense" if layout.segment_ids.shape[1] <= SHORT else BEST.get(platform, "dense")
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention={name!r} is not known; use auto or one of {', '.join(ATTENTIONS)}.")
+    return ATTENTIONS[name].make(layout, windows, split)

@@ -1,0 +1,213 @@
+"""Attention that visits only the blocks of keys that a block of queries can see: packed rows are mostly nothing else.
+
+A row's queries are taken in blocks. All keys that a block sees lie between the beginning of its first segment and its
+own end, so it reads that span alone, padded to one of a few widths: each width is a loop over its blocks, with as many
+turns as the batch needs. No more than one block's scores exist at a time, in the forward and in the backward pass.
+
+Letters: R rows, T tokens, G key-value heads, q query heads of each, K head dimension, n blocks of a row, b tokens of a
+block, N = R * n, w widths, S tokens of a span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from rpo_jax.models.attention import ATTENTION_OUTPUT, visible
+
+# Measured on 2 CPU cores at 64, 128 and 256 tokens: smaller blocks see less that they must not, larger ones multiply
+# faster; 64 is also what rows are multiples of.
+BLOCK_TOKENS = 64
+
+
+class Layout(NamedTuple):
+    """Where tokens are and whom they see."""
+
+    positions: Int[Array, "R T"]
+    segment_ids: Int[Array, "R T"]
+    branch_ids: Int[Array, "R T"]
+
+
+class Plan(NamedTuple):
+    """Which blocks take which width: block order[i] has width j for ends[j - 1] <= i < ends[j]."""
+
+    order: Int[Array, "N"]
+    ends: Int[Array, "w"]
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    query: Float[Array, "N G b*q K"]
+    key: Float[Array, "R G T K"]
+    value: Float[Array, "R G T K"]
+    layout: Layout
+    plan: Plan
+    window: Int[Array, ""]
+    out: Float[Array, "N G b*q K"]
+    log_sum: Float[Array, "N G b*q"]
+
+
+def widths(num_blocks: int) -> tuple[int, ...]:
+    """Spans' widths in blocks: every one up to 4, then steps of about a third, ending at the whole row."""
+    found = [width for width in (1, 2, 3) if width < num_blocks]
+    width = 4
+    while width < num_blocks:
+        found.append(width)
+        width += max(1, width // 3)
+    return (*found, num_blocks)
+
+
+def make_plan(layout: Layout, window: Int[Array, ""] | int) -> Plan:
+    """Sort the blocks of all rows by the width of what they see; blocks of padding alone come last and are not done."""
+    rows, tokens = layout.segment_ids.shape
+    num_blocks = tokens // BLOCK_TOKENS
+    # Every token sees itself, so the first one that it sees is where its mask is first true.
+    first_seen = jnp.argmax(visible(*layout, window), axis=-1).reshape(rows, num_blocks, BLOCK_TOKENS)
+    span = jnp.arange(num_blocks) + 1 - jnp.min(first_seen, axis=-1) // BLOCK_TOKENS
+    sizes = jnp.array(widths(num_blocks))
+    has_tokens = jnp.any(layout.segment_ids.reshape(rows, num_blocks, BLOCK_TOKENS) > 0, axis=-1)
+    which = jnp.where(has_tokens, jnp.searchsorted(sizes, span), len(sizes)).reshape(-1)
+    order = jnp.argsort(which, stable=True)
+    return Plan(order, jnp.searchsorted(which[order], jnp.arange(len(sizes)), side="right"))
+
+
+def blockwise_attention(
+    query: Float[Array, "R T H K"],
+    key: Float[Array, "R T G K"],
+    value: Float[Array, "R T G K"],
+    layout: Layout,
+    plan: Plan,
+    window: Int[Array, ""],
+) -> Float[Array, "R T H K"]:
+    """Grouped-query attention, softmax in float32; what dense attention gives, but zeros in blocks of padding alone.
+
+    Args:
+        layout: T tokens, a multiple of BLOCK_TOKENS.
+        plan: of this layout and window.
+        window: positions that a query sees back, its own included.
+    """
+    rows, tokens, heads, head_dim = query.shape
+    groups, num_blocks = key.shape[2], tokens // BLOCK_TOKENS
+    # The query heads of a key-value head become more queries: fewer and larger matrix products.
+    split = (rows, num_blocks, BLOCK_TOKENS, groups, heads // groups, head_dim)
+    blocks = query.reshape(split).transpose(0, 1, 3, 4, 2, 5).reshape(rows * num_blocks, groups, -1, head_dim)
+    out = _attend(blocks, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), layout, plan, window)
+    split = (rows, num_blocks, groups, heads // groups, BLOCK_TOKENS, head_dim)
+    return out.reshape(split).transpose(0, 1, 4, 2, 3, 5).reshape(query.shape)
+
+
+@jax.custom_vjp
+def _attend(
+    query: Float[Array, "N G b*q K"],
+    key: Float[Array, "R G T K"],
+    value: Float[Array, "R G T K"],
+    layout: Layout,
+    plan: Plan,
+    window: Int[Array, ""],
+) -> Float[Array, "N G b*q K"]:
+    return _forward(query, key, value, layout, plan, window)[0]
+
+
+class _Block(NamedTuple):
+    """One block of queries and its span of keys."""
+
+    index: Int[Array, ""]  # among the N blocks
+    start: tuple[Any, ...]  # of the span in [R, G, T, K]
+    size: tuple[int, ...]
+    mask: Bool[Array, "b*q S"]
+
+    def of(self, blocks: Array) -> Array:
+        return lax.dynamic_index_in_dim(blocks, self.index, keepdims=False)
+
+    def put(self, blocks: Array, values: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(blocks, values.astype(blocks.dtype), self.index, 0)
+
+    def span(self, keys: Array) -> Array:
+        return lax.dynamic_slice(keys, self.start, self.size)[0]
+
+    def add(self, keys: Array, values: Array) -> Array:
+        return lax.dynamic_update_slice(keys, (self.span(keys) + values)[None], self.start)
+
+
+def _block(index: Array, span_tokens: int, query: Array, key: Array, layout: Layout, window: Array) -> _Block:
+    num_blocks = key.shape[2] // BLOCK_TOKENS
+    row, number = index // num_blocks, index % num_blocks
+    # At the beginning of a row the span reaches past the block: the mask takes care of that.
+    start = jnp.maximum((number + 1) * BLOCK_TOKENS - span_tokens, 0)
+    queries = [lax.dynamic_slice(ids, (row, number * BLOCK_TOKENS), (1, BLOCK_TOKENS)) for ids in layout]
+    keys = [lax.dynamic_slice(ids, (row, start), (1, span_tokens)) for ids in layout]
+    mask = visible(*queries, window, keys=tuple(keys), offset=number * BLOCK_TOKENS - start)[0]
+    mask = jnp.tile(mask, (query.shape[2] // BLOCK_TOKENS, 1))
+    return _Block(index, (row, 0, start, 0), (1, key.shape[1], span_tokens, key.shape[3]), mask)
+
+
+def _scores(block: _Block, query: Array, key: Array) -> Float[Array, "G b*q S"]:
+    scaled = block.of(query) * key.shape[-1] ** -0.5
+    return jnp.einsum("gqk,gsk->gqs", scaled, block.span(key), preferred_element_type=jnp.float32)
+
+
+def _over_blocks(body: Callable[[_Block, Any], Any], carry: Any, saved: _Saved) -> Any:
+    """Run `body` on every block that holds a token, one after another."""
+    begin = jnp.zeros((), saved.plan.ends.dtype)
+    for end, width in zip(saved.plan.ends, widths(saved.key.shape[2] // BLOCK_TOKENS), strict=True):
+
+        def turn(number: Array, carry: Any, span_tokens: int = width * BLOCK_TOKENS) -> Any:
+            index = saved.plan.order[number]
+            return body(_block(index, span_tokens, saved.query, saved.key, saved.layout, saved.window), carry)
+
+        carry, begin = lax.fori_loop(begin, end, turn, carry), end
+    return carry
+
+
+def _forward(query, key, value, layout, plan, window) -> tuple[Array, _Saved]:
+    out, log_sum = jnp.zeros_like(query), jnp.zeros(query.shape[:-1], jnp.float32)
+    saved = _Saved(query, key, value, layout, plan, window, out, log_sum)
+
+    def body(block: _Block, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        scores = jnp.where(block.mask, _scores(block, query, key), jnp.finfo(jnp.float32).min)
+        most = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - most)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = jnp.einsum(
+            "gqs,gsk->gqk", weights.astype(value.dtype), block.span(value), preferred_element_type=jnp.float32
+        )
+        return block.put(carry[0], mixed / total), block.put(carry[1], (most + jnp.log(total))[..., 0])
+
+    out, log_sum = (checkpoint_name(x, ATTENTION_OUTPUT) for x in _over_blocks(body, (out, log_sum), saved))
+    return out, saved._replace(out=out, log_sum=log_sum)
+
+
+def _backward(saved: _Saved, cotangent: Float[Array, "N G b*q K"]) -> tuple[Any, ...]:
+    """With p = softmax(s), o = p v:  dv = p^T do;  ds = p (do v^T - sum_k(o do));  dq = ds k, dk = ds^T q."""
+    query, key, value = saved.query, saved.key, saved.value
+    wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    inner = jnp.sum(cotangent.astype(jnp.float32) * saved.out.astype(jnp.float32), axis=-1)
+    scale = key.shape[-1] ** -0.5
+
+    def body(block: _Block, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        log_sum, out_gradient = block.of(saved.log_sum)[..., None], block.of(cotangent)
+        weights = jnp.where(block.mask, jnp.exp(_scores(block, query, key) - log_sum), 0.0)
+        through = wide("gqk,gsk->gqs", out_gradient, block.span(value)) - block.of(inner)[..., None]
+        scores = (weights * through * scale).astype(query.dtype)
+        weights = weights.astype(query.dtype)
+        return (
+            block.put(carry[0], wide("gqs,gsk->gqk", scores, block.span(key))),
+            block.add(carry[1], wide("gqs,gqk->gsk", scores, block.of(query))),
+            block.add(carry[2], wide("gqs,gqk->gsk", weights, out_gradient)),
+        )
+
+    # Many blocks add to the same keys, in float32; a query is in one block.
+    zeros = jnp.zeros_like(query), jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+    query_gradient, key_gradient, value_gradient = _over_blocks(body, zeros, saved)
+    return query_gradient, key_gradient.astype(key.dtype), value_gradient.astype(value.dtype), None, None, None
+
+
+_attend.defvjp(_forward, _backward)
