@@ -208,9 +208,9 @@ def test_cached_live_and_adapter_references_agree(world, base_dtype):
     for mode in ("cached", "live", "adapter"):
         name = f"{mode} {base_dtype}"
         result = world.run(name, reference__mode=mode, lora__base_dtype=base_dtype, train__steps=2)
-        # Not approximately: the reference of a rounded base is rounded alike.
+        # The reference of a rounded base is rounded alike: against the weights that it was made of it would be 1e-2.
         for metric in ("chosen", "rejected", "margins"):
-            assert result.initial_metrics[f"eval_rewards/{metric}"] == 0.0
+            assert result.initial_metrics[f"eval_rewards/{metric}"] == pytest.approx(0.0, abs=1e-6)
         found[mode] = world.lines(name)
     assert found["cached"][-1]["eval_rewards/margins"] > 0
     for mode in ("live", "adapter"):
