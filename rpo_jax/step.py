@@ -114,7 +114,9 @@ def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh) -> For
         # Whole over fsdp before the chunks of the head run, or each chunk would gather it again.
         head = constrain(models.output_head(model_config, params), ("embed", "vocab"))
         ids = (rows["tokens"], rows["previous"], rows["response_ids"])
-        return LogProbs(*response_log_probs(hidden, head, *ids, num_responses, constrain=constrain))
+        return LogProbs(
+            *response_log_probs(hidden, head, *ids, num_responses, shards=placement.shards("rows"), constrain=constrain)
+        )
 
     return log_probs
 

@@ -1,30 +1,26 @@
 """From hidden states to one log-prob per response, without ever holding all logits.
 
-Letters: R rows and T tokens of a packed batch, t tokens of a chunk, D hidden width, V vocabulary, P responses.
+Letters: R rows and T tokens of a packed batch, D hidden width, V vocabulary, P responses; S shards of the rows, n tokens
+of a shard, c tokens of a chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
 
-
-def _chunk_log_probs(
-    head: Float[Array, "D V"], hidden: Float[Array, "R t D"], targets: Int[Array, "R t"], constrain: Constrain
-) -> Float[Array, "R t"]:
-    """log softmax(hidden @ head)[target], float32."""
-    # Cast here, not before the scan: the head's gradient then accumulates over chunks in its own dtype.
-    logits = jnp.einsum("rtd,dv->rtv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    logits = constrain(logits, ("rows", "tokens", "vocab"))
-    # A sum over a comparison, not a gather: it stays local where the vocabulary is split over devices.
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+# Scored tokens of a shard whose logits exist at once. Every chunk reads and writes the head's whole gradient, so they
+# should be large; the rest of the tokens goes into smaller ones, so that little is computed for nothing.
+CHUNK_TOKENS = 1024
+REST_SHARE = 8
 
 
 def response_log_probs(
@@ -35,17 +31,17 @@ def response_log_probs(
     response_ids: Int[Array, "R T"],
     num_responses: int,
     *,
-    chunk_tokens: int = 64,
+    chunk_tokens: int = CHUNK_TOKENS,
+    shards: int = 1,
     constrain: Constrain | None = None,
 ) -> tuple[Float[Array, "P"], Int[Array, "P"]]:
     """Summed log-prob (nats, float32) and number of scored tokens of every response of the batch.
 
     log pi(y_p) = sum over scored tokens k of p of log softmax(hidden[r, previous[r, k]] @ head)[tokens[r, k]]
 
-    The head runs on `chunk_tokens` scored tokens of every row at a time, and again in the backward pass, so that
-    logits of R x chunk_tokens x V are the most that exist at once; chunks without a scored token are skipped. Rows
-    stay a dimension throughout: they may be split over devices, and the vocabulary too; the sum by response is then
-    the gather.
+    The head runs on scored tokens alone, `chunk_tokens` of every shard at a time, and again in the backward pass, so
+    that logits of shards x chunk_tokens x V are the most that exist at once. Shards stay a dimension throughout: they
+    may lie on different devices, and the vocabulary may be split too; the sum by response is then the gather.
 
     Args:
         hidden: final hidden states; their dtype is that of the head's product, which accumulates in float32.
@@ -53,7 +49,8 @@ def response_log_probs(
         previous: index in the row of each token's predictor.
         response_ids: 0 to num_responses - 1 for scored tokens, -1 elsewhere.
         num_responses: P, static.
-        chunk_tokens: tokens of a row per chunk; T need not be a multiple.
+        chunk_tokens: scored tokens of a shard per chunk.
+        shards: number of devices among which the rows are split; divides R.
         constrain: applied to each chunk's logits with the names of their axes, ("rows", "tokens", "vocab").
 
     Raises:
@@ -62,42 +59,126 @@ def response_log_probs(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1.")
     num_rows, num_tokens = tokens.shape
-    chunk_tokens = min(chunk_tokens, num_tokens)
-    num_chunks = -(-num_tokens // chunk_tokens)
-
-    # Scored tokens first in every row: whatever lies behind those of the fullest row costs nothing.
+    assert num_rows % shards == 0
+    # Index of the predictor in the shard, no longer in the row.
+    first = jnp.arange(num_rows)[:, None] % (num_rows // shards) * num_tokens
+    parts = (x.reshape(shards, -1) for x in (tokens, previous + first, response_ids))
+    flat_tokens, predictor, response_ids = parts
+    # Scored tokens first: what lies behind those of the fullest shard costs nothing.
     order = jnp.argsort(response_ids < 0, axis=1, stable=True)
-    tokens, previous, response_ids = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, previous, response_ids))
-    scored = response_ids >= 0
-    predictor = jnp.take_along_axis(hidden, previous[..., None], axis=1)
-    # Garbage at unscored positions must not reach a gradient through 0 * nan.
-    predictor = jnp.where(scored[..., None], predictor, 0)
-
-    def in_chunks(x: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, num_chunks * chunk_tokens - num_tokens)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(num_rows, num_chunks, chunk_tokens, *x.shape[2:]), 1, 0)
-
-    constrain = constrain or (lambda x, _: x)
-
-    # Recomputed as a whole, the condition included: what it saved for the backward pass would be saved per chunk.
-    @partial(jax.checkpoint, prevent_cse=False)  # inside a scan nothing can be merged with the forward pass
-    def chunk_log_probs(head: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        any_scored, hidden, targets = chunk
-        return jax.lax.cond(
-            any_scored,
-            lambda: _chunk_log_probs(head, hidden, targets, constrain),
-            lambda: jnp.zeros(targets.shape, jnp.float32),
-        )
-
-    any_scored = jnp.any(in_chunks(scored), axis=(1, 2))
-    _, chunks = jax.lax.scan(
-        lambda carry, chunk: (carry, chunk_log_probs(head, chunk)),
-        None,
-        (any_scored, in_chunks(predictor), in_chunks(tokens)),
+    flat_tokens, predictor, response_ids = (
+        jnp.take_along_axis(x, order, axis=1) for x in (flat_tokens, predictor, response_ids)
     )
-    token_log_probs = jnp.moveaxis(chunks, 0, 1).reshape(num_rows, -1)[:, :num_tokens]
-
+    scored = response_ids >= 0
+    token_log_probs = _token_log_probs(
+        (min(chunk_tokens, flat_tokens.shape[1]), constrain or _anywhere),
+        hidden.reshape(shards, -1, hidden.shape[-1]),
+        head,
+        flat_tokens,
+        predictor,
+        scored,
+    )
     slot = jnp.where(scored, response_ids, num_responses)  # one slot more, for what is not scored
     log_prob = jnp.zeros(num_responses + 1, jnp.float32).at[slot].add(jnp.where(scored, token_log_probs, 0.0))
     count = jnp.zeros(num_responses + 1, jnp.int32).at[slot].add(1)
     return log_prob[:num_responses], count[:num_responses]
+
+
+def _anywhere(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return x
+
+
+Settings = tuple[int, Constrain]  # tokens of a chunk; where logits go
+Chunk = Callable[[jax.Array], jax.Array]  # [S, n, ...] to the chunk's [S, c, ...]
+
+
+def _over_chunks(
+    chunk_tokens: int, scored: Bool[Array, "S n"], body: Callable[[Chunk, jax.Array, Any], Any], carry: Any
+) -> Any:
+    """Run body(chunk, its first token, carry) over all scored tokens: large chunks, then small ones for the rest."""
+    most = jnp.max(jnp.sum(scored, axis=1))
+    rest_tokens = -(-chunk_tokens // REST_SHARE)
+    full = most // chunk_tokens * chunk_tokens
+    for size, begin, count in (
+        (chunk_tokens, 0, most // chunk_tokens),
+        (rest_tokens, full, (most - full + rest_tokens - 1) // rest_tokens),
+    ):
+
+        def turn(number: jax.Array, carry: Any, size: int = size, begin: Any = begin) -> Any:
+            start = begin + number * size
+            return body(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=1), start, carry)
+
+        carry = lax.fori_loop(0, count, turn, carry)
+    return carry
+
+
+def _padded(settings: Settings, *arrays: jax.Array) -> list[jax.Array]:
+    """The last chunk may reach past the end: a slice that started earlier instead would count tokens twice."""
+    return [jnp.pad(x, ((0, 0), (0, settings[0]))) for x in arrays]
+
+
+def _logits(
+    settings: Settings, hidden: Float[Array, "S n D"], head: Float[Array, "D V"], predictor: Array, scored: Array
+) -> tuple[Float[Array, "S c D"], Float[Array, "S c V"]]:
+    """Hidden states of a chunk's predictors, and their logits in float32."""
+    at = jnp.take_along_axis(hidden, predictor[..., None], axis=1)
+    # Garbage at unscored positions must not reach a gradient through 0 * nan.
+    at = jnp.where(scored[..., None], at, 0)
+    logits = jnp.einsum("scd,dv->scv", at, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return at, settings[1](logits, ("rows", "tokens", "vocab"))
+
+
+def _is_target(logits: Float[Array, "S c V"], targets: Int[Array, "S c"]) -> Bool[Array, "S c V"]:
+    # A comparison, not an index: it stays local where the vocabulary is split over devices.
+    return jnp.arange(logits.shape[-1]) == targets[..., None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_log_probs(
+    settings: Settings,
+    hidden: Float[Array, "S n D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "S n"],
+    predictor: Int[Array, "S n"],
+    scored: Bool[Array, "S n"],
+) -> Float[Array, "S n"]:
+    """log softmax(hidden[s, predictor] @ head)[target] where scored, which comes first in every shard."""
+    ids = _padded(settings, targets, predictor, scored)
+
+    def body(chunk: Chunk, start: jax.Array, found: jax.Array) -> jax.Array:
+        targets, predictor, scored = map(chunk, ids)
+        _, logits = _logits(settings, hidden, head, predictor, scored)
+        target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+        return lax.dynamic_update_slice_in_dim(found, target - jax.nn.logsumexp(logits, axis=-1), start, axis=1)
+
+    found = _over_chunks(settings[0], scored, body, jnp.zeros(ids[0].shape, jnp.float32))
+    return found[:, : targets.shape[1]]
+
+
+def _forward(settings: Settings, *inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    # Nothing of the forward pass is kept: where only the gradient is asked for, it need not run at all.
+    return _token_log_probs(settings, *inputs), inputs
+
+
+def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangent: Float[Array, "S n"]) -> tuple[Any, ...]:
+    """d log p[target] / d logits = onehot(target) - softmax(logits)."""
+    hidden, head, targets, predictor, scored = saved
+    shards = jnp.arange(hidden.shape[0])[:, None]
+    ids = _padded(settings, targets, predictor, scored, jnp.where(scored, cotangent, 0.0))
+
+    def body(chunk: Chunk, _: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        targets, predictor, scored, weight = map(chunk, ids)
+        at, logits = _logits(settings, hidden, head, predictor, scored)
+        difference = _is_target(logits, targets) - jax.nn.softmax(logits, axis=-1)
+        difference = (weight[..., None] * difference).astype(hidden.dtype)
+        wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        # One token may predict several: the first ones of all responses to a prompt.
+        to_hidden = carry[0].at[shards, predictor].add(wide("scv,dv->scd", difference, head.astype(hidden.dtype)))
+        return to_hidden, carry[1] + wide("scd,scv->dv", at, difference).astype(head.dtype)
+
+    zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head)
+    to_hidden, to_head = _over_chunks(settings[0], scored, body, zeros)
+    return to_hidden.astype(hidden.dtype), to_head, None, None, None
+
+
+_token_log_probs.defvjp(_forward, _backward)

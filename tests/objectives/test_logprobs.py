@@ -127,10 +127,41 @@ def test_logits_are_constrained_by_the_names_of_their_axes():
 
     batch = draw(6)
     constrained, _ = response_log_probs(*batch, P, chunk_tokens=4, constrain=constrain)
-    assert set(seen) == {((R, 4, V), ("rows", "tokens", "vocab"))}
+    assert set(seen) == {((1, 4, V), ("rows", "tokens", "vocab")), ((1, 1, V), ("rows", "tokens", "vocab"))}
     np.testing.assert_array_equal(constrained, response_log_probs(*batch, P, chunk_tokens=4)[0])
 
 
 def test_a_chunk_of_nothing_is_refused():
     with pytest.raises(ValueError, match="chunk_tokens=0"):
         response_log_probs(*draw(), P, chunk_tokens=0)
+
+
+def test_shards_of_the_rows_change_nothing():
+    hidden, head, *ids = draw(7)
+
+    def total(hidden, head, shards):
+        return response_log_probs(hidden, head, *ids, P, chunk_tokens=4, shards=shards)[0]
+
+    for shards in (1, 3):
+        got, vjp = jax.vjp(lambda *x, shards=shards: total(*x, shards), hidden, head)
+        expected, dense_vjp = jax.vjp(lambda *x: dense(*x, *ids), hidden, head)
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+        for ours, reference in zip(vjp(jnp.arange(1.0, P + 1)), dense_vjp(jnp.arange(1.0, P + 1)), strict=True):
+            np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_alone_computes_the_logits_once():
+    """As in the second pass of a micro-batched step: nothing of the forward pass is left in the program."""
+    batch = draw(8)
+
+    def gradient(hidden, head):
+        return jax.vjp(lambda *x: response_log_probs(*x, *batch[2:], P)[0], hidden, head)[1](jnp.ones(P))
+
+    def both(hidden, head):
+        value, vjp = jax.vjp(lambda *x: response_log_probs(*x, *batch[2:], P)[0], hidden, head)
+        return value, vjp(jnp.ones(P))
+
+    def dots(function):
+        return jax.jit(function).lower(*batch[:2]).compile().as_text().count(" dot(")
+
+    assert dots(gradient) < dots(both)
