@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
+from rpo_jax import models
 from rpo_jax.config import Config, DataConfig
 from rpo_jax.config_io import parse_config
 from rpo_jax.data.embeddings import embed_texts
@@ -80,6 +82,7 @@ def batches_of(config: Config, data: PreferenceData, responses: tuple[str, ...],
         order=config.batch.order,
         seed=config.run.seed,
         row_tokens=config.batch.row_tokens,
+        row_segments=_row_segments(config),
         rows_multiple=config.batch.micro_rows or row_shards,
     )
 
@@ -94,8 +97,16 @@ def sweep_of(config: Config, data: PreferenceData, responses: tuple[str, ...], r
         order="sequential",
         seed=0,
         row_tokens=config.batch.row_tokens,
+        row_segments=_row_segments(config),
         rows_multiple=config.batch.micro_rows or row_shards,
     )
+
+
+def _row_segments(config: Config) -> int:
+    """How many of the longest segments a row may hold: two, which pack better, unless a row's length has a price."""
+    # Micro-batches are counted in rows, to bound memory; and only attention by blocks skips what is far away.
+    skips = models.attention_kind(config.model.attention, jax.default_backend()).skips
+    return 2 if skips and config.batch.micro_rows is None else 1
 
 
 def reference_sweep(config: Config, data: PreferenceData, responses: tuple[str, ...], row_shards: int) -> Sweep:

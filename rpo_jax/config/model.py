@@ -34,7 +34,7 @@ class PolicyConfig:
     tie_embeddings: bool = False
     rope_theta: float = 10_000.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = "dots"
     attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:

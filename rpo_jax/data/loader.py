@@ -38,7 +38,8 @@ class PreferenceBatches:
         responses: which of RESPONSES to load; mismatched slot i belongs to chosen slot i.
         order: `shuffled` anew each epoch, or `sequential`.
         seed: of the shuffles.
-        row_tokens: length of a row; where not given, multiples of 64 up to the longest segment, as packs best.
+        row_tokens: length of a row; where not given, multiples of 64, as packs best.
+        row_segments: how many of the longest segments the longest of those rows may hold.
         rows_multiple: the number of rows of a batch is a multiple of this.
 
     Every example is served once an epoch; the last batch of an epoch is filled with invalid slots. All batches have
@@ -59,9 +60,10 @@ class PreferenceBatches:
         order: Literal["shuffled", "sequential"] = "shuffled",
         seed: int,
         row_tokens: int | None = None,
+        row_segments: int = 1,
         rows_multiple: int = 1,
     ) -> None:
-        _check_arguments(pairs, pairing, responses, order, rows_multiple)
+        _check_arguments(pairs, pairing, responses, order, rows_multiple, row_segments)
         assert len(data.examples) == len(data.chosen_embeddings) == len(data.rejected_embeddings)
         self.data = data
         self.pairs = pairs
@@ -74,7 +76,7 @@ class PreferenceBatches:
         self.epoch_examples = max(len(pool) for pool in self._pools.values())
         self.steps_per_epoch = -(-self.epoch_examples // pairs)
         self._segment_tokens = {name: self._count_tokens(name) for name in self._pools}
-        self._row_lengths = self._checked_row_lengths(row_tokens)
+        self._row_lengths = self._checked_row_lengths(row_tokens, row_segments)
         self._rows_multiple = rows_multiple
 
     @cached_property
@@ -174,11 +176,11 @@ class PreferenceBatches:
             tokens[index] = len(example.prompt_ids) + sum(len(ids) for ids in responses if ids is not None)
         return tokens
 
-    def _checked_row_lengths(self, row_tokens: int | None) -> tuple[int, ...]:
+    def _checked_row_lengths(self, row_tokens: int | None, row_segments: int) -> tuple[int, ...]:
         index = max((int(np.argmax(tokens)) for tokens in self._segment_tokens.values()), key=self._longest_at)
         longest = self._longest_at(index)
         if row_tokens is None:
-            return row_lengths(longest, ROW_TOKENS_MULTIPLE)
+            return row_lengths(longest * row_segments, ROW_TOKENS_MULTIPLE)
         if longest > row_tokens:
             raise ValueError(
                 f"{self.data.examples[index].row_id} needs {longest} tokens for its prompt and responses, more than "
@@ -219,9 +221,11 @@ def _check_response(example: TokenizedExample, response: str) -> None:
     raise ValueError(f"{example.row_id} has no {response} response; {fix}.")
 
 
-def _check_arguments(pairs: int, pairing: str, responses: Sequence[str], order: str, rows_multiple: int) -> None:
-    if pairs < 1 or rows_multiple < 1:
-        raise ValueError(f"pairs={pairs} and rows_multiple={rows_multiple} must be at least 1.")
+def _check_arguments(
+    pairs: int, pairing: str, responses: Sequence[str], order: str, rows_multiple: int, row_segments: int
+) -> None:
+    if min(pairs, rows_multiple, row_segments) < 1:
+        raise ValueError(f"{pairs=}, {rows_multiple=} and {row_segments=} must be at least 1.")
     for name, got, allowed in (("pairing", pairing, PAIRINGS), ("order", order, ORDERS)):
         if got not in allowed:
             raise ValueError(f"{name}={got!r} is unknown; use one of {', '.join(allowed)}.")

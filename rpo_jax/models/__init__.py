@@ -1,7 +1,7 @@
 """The decoder, its families, and Hugging Face folders in and out."""
 
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.attend import ATTENTIONS, Split
+from rpo_jax.models.attend import ATTENTIONS, Split, attention_kind
 from rpo_jax.models.decoder import (
     REMAT_POLICIES,
     abstract_params,
@@ -26,6 +26,7 @@ __all__ = [
     "Split",
     "abstract_params",
     "apply",
+    "attention_kind",
     "check_pretrained",
     "count_params",
     "hidden_states",

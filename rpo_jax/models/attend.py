@@ -42,10 +42,12 @@ class AttentionKind(NamedTuple):
     """Attributes:
     make: (layout, distinct windows, split) to the attention of a batch.
     why: one line on where it is used.
+    skips: whether keys that nothing in a block sees cost nothing: rows may then be long.
     """
 
     make: Callable[[Layout, Windows, Split], Attend]
     why: str
+    skips: bool = False
 
 
 def _dense(layout: Layout, windows: Windows, split: Split) -> Attend:
@@ -113,7 +115,7 @@ def _cudnn(layout: Layout, windows: Windows, split: Split) -> Attend:
 
 ATTENTIONS = {
     "dense": AttentionKind(_dense, "all of a row against all of it: short rows; GPUs, where a loop over blocks waits"),
-    "blockwise": AttentionKind(_blockwise, "blocks that see something, one after another: CPU"),
+    "blockwise": AttentionKind(_blockwise, "blocks that see something, one after another: CPU", True),
     "cudnn": AttentionKind(_cudnn, "cuDNN's fused kernel with the mask as a bias: GPUs, float16 and bfloat16, opt-in"),
 }
 # Measured on CPU only (benchmarks/README.md).
@@ -121,18 +123,24 @@ BEST = {"cpu": "blockwise"}
 SHORT = 2 * blockwise.BLOCK_TOKENS  # rows up to this are one or two blocks: nothing to skip
 
 
-def make_attention(name: str, platform: str, layout: Layout, windows: Windows, split: Split) -> Attend:
-    """The attention of a batch.
-
-    Args:
-        name: a key of ATTENTIONS, or auto: what is best on the platform.
-        platform: cpu, gpu or tpu.
-        windows: the distinct sliding windows of the layers, None for all positions.
+def attention_kind(name: str, platform: str) -> AttentionKind:
+    """The kind of that name, or with `auto` the one that is best on the platform: cpu, gpu or tpu.
 
     Raises ValueError for an unknown name.
     """
     if name == "auto":
-        name = "dense" if layout.segment_ids.shape[1] <= SHORT else BEST.get(platform, "dense")
+        name = BEST.get(platform, "dense")
     if name not in ATTENTIONS:
         raise ValueError(f"attention={name!r} is not known; use auto or one of {', '.join(ATTENTIONS)}.")
-    return ATTENTIONS[name].make(layout, windows, split)
+    return ATTENTIONS[name]
+
+
+def make_attention(name: str, platform: str, layout: Layout, windows: Windows, split: Split) -> Attend:
+    """The attention of a batch, of the kind that attention_kind names.
+
+    Args:
+        windows: the distinct sliding windows of the layers, None for all positions.
+    """
+    if name == "auto" and layout.segment_ids.shape[1] <= SHORT:
+        name = "dense"
+    return attention_kind(name, platform).make(layout, windows, split)
