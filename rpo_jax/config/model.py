@@ -19,7 +19,7 @@ class PolicyConfig:
         compute_dtype: dtype of matrix products and activations; weights, log-softmax and loss stay float32.
         remat: what the backward pass recomputes: `none` keeps every activation, `dots` keeps matrix products,
             `full` keeps each layer's input only.
-        attention: auto, or the path to use: dense, blockwise or cudnn (rpo_jax/models/attend.py says what each is).
+        attention: auto, or the path to use: dense, blockwise, splash or cudnn (rpo_jax/models/attend.py says what each is).
     """
 
     path: str | None = None
@@ -35,7 +35,7 @@ class PolicyConfig:
     rope_theta: float = 10_000.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "dots"
-    attention: Literal["auto", "dense", "blockwise", "cudnn"] = "auto"
+    attention: Literal["auto", "dense", "blockwise", "splash", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")

@@ -1,7 +1,7 @@
 """From hidden states to one log-prob per response, without ever holding all logits.
 
-Letters: R rows and T tokens of a packed batch, D hidden width, V vocabulary, P responses; S shards of the rows, n tokens
-of a shard, c tokens of a chunk.
+Letters: R rows and T tokens of a packed batch, D hidden width, V vocabulary, P responses; S shards of the rows, n
+tokens of a shard, c tokens of a chunk.
 """
 
 from __future__ import annotations
