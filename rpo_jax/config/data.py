@@ -83,7 +83,8 @@ class BatchConfig:
     Args:
         pairs: pairs of a step; with unpaired data, chosen and rejected responses of a step each.
         micro_rows: packed rows whose activations are in memory at a time; all where not given. The contrast
-            matrix spans the whole batch either way, and the gradient is the same.
+            matrix spans the whole batch either way, and the gradient is the same; it costs one more forward pass (two
+            with model.remat=full: dots suffices beside it).
         row_tokens: length of a packed row; where not given, multiples of 64, as packs best.
         order: `shuffled`, or `sequential` in file order.
     """
