@@ -19,7 +19,8 @@ class PolicyConfig:
         compute_dtype: dtype of matrix products and activations; weights, log-softmax and loss stay float32.
         remat: what the backward pass recomputes: `none` keeps every activation, `dots` keeps matrix products,
             `full` keeps each layer's input only.
-        attention: auto, or the path to use: dense, blockwise, splash or cudnn (rpo_jax/models/attend.py says what each is).
+        attention: auto, or the path to use: dense, blockwise, splash or cudnn; rpo_jax/models/attend.py says what each
+            is for.
     """
 
     path: str | None = None

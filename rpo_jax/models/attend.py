@@ -6,13 +6,14 @@ Letters: R rows, T tokens, H query heads, G key-value heads, K head dimension.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rpo_jax.models import blockwise
+from rpo_jax.models import blockwise, splash
 from rpo_jax.models.attention import attention, visible
 from rpo_jax.models.blockwise import Layout
 
@@ -43,11 +44,15 @@ class AttentionKind(NamedTuple):
     make: (layout, distinct windows, split) to the attention of a batch.
     why: one line on where it is used.
     skips: whether keys that nothing in a block sees cost nothing: rows may then be long.
+    platforms: where it runs, if not everywhere.
+    needs: what queries must be, in words, and whether they are.
     """
 
     make: Callable[[Layout, Windows, Split], Attend]
     why: str
     skips: bool = False
+    platforms: tuple[str, ...] = ()
+    needs: tuple[tuple[str, Callable[[Array], bool]], ...] = ()
 
 
 def _dense(layout: Layout, windows: Windows, split: Split) -> Attend:
@@ -60,7 +65,8 @@ def _dense(layout: Layout, windows: Windows, split: Split) -> Attend:
     return attend
 
 
-_ROWS = ("rows", "tokens")
+_ROW: Any = ("rows",)
+_ROWS: Any = ("rows", "tokens")
 _LAYOUT = Layout(_ROWS, _ROWS, _ROWS)
 
 
@@ -70,18 +76,15 @@ def _blockwise(layout: Layout, windows: Windows, split: Split) -> Attend:
     layout = Layout(*(jnp.pad(ids, ((0, 0), (0, padding))) for ids in layout))
     sizes = jnp.array([EVERYTHING if window is None else window for window in windows], jnp.int32)
     # Once for all layers that share a window; every device plans its own rows.
-    plan_axes = blockwise.Plan(("rows",), ("rows",))
+    plan_axes = blockwise.Plan(_ROW, _ROW)
     make_plan = split.per_shard(blockwise.make_plan, (_LAYOUT, ()), plan_axes)
     plans = jax.tree.map(lambda *parts: jnp.stack(parts), *(make_plan(layout, size) for size in sizes))
 
     def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
         key, value = (_splittable(x, query.shape[2], split) for x in (key, value))
-        heads, kv_heads = ("heads", "kv_heads") if key.shape[2] % split.shards("kv_heads") == 0 else (None, None)
-        run = split.per_shard(
-            blockwise.blockwise_attention,
-            ((*_ROWS, heads, None), (*_ROWS, kv_heads, None), (*_ROWS, kv_heads, None), _LAYOUT, plan_axes, ()),
-            (*_ROWS, heads, None),
-        )
+        of_query, of_key = _head_axes(query, key, split)
+        axes = (of_query, of_key, of_key, _LAYOUT, plan_axes, ())
+        run = split.per_shard(blockwise.blockwise_attention, axes, of_query)
         query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
         return run(query, key, value, layout, jax.tree.map(lambda x: x[which], plans), sizes[which])[:, :tokens]
 
@@ -96,17 +99,46 @@ def _splittable(x: Float[Array, "R T G K"], num_heads: int, split: Split) -> Flo
     return jnp.repeat(x, num_heads // x.shape[2], axis=2)
 
 
+def _head_axes(query: Array, key: Array, split: Split) -> tuple[Any, Any]:
+    """Axes of queries, and of keys and values: heads that devices cannot share evenly are whole on each of them."""
+    even = key.shape[2] % split.shards("kv_heads") == 0 and query.shape[2] % split.shards("heads") == 0
+    heads, kv_heads = ("heads", "kv_heads") if even else (None, None)
+    return (*_ROWS, heads, None), (*_ROWS, kv_heads, None)
+
+
+def _splash(layout: Layout, windows: Windows, split: Split, interpret: bool = False) -> Attend:
+    tokens = layout.segment_ids.shape[1]
+    pad = splash.padding(tokens)
+    layout = Layout(*(jnp.pad(ids, ((0, 0), (0, pad))) for ids in layout))
+    # Once for all layers that share a window; every device makes the masks of its own rows, and all heads share them.
+    made = []
+    for window in windows:
+        make = partial(splash.make_kernels, window=window, interpret=interpret)
+        made.append(split.per_shard(make, (_LAYOUT,), _ROW)(layout))
+    kernels = jax.tree.map(lambda *parts: jnp.stack(parts), *made)
+
+    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+        key, value = (_splittable(x, query.shape[2], split) for x in (key, value))
+        of_query, of_key = _head_axes(query, key, split)
+        run = split.per_shard(splash.splash_attention, (of_query, of_key, of_key, _ROW), of_query)
+        query, key, value = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (query, key, value))
+        kernel = jax.tree.map(lambda x: x[which if len(windows) > 1 else 0], kernels)
+        return run(query, key, value, kernel)[:, :tokens]
+
+    return attend
+
+
 def _cudnn(layout: Layout, windows: Windows, split: Split) -> Attend:
     masks = jnp.stack([visible(*layout, window) for window in windows])[:, :, None]
-    axes = (*_ROWS, "heads", None)
 
     def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
         # One mask for all heads; the scores themselves stay inside the kernel.
         key, value = (_splittable(x, query.shape[2], split) for x in (key, value))
+        of_query, of_key = _head_axes(query, key, split)
         run = split.per_shard(
             lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"),
-            (axes, (*_ROWS, "kv_heads", None), (*_ROWS, "kv_heads", None), ("rows", None, None, None)),
-            axes,
+            (of_query, of_key, of_key, ("rows", None, None, None)),
+            of_query,
         )
         return run(query, key, value, masks[which if len(masks) > 1 else 0])
 
@@ -115,24 +147,39 @@ def _cudnn(layout: Layout, windows: Windows, split: Split) -> Attend:
 
 ATTENTIONS = {
     "dense": AttentionKind(_dense, "all of a row against all of it: short rows; GPUs, where a loop over blocks waits"),
-    "blockwise": AttentionKind(_blockwise, "blocks that see something, one after another: CPU", True),
-    "cudnn": AttentionKind(_cudnn, "cuDNN's fused kernel with the mask as a bias: GPUs, float16 and bfloat16, opt-in"),
+    "blockwise": AttentionKind(_blockwise, "blocks that see something, one after another: CPU", skips=True),
+    "splash": AttentionKind(
+        _splash, "JAX's fused kernel, which passes over blocks that see nothing: TPUs", skips=True, platforms=("tpu",)
+    ),
+    "cudnn": AttentionKind(
+        _cudnn,
+        "cuDNN's fused kernel with the mask as a bias: NVIDIA GPUs, opt-in, for it has been run on none",
+        platforms=("gpu",),
+        needs=(
+            ("float16 or bfloat16", lambda query: query.dtype in (jnp.float16, jnp.bfloat16)),
+            ("a head dimension that is a multiple of 8, at most 256", lambda query: query.shape[3] in range(8, 257, 8)),
+            ("an even number of tokens in a row", lambda query: query.shape[1] % 2 == 0),
+        ),
+    ),
 }
-# Measured on CPU only (benchmarks/README.md).
-BEST = {"cpu": "blockwise"}
+# The CPU's by measurement (benchmarks/README.md), the TPU's by the memory that a step compiled for it takes.
+BEST = {"cpu": "blockwise", "tpu": "splash"}
 SHORT = 2 * blockwise.BLOCK_TOKENS  # rows up to this are one or two blocks: nothing to skip
 
 
 def attention_kind(name: str, platform: str) -> AttentionKind:
     """The kind of that name, or with `auto` the one that is best on the platform: cpu, gpu or tpu.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, or one that is not for the platform.
     """
     if name == "auto":
         name = BEST.get(platform, "dense")
     if name not in ATTENTIONS:
         raise ValueError(f"attention={name!r} is not known; use auto or one of {', '.join(ATTENTIONS)}.")
-    return ATTENTIONS[name]
+    kind = ATTENTIONS[name]
+    if kind.platforms and platform not in kind.platforms:
+        raise ValueError(f"attention={name!r} is for {', '.join(kind.platforms)}, but this is {platform}; use auto.")
+    return kind
 
 
 def make_attention(name: str, platform: str, layout: Layout, windows: Windows, split: Split) -> Attend:
@@ -140,7 +187,21 @@ def make_attention(name: str, platform: str, layout: Layout, windows: Windows, s
 
     Args:
         windows: the distinct sliding windows of the layers, None for all positions.
+
+    What it gives raises ValueError, when it is traced, for queries that the kind cannot do.
     """
     if name == "auto" and layout.segment_ids.shape[1] <= SHORT:
         name = "dense"
-    return attention_kind(name, platform).make(layout, windows, split)
+    kind = attention_kind(name, platform)
+    attend = kind.make(layout, windows, split)
+
+    def checked(query: Array, key: Array, value: Array, which: Array) -> Array:
+        for need, fulfilled in kind.needs:
+            if not fulfilled(query):
+                raise ValueError(
+                    f"attention={name!r} needs {need}, but queries are {query.dtype} of shape {query.shape} "
+                    "[rows, tokens, heads, head dimension]; change that or use attention=auto."
+                )
+        return attend(query, key, value, which)
+
+    return checked

@@ -165,7 +165,7 @@ def test_no_array_of_all_tokens_by_all_tokens_per_head():
 
 def test_an_unknown_attention_names_the_known_ones():
     layout = packed_layout(1, 64)
-    with pytest.raises(ValueError, match="attention='flash' is not known; use auto or one of dense, blockwise, cudnn"):
+    with pytest.raises(ValueError, match="attention='flash' is not known; use auto or one of dense, blockwise, splash"):
         make_attention("flash", "cpu", layout, (None,), Split())
 
 

@@ -1,0 +1,71 @@
+"""Attention by JAX's splash kernel for TPUs, with the packed, branched mask given as an array.
+
+The kernel keeps scores in a core's own memory and passes over blocks that see nothing. Its segment ids cannot say that
+a prompt is seen by all of its branches while they do not see each other, so each row brings its own mask, [T, T] of
+booleans once for all heads and layers, in the tiles that the forward and the backward kernels read.
+
+Letters: R rows, T tokens, H query heads, G key-value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
+from jaxtyping import Array, Float
+
+from rpo_jax.models.attention import ATTENTION_OUTPUT, visible
+from rpo_jax.models.blockwise import Layout
+
+LANES = 128  # the kernel's blocks are multiples of a TPU register's width
+MOST_TOKENS = 512  # of a block: large enough that its arithmetic, not the step from block to block, takes the time
+
+
+def block_tokens(tokens: int) -> int:
+    """Tokens of a block: rows are cut into as few as there can be, all alike and padded little."""
+    blocks = -(-tokens // MOST_TOKENS)
+    return -(-tokens // (blocks * LANES)) * LANES
+
+
+def padding(tokens: int) -> int:
+    """Tokens to add to a row to make it whole blocks."""
+    return -tokens % block_tokens(tokens)
+
+
+def make_kernels(layout: Layout, window: int | None, interpret: bool = False) -> library.SplashAttentionKernel:
+    """The kernel with the masks of all rows: a tree of arrays whose first axis is R.
+
+    Args:
+        layout: T tokens, whole blocks.
+        window: positions that a query sees back, its own included; None for all.
+        interpret: run as plain JAX operations, on any backend.
+    """
+    block = block_tokens(layout.segment_ids.shape[1])
+    sizes = library.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+
+    def of_row(mask: Array) -> library.SplashAttentionKernel:
+        # One head's mask serves all.
+        kernel = library.make_splash_mha_single_device(
+            mask[None], block_sizes=sizes, residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret
+        )
+        infos: tuple[Any, ...] = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
+        # The flag only names a scope in profiles, and one that is traced cannot be read.
+        return type(kernel)(*(info._replace(is_dynamic_mask=None) for info in infos), **kernel.kwargs)
+
+    return jax.vmap(of_row)(visible(*layout, window))
+
+
+def splash_attention(
+    query: Float[Array, "R T H K"],
+    key: Float[Array, "R T G K"],
+    value: Float[Array, "R T G K"],
+    kernels: library.SplashAttentionKernel,
+) -> Float[Array, "R T H K"]:
+    """Grouped-query attention, softmax in float32; T and the masks are those of the kernels."""
+    query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    by_head = (x.swapaxes(1, 2) for x in (query, key, value))
+    return jax.vmap(lambda kernel, *qkv: kernel(*qkv))(kernels, *by_head).swapaxes(1, 2)
