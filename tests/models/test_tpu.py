@@ -1,0 +1,67 @@
+"""The training step compiled for eight TPU chips that are not there: libtpu, where installed, is a compiler too."""
+
+import os
+
+import jax
+import pytest
+
+from rpo_jax import sharding
+from rpo_jax.config import BatchConfig, Config, MeshConfig, PolicyConfig
+from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.step import build_steps
+from rpo_jax.types import Batch
+from tests.worlds import random_data, small_model
+
+libtpu = pytest.importorskip("libtpu", reason="only libtpu compiles for TPUs: pip install libtpu")
+
+ROWS, TOKENS, HEADS = 8, 2048, 8
+# Who the machine is, where there is none to ask.
+NOWHERE = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def chips():
+    from jax.experimental import topologies
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in NOWHERE.items():
+            if name not in os.environ:
+                patch.setenv(name, value)
+        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+
+
+def abstract_batch(mesh) -> Batch:
+    batches = PreferenceBatches(
+        random_data(),
+        pairs=16,
+        pairing="paired",
+        responses=("chosen", "rejected"),
+        seed=0,
+        row_tokens=TOKENS,
+        rows_multiple=ROWS,
+    )
+    rows, whole = sharding.by_rows(mesh), sharding.replicated(mesh)
+
+    def abstract(leaf):
+        at = rows if leaf.ndim == 2 and leaf.shape[1] == TOKENS else whole
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+
+    return jax.tree.map(abstract, batches.batch_at(0))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_the_step_runs_the_kernel_without_scores_of_all_tokens_by_all(chips, shape, head_dim):
+    """Three kernels, forward and backward: what the forward pass gave is kept, not computed again."""
+    mesh = sharding.make_mesh(MeshConfig(**dict(zip(sharding.MESH_AXES, shape, strict=True))), chips)
+    model = small_model(hidden_size=HEADS * head_dim, num_heads=HEADS, num_kv_heads=4)
+    config = Config(batch=BatchConfig(pairs=16), model=PolicyConfig(compute_dtype="bfloat16", remat="dots"))
+    steps = build_steps(config, model, mesh, total_steps=10)
+    compiled = steps.train.lower(steps.abstract_state, abstract_batch(mesh), None).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    scores = 4 * ROWS * HEADS * TOKENS**2 // len(chips)
+    assert compiled.memory_analysis().temp_size_in_bytes < scores
