@@ -129,6 +129,7 @@ def _splash(layout: Layout, windows: Windows, split: Split, interpret: bool = Fa
 
 
 def _cudnn(layout: Layout, windows: Windows, split: Split) -> Attend:
+    """Read in JAX's source and lowered for CUDA in a test, but never run: no GPU was at hand."""
     masks = jnp.stack([visible(*layout, window) for window in windows])[:, :, None]
 
     def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
