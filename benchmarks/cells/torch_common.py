@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.spec import MAX_POSITIONS, CellSpec
-from benchmarks.workloads import BOS, EOS, PAD
+from benchmarks.workloads import BOS, EOS, PAD, Pair
 
 LEARNING_RATE = 5e-7
 MAX_GRAD_NORM = 10.0
@@ -51,9 +51,13 @@ def make_reference(policy: LlamaForCausalLM) -> LlamaForCausalLM:
     return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
-def warm_up(model: LlamaForCausalLM) -> None:
-    """A small forward and backward pass: threads are started and kernels chosen before any step is timed."""
+def warm_up(model: LlamaForCausalLM, pairs: list[Pair]) -> None:
+    """A forward and backward pass of the size of these pairs' padded rows.
+
+    Threads are started, kernels chosen and memory is taken before any step is timed.
+    """
     device = next(model.parameters()).device
-    tokens = torch.randint(0, model.config.vocab_size, (2, 64), device=device)
+    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+    tokens = torch.randint(0, model.config.vocab_size, (2 * len(pairs), longest), device=device)
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     model.zero_grad(set_to_none=True)

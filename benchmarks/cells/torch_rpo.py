@@ -85,7 +85,7 @@ def measure(spec: CellSpec) -> Measurement:
     policy = make_policy(spec)
     reference = make_reference(policy)
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=LEARNING_RATE, alpha=0.99, eps=1e-8)
-    warm_up(policy)
+    warm_up(policy, pairs[: spec.micro])
     for number in range(spec.warmup + spec.steps):
         started = time.perf_counter()
         loss = train_step(spec, policy, reference, optimizer, batch_of(spec, pairs, number))

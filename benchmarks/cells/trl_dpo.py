@@ -84,7 +84,7 @@ def measure(spec: CellSpec, folder: str) -> Measurement:
     count = spec.pairs * (spec.warmup + spec.steps)
     pairs = make_pairs(spec)
     policy = make_policy(spec)
-    warm_up(policy)
+    warm_up(policy, pairs[: spec.micro])
     settings = SETTINGS[spec.system]
     cached = settings.get("precompute_ref_log_probs", False)
     arguments = DPOConfig(
