@@ -88,13 +88,21 @@ class PreferenceBatches:
         sample = np.unique(np.linspace(0, last - 1, count).astype(int))
         row_tokens = self._row_lengths[-1]
         # No two rows of a first-fit packing fit into one, so k rows hold more than (k // 2) * row_tokens tokens.
-        most_tokens = sum(int(np.sort(tokens)[-self.pairs :].sum()) for tokens in self._segment_tokens.values())
+        most_tokens = sum(self._most_tokens(name) for name in self._pools)
         return choose_shapes(
             np.array([self._rows_needed(int(step)) for step in sample]),
             self._row_lengths,
             most_rows=min(self.pairs * len(self._pools), 2 * -(-most_tokens // row_tokens) - 1),
             multiple=self._rows_multiple,
         )
+
+    def _most_tokens(self, pool: str) -> int:
+        """Tokens that the slots of this pool hold in the worst batch."""
+        tokens, size = self._segment_tokens[pool], len(self._pools[pool])
+        if size < self.epoch_examples and self.order != "sequential":
+            # The smaller pool starts again within a batch: an example may come once in each round that it touches.
+            tokens = np.tile(tokens, 1 + -(-self.pairs // size))
+        return int(np.sort(tokens)[-self.pairs :].sum())
 
     def batch_at(self, step: int) -> Batch:
         """The batch of this step, counted from 0 over all epochs."""

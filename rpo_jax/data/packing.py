@@ -111,6 +111,7 @@ def build_batch(
         shared = share_prompts(groups, tokens)
         packed[tokens] = shared, *pack([segment.num_tokens for segment in shared], tokens)
     holding = [shape for shape in shapes if shape.tokens in packed and packed[shape.tokens][-1] <= shape.rows]
+    assert holding, "the last shape holds any batch"
     shape = min(holding, key=lambda shape: (shape.size, shape.tokens))
     shared, rows, starts, _ = packed[shape.tokens]
     none = np.zeros(0, np.int64)

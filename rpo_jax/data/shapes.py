@@ -55,8 +55,10 @@ def choose_shapes(
     deviation = np.std(needed[2 * needed[:, -1] >= most, -1])  # without an epoch's last batch, which may be small
     largest = int(np.ceil(most + max(MARGIN_DEVIATIONS * deviation, MARGIN_SHARE * most)))
     margin = Shape(multiple * -(-largest // multiple), lengths[-1])
-    # The proof's bound is far off where batches are large, and is then not counted: it will not be compiled.
-    fixed = [margin, bound] if bound.rows > FAR * most else [bound]
+    # What a run can be expected to need beyond its sample is a shape of its own, smaller than the proof's bound, which
+    # is not counted where it is so far off that it will not be compiled.
+    fixed = [margin, bound] if margin.rows < bound.rows else [bound]
+    most_chosen = MAX_SHAPES - (1 if bound.rows > FAR * most else len(fixed))
     candidates = sorted({Shape(int(rows[b, t]), lengths[t]) for b, t in zip(*np.nonzero(rows), strict=True)} - {*fixed})
     if not candidates:
         return tuple(fixed)
@@ -65,7 +67,7 @@ def choose_shapes(
     without = np.min([_costs(shape, needed[:, -1]) for shape in fixed], axis=0)
 
     chosen: list[int] = []
-    while len(chosen) < MAX_SHAPES - 1:
+    while len(chosen) < most_chosen:
         now = _best(without, costs, chosen)
         totals = np.minimum(now[:, None], costs).sum(0)
         if now.sum() - totals.min() < WORTH_COMPILING * now.sum():

@@ -27,7 +27,7 @@ class Sweep:
         row_tokens: length of a row; where not given, the longest segment rounded up to a multiple of 64.
         rows_multiple: the number of rows of a call is a multiple of this.
 
-    Rows hold segments of whatever examples fill them, and responses to one prompt share it across examples.
+    Rows hold segments of whatever examples fill them; responses to one prompt share it as far as a row holds them.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Sweep:
     ) -> None:
         self.num_examples = len(data.examples)
         columns = [column for column, name in enumerate(RESPONSES) if name in responses]
-        alone = [segment for i in range(self.num_examples) if (segment := _segment(data, i, columns)) is not None]
+        alone = [segment for i in range(self.num_examples) for segment in _segments(data, i, columns, row_tokens)]
         tokens = np.array([segment.num_tokens for segment in alone], np.int64)
         longest = int(tokens.max(initial=1))
         row_tokens = row_tokens or -(-longest // ROW_TOKENS_MULTIPLE) * ROW_TOKENS_MULTIPLE
@@ -79,12 +79,18 @@ class Sweep:
         return batch, examples, columns
 
 
-def _segment(data: PreferenceData, index: int, columns: Sequence[int]) -> Segment | None:
-    """The example's responses, each numbered by its place in the table of n x 3 log-probs; None if it has none."""
+def _segments(data: PreferenceData, index: int, columns: Sequence[int], row_tokens: int | None) -> list[Segment]:
+    """The example's responses, each numbered by its place in the table of n x 3 log-probs.
+
+    In one segment, unless a row of `row_tokens` does not hold it: the longest that training needs may be shorter.
+    """
     example = data.examples[index]
     found = [(len(RESPONSES) * index + column, getattr(example, f"{RESPONSES[column]}_ids")) for column in columns]
     present = tuple((place, ids) for place, ids in found if ids is not None)
-    return Segment(example.row_id, example.prompt_ids, present) if present else None
+    joined = Segment(example.row_id, example.prompt_ids, present)
+    if row_tokens is not None and joined.num_tokens > row_tokens:
+        return [joined._replace(responses=(response,)) for response in present]
+    return [joined] if present else []
 
 
 def _rows(alone: Sequence[Segment], row_tokens: int) -> list[list[Segment]]:

@@ -186,9 +186,21 @@ def test_the_largest_shape_holds_the_worst_batch(pairing):
     """32 long segments among 3,000 short ones, in one batch although no sampled one has them together."""
     sizes = [(1, 2, 2, None)] * 3000 + [(40, 30, 30, None)] * 32
     batches = PreferenceBatches(data_of(examples_of_lengths(sizes)), pairs=32, pairing=pairing, seed=0)
+    assert len(batches.shapes) > 1, "they are chosen by the real batches"
     worst = np.arange(3000, 3032)
     batches._indices = lambda _: {"chosen": worst, "rejected": worst}
-    assert batches.batch_at(0).tokens.shape in batches.shapes
+    assert batches.batch_at(0).tokens.shape == batches.shapes[-1]
+
+
+def test_the_largest_shape_holds_a_small_pool_that_comes_round_within_a_batch():
+    """Five long rejected responses for 200 short chosen ones: a batch of 32 holds each of them six or seven times."""
+    sizes = [(4, 4, None, None)] * 200 + [(8, None, 120, None)] * 5
+    batches = PreferenceBatches(
+        data_of(examples_of_lengths(sizes)), pairs=32, pairing="unpaired", seed=0, row_tokens=128
+    )
+    rows = max(batches.batch_at(step).tokens.shape[0] for step in range(40))
+    assert rows >= 32, "every rejected response fills a row"
+    assert batches.shapes[-1].rows > rows
 
 
 def test_responses_to_one_prompt_share_it_across_a_batch():

@@ -73,3 +73,17 @@ def test_missing_responses_are_not_reached():
 
 def test_nothing_to_reach_is_no_call():
     assert len(made([(3, 2, None, None)], responses=("rejected",))[1]) == 0
+
+
+def test_an_example_longer_than_a_row_is_reached_response_by_response():
+    """Responses trained apart only need rows that hold a prompt and one of them."""
+    sizes = [(20, 30, 35, None)] * 10
+    data, sweep = made(sizes, responses=("chosen", "rejected"), row_tokens=64)
+    reached = []
+    for number in range(len(sweep)):
+        batch, examples, columns = sweep.call(number)
+        for slot, (index, column) in enumerate(zip(examples, columns, strict=True)):
+            response = getattr(data.examples[index], f"{RESPONSES[column]}_ids")
+            assert sequence(batch, slot)[1] == response.tolist()
+        reached += list(zip(examples.tolist(), columns.tolist(), strict=True))
+    assert sorted(reached) == [(i, column) for i in range(10) for column in (0, 1)]
