@@ -36,7 +36,7 @@ class _Step:
 
     def note_if_finished(self) -> None:
         """Take the time now if the step is done: where dispatch blocks, it is long done when its metrics are read."""
-        if all(value.is_ready() for value in self.report.values()):
+        if self.finished is None and all(value.is_ready() for value in self.report.values()):
             self.finished = time.perf_counter()
 
     def wait(self) -> float:

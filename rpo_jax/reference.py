@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from rpo_jax.data.sweep import Sweep
+from rpo_jax.models.folders import safetensors_files
 from rpo_jax.step import LogProbs, Params
 from rpo_jax.types import RESPONSES, Batch, PreferenceData
 
@@ -53,9 +54,9 @@ log = logging.getLogger(__name__)
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """SHA-256 over the weights and config.json of a model folder."""
+    """SHA-256 over the files of a model folder's weights; the architecture is told apart by itself."""
     digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for file in sorted(set(safetensors_files(folder).values())):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -139,17 +140,35 @@ def read_cache(path: Path, parts: Mapping[str, str], num_examples: int) -> Float
 def write_cache(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "n"]) -> None:
     """Write beside, flush to disk, rename: a reader finds the whole file or none."""
     content = save({"log_probs": values}, {**parts, "sha256": _checksum(values)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with beside.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder; ValueError where it cannot be written to, before hours go into what could not be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"run.cache_dir: {folder} cannot be written to ({error}); choose another folder.") from None
+
+
+def _check_finite(data: PreferenceData, response: str, log_probs: Float[np.ndarray, "n"]) -> None:
+    for example, value in zip(data.examples, log_probs, strict=True):
+        if getattr(example, f"{response}_ids") is not None and not np.isfinite(value):
+            raise ValueError(
+                f"The reference gives {example.row_id} a {response} log-prob of {value}; check the reference's "
+                "weights, or use model.compute_dtype=float32."
+            )
 
 
 def what_changed(folder: Path, parts: Mapping[str, str]) -> list[str]:
@@ -213,9 +232,14 @@ def cached_log_probs(
     if reasons:
         say(f"reference log-probs of {parts['slot']} are computed again: {', '.join(reasons)} changed")
     if missing:
+        _check_writable(cache_dir / FOLDER)
         computed = compute(tuple(missing))
         for name, (path, own) in missing.items():
             column = np.ascontiguousarray(computed[:, RESPONSES.index(name)])
-            write_cache(path, own, column)
+            _check_finite(data, name, column)
+            try:
+                write_cache(path, own, column)
+            except OSError as error:  # what has been computed is good for this run all the same
+                log.warning("Reference log-probs are not kept for the next run: %s.", error)
             table[:, RESPONSES.index(name)] = column
     return replace(data, reference_log_probs=table), tuple(missing)

@@ -4,6 +4,7 @@ import logging
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from rpo_jax import reference
 from rpo_jax.data.sweep import Sweep
@@ -280,16 +281,32 @@ def test_a_cache_that_is_not_there_is_no_warning(tmp_path, caplog):
     assert caplog.text == ""
 
 
-def test_a_folder_s_fingerprint_is_of_weights_and_architecture(tmp_path):
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    first = folder_fingerprint(tmp_path)
-    (tmp_path / "README.md").write_text("words", encoding="utf-8")
+def test_a_folder_s_fingerprint_is_of_its_weights(tmp_path):
+    def written(value: float) -> str:
+        save_file({"w": np.full(3, value, np.float32)}, tmp_path / "model.safetensors")
+        return folder_fingerprint(tmp_path)
+
+    first = written(1.0)
+    # What is beside the weights does not decide the values, or is compared by itself.
+    (tmp_path / "config.json").write_text('{"transformers_version": "6"}', encoding="utf-8")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"the same weights in another layout")
     assert folder_fingerprint(tmp_path) == first
-    (tmp_path / "model.safetensors").write_bytes(b"Weights")
-    second = folder_fingerprint(tmp_path)
-    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8")
-    assert len({first, second, folder_fingerprint(tmp_path)}) == 3
+    assert written(2.0) != first
+    assert written(1.0) == first
+
+
+def test_a_cache_folder_that_cannot_be_written_to_is_told_before_anything_is_computed(tmp_path, data):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run.cache_dir: .* cannot be written to"):
+        cached_log_probs(data, ("chosen",), PARTS, tmp_path / "file", refuse, print)
+
+
+def test_a_log_prob_that_is_no_number_is_refused_and_not_kept(tmp_path, data):
+    table = np.zeros((len(data.examples), 3), np.float32)
+    table[2, 0] = np.nan
+    with pytest.raises(ValueError, match=r"made.jsonl:3 a chosen log-prob of nan"):
+        cached_log_probs(data, ("chosen",), PARTS, tmp_path, lambda _: table, print)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_parameters_in_memory_are_told_apart():
