@@ -93,6 +93,10 @@ def _micro_batches(batch: Batch, micro_rows: int | None) -> tuple[dict[str, Int[
 
 def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh) -> Forward:
     """Function from parameters and packed rows to the log-probs of the responses that these rows hold."""
+    platform = mesh.devices.flat[0].platform
+    models.check_attention(
+        config.model.attention, platform, config.model.compute_dtype, model_config.head_dim, config.batch.row_tokens
+    )
     placement = sharding.Placement(mesh)
     split, constrain = models.Split(placement.shards, placement.per_shard), placement.constrain
 
@@ -107,7 +111,7 @@ def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh) -> For
             compute_dtype=config.model.compute_dtype,
             remat=config.model.remat,
             attention=config.model.attention,
-            platform=mesh.devices.flat[0].platform,
+            platform=platform,
             constrain=constrain,
             split=split,
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rpo_jax import models, sharding
-from rpo_jax.config import BatchConfig, Config, MeshConfig
+from rpo_jax.config import BatchConfig, Config, MeshConfig, PolicyConfig
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.prepare import reference_sweep
 from rpo_jax.reference import compute_log_probs
@@ -25,12 +25,12 @@ def params():
     return models.init_params(MODEL, jax.random.key(0))
 
 
-def packed_log_probs(params, batches, step):
+def packed_log_probs(params, batches, step, attention="auto"):
     """(row id, response name) -> log-prob, for the responses of one packed batch."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     batch = batches.batch_at(step)
     with jax.set_mesh(mesh):
-        log_probs, _ = build_log_probs(Config(), MODEL, mesh)
+        log_probs, _ = build_log_probs(Config(model=PolicyConfig(attention=attention)), MODEL, mesh)
         values = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob)
     found, first = [], 0
     for name in RESPONSES:
@@ -77,6 +77,14 @@ def test_packed_equals_padded(params, pairing, responses, examples_a_prompt):
         assert log_prob == pytest.approx(expected, rel=0, abs=1e-5 * len(response_ids)), (example.row_id, name)
     if examples_a_prompt == 24:
         assert batch.branch_ids.max() > 3, "more responses share a prompt than one example has"
+
+
+def test_attention_by_blocks_over_long_rows_equals_padded(params):
+    batches = PreferenceBatches(data_with_shared_prompts(4), pairs=PAIRS, responses=RESPONSES, seed=0, row_tokens=320)
+    for example, name, log_prob in packed_log_probs(params, batches, 0, "blockwise")[0]:
+        response_ids = getattr(example, f"{name}_ids")
+        expected = padded_log_prob(params, example.prompt_ids, response_ids)
+        assert log_prob == pytest.approx(expected, rel=0, abs=1e-5 * len(response_ids)), (example.row_id, name)
 
 
 @pytest.mark.parametrize("examples_a_prompt", [1, 4], ids=["its own prompt", "four to a prompt"])

@@ -27,13 +27,15 @@ MODEL = small_model()
 OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=2)
 
 
-def configured(pairing="paired", objective="rpo", micro_rows=None, remat="none", **contrast) -> Config:
+def configured(
+    pairing="paired", objective="rpo", micro_rows=None, remat="none", attention="auto", **contrast
+) -> Config:
     return Config(
         data=DataConfig(pairing=pairing),
         objective=ObjectiveConfig(name=objective),
         contrast=ContrastConfig(**contrast),
         batch=BatchConfig(pairs=PAIRS, micro_rows=micro_rows),
-        model=PolicyConfig(remat=remat),
+        model=PolicyConfig(remat=remat, attention=attention),
         optim=OPTIM,
     )
 
@@ -83,6 +85,16 @@ def test_any_mesh_gives_the_losses_of_one_device(shape, pairing, on_one_device):
     assert len({report["loss"] for report in reports}) == STEPS, "training must change the loss"
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_attention_by_blocks_gives_the_losses_of_dense_attention(shape, on_one_device):
+    """Rows of three blocks, recomputed, in micro-batches: what `auto` does on a CPU where rows are long."""
+    config = configured(attention="blockwise", remat="dots", micro_rows=8)
+    reports, _ = train(config, make_mesh(*shape), batches_for(config, row_tokens=192, rows_multiple=16))
+    for name in ("loss", "grad_norm", "rewards/margins", "contrast/perplexity"):
+        got, expected = ([report[name] for report in found] for found in (reports, on_one_device["paired"]))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
 def test_parameters_and_optimizer_state_are_split():
     mesh = make_mesh(2, 2, 2)
     placed = build_steps(configured(), MODEL, mesh, total_steps=1).state_shardings
@@ -107,7 +119,7 @@ def gradient_of(config, batch, mesh, micro_rows):
     return value, gradient
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_micro_batches_are_exact(remat):
     config = configured(remat=remat)
     batch = batches_for(config, rows_multiple=16).batch_at(0)

@@ -1,7 +1,7 @@
 """The decoder, its families, and Hugging Face folders in and out."""
 
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.attend import ATTENTIONS, Split, attention_kind
+from rpo_jax.models.attend import ATTENTIONS, Split, attention_kind, check_attention
 from rpo_jax.models.decoder import (
     REMAT_POLICIES,
     abstract_params,
@@ -27,6 +27,7 @@ __all__ = [
     "abstract_params",
     "apply",
     "attention_kind",
+    "check_attention",
     "check_pretrained",
     "count_params",
     "hidden_states",

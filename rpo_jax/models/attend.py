@@ -45,14 +45,14 @@ class AttentionKind(NamedTuple):
     why: one line on where it is used.
     skips: whether keys that nothing in a block sees cost nothing: rows may then be long.
     platforms: where it runs, if not everywhere.
-    needs: what queries must be, in words, and whether they are.
+    needs: what it cannot do without, in words, and whether (compute dtype, head dimension, row tokens) fulfil it.
     """
 
     make: Callable[[Layout, Windows, Split], Attend]
     why: str
     skips: bool = False
     platforms: tuple[str, ...] = ()
-    needs: tuple[tuple[str, Callable[[Array], bool]], ...] = ()
+    needs: tuple[tuple[str, Callable[[str, int, int | None], bool]], ...] = ()
 
 
 def _dense(layout: Layout, windows: Windows, split: Split) -> Attend:
@@ -157,9 +157,12 @@ ATTENTIONS = {
         "cuDNN's fused kernel with the mask as a bias: NVIDIA GPUs, opt-in, for it has been run on none",
         platforms=("gpu",),
         needs=(
-            ("float16 or bfloat16", lambda query: query.dtype in (jnp.float16, jnp.bfloat16)),
-            ("a head dimension that is a multiple of 8, at most 256", lambda query: query.shape[3] in range(8, 257, 8)),
-            ("an even number of tokens in a row", lambda query: query.shape[1] % 2 == 0),
+            ("model.compute_dtype=bfloat16", lambda dtype, head_dim, tokens: dtype in ("float16", "bfloat16")),
+            (
+                "head dimensions that 8 divides, at most 128",
+                lambda dtype, head_dim, tokens: head_dim in range(8, 129, 8),
+            ),
+            ("an even batch.row_tokens", lambda dtype, head_dim, tokens: tokens is None or tokens % 2 == 0),
         ),
     ),
 }
@@ -177,11 +180,27 @@ def attention_kind(name: str, platform: str) -> AttentionKind:
     if name == "auto":
         name = BEST.get(platform, "dense")
     if name not in ATTENTIONS:
-        raise ValueError(f"attention={name!r} is not known; use auto or one of {', '.join(ATTENTIONS)}.")
+        raise ValueError(f"model.attention={name} is not known; use auto or one of {', '.join(ATTENTIONS)}.")
     kind = ATTENTIONS[name]
     if kind.platforms and platform not in kind.platforms:
-        raise ValueError(f"attention={name!r} is for {', '.join(kind.platforms)}, but this is {platform}; use auto.")
+        raise ValueError(
+            f"model.attention={name} is for {', '.join(kind.platforms)}, but this is {platform}; use auto."
+        )
     return kind
+
+
+def check_attention(name: str, platform: str, compute_dtype: str, head_dim: int, row_tokens: int | None) -> None:
+    """Raise ValueError where the kind of that name cannot do what is asked of it.
+
+    Args:
+        row_tokens: None for multiples of 64.
+    """
+    for need, fulfilled in attention_kind(name, platform).needs:
+        if not fulfilled(compute_dtype, head_dim, row_tokens):
+            raise ValueError(
+                f"model.attention={name} needs {need}; here model.compute_dtype={compute_dtype}, the head dimension is "
+                f"{head_dim} and batch.row_tokens={row_tokens}. Change that, or use model.attention=auto."
+            )
 
 
 def make_attention(name: str, platform: str, layout: Layout, windows: Windows, split: Split) -> Attend:
@@ -189,21 +208,7 @@ def make_attention(name: str, platform: str, layout: Layout, windows: Windows, s
 
     Args:
         windows: the distinct sliding windows of the layers, None for all positions.
-
-    What it gives raises ValueError, when it is traced, for queries that the kind cannot do.
     """
     if name == "auto" and layout.segment_ids.shape[1] <= SHORT:
         name = "dense"
-    kind = attention_kind(name, platform)
-    attend = kind.make(layout, windows, split)
-
-    def checked(query: Array, key: Array, value: Array, which: Array) -> Array:
-        for need, fulfilled in kind.needs:
-            if not fulfilled(query):
-                raise ValueError(
-                    f"attention={name!r} needs {need}, but queries are {query.dtype} of shape {query.shape} "
-                    "[rows, tokens, heads, head dimension]; change that or use attention=auto."
-                )
-        return attend(query, key, value, which)
-
-    return checked
+    return attention_kind(name, platform).make(layout, windows, split)

@@ -1,5 +1,7 @@
 """Attention by blocks against dense attention: values, gradients, windows, padding, devices."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,11 +35,11 @@ def packed_layout(rows: int, tokens: int, seed: int = 0, branches: int = 3) -> L
     return Layout(*map(jnp.array, (positions, segments, branch_ids)))
 
 
-def tensors(rows: int, tokens: int, kv_heads: int = 2):
+def tensors(rows: int, tokens: int, kv_heads: int = 2, num_heads: int = HEADS):
     rng = np.random.default_rng(7)
     return tuple(
         jnp.array(rng.normal(size=(rows, tokens, heads, HEAD_DIM)).astype(np.float32))
-        for heads in (HEADS, kv_heads, kv_heads, HEADS)
+        for heads in (num_heads, kv_heads, kv_heads, num_heads)
     )
 
 
@@ -129,15 +131,18 @@ def test_widths_end_with_the_row_and_are_few():
         ladder = widths(blocks)
         assert ladder[-1] == blocks
         assert list(ladder) == sorted(set(ladder))
-        assert all(after <= max(before + 1, 1.5 * before) for before, after in zip(ladder, ladder[1:], strict=False))
+        assert all(after <= max(before + 1, 1.5 * before) for before, after in pairwise(ladder))
     assert len(widths(128)) <= 20
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (8, 1, 1)])
-def test_devices_share_rows_and_heads(shape):
-    """With four devices on the tensor axis the two key-value heads are repeated, so that heads can be split."""
+@pytest.mark.parametrize(
+    ("shape", "num_heads", "kv_heads"), [((2, 2, 2), 4, 2), ((1, 2, 4), 4, 2), ((8, 1, 1), 4, 2), ((1, 2, 4), 6, 3)]
+)
+def test_devices_share_rows_and_heads(shape, num_heads, kv_heads):
+    """Four devices on the tensor axis: two key-value heads are repeated, so that heads can be split; of six and three
+    heads every device has all."""
     layout = packed_layout(8, 4 * BLOCK_TOKENS, seed=5)
-    *qkv, weight = tensors(8, 4 * BLOCK_TOKENS)
+    *qkv, weight = tensors(8, 4 * BLOCK_TOKENS, kv_heads, num_heads)
     args = layout, qkv, weight, (None, 40), jnp.array(1)
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     placement = Placement(mesh)
@@ -165,7 +170,9 @@ def test_no_array_of_all_tokens_by_all_tokens_per_head():
 
 def test_an_unknown_attention_names_the_known_ones():
     layout = packed_layout(1, 64)
-    with pytest.raises(ValueError, match="attention='flash' is not known; use auto or one of dense, blockwise, splash"):
+    with pytest.raises(
+        ValueError, match=r"model.attention=flash is not known; use auto or one of dense, blockwise, splash"
+    ):
         make_attention("flash", "cpu", layout, (None,), Split())
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 from rpo_jax.models import attend, splash
-from rpo_jax.models.attend import ATTENTIONS, Split, attention_kind, make_attention
+from rpo_jax.models.attend import ATTENTIONS, Split, attention_kind, check_attention, make_attention
 from rpo_jax.models.attention import visible
 from rpo_jax.models.blockwise import Layout
 from rpo_jax.sharding import MESH_AXES, Placement
@@ -106,7 +106,7 @@ def test_blocks_that_nothing_sees_are_passed_over():
 def test_the_kernel_is_the_choice_on_tpus_and_for_them_only():
     assert attention_kind("auto", "tpu") is ATTENTIONS["splash"]
     for name, platform in (("splash", "cpu"), ("splash", "gpu"), ("cudnn", "cpu"), ("cudnn", "tpu")):
-        with pytest.raises(ValueError, match=f"attention='{name}' is for [a-z]+, but this is {platform}; use auto"):
+        with pytest.raises(ValueError, match=f"model.attention={name} is for [a-z]+, but this is {platform}; use auto"):
             attention_kind(name, platform)
 
 
@@ -138,13 +138,14 @@ def test_cudnn_gets_one_mask_for_all_heads_and_unrepeated_keys(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "need"),
+    ("asked", "need"),
     [
-        ({"dtype": "float32"}, "float16 or bfloat16, but queries are float32"),
-        ({"head_dim": 20}, "a head dimension that is a multiple of 8, at most 256, but .*4, 20"),
-        ({"tokens": 77}, "an even number of tokens in a row, but .*2, 77"),
+        (("float32", 64, None), "model.compute_dtype=bfloat16; here model.compute_dtype=float32"),
+        (("bfloat16", 20, None), "head dimensions that 8 divides, at most 128; .* head dimension is 20"),
+        (("bfloat16", 64, 77), "an even batch.row_tokens; .* batch.row_tokens=77"),
     ],
 )
-def test_cudnn_says_what_it_needs(monkeypatch, changes, need):
-    with pytest.raises(ValueError, match=f"attention='cudnn' needs {need}"):
-        lowered_for_cuda(monkeypatch, **{"dtype": "bfloat16"} | changes)
+def test_cudnn_says_what_it_needs(asked, need):
+    check_attention("cudnn", "gpu", "bfloat16", 64, None)
+    with pytest.raises(ValueError, match=f"model.attention=cudnn needs {need}"):
+        check_attention("cudnn", "gpu", *asked)
