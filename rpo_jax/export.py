@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from rpo_jax.checkpoint import Checkpoints, check_architecture, comparable
 from rpo_jax.config_io import load_config
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.models.decoder import Params
+from rpo_jax.models.folders import check_target
 from rpo_jax.reference import folder_fingerprint
 
 
@@ -51,6 +53,8 @@ def export(
     if not lora_config.rank and (adapter or base is not None):
         raise ValueError(f"{run_dir} is no LoRA run: it trained all weights; leave out --adapter and --base.")
     model_config = models.read_config(run_dir / "model")
+    # What comes next may take minutes: hashing, loading and merging a base.
+    check_target(Path(out).expanduser(), overwrite=overwrite)
     adapters = lora_config.rank > 0
     like = lora.abstract_adapters(model_config, lora_config) if adapters else models.abstract_params(model_config)
     trained, record = _checkpoint(run_dir, model_config, step, like)
@@ -60,7 +64,7 @@ def export(
             model_config,
             trained,
             lora_config,
-            base=base or record["base"]["path"],
+            base=_base_name(base, record["base"], run_dir),
             tokenizer=run_dir / "model",
             dtype=dtype,
             overwrite=overwrite,
@@ -84,7 +88,13 @@ def _checkpoint(
     run_dir: Path, model_config: ModelConfig, step: int | None, like: Params
 ) -> tuple[Params, dict[str, Any]]:
     """What a run had trained by a step, or by its newest checkpoint, and what that says about the run."""
-    checkpoints = Checkpoints(run_dir / "checkpoints", read_only=True)
+    with contextlib.closing(Checkpoints(run_dir / "checkpoints", read_only=True)) as checkpoints:
+        return _restored(checkpoints, run_dir, model_config, step, like)
+
+
+def _restored(
+    checkpoints: Checkpoints, run_dir: Path, model_config: ModelConfig, step: int | None, like: Params
+) -> tuple[Params, dict[str, Any]]:
     steps = checkpoints.steps()
     if not steps:
         raise ValueError(f"{run_dir} has no complete checkpoint yet; let the run reach its first save.")
@@ -93,9 +103,14 @@ def _checkpoint(
     step = steps[-1] if step is None else step
     record = checkpoints.record(step)
     check_architecture(record["model"], comparable(model_config), run_dir)
-    trained = checkpoints.restore_params(step, like)
-    checkpoints.close()
-    return trained, record
+    return checkpoints.restore_params(step, like), record
+
+
+def _base_name(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> str:
+    """What a PEFT folder says of its base: a local folder's full path, once checked, or a hub's name as it is."""
+    if given is None or not Path(given).expanduser().is_dir():
+        return given or recorded["path"]
+    return str(_checked_base(given, recorded, run_dir).resolve())
 
 
 def _checked_base(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> Path:
@@ -129,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every restore
     try:
         folder = export(options.pop("run"), options.pop("out"), **options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(folder)

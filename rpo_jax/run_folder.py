@@ -102,6 +102,11 @@ def base_record(config: Config) -> dict[str, str] | None:
     return {"path": str(local.resolve()) if local.is_dir() else path, "fingerprint": fingerprint}
 
 
+def _same(before: Any, now: Any) -> bool:
+    """Equal settings; the order of a list says nothing."""
+    return before == now or (isinstance(before, list) and isinstance(now, list) and sorted(before) == sorted(now))
+
+
 def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
     """ValueError where the newest checkpoint is of another model, base or optimizer; says what else differs."""
     saved = _newest_record(folder)
@@ -118,7 +123,7 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) ->
         and section not in ("mesh", "train", "tracking")
         and key not in ("dir", "cache_dir", "resume", "overwrite")
     }
-    adapters = [key for key in changed if key.startswith("lora.")]
+    adapters = [key for key, (before, now) in changed.items() if key.startswith("lora.") and not _same(before, now)]
     if adapters:
         told = ", ".join(f"{key}={changed[key][0]}, not {changed[key][1]}" for key in adapters)
         raise ValueError(

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 
 import jax
@@ -27,11 +28,19 @@ MODEL = small_model()
 LORA = LoraConfig(rank=4, alpha=16.0)
 
 
-def step_config(pairing="paired", micro_rows=None, remat="none", base_dtype="float32", mode="cached") -> Config:
+def step_config(
+    pairing="paired",
+    micro_rows=None,
+    remat="none",
+    base_dtype="float32",
+    mode="cached",
+    attention="auto",
+    row_tokens=64,
+) -> Config:
     return Config(
         data=DataConfig(pairing=pairing),
-        batch=BatchConfig(pairs=PAIRS, micro_rows=micro_rows),
-        model=PolicyConfig(path="not read here", remat=remat),
+        batch=BatchConfig(pairs=PAIRS, micro_rows=micro_rows, row_tokens=row_tokens),
+        model=PolicyConfig(path="not read here", remat=remat, attention=attention),
         lora=dataclasses.replace(LORA, base_dtype=base_dtype),
         reference=dataclasses.replace(Config().reference, mode=mode),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=0),
@@ -54,7 +63,7 @@ def train_steps(config: Config, shape=(1, 1, 1)):
         pairing=config.data.pairing,
         responses=("chosen", "rejected"),
         seed=0,
-        row_tokens=64,
+        row_tokens=config.batch.row_tokens,
         rows_multiple=8,
     )
     params = jax.tree.map(np.asarray, models.init_params(MODEL, jax.random.key(0)))
@@ -77,6 +86,7 @@ CASES = {
     "micro-batches": {"micro_rows": 8, "remat": "full"},
     "unpaired int8": {"pairing": "unpaired", "base_dtype": "int8", "remat": "dots"},
     "bfloat16, adapters off as reference": {"base_dtype": "bfloat16", "mode": "adapter", "micro_rows": 8},
+    "by blocks": {"attention": "blockwise", "row_tokens": 192, "remat": "dots"},
 }
 
 
@@ -118,6 +128,22 @@ def test_the_gradient_and_the_optimizer_hold_adapters_only():
         assert ours < 0.8 * flops(whole.train, whole.abstract_state)
     adapters = sum(leaf.size for leaf in jax.tree.leaves(lora.abstract_adapters(wide, LORA)))
     assert sum(leaf.size for leaf in jax.tree.leaves(steps.abstract_state)) == 2 * adapters + 2  # rmsprop, two counters
+
+
+def test_the_head_s_gradient_is_not_computed():
+    """It would be the largest product of a LoRA step, and nobody asks for it."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    wide = small_model(vocab_size=1024)
+    batches = PreferenceBatches(random_data(), pairs=PAIRS, responses=("chosen", "rejected"), seed=0, row_tokens=64)
+
+    def products(config, *base) -> int:
+        with jax.set_mesh(mesh):
+            steps = build_steps(config, wide, mesh, total_steps=1)
+            lowered = steps.train.lower(steps.abstract_state, put_batch(mesh, batches.batch_at(0)), None, *base)
+        return len(re.findall(r"f32\[32,1024\]\S* dot\(", lowered.compile().as_text()))
+
+    assert products(dataclasses.replace(step_config(), lora=LoraConfig())) > 0
+    assert products(step_config(), models.abstract_params(wide)) == 0
 
 
 class World:

@@ -16,7 +16,7 @@ class PolicyConfig:
         path: Hugging Face folder or hub name to start from; the sizes below are then not used.
         tokenizer: tokenizer folder of a new model; `train` learns a byte-level BPE of `vocab_size` from the data.
         family: architecture of a new model: llama, mistral, qwen2 or qwen3.
-        compute_dtype: dtype of matrix products and activations; weights, log-softmax and loss stay float32.
+        compute_dtype: dtype of matrix products and activations; trained weights, log-softmax and loss stay float32.
         remat: what the backward pass recomputes: `none` keeps every activation, `dots` keeps matrix products,
             `full` keeps each layer's input only.
         attention: auto, or the path to use: dense, blockwise, splash or cudnn; rpo_jax/models/attend.py says what each
@@ -69,6 +69,7 @@ class LoraConfig:
     base_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))  # a list is what YAML and notebooks give
         positive("lora", alpha=self.alpha)
         if self.rank < 0:
             raise ConfigError(f"lora.rank={self.rank} must not be negative; 0 trains all weights.")
@@ -77,11 +78,10 @@ class LoraConfig:
             raise ConfigError(
                 f"lora.targets={list(self.targets)} must be some of {', '.join(LORA_TARGETS)}, each at most once."
             )
-        if self.base_dtype != "float32" and not self.rank:
-            raise ConfigError(
-                f"lora.base_dtype={self.base_dtype} is for weights that stay frozen, but lora.rank=0 trains them; "
-                "set lora.rank, or base_dtype=float32."
-            )
+        defaults = type(self).__dataclass_fields__
+        for name in ("alpha", "targets", "base_dtype"):
+            if not self.rank and getattr(self, name) != defaults[name].default:
+                raise ConfigError(f"lora.{name} is set, but lora.rank=0 trains all weights; set lora.rank too.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,9 @@ class ReferenceConfig:
     """Where the reference's log-probs come from.
 
     Args:
-        mode: `cached` computes them once before training and stores them; `live` keeps a second model in memory;
-            `adapter` runs the policy's base with its LoRA adapters off, in every step; `none` uses zeros (the
-            reference-free form).
+        mode: `cached` computes them once before training and stores them; `live` computes them in every step with a
+            second model in memory (LoRA's base, where no path is given); `adapter` computes them in every step with
+            the policy's own LoRA adapters off; `none` uses zeros (the reference-free form).
         path: Hugging Face folder of the reference; the policy's starting weights where not given.
     """
 

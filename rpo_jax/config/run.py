@@ -14,7 +14,7 @@ class RunConfig:
 
     Args:
         dir: run folder; holds config, metrics, checkpoints and the tokenizer.
-        seed: seed of data order and, for a model from scratch, of its initial weights.
+        seed: seed of data order, and of the initial weights of a model from scratch or of LoRA adapters.
         resume: `auto` continues from the newest checkpoint in `dir`, or starts where there is none.
         overwrite: empty an existing run folder first.
         cache_dir: prepared embeddings, reference log-probs and compiled programs; shared between runs.

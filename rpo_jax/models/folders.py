@@ -114,8 +114,7 @@ def copy_tokenizer(tokenizer: Any, target: Path) -> None:
 @contextlib.contextmanager
 def written_whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """An empty folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists; give another folder, or ask to overwrite it.")
+    check_target(path, overwrite=overwrite)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -133,6 +132,12 @@ def written_whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """ValueError for a folder that exists, holds something, and may not be replaced."""
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists; give another folder, or ask to overwrite it.")
 
 
 def some(names: list[str], limit: int = 6) -> str:

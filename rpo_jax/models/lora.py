@@ -173,6 +173,8 @@ def _quantize_kernel(kernel: np.ndarray, num_inputs: int) -> Quantized:
     for layer, stored in enumerate(kernel):  # one at a time: only a layer is ever float32
         wide = stored.astype(np.float32)
         largest = np.max(np.abs(wide), axis=tuple(range(num_inputs)))
+        if not np.isfinite(largest).all():
+            raise ValueError(f"Layer {layer} of the base has weights that are not finite; they cannot be made int8.")
         scale[layer] = np.where(largest > 0, largest / INT8_MAX, 1.0)
         values[layer] = np.rint(wide / scale[layer])
     return Quantized(cast(Any, values), cast(Any, scale))
@@ -214,6 +216,8 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
+    if (dtype or "float32") not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}.")
     pairs, tensors = _flat(adapters), {}
     for target in lora.targets:
         kernel, module, layers, _, _ = projections(model_config)[target]

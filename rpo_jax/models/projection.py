@@ -11,7 +11,6 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
 
@@ -46,14 +45,14 @@ def project(x: Float[Array, "..."], kernel: Kernel, input_rank: int) -> Float[Ar
     return _product(x, kernel.astype(x.dtype), input_rank)
 
 
-def _product(x: Array, kernel: Array, input_rank: int, dtype: DTypeLike | None = None) -> Array:
+def _product(x: Array, kernel: Array, input_rank: int) -> Array:
     """x W as a product of two matrices.
 
     The gradient of W contracts all of x's leading axes. If these are several, XLA's CPU compiler writes x transposed
     first, which took a quarter of the step; matrices it multiplies as they lie.
     """
     lead, inputs = x.shape[: x.ndim - input_rank], math.prod(kernel.shape[:input_rank])
-    y = jnp.matmul(x.reshape(-1, inputs), kernel.reshape(inputs, -1), preferred_element_type=dtype)
+    y = jnp.matmul(x.reshape(-1, inputs), kernel.reshape(inputs, -1))
     return y.reshape(*lead, *kernel.shape[input_rank:])
 
 
@@ -67,6 +66,5 @@ def _project_widened(x: Array, kernel: Array, input_rank: int) -> Array:
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def _project_quantized(x: Array, kernel: Quantized, input_rank: int) -> Array:
     # The scale belongs to the output, so it may follow the product, where it multiplies fewer numbers; -127 to 127 are
-    # exact in bfloat16, and the sums are float32.
-    y = _product(x, kernel.values.astype(x.dtype), input_rank, jnp.float32)
-    return (y * kernel.scale).astype(x.dtype)
+    # exact in bfloat16. In x's dtype throughout, or the backward pass would multiply in float32.
+    return _product(x, kernel.values.astype(x.dtype), input_rank) * kernel.scale.astype(x.dtype)
