@@ -223,16 +223,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     write({"machine": describe_machine(), "arguments": without_interpreters(given)})
+    failed = False
     for number, cell in enumerate(cells, start=1):
         label = f"{cell.workload}-{cell.pairs}-{cell.system}"
         cell = replace(cell, cache_dir=str(beside / "compiled" / label) if cell.system.startswith("ours") else "")
         log = beside / f"{earlier}-{cell.repeat}-{label}.log"
         record = run_cell(cell, pythons[SYSTEMS[cell.system][0]], log, limits)
         write(record)
+        failed = failed or record["status"].startswith("failed")
         seconds = ", ".join(f"{value:.2f}" for value in record["measured"].get("step_seconds", []))
         print(f"[{number}/{len(cells)}] {label}: {record['status']} {seconds}", flush=True)
     print(render(read_records(results)))
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
