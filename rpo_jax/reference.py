@@ -140,6 +140,7 @@ def read_cache(path: Path, parts: Mapping[str, str], num_examples: int) -> Float
 def write_cache(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "n"]) -> None:
     """Write beside, flush to disk, rename: a reader finds the whole file or none."""
     content = save({"log_probs": values}, {**parts, "sha256": _checksum(values)})
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with beside.open("wb") as file:

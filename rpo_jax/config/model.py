@@ -81,7 +81,9 @@ class LoraConfig:
         defaults = type(self).__dataclass_fields__
         for name in ("alpha", "targets", "base_dtype"):
             if not self.rank and getattr(self, name) != defaults[name].default:
-                raise ConfigError(f"lora.{name} is set, but lora.rank=0 trains all weights; set lora.rank too.")
+                raise ConfigError(
+                    f"lora.{name}={getattr(self, name)} is given, but lora.rank=0 trains all weights; set lora.rank."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

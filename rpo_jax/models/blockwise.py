@@ -142,9 +142,9 @@ def _block(index: Array, span_tokens: int, query: Array, key: Array, layout: Lay
     row, number = index // num_blocks, index % num_blocks
     # At the beginning of a row the span reaches past the block: the mask takes care of that.
     start = jnp.maximum((number + 1) * BLOCK_TOKENS - span_tokens, 0)
-    queries = [lax.dynamic_slice(ids, (row, number * BLOCK_TOKENS), (1, BLOCK_TOKENS)) for ids in layout]
-    keys = [lax.dynamic_slice(ids, (row, start), (1, span_tokens)) for ids in layout]
-    mask = visible(*queries, window, keys=tuple(keys), offset=number * BLOCK_TOKENS - start)[0]
+    queries = Layout(*(lax.dynamic_slice(ids, (row, number * BLOCK_TOKENS), (1, BLOCK_TOKENS)) for ids in layout))
+    keys = Layout(*(lax.dynamic_slice(ids, (row, start), (1, span_tokens)) for ids in layout))
+    mask = visible(*queries, window, keys=keys, offset=number * BLOCK_TOKENS - start)[0]
     mask = jnp.tile(mask, (query.shape[2] // BLOCK_TOKENS, 1))
     return _Block(index, (row, 0, start, 0), (1, key.shape[1], span_tokens, key.shape[3]), mask)
 

@@ -162,7 +162,7 @@ class Decoder(nnx.Module):
 
         def body(x, layer):
             weights, which = layer
-            return nnx.merge(graphdef, weights)(x, cos_sin, lambda *qkv: attend(*qkv, which), constrain), None
+            return nnx.merge(graphdef, weights)(x, cos_sin, lambda q, k, v: attend(q, k, v, which), constrain), None
 
         policy = REMAT_POLICIES[remat]
         # A scan already keeps XLA from merging the recomputation with the forward pass.

@@ -70,7 +70,7 @@ def response_log_probs(
         jnp.take_along_axis(x, order, axis=1) for x in (flat_tokens, predictor, response_ids)
     )
     scored = response_ids >= 0
-    token_log_probs = _token_log_probs(
+    token_log_probs: Any = _token_log_probs(
         (min(chunk_tokens, flat_tokens.shape[1]), constrain or _anywhere),
         hidden.reshape(shards, -1, hidden.shape[-1]),
         head,
