@@ -104,6 +104,18 @@ def test_parameters_and_optimizer_state_are_split():
     assert len(split) == len([s for s in jax.tree.leaves(placed.params) if any(s.spec)])
 
 
+def test_data_parallel_devices_gather_nothing():
+    """Every device has the model and its own rows: sums over devices are all that they exchange."""
+    mesh = make_mesh(8)
+    config = configured()
+    with jax.set_mesh(mesh):
+        built = build_steps(config, MODEL, mesh, total_steps=1)
+        batch = put_batch(mesh, batches_for(config).batch_at(0))
+        program = built.train.lower(built.abstract_state, batch, None).compile().as_text()
+    assert " all-reduce(" in program
+    assert " all-gather(" not in program
+
+
 def gradient_of(config, batch, mesh, micro_rows):
     """Loss and gradient for a loss that is nonlinear in all responses together."""
     forward = make_log_probs(config, MODEL, mesh)

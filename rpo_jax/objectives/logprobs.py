@@ -163,7 +163,6 @@ def _forward(settings: Settings, *inputs: jax.Array) -> tuple[jax.Array, tuple[j
 def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangent: Float[Array, "S n"]) -> tuple[Any, ...]:
     """d log p[target] / d logits = onehot(target) - softmax(logits)."""
     hidden, head, targets, predictor, scored = saved
-    shards = jnp.arange(hidden.shape[0])[:, None]
     ids = _padded(settings, targets, predictor, scored, jnp.where(scored, cotangent, 0.0))
 
     def body(chunk: Chunk, _: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -173,12 +172,15 @@ def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangent: Float
         difference = (weight[..., None] * difference).astype(hidden.dtype)
         wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
         # One token may predict several: the first ones of all responses to a prompt.
-        to_hidden = carry[0].at[shards, predictor].add(wide("scv,dv->scd", difference, head.astype(hidden.dtype)))
-        return to_hidden, carry[1] + wide("scd,scv->dv", at, difference).astype(head.dtype)
+        part = wide("scv,dv->scd", difference, head.astype(hidden.dtype))
+        to_hidden = jax.vmap(lambda x, index, values: x.at[index].add(values))(carry[0], predictor, part)
+        return to_hidden, carry[1] + wide("scd,scv->sdv", at, difference)
 
-    zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head)
+    # The head's gradient stays apart for each shard, and is summed once: not over all devices for every chunk.
+    of_shards = settings[1](jnp.zeros((len(hidden), *head.shape), jnp.float32), ("rows", "hidden", "vocab"))
+    zeros = jnp.zeros(hidden.shape, jnp.float32), of_shards
     to_hidden, to_head = _over_chunks(settings[0], scored, body, zeros)
-    return to_hidden.astype(hidden.dtype), to_head, None, None, None
+    return to_hidden.astype(hidden.dtype), jnp.sum(to_head, axis=0).astype(head.dtype), None, None, None
 
 
 _token_log_probs.defvjp(_forward, _backward)
