@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rpo_jax.models.attention import ATTENTION_OUTPUT, visible
 
-# Measured on 2 CPU cores at 64, 128 and 256 tokens: smaller blocks see less that they must not, larger ones multiply
+# Measured on 2 CPU cores at 32, 64 and 128 tokens: smaller blocks see less that they must not, larger ones multiply
 # faster; 64 is also what rows are multiples of.
 BLOCK_TOKENS = 64
 
