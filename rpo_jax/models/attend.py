@@ -166,7 +166,7 @@ ATTENTIONS = {
         ),
     ),
 }
-# The CPU's by measurement (benchmarks/README.md). The TPU's is a guess, timed on none: compiled for one, a step takes
+# The CPU's took a fifth of dense's processor time. The TPU's is a guess, timed on none: compiled for one, a step takes
 # less memory than with dense attention and about as much as with blockwise, whose blocks half fill a matrix unit.
 BEST = {"cpu": "blockwise", "tpu": "splash"}
 SHORT = 2 * blockwise.BLOCK_TOKENS  # rows up to this are one or two blocks: nothing to skip
