@@ -1,5 +1,6 @@
 """A comparison end to end with a model that learns nothing in two steps, and what its numbers rest on."""
 
+import gzip
 import json
 import shutil
 
@@ -49,6 +50,11 @@ STUDY = {
                 "DPO": {"method": "DPO"},
                 "uniform": {"method": "uniform"},
                 "noisy": {"method": "DPO", "task": {"noise": 0.4}},
+                "own encoder": {
+                    "method": "uniform",
+                    "contrast.weights": "embedding",
+                    "embedding.encoder": "{start}",
+                },
             },
         }
     },
@@ -115,12 +121,47 @@ def test_a_study_runs_is_reported_and_runs_nothing_twice(tmp_path, capsys):
 def test_a_study_of_several_methods_seeds_and_noises(tmp_path):
     study, workshop = compared(study_file(tmp_path), tmp_path / "out")
     results = compare.table_results(study, workshop)["main"]
-    assert {label: len(each) for label, each in results.items()} == {"SFT": 2, "DPO": 2, "uniform": 2, "noisy": 2}
+    assert {label: len(each) for label, each in results.items()} == {
+        "SFT": 2,
+        "DPO": 2,
+        "uniform": 2,
+        "noisy": 2,
+        "own encoder": 2,
+    }
     assert results["noisy"][0]["task"]["noise"] == 0.4
     assert compare.tuned_settings(study, workshop)["uniform"]["objective.beta"] in (0.5, 5.0)
-    # 4 trials, 2 seeds x 4 rows, and the fine-tuned models that the trials and the noisy rows start from.
-    assert len(list((tmp_path / "out" / "cells").iterdir())) == 4 + 8 + 1 + 2
+    # 4 trials, 2 seeds x 5 rows, and the fine-tuned models that the trials and the noisy rows start from.
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 4 + 10 + 1 + 2
     assert "(" in (tmp_path / "out" / "report.md").read_text().split("| DPO |")[1].splitlines()[0], "an interval"
+
+
+def test_a_file_s_rows_are_held_out_by_seed(tmp_path):
+    file = tmp_path / "rows.jsonl.gz"
+    with gzip.open(file, "wt") as out:
+        out.writelines(f'{{"prompt": "{n}", "chosen": "a", "rejected": "b"}}\n' for n in range(10))
+    study = read_study(study_file(tmp_path, task={"path": str(file), "held_out_rows": 3}, tables={}))
+    parts = [study.task.parts(seed) for seed in (0, 0, 1)]
+    assert parts[0] == parts[1] != parts[2]
+    for train, held_out in parts:
+        assert (len(train), len(held_out), len({*train, *held_out})) == (7, 3, 10)
+
+
+def test_a_study_of_a_file_is_judged_by_its_held_out_rows(tmp_path):
+    rows, _ = make_rows(GoldTask(train_pairs=1, held_out_pairs=1), 0)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = study_file(
+        tmp_path,
+        seeds=[3],
+        task={"path": str(file), "held_out_rows": 20},
+        tables={"main": {"rows": {"SFT": {}}}},
+    )
+    study, workshop = compared(path, tmp_path / "out")
+    [result] = compare.table_results(study, workshop)["main"]["SFT"]
+    assert "wins" not in result
+    assert 0 <= result["metrics"]["eval_logps/accuracies"] <= 1
+    held_out = (workshop.place(study.beginning(3)) / "held_out.jsonl").read_text().splitlines()
+    assert len(held_out) == 20
 
 
 def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
@@ -197,8 +238,9 @@ def test_one_seed_has_a_mean_and_no_interval():
         ({"base": {**BASE, "objective.bta": 1}}, "did you mean objective.beta?"),
         ({"task": {"noise": 2}}, "noise=2 from 0 to 1"),
         ({"task": {"nose": 2}}, "task: nose is not known"),
+        ({"task": {"path": "nowhere.jsonl"}}, "path=nowhere.jsonl is no file"),
         ({"task": {"train_pairs": 1000}}, "the prompts that a topic has"),
-        ({"methods": {"DPO": {"objective.name": "dop"}}}, "tables: main: uniform: there is no method uniform"),
+        ({"methods": {"DPO": {"objective.name": "dop"}}}, "there is no method uniform"),
         ({"methods": {**STUDY["methods"], "DPO": {"objective.name": "dop"}}}, "did you mean 'dpo'?"),
         ({"methods": {**STUDY["methods"], "DPO": {"grid": {"objective.beta": [1]}}}}, "tuned with as many runs"),
         ({"tables": {"main": {"rows": {"a": {"objective.beta": 1}}}}}, "need a method beside them"),

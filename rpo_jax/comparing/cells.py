@@ -27,6 +27,7 @@ from rpo_jax.export import export
 from rpo_jax.generate import GenerateConfig, generate
 from rpo_jax.train import run
 
+START = "{start}"  # as a setting's value: the folder of the fine-tuned model that the run starts from
 RESULT, LOG, EXPORT = "result.json", "log.txt", "hf"
 ACCURACY, LOG_PROB_ACCURACY = "eval_rewards/accuracies", "eval_logps/accuracies"
 
@@ -93,6 +94,7 @@ class Workshop:
         changes |= {"run.dir": run_dir, "run.cache_dir": self.cache_dir}
         changes |= {"data.path": files["train"], "data.eval_path": files["held_out"]}
         if cell.settings:
+            changes = {key: str(start) if value == START else value for key, value in changes.items()}
             changes["model.path"] = start
         trained = run(configured(changes))
         if not cell.settings:
@@ -100,18 +102,19 @@ class Workshop:
         result: dict[str, Any] = {"metrics": trained.metrics, "train_seconds": sum(trained.phase_seconds.values())}
         if isinstance(cell.task, GoldTask):
             result |= self._judged(cell, files, exported if not cell.settings else run_dir)
-        if cell.settings:
-            result["divergence"] = self._divergence(cell, files, run_dir, start)
+            if cell.settings:
+                result["divergence"] = self._divergence(cell, files, run_dir, start)
         shutil.rmtree(run_dir)  # its metrics are in the result, and nobody trains on from it
         return result
 
     def _files(self, cell: Cell) -> dict[str, Path]:
-        if not isinstance(cell.task, GoldTask):
-            return {"train": Path(cell.task.train), "held_out": Path(cell.task.held_out)}
-        files = {}
-        for name, rows in zip(("train", "held_out"), make_rows(cell.task, cell.seed), strict=True):
-            files[name] = self.place(cell) / f"{name}.jsonl"
-            files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if isinstance(cell.task, GoldTask):
+            parts = [[f"{json.dumps(row)}\n" for row in rows] for rows in make_rows(cell.task, cell.seed)]
+        else:
+            parts = cell.task.parts(cell.seed)
+        files = {name: self.place(cell) / f"{name}.jsonl" for name in ("train", "held_out")}
+        for file, lines in zip(files.values(), parts, strict=True):
+            file.write_text("".join(lines), encoding="utf-8")
         return files
 
     def _answers(self, cell: Cell, files: dict[str, Path], model: Path, temperature: float) -> list[dict[str, Any]]:

@@ -57,11 +57,11 @@ def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _chart(table: Table, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Mean and interval of every row in what the table is judged by; a dashed line at the row of reference."""
     rows = [row.label for row in table.rows if results.get(row.label)]
-    if not rows:
-        return "<p class='soft'>Nothing has run yet.</p>"
     column = judged_by([result for label in rows for result in results[label]])
     found = {label: summarised(column, results[label]) for label in rows}
     drawn = {label: one for label, one in found.items() if one is not None}
+    if not drawn:
+        return f"<p class='soft'>No row has a {html.escape(column.title)} yet.</p>"
     ends = [value for one in drawn.values() for value in one if value == value]
     low, high = min(ends), max(ends)
     room = max(high - low, 1e-9) * 0.06

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import json
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,15 +24,31 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class FileTask:
-    """Preferences from files, the same for every seed. Nothing but preference accuracy is judged: no rule knows more.
+    """Preferences from a file. Nothing but preference accuracy is judged: no rule knows more.
 
     Args:
-        train: as data.path.
-        held_out: as data.eval_path.
+        path: JSON Lines in a layout that the trainer reads, gzipped or not.
+        held_out_rows: other ones for each seed; the rest is trained on.
     """
 
-    train: str
-    held_out: str
+    path: str
+    held_out_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if not Path(self.path).is_file():
+            raise ValueError(f"path={self.path} is no file.")
+        if self.held_out_rows < 1:
+            raise ValueError(f"held_out_rows={self.held_out_rows} must be at least 1.")
+
+    def parts(self, seed: int) -> tuple[list[str], list[str]]:
+        """Lines to train on and held-out ones."""
+        opened = gzip.open if self.path.endswith(".gz") else open
+        with opened(self.path, "rt", encoding="utf-8") as file:
+            lines = [line for line in file if line.strip()]
+        if self.held_out_rows >= len(lines):
+            raise ValueError(f"held_out_rows={self.held_out_rows} leaves nothing of the {len(lines)} of {self.path}.")
+        random.Random(seed).shuffle(lines)
+        return lines[self.held_out_rows :], lines[: self.held_out_rows]
 
 
 Task = GoldTask | FileTask
@@ -129,7 +147,8 @@ class Study:
     max_tokens: int
 
     def beginning(self, seed: int, task: Mapping[str, Any] | None = None) -> Cell:
-        return Cell({}, {**self.base, **self.start}, _changed(self.task, task or {}), seed)
+        changed = _task(type(self.task), {**asdict(self.task), **(task or {})})
+        return Cell({}, {**self.base, **self.start}, changed, seed)
 
     def candidates(self, method: str) -> list[Settings]:
         """The points of a method's grid."""
@@ -165,14 +184,14 @@ class Study:
                 yield f"tables: {table.name}: {row.label}", self.cell(row, self.seeds[0], first)
 
 
-def _changed(task: Task, changes: Mapping[str, Any]) -> Task:
-    known = [field.name for field in fields(task)]
-    for key in changes:
+def _task(kind: type[Task], settings: Mapping[str, Any]) -> Task:
+    known = [field.name for field in fields(kind)]
+    for key in settings:
         if key not in known:
             raise ValueError(f"task: {key} is not known; there are {', '.join(known)}.")
     try:
-        return type(task)(**{**asdict(task), **changes})
-    except TypeError as error:
+        return kind(**settings)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"task: {error}") from None
 
 
@@ -224,7 +243,7 @@ def _read(content: Any) -> Study:
     return Study(
         seeds=tuple(seeds),
         tuning_seed=tuning.get("seed", 1000),
-        task=_changed(FileTask("", "") if "train" in task else GoldTask(), task),
+        task=_task(FileTask if "path" in task else GoldTask, task),
         base=_mapping(content.get("base", {}), "base"),
         start=_mapping(content.get("start", {}), "start"),
         methods=methods,

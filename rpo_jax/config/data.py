@@ -67,7 +67,8 @@ class EmbeddingConfig:
     """The sentence encoder that says how related two prompts are.
 
     Args:
-        encoder: sentence-transformers folder or hub name.
+        encoder: sentence-transformers folder or hub name; of a plain transformers folder the mean of the last hidden
+            states; `hashed-words` counts words, and needs no files.
         text: what is embedded: the prompt, prompt and response together, or the last user turn.
         batch_texts: texts encoded at once.
     """

