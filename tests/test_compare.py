@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,9 +257,14 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path, capsys, changes, 
     assert not out.exists()
 
 
-def test_the_small_study_that_comes_with_the_project_is_one(tmp_path):
-    from pathlib import Path
-
-    study = read_study(Path("configs/compare_small.yaml"))
+@pytest.mark.parametrize("name", ["compare_small", "compare_hh", "compare_hh_gpu"])
+def test_the_studies_that_come_with_the_project_are_some(tmp_path, name):
+    content = yaml.safe_load(Path(f"configs/{name}.yaml").read_text(encoding="utf-8"))
+    if "path" in content["task"]:  # of data that is not in the repository
+        content["task"]["path"] = str(tmp_path / "rows.jsonl")
+        (tmp_path / "rows.jsonl").touch()
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    study = read_study(path)
     assert len(study.seeds) >= 5
     assert json.dumps([cell.name for _, cell in study.configurations()])
