@@ -127,7 +127,7 @@ def report(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; exit status 2 and one line for what a user can mend."""
+    """Command line; exit status 2 and one line for what a user can mend, 0 where a signal stops it."""
     parser = argparse.ArgumentParser(prog="python -m rpo_jax.compare", description=__doc__)
     parser.add_argument("--config", required=True, type=Path, help="the study, a YAML file")
     parser.add_argument("--out", required=True, type=Path, help="folder of cells and reports; what is there is kept")
@@ -144,6 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = f"`python -m rpo_jax.compare --config {options.config} --out {options.out}`"
         for path in write_reports(study, workshop, told):
             print(path)
+    except KeyboardInterrupt as stopped:
+        print(f"{stopped or 'stopped'}; the same command goes on with what is missing")
     except (ValueError, OSError) as error:
         notes = " ".join(getattr(error, "__notes__", ()))
         print(f"error: {error}{f' ({notes})' if notes else ''}", file=sys.stderr)

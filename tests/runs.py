@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,28 @@ def settings(data: Path, run_dir: Path, cache_dir: Path, changes: dict[str, Any]
 
 def configured(data: Path, run_dir: Path, cache_dir: Path, changes: dict[str, Any] | None = None) -> Config:
     return rpo_jax.load_config(None, settings(data, run_dir, cache_dir, changes or {}))
+
+
+def stopped_and_whole(folder: Path, changes: dict[str, Any]) -> tuple[Callable[..., Any], list[dict[str, float]]]:
+    """A run of two steps that goes on as far as the whole one beside it, with the same losses.
+
+    Returns a function that runs it again with further changes, and its lines of metrics that have a loss.
+    """
+    data = write_rows(folder / "pairs.jsonl")
+    changes = {"tracking.tensorboard": False, "train.steps": 4, **changes}
+
+    def run(name: str, **more: Any) -> Any:
+        return rpo_jax.run(configured(data, folder / name, folder / "cache", {**changes, **more}))
+
+    run("whole")
+    run("stopped", **{"train.steps": 2})
+    run("stopped", **{"run.resume": "auto"})
+    whole, stopped = (
+        [line for line in without_timings(metric_lines(folder / name)) if "loss" in line]
+        for name in ("whole", "stopped")
+    )
+    assert whole == stopped
+    return run, stopped
 
 
 def metric_lines(run_dir: Path) -> list[dict[str, float]]:

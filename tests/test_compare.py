@@ -2,7 +2,11 @@
 
 import gzip
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +177,24 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
     with _claimed(workshop.place(cell)) as first:
         assert first
         assert not workshop.work_on(cell)
+
+
+def test_a_cell_that_a_signal_ends_has_no_result(tmp_path, capsys):
+    base = {**BASE, "train.steps": 100_000, "train.log_every": 1}
+    path = study_file(tmp_path, base=base, tables={"main": {"rows": {"SFT": {}}}})
+    [cell] = {cell.name for where, cell in read_study(path).configurations() if where == "start"}
+    place = tmp_path / "out" / "cells" / cell
+
+    def stop_once_it_trains():
+        lines = place / "run" / "metrics.jsonl"
+        while not lines.is_file() or '"loss"' not in lines.read_text():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_once_it_trains, daemon=True).start()
+    assert compare.main(["--config", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().out
+    assert not (place / "result.json").exists()
 
 
 def test_gold_pairs_are_what_they_say():

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import rpo_jax
 from rpo_jax import export, models, sharding
 from rpo_jax.config import (
     BatchConfig,
@@ -28,8 +27,7 @@ from rpo_jax.models import lora
 from rpo_jax.objectives import losses, partition
 from rpo_jax.step import build_steps, make_log_probs, put_batch
 from tests.objectives import oracle
-from tests.runs import configured as small_run
-from tests.runs import metric_lines, without_timings, write_rows
+from tests.runs import stopped_and_whole
 from tests.worlds import random_data, small_model
 
 PAIRS, STEPS = 16, 4
@@ -236,26 +234,8 @@ def test_it_trains_next_to_adapters():
 
 
 def test_a_run_resumes_with_it_and_exports_without(tmp_path):
-    data = write_rows(tmp_path / "pairs.jsonl")
-    changes = {
-        "contrast.weights": "uniform",
-        "objective.partition": "learned",
-        "tracking.tensorboard": False,
-        "train.steps": 4,
-    }
-
-    def run(name, **more):
-        return rpo_jax.run(small_run(data, tmp_path / name, tmp_path / "cache", {**changes, **more}))
-
-    run("whole")
-    run("stopped", **{"train.steps": 2})
-    run("stopped", **{"run.resume": "auto"})
-    trained = [
-        [line for line in without_timings(metric_lines(tmp_path / name)) if "loss" in line]
-        for name in ("whole", "stopped")
-    ]
-    assert trained[0] == trained[1]
-    assert trained[0][-1]["partition/variance"] > 0
+    run, lines = stopped_and_whole(tmp_path, {"contrast.weights": "uniform", "objective.partition": "learned"})
+    assert lines[-1]["partition/variance"] > 0
     with pytest.raises(ValueError, match=r"trained with objective\.partition=learned, not none; resume with its own"):
         run("stopped", **{"run.resume": "auto", "objective.partition": "none"})
     folder = export.export(tmp_path / "stopped", tmp_path / "hf")

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import rpo_jax
 from rpo_jax import export, models, sharding
 from rpo_jax.config import (
     BatchConfig,
@@ -27,8 +26,7 @@ from rpo_jax.gradient import make_loss_and_gradient
 from rpo_jax.models import lora
 from rpo_jax.objectives import value
 from rpo_jax.step import build_steps, put_batch
-from tests.runs import configured as small_run
-from tests.runs import metric_lines, without_timings, write_rows
+from tests.runs import stopped_and_whole
 from tests.worlds import random_data, small_model
 
 PAIRS, STEPS = 8, 4
@@ -161,27 +159,9 @@ def test_it_trains_next_to_adapters_with_the_base_for_reference():
 
 
 def test_a_run_resumes_with_it_and_exports_without(tmp_path):
-    data = write_rows(tmp_path / "pairs.jsonl")
-    changes = {
-        "objective.name": "ppo",
-        "reference.mode": "live",
-        "tracking.tensorboard": False,
-        "train.steps": 4,
-        "batch.micro_rows": 8,
-    }
-
-    def run(name, **more):
-        return rpo_jax.run(small_run(data, tmp_path / name, tmp_path / "cache", {**changes, **more}))
-
-    run("whole")
-    run("stopped", **{"train.steps": 2})
-    run("stopped", **{"run.resume": "auto"})
-    trained = [
-        [line for line in without_timings(metric_lines(tmp_path / name)) if "loss" in line]
-        for name in ("whole", "stopped")
-    ]
-    assert trained[0] == trained[1]
-    assert trained[0][-1]["rewards/margins"] > 0
+    changes = {"objective.name": "ppo", "reference.mode": "live", "batch.micro_rows": 8}
+    run, lines = stopped_and_whole(tmp_path, changes)
+    assert lines[-1]["rewards/margins"] > 0
     with pytest.raises(ValueError, match=r"objective\.name=ppo, not dpo, and one of them has a value head"):
         run("stopped", **{"run.resume": "auto", "objective.name": "dpo"})
     folder = export.export(tmp_path / "stopped", tmp_path / "hf")

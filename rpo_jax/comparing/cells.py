@@ -32,6 +32,10 @@ RESULT, LOG, EXPORT = "result.json", "log.txt", "hf"
 ACCURACY, LOG_PROB_ACCURACY = "eval_rewards/accuracies", "eval_logps/accuracies"
 
 
+class Interrupted(KeyboardInterrupt):
+    """A cell's training has been asked to stop before its end: the cell has no result."""
+
+
 @dataclass(frozen=True)
 class Workshop:
     """Where cells run.
@@ -97,6 +101,8 @@ class Workshop:
             changes = {key: str(start) if value == START else value for key, value in changes.items()}
             changes["model.path"] = start
         trained = run(configured(changes))
+        if trained.stopped is not None:
+            raise Interrupted(f"stopped by {trained.stopped}")
         if not cell.settings:
             export(run_dir, exported, overwrite=True)
         result: dict[str, Any] = {"metrics": trained.metrics, "train_seconds": sum(trained.phase_seconds.values())}
