@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,11 +24,17 @@ def known_keys() -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _known() -> dict[str, None]:
+    """All keys, then all sections."""
+    return dict.fromkeys([*known_keys(), *(section.name for section in fields(Config))])
+
+
 def _reject_unknown(keys: Iterable[str], where: str) -> None:
     sections = [section.name for section in fields(Config)]
-    known = [*known_keys(), *sections]
+    known = list(_known())
     for key in keys:
-        if key in known:
+        if key in _known():
             continue
         section = key.partition(".")[0]
         # In a section that exists, another section is no help: its own keys are.
@@ -61,6 +68,7 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     return content
 
 
+@functools.cache  # a comparison reads hundreds of configurations
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="rpo_jax",

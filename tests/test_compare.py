@@ -151,6 +151,7 @@ def test_a_file_s_rows_are_held_out_by_seed(tmp_path):
         assert (len(train), len(held_out), len({*train, *held_out})) == (7, 3, 10)
 
 
+@pytest.mark.slow
 def test_a_study_of_a_file_is_judged_by_its_held_out_rows(tmp_path):
     rows, _ = make_rows(GoldTask(train_pairs=1, held_out_pairs=1), 0)
     file = tmp_path / "rows.jsonl"
@@ -179,6 +180,7 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
         assert not workshop.work_on(cell)
 
 
+@pytest.mark.slow
 def test_a_cell_that_a_signal_ends_has_no_result(tmp_path, capsys):
     base = {**BASE, "train.steps": 100_000, "train.log_every": 1}
     path = study_file(tmp_path, base=base, tables={"main": {"rows": {"SFT": {}}}})

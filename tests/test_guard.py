@@ -329,6 +329,7 @@ def test_a_bad_row_is_skipped_told_and_counted(world, capsys):
     assert common, "the spoilt row is in both"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_counting(world):
     rpo_jax.run(world.configured("once"))
     world.spoil_reference([3])
@@ -364,6 +365,7 @@ def test_a_run_that_only_goes_wrong_stops_with_a_report(world, capsys):
     assert world.told("bad")[-1]["step"] == saved + 2
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_nan_is_named(world, capsys):
     rpo_jax.run(world.configured("once"))
     folder = export.export(world.folder / "once", world.folder / "hf")

@@ -90,7 +90,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONGER = ("unpaired int8", "by blocks", "bfloat16, adapters off as reference")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONGER)) for case in CASES])
 def test_any_mesh_gives_the_losses_of_one_device(case, monkeypatch):
     monkeypatch.setattr(recompute, "MLP_TOKENS", 16)
     config = step_config(**CASES[case])
@@ -229,7 +232,9 @@ def test_stopped_and_resumed_equals_never_stopped(world, finished, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-@pytest.mark.parametrize("base_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize(
+    "base_dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "int8"))]
+)
 def test_cached_live_and_adapter_references_agree(world, base_dtype):
     found = {}
     for mode in ("cached", "live", "adapter"):

@@ -233,6 +233,7 @@ def test_it_trains_next_to_adapters():
     assert set(trained) > {partition.NAME}
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_it_and_exports_without(tmp_path):
     run, lines = stopped_and_whole(tmp_path, {"contrast.weights": "uniform", "objective.partition": "learned"})
     assert lines[-1]["partition/variance"] > 0

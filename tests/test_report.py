@@ -281,6 +281,7 @@ def test_a_run_given_twice_is_refused(world, capsys):
     assert "more than once" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_lora_run_s_base_may_have_moved(world, tmp_path, capsys):
     """Its rewards need the base; the error says how to name it, and named it is used, the old path being gone."""
     base = export(world / "dpo", tmp_path / "base")

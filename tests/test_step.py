@@ -186,7 +186,10 @@ def gradient_of(config, batch, mesh, micro_rows, keep=False):
     return value, gradient
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+LONGER = [pytest.param(remat, marks=pytest.mark.slow) for remat in ("attention", "full")]
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", *LONGER])
 def test_micro_batches_are_exact(remat, monkeypatch):
     monkeypatch.setattr(recompute, "MLP_TOKENS", 64)
     config = configured(remat=remat)

@@ -219,10 +219,35 @@ def _load(folder: Path) -> SentenceTransformer:
     had_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # loading takes a fraction of a second
     try:
+        if _is_plain(folder):
+            return SentenceTransformer(modules=_mean_hidden_state(folder), device="cpu")
         return SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
     finally:
         if had_bar:
             transformers_logging.enable_progress_bar()
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether it is a transformers folder that sentence-transformers has not written."""
+    return not (folder / "modules.json").is_file()
+
+
+def _mean_hidden_state(folder: Path) -> list[Any]:
+    """Text as it is, and the mean over its tokens: left to itself the library takes a causal model's last token, of the
+    text as a turn of a chat where the tokenizer has a template for one."""
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    forward: Any = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    encoder = Transformer(
+        str(folder),
+        model_kwargs=local,
+        processor_kwargs=local,
+        config_kwargs=local,
+        modality_config=forward,
+        module_output_name="token_embeddings",
+    )
+    return [encoder, Pooling(encoder.get_embedding_dimension(), "mean")]
 
 
 def _packaged_minilm() -> Path:
@@ -254,6 +279,8 @@ def _fingerprint(folder: Path) -> str:
     """SHA-256 over the encoder's weights, vocabulary and configuration."""
     files = {path for pattern in ENCODER_PATTERNS for path in folder.rglob(pattern)}
     parts = [f"{path.relative_to(folder).as_posix()} {_file_sha256(path)}\n" for path in sorted(files)]
+    if _is_plain(folder):
+        parts.append("mean hidden state\n")
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

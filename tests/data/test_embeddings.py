@@ -65,7 +65,9 @@ def test_hashed_words_count_what_two_texts_share(tmp_path):
     vectors = embed_texts([*TEXTS, "bread BREAD?", "", "\u4f60 \u597d", "\u4f60"], "hashed-words", tmp_path)
     assert (vectors.shape, vectors.dtype) == ((8, 1024), np.float32)
     similarity = vectors @ vectors.T
-    np.testing.assert_allclose(similarity[0, [0, 3, 4, 5]], [1, 1, 1 / 6**0.5, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        similarity[0, [0, 3, 4, 5]], [1, 1, 5**-0.5, 0], rtol=1e-6
+    )  # five words, one of them shared
     assert similarity[0, 1] > similarity[0, 2] == 0
     np.testing.assert_allclose(similarity[6, 7], 2**-0.5, rtol=1e-6)  # words of one character count
     assert list(tmp_path.iterdir()) == [], "nothing to keep"
@@ -76,7 +78,14 @@ def test_a_plain_model_s_folder_gives_the_mean_of_its_hidden_states(tmp_path, to
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path / "llama"
-    config = LlamaConfig(len(tokenizer), 32, 64, 2, 4, max_position_embeddings=64)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder).eval().model
