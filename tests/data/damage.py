@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -203,7 +204,7 @@ class Written:
 
     path: Path
     good: list[int] = field(default_factory=list)
-    good_bytes: int = 0  # of their prompts and responses
+    good_bytes: int = 0  # of their prompts and responses, as Python holds them
     reasons: Counter[str] = field(default_factory=Counter)
     firsts: dict[str, int] = field(default_factory=dict)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -213,10 +214,19 @@ class Written:
         if reason is None:
             self.good.append(number)
             used = {side: value[side] for side in SIDES if side in value} if isinstance(value, dict) else value
-            self.good_bytes += len(used if isinstance(used, bytes) else json.dumps(used))
+            self.good_bytes += _held_bytes(used)
         else:
             self.reasons[reason] += 1
             self.firsts.setdefault(reason, number)
+
+
+def _held_bytes(value: Any) -> int:
+    """Of all texts in a value; a single character beyond Latin makes each of its text's take two bytes or four."""
+    if isinstance(value, bytes):
+        return sys.getsizeof(value.decode(errors="replace"))
+    if isinstance(value, dict | list):
+        return sum(map(_held_bytes, value.values() if isinstance(value, dict) else value))
+    return sys.getsizeof(value) if isinstance(value, str) else 0
 
 
 def drawn(rows: int, source: Source, wanted: Callable[[Any], bool] = lambda value: True) -> Any:
