@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import gc
 import json
 import random
@@ -99,6 +100,11 @@ def nest(content: bytes, rng: random.Random) -> bytes:
     return rng.choice((b"[" * 200_000, b'{"a":' * 100_000, b"[]", b"null", b'"text"', b"\xef\xbb\xbf" + content))
 
 
+def _nasty(rng: random.Random, *more: object) -> object:
+    """A copy: a later edit of the same tree may change it, and must not put it into itself."""
+    return copy.deepcopy(rng.choice((*more, *NASTY)))
+
+
 def edit_tree(value: object, rng: random.Random) -> object:
     """One node of a JSON tree replaced, removed, repeated or renamed."""
     places: list[tuple[dict | list, object]] = []
@@ -110,11 +116,11 @@ def edit_tree(value: object, rng: random.Random) -> object:
             places += [(node, key) for key in keys]
             waiting += [node[key] for key in keys]
     if not places:
-        return rng.choice(NASTY)
+        return _nasty(rng)
     node, key = rng.choice(places)
     kind = rng.choice(("set", "set", "set", "remove", "swap", "add"))
     if kind == "set":
-        node[key] = rng.choice(NASTY)
+        node[key] = _nasty(rng)
     elif kind == "remove":
         del node[key]
     elif kind == "swap":
@@ -123,10 +129,10 @@ def edit_tree(value: object, rng: random.Random) -> object:
         node[key] = json.loads(json.dumps(with_other))
     elif isinstance(node, dict):
         node[rng.choice(("auto_map", "vocab_file", "init_inputs", "gguf_file", "chat_template", str(key) + "x"))] = (
-            rng.choice((CODE, *NASTY))
+            _nasty(rng, CODE)
         )
     else:
-        node.append(rng.choice(NASTY))
+        node.append(_nasty(rng))
     return value
 
 
