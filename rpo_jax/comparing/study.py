@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import random
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -43,8 +44,11 @@ class FileTask:
     def parts(self, seed: int) -> tuple[list[str], list[str]]:
         """Lines to train on and held-out ones."""
         opened = gzip.open if self.path.endswith(".gz") else open
-        with opened(self.path, "rt", encoding="utf-8") as file:
-            lines = [line for line in file if line.strip()]
+        try:
+            with opened(self.path, "rt", encoding="utf-8") as file:
+                lines = [line for line in file if line.strip()]
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"task: {self.path} cannot be read as JSON Lines: {error}.") from None
         if self.held_out_rows >= len(lines):
             raise ValueError(f"held_out_rows={self.held_out_rows} leaves nothing of the {len(lines)} of {self.path}.")
         random.Random(seed).shuffle(lines)
