@@ -150,7 +150,7 @@ def test_a_file_s_rows_are_held_out_by_seed(tmp_path):
     for train, held_out in parts:
         assert (len(train), len(held_out), len({*train, *held_out})) == (7, 3, 10)
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="rows.jsonl.gz cannot be read as JSON Lines: "):
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz cannot be read as JSON Lines: "):
         study.task.parts(0)
 
 
