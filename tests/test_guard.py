@@ -141,7 +141,7 @@ def _placed(small, state):
     return jax.tree.map(jax.device_put, state, small.steps.state_shardings)
 
 
-@pytest.mark.parametrize("optim", ["rmsprop", "adamw"])
+@pytest.mark.parametrize("optim", [pytest.param("rmsprop", marks=pytest.mark.slow), "adamw"])
 def test_where_nothing_is_wrong_the_guard_changes_no_bit(optim, monkeypatch):
     guarded = Small((2, 2, 2), optim=optim)
     with_guard = guarded.run(guarded.state(), guarded.batches(), range(4))

@@ -184,7 +184,7 @@ def test_it_learns(learned, without):
     assert reports[-1]["loss"] < without[0][-1]["loss"]
 
 
-@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+@pytest.mark.parametrize("pairing", ["paired", pytest.param("unpaired", marks=pytest.mark.slow)])
 def test_any_mesh_and_blocks_give_the_losses_of_one_device(pairing):
     """At a small rate: RMSProp's first steps have one length for all gradients, also for those that are rounding."""
     expected = train(configured(pairing=pairing, rate=3e-4), make_mesh())
