@@ -327,9 +327,14 @@ def test_no_setting_can_hold_a_secret_and_none_reaches_what_a_run_writes(tmp_pat
 # --- anything else -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mutations", [50, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
-def test_every_damaged_folder_loads_or_is_refused(mutations):
-    report = run(mutations, seed=0)
+THOUSANDS = [
+    pytest.param(first, 1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]) for first in range(0, 10_000, 1000)
+]
+
+
+@pytest.mark.parametrize(("first", "mutations"), [(0, 50), *THOUSANDS])
+def test_every_damaged_folder_loads_or_is_refused(first, mutations):
+    report = run(mutations, seed=0, first=first)
     assert report["tried"] == mutations
     assert report["failures"] == []
     assert 0.5 < report["outcomes"]["refused"] / mutations < 0.95, "most mutations should matter, not all"
