@@ -24,9 +24,9 @@ from rpo_jax import models, sharding
 from rpo_jax.models import ModelConfig, cached
 
 Params = Any
-SLICE_TOKENS = cached.BLOCK  # sampled between two looks of the host, which finds stop strings and fills free rows
+SLICE_TOKENS = cached.SLICE  # sampled between two looks of the host, which finds stop strings and fills free rows
 READ_ROWS = 8  # prompts read at a time
-SMALLEST_CACHE = 4  # blocks
+SMALLEST_CACHE = 2  # blocks
 NOTHING = -1  # what a finished row samples
 
 
@@ -81,14 +81,15 @@ class Prompts(NamedTuple):
 
 def bucket(tokens: int) -> int:
     """Slots for a prompt of so many tokens: 32, 64, 96, 128, 192, 256, 384, ..."""
-    size = cached.BLOCK
+    size = cached.SLICE
     while size < tokens:
-        size += max(cached.BLOCK, 1 << (size.bit_length() - 2))
+        size += max(cached.SLICE, 1 << (size.bit_length() - 2))
     return size
 
 
-def cache_blocks(blocks: int) -> int:
-    """Blocks of a cache whose rows have so many: 4, 8, 16, ..."""
+def cache_blocks(slices: int) -> int:
+    """Blocks of a cache whose rows have so many slices: 2, 4, 8, ..."""
+    blocks = -(-slices // cached.BLOCK_SLICES)
     return max(SMALLEST_CACHE, 1 << (blocks - 1).bit_length())
 
 
@@ -186,12 +187,13 @@ class Decoder:
         constrain = placement.constrain
         ends = jnp.array(sorted(self.end_ids) or [NOTHING], jnp.int32)
         settings: dict[str, Any] = {"compute_dtype": compute_dtype, "constrain": constrain}
+        apart = cached.APART if self._platform == "cpu" else 0
 
         def sample(params: Params, hidden: Array, seeds: Array, count: Array) -> Array:
             return choose(cached.next_token_logits(model_config, params, hidden, constrain), seeds, count, sampling)
 
         def empty(rows: int, blocks: int) -> State:
-            cache = cached.placed(cached.empty_cache(model_config, rows, blocks, compute_dtype), constrain)
+            cache = cached.placed(cached.empty_cache(model_config, rows, blocks, compute_dtype, apart), constrain)
             zeros = constrain(jnp.zeros(rows, jnp.int32), ("rows",))
             return State(cache, zeros, zeros, zeros == 0, zeros, zeros.astype(jnp.uint32))
 
@@ -210,7 +212,7 @@ class Decoder:
 
         def go_on(params: Params, state: State, used: Array) -> tuple[State, Array]:
             # Accelerators would ask the host about the end of a loop in every turn, unless it is known beforehand.
-            looked_at = used if self._platform == "cpu" else state.cache.blocks
+            looked_at = used if self._platform == "cpu" else None
 
             def going(carried: _Slice) -> Array:
                 return (carried.number < SLICE_TOKENS) & ~jnp.all(carried.done)
@@ -233,7 +235,7 @@ class Decoder:
             return State(cache, ended.last, ended.count, ended.done, state.limits, state.seeds), ended.told
 
         def grow(state: State, blocks: int) -> State:
-            return state._replace(cache=state.cache.grown(blocks))
+            return state._replace(cache=cached.placed(state.cache.grown(blocks, apart), constrain))
 
         self.empty = jax.jit(empty, static_argnums=(0, 1))
         self.read = jax.jit(read)
@@ -275,12 +277,11 @@ class Decoder:
                     self._read_rows(rows),
                 )
                 state, first = self._admitted(params, state, some)
-                batch.take(chosen, first, some.tokens.shape[1] // cached.BLOCK)
+                batch.take(chosen, first, some.tokens.shape[1] // cached.SLICE)
             if not (ended := batch.ended(over)):
                 used = max(batch.filled[row] for row in batch.taken)
-                if used >= state.cache.blocks:
-                    state = self.grow(state, cache_blocks(used + 1))
-                state, told = self.go_on(params, state, np.int32(used))
+                state = self._with_room(state, used + 1)
+                state, told = self.go_on(params, state, np.int32(-(-used // cached.BLOCK_SLICES)))
                 batch.add(np.asarray(told))
                 ended = batch.ended(over)
             if ended:
@@ -298,9 +299,12 @@ class Decoder:
         """The batch with these prompts in their rows, and their first tokens."""
         placed = Prompts(*(jax.device_put(np.asarray(value), self._by_row) for value in prompts))
         first, cache = self.read(params, placed)
-        if cache.blocks >= state.cache.blocks:
-            state = self.grow(state, cache_blocks(cache.blocks + 1))
+        state = self._with_room(state, prompts.tokens.shape[1] // cached.SLICE + 1)
         return self.admit(state, placed, first, cache), np.asarray(first)
+
+    def _with_room(self, state: State, slices: int) -> State:
+        blocks = cache_blocks(slices)
+        return state if blocks <= state.cache.blocks else self.grow(state, blocks)
 
 
 class _Slice(NamedTuple):
@@ -315,7 +319,7 @@ class _Slice(NamedTuple):
 
 
 class _Rows:
-    """What the host knows of a batch's rows: whose answer each holds, how much of it, and how many blocks it has."""
+    """What the host knows of a batch's rows: whose answer each holds, how much of it, and how many slices it has."""
 
     def __init__(self, count: int) -> None:
         self._of: dict[int, int] = {}  # number of the prompt by row
@@ -332,14 +336,14 @@ class _Rows:
     def free(self) -> list[int]:
         return [row for row in range(self._count) if row not in self._of]
 
-    def take(self, numbers: Sequence[int], first: Int[np.ndarray, "_"], blocks: int) -> None:
-        """Give free rows to prompts of so many blocks, whose first tokens are known."""
+    def take(self, numbers: Sequence[int], first: Int[np.ndarray, "_"], slices: int) -> None:
+        """Give free rows to prompts of so many slices, whose first tokens are known."""
         for row, number, token in zip(self.free, numbers, first.tolist(), strict=False):
-            self._of[row], self._found[row], self.filled[row] = number, [token], blocks
+            self._of[row], self._found[row], self.filled[row] = number, [token], slices
             self._fresh.add(row)
 
     def add(self, told: Int[np.ndarray, "B S"]) -> None:
-        """The tokens of a slice, which fills a block."""
+        """The tokens of a slice."""
         for row, tokens in enumerate(told.tolist()):
             self.filled[row] += 1
             if row in self._of:

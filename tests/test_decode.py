@@ -123,7 +123,7 @@ def test_few_programs_serve_every_length():
     assert made.read._cache_size() == 1
     assert made.go_on._cache_size() == 2  # one per size of the cache
     assert [bucket(n) for n in (1, 32, 33, 65, 97, 129, 193, 257)] == [32, 32, 64, 96, 128, 192, 256, 384]
-    assert [cache_blocks(n) for n in (1, 4, 5, 9)] == [4, 4, 8, 16]
+    assert [cache_blocks(slices) for slices in (1, 4, 5, 9)] == [2, 2, 4, 8]
 
 
 def test_a_row_ends_at_its_limit_at_an_end_token_or_when_told():

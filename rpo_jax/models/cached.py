@@ -2,11 +2,11 @@
 
 Parameters come here with a list of layers instead of stacked ones: between two tokens there is little else to do than
 to read them, and taking a layer out of a stack would copy it every time.
-A cache is made of blocks of BLOCK slots. A row's prompt ends with a block, and every BLOCK tokens after it are kept
-apart until they fill a block of their own: so a row's arithmetic depends on its own tokens alone, whoever lies beside
-it and however long the others are. Blocks beyond a row's own change nothing, not even a last bit.
-Letters: B rows, P prompt slots, N blocks, S slots of a block, D hidden, H query heads, G key-value heads, K head
-dimension, R query heads of a key-value head.
+A cache is made of blocks of two slices of SLICE slots. A row's prompt ends with a slice, and every SLICE tokens after
+it are kept apart until they fill a slice of their own: so a row's arithmetic depends on its own tokens alone, whoever
+lies beside it and however long the others are. Slots beyond a row's own change nothing, not even a last bit.
+Letters: B rows, P prompt slots, N blocks of a part, I slices of a block, S slots of a slice, D hidden, H query heads, G
+key-value heads, K head dimension, R query heads of a key-value head.
 """
 
 from __future__ import annotations
@@ -28,13 +28,22 @@ from rpo_jax.models.decoder import Constrain, Decoder, Params
 from rpo_jax.models.projection import Quantized, Turned
 from rpo_jax.models.rope import rotation
 
-BLOCK = 32  # slots
+SLICE = 32  # slots
+BLOCK_SLICES = 2
+BLOCK = BLOCK_SLICES * SLICE
+APART = (
+    16  # blocks of a cache on CPU that are parts of their own: each is a piece of program, and takes time to compile
+)
 _KEY_AXES = ("rows", "kv_heads", "head_dim", None)
 _VALUE_AXES = ("rows", "kv_heads", None, "head_dim")
+_BLOCK_KEY_AXES = (None, "rows", "kv_heads", "head_dim", None, None)
+_BLOCK_VALUE_AXES = (None, "rows", "kv_heads", None, None, "head_dim")
+KeyParts = tuple[Float[Array, "N B G K I S"], ...]
+ValueParts = tuple[Float[Array, "N B G I S K"], ...]
 
 
 class Recent(NamedTuple):
-    """Keys, rotated, and values of every layer for the tokens that do not fill a block yet.
+    """Keys, rotated, and values of every layer for the tokens that do not fill a slice yet.
 
     Keys lie with their slots last, values with their slots before the head dimension: both products of a single query
     then run along memory.
@@ -45,57 +54,92 @@ class Recent(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Blocks of keys and values of every layer; of row b the first filled[b], with tokens from slot starts[b] on."""
+    """Keys and values of every layer; of row b the first filled[b] slices, with tokens from slot starts[b] on.
 
-    keys: tuple[Float[Array, "N B G K S"], ...]
-    values: tuple[Float[Array, "N B G S K"], ...]
+    A layer's blocks lie in one part after another. On CPU the first blocks are parts of their own: XLA would copy a
+    block out of a larger part each time it is looked at.
+    """
+
+    keys: tuple[KeyParts, ...]
+    values: tuple[ValueParts, ...]
     starts: Int[Array, "B"]
     filled: Int[Array, "B"]
 
     @property
     def blocks(self) -> int:
-        return len(self.keys[0])
+        return sum(map(len, self.keys[0]))
 
-    def grown(self, blocks: int) -> Cache:
-        """The same with room for more."""
-        more = ((0, blocks - self.blocks), *((0, 0),) * 4)
-        keys, values = (tuple(jnp.pad(x, more) for x in arrays) for arrays in (self.keys, self.values))
+    def grown(self, blocks: int, apart: int) -> Cache:
+        """The same with room for more; the first `apart` blocks are parts of their own."""
+
+        def more(parts: tuple[Array, ...]) -> tuple[Array, ...]:
+            sizes = _part_sizes(self.blocks, blocks, apart)
+            return (*parts, *(jnp.zeros((size, *parts[0].shape[1:]), parts[0].dtype) for size in sizes))
+
+        keys, values = (tuple(map(more, layers)) for layers in (self.keys, self.values))
         return self._replace(keys=keys, values=values)
 
     def followed_by(self, recent: Recent) -> Cache:
-        """The same with one block more in every row; rows without room for it, which are done, stay as they are."""
+        """The same with one slice more in every row; rows without room for it, which are done, stay as they are."""
         rows = jnp.arange(len(self.filled))
+        block, place = jnp.divmod(self.filled, BLOCK_SLICES)
 
-        def put(blocks: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(x.at[self.filled, rows].set(y, mode="drop") for x, y in zip(blocks, new, strict=True))
+        def put(parts: tuple[Array, ...], new: Array, slots: tuple[Any, ...]) -> tuple[Array, ...]:
+            found, first = [], 0
+            for part in parts:
+                here = jnp.where(block >= first, block - first, len(part))  # a negative index would count from the end
+                found.append(part.at[here, rows, :, *slots].set(new, mode="drop"))
+                first += len(part)
+            return tuple(found)
 
-        keys, values = put(self.keys, recent.keys), put(self.values, recent.values)
+        keys = tuple(put(*layer, (slice(None), place)) for layer in zip(self.keys, recent.keys, strict=True))
+        values = tuple(put(*layer, (place,)) for layer in zip(self.values, recent.values, strict=True))
         return Cache(keys, values, self.starts, self.filled + 1)
 
     def with_rows(self, rows: Int[Array, "R"], new: Cache) -> Cache:
-        """The same with other contents in these rows; numbers that no row has are left out."""
+        """The same with other contents in these rows, which lie in one part; numbers that no row has are left out."""
 
-        def put(blocks: tuple[Array, ...], others: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(x.at[: len(y), rows].set(y, mode="drop") for x, y in zip(blocks, others, strict=True))
+        def put(parts: tuple[Array, ...], others: tuple[Array, ...]) -> tuple[Array, ...]:
+            found, first = [], 0
+            for part in parts:
+                here = others[0][first : first + len(part)]
+                found.append(part.at[: len(here), rows].set(here, mode="drop"))
+                first += len(part)
+            return tuple(found)
 
+        keys, values = (tuple(map(put, *layers)) for layers in ((self.keys, new.keys), (self.values, new.values)))
         starts, filled = (
             x.at[rows].set(y, mode="drop") for x, y in ((self.starts, new.starts), (self.filled, new.filled))
         )
-        return Cache(put(self.keys, new.keys), put(self.values, new.values), starts, filled)
+        return Cache(keys, values, starts, filled)
 
 
-def empty_cache(model_config: ModelConfig, rows: int, blocks: int, dtype: DTypeLike) -> Cache:
-    shape = (blocks, rows, model_config.num_kv_heads)
+def _part_sizes(first: int, blocks: int, apart: int) -> tuple[int, ...]:
+    """Blocks of each part from the first block on."""
+    alone = max(0, min(apart, blocks) - first)
+    rest = blocks - first - alone
+    return (1,) * alone + ((rest,) if rest else ())
+
+
+def empty_cache(model_config: ModelConfig, rows: int, blocks: int, dtype: DTypeLike, apart: int) -> Cache:
+    """A cache with room for so many blocks, the first `apart` of which are parts of their own."""
     keys, values = (
-        tuple(jnp.zeros((*shape, *last), dtype) for _ in range(model_config.num_layers))
-        for last in ((model_config.head_dim, BLOCK), (BLOCK, model_config.head_dim))
+        tuple(
+            tuple(
+                jnp.zeros((size, rows, model_config.num_kv_heads, *last), dtype)
+                for size in _part_sizes(0, blocks, apart)
+            )
+            for _ in range(model_config.num_layers)
+        )
+        for last in ((model_config.head_dim, BLOCK_SLICES, SLICE), (BLOCK_SLICES, SLICE, model_config.head_dim))
     )
     return Cache(keys, values, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.int32))
 
 
 def no_tokens(cache: Cache) -> Recent:
     """No recent tokens yet, beside such a cache."""
-    return Recent(*(tuple(jnp.zeros_like(x[0]) for x in arrays) for arrays in (cache.keys, cache.values)))
+    keys = tuple(jnp.zeros_like(parts[0][0, ..., 0, :]) for parts in cache.keys)
+    return Recent(keys, tuple(jnp.zeros_like(parts[0][0, :, :, 0]) for parts in cache.values))
 
 
 def unstack_layers(params: Params, compute_dtype: DTypeLike, platform: str) -> Params:
@@ -153,9 +197,10 @@ def prefill(
     constrain: Constrain | None = None,
     split: Split = ONE_DEVICE,
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Read prompts that end in the last column; those of a row begin at its start. BLOCK must divide P.
+    """Read prompts that end in the last column; those of a row begin at its start. SLICE must divide P.
 
-    Returns the last token's hidden state and a cache that the prompts fill. The rest as for models.hidden_states.
+    Returns the last token's hidden state and a cache of one part with the prompts. The rest as for
+    models.hidden_states.
     """
     constrain = constrain or (lambda x, axes: x)
     graph, _ = _graphs(model_config)
@@ -173,14 +218,17 @@ def prefill(
         which = jnp.array(windows.index(window))
 
         def keeping(query: Array, key: Array, value: Array, which: Array = which) -> Array:
-            # [B, P, G, K] to [N, B, G, K, S] and [N, B, G, S, K]
-            blocks = (len(tokens), -1, BLOCK, *key.shape[2:])
-            keys.append(key.reshape(blocks).transpose(1, 0, 3, 4, 2))
-            values.append(value.reshape(blocks).transpose(1, 0, 3, 2, 4))
+            # [B, P, G, K] to [N, B, G, K, I, S] and [N, B, G, I, S, K]
+            unused = ((0, 0), (0, -key.shape[1] % BLOCK), (0, 0), (0, 0))
+            blocks = (len(tokens), -1, BLOCK_SLICES, SLICE, *key.shape[2:])
+            padded = (jnp.pad(x, unused).reshape(blocks) for x in (key, value))
+            keys.append(next(padded).transpose(1, 0, 4, 5, 2, 3))
+            values.append(next(padded).transpose(1, 0, 4, 2, 3, 5))
             return attend(query, key, value, which)
 
         x = nnx.merge(graph, layer)(x, cos_sin, keeping, constrain)
-    cache = Cache(tuple(keys), tuple(values), starts, jnp.full(len(tokens), tokens.shape[1] // BLOCK, jnp.int32))
+    filled = jnp.full(len(tokens), tokens.shape[1] // SLICE, jnp.int32)
+    cache = Cache(tuple((x,) for x in keys), tuple((x,) for x in values), starts, filled)
     return _normed(model_config, params, x[:, -1:]), placed(cache, constrain)
 
 
@@ -191,7 +239,7 @@ def extend(
     recent: Recent,
     tokens: Int[Array, "B"],
     number: Int[Array, ""],
-    used: Int[Array, ""] | int,
+    used: Int[Array, ""] | None,
     *,
     compute_dtype: DTypeLike = jnp.float32,
     constrain: Constrain | None = None,
@@ -199,11 +247,11 @@ def extend(
     """Read one more token in every row, the recent one of that number; returns its hidden state, and all recent ones.
 
     Args:
-        used: the most blocks that a row has which still matters.
+        used: the most blocks that a row has which still matters; all are looked at where not given.
     """
     constrain = constrain or (lambda x, axes: x)
     graph, _ = _graphs(model_config)
-    positions = cache.filled * BLOCK + number - cache.starts
+    positions = cache.filled * SLICE + number - cache.starts
     cos_sin = rotation(model_config.rope, model_config.head_dim, positions[:, None])
     x = _embedded(params, tokens[:, None], compute_dtype, constrain)
     keys, values = list(recent.keys), list(recent.values)
@@ -250,8 +298,8 @@ def _place(arrays: Sequence[Array], axes: tuple[str | None, ...], constrain: Con
 def placed(cache: Cache, constrain: Constrain) -> Cache:
     """The cache where `constrain` has its axes."""
     return Cache(
-        _place(cache.keys, (None, *_KEY_AXES), constrain),
-        _place(cache.values, (None, *_VALUE_AXES), constrain),
+        tuple(_place(parts, _BLOCK_KEY_AXES, constrain) for parts in cache.keys),
+        tuple(_place(parts, _BLOCK_VALUE_AXES, constrain) for parts in cache.values),
         *(constrain(x, ("rows",)) for x in (cache.starts, cache.filled)),
     )
 
@@ -269,20 +317,21 @@ def _attend(
     key: Float[Array, "B G K S"],
     value: Float[Array, "B G S K"],
     number: Int[Array, ""],
-    blocks: tuple[Array, Array, Array, Array, Array | int],
+    blocks: tuple[KeyParts, ValueParts, Array, Array, Array | None],
     window: int | None,
 ) -> Float[Array, "B 1 H K"]:
     """What models.attention computes, for the recent token of this number, which sees all before it in its row.
 
     Args:
         key, value: of recent tokens.
-        blocks: keys and values of the blocks, starts, filled, and how many to look at.
+        blocks: the parts of the layer's keys and values, starts, filled, and how many blocks to look at.
     """
     rows, _, heads, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, head_dim) * head_dim**-0.5
     keys, values, starts, filled, used = blocks
-    slot = jnp.arange(BLOCK)
-    at = filled * BLOCK + number  # the query's own slot
+    slot = jnp.arange(SLICE)
+    filled = filled * SLICE  # slots
+    at = filled + number  # the query's own slot
 
     def add(before: _Sum, key: Array, value: Array, seen: Array) -> _Sum:
         scores = jnp.einsum("bgrk,bgks->bgrs", grouped, key, preferred_element_type=jnp.float32)
@@ -295,17 +344,29 @@ def _attend(
         mixed = jnp.einsum("bgrs,bgsk->bgrk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return _Sum(top, before.weights * rest + jnp.sum(weights, axis=-1), before.values * rest[..., None] + mixed)
 
-    def add_block(index: Array, before: _Sum) -> _Sum:
-        slots = index * BLOCK + slot
-        seen = (slots >= starts[:, None]) & (index < filled)[:, None]
+    def add_block(index: Array | int, before: _Sum, first: int, keys: Array, values: Array) -> _Sum:
+        slots = (first + index) * BLOCK + jnp.arange(BLOCK)
+        seen = (slots >= starts[:, None]) & (slots < filled[:, None])
         if window is not None:
             # Within a row slots count as positions do.
             seen &= at[:, None] - slots < window
-        return add(before, keys[index], values[index], seen)
+        key, value = keys[index], values[index]
+        return add(before, key.reshape(*key.shape[:3], BLOCK), value.reshape(*value.shape[:2], BLOCK, head_dim), seen)
+
+    def add_part(before: _Sum, first: int, keys: Array, values: Array) -> _Sum:
+        add_one = functools.partial(add_block, first=first, keys=keys, values=values)
+        if used is None:
+            return jax.lax.fori_loop(0, len(keys), add_one, before)
+        if len(keys) > 1:
+            return jax.lax.fori_loop(0, jnp.clip(used - first, 0, len(keys)), add_one, before)
+        return jax.lax.cond(first < used, functools.partial(add_one, 0), lambda before: before, before)
 
     recent = slot <= number if window is None else (slot <= number) & (number - slot < window)
     nothing = jnp.zeros(grouped.shape[:3], jnp.float32)
-    first = _Sum(nothing + jnp.finfo(jnp.float32).min, nothing, jnp.zeros(grouped.shape, jnp.float32))
-    found = add(first, key, value, jnp.broadcast_to(recent, (rows, BLOCK)))
-    found = jax.lax.fori_loop(0, used, add_block, found)
+    nothing_seen = _Sum(nothing + jnp.finfo(jnp.float32).min, nothing, jnp.zeros(grouped.shape, jnp.float32))
+    found = add(nothing_seen, key, value, jnp.broadcast_to(recent, (rows, SLICE)))
+    first = 0
+    for part in zip(keys, values, strict=True):
+        found = add_part(found, first, *part)
+        first += len(part[0])
     return (found.values / found.weights[..., None]).astype(query.dtype).reshape(rows, 1, heads, head_dim)
