@@ -15,28 +15,34 @@ from pathlib import Path
 from typing import Any
 
 from rpo_jax.comparing.cells import Workshop
-from rpo_jax.comparing.page import make_page
+from rpo_jax.comparing.page import TRIED, make_page
 from rpo_jax.comparing.study import Cell, Settings, Study, read_study
-from rpo_jax.comparing.tables import judged_by, markdown, summarised
+from rpo_jax.comparing.tables import filled, judged_by, markdown, summarised, tried
 from rpo_jax.config import RunConfig
 
 WAIT_SECONDS = 5.0  # between looks at what other processes are at
 
 
+def trials(study: Study, workshop: Workshop) -> dict[str, list[tuple[Settings, dict[str, Any] | None]]]:
+    """Of every method the points of its grid, each with what it gave where it is done."""
+    return {
+        method: [(candidate, workshop.result(study.trial(method, candidate))) for candidate in study.candidates(method)]
+        for method in study.used_methods()
+        if len(study.candidates(method)) > 1
+    }
+
+
 def tuned_settings(study: Study, workshop: Workshop) -> dict[str, Settings]:
     """Of every method whose trials are done: the point of its grid that was judged best."""
-    found: dict[str, Settings] = {}
-    for method in study.used_methods():
-        candidates = study.candidates(method)
-        if len(candidates) == 1:
-            found[method] = candidates[0]
+    found = {method: study.candidates(method)[0] for method in study.used_methods()}
+    for method, points in trials(study, workshop).items():
+        done = [result for _, result in points if result is not None]
+        if len(done) < len(points):
+            del found[method]
             continue
-        results = [workshop.result(study.trial(method, candidate)) for candidate in candidates]
-        done = [result for result in results if result is not None]
-        if len(done) == len(candidates):
-            column = judged_by(done)
-            scores = [(summarised(column, [result]) or (float("-inf"),))[0] for result in done]
-            found[method] = candidates[scores.index(max(scores))]
+        column = judged_by(done)
+        scores = [(summarised(column, [result]) or (float("-inf"),))[0] for result in done]
+        found[method] = points[scores.index(max(scores))][0]
     return found
 
 
@@ -96,13 +102,15 @@ def table_results(study: Study, workshop: Workshop) -> dict[str, dict[str, list[
     return found
 
 
-def write_reports(study: Study, workshop: Workshop, told: str) -> list[Path]:
+def write_reports(study: Study, workshop: Workshop, command: str) -> list[Path]:
     """report.md and report.html from what is there."""
-    tuned, results = tuned_settings(study, workshop), table_results(study, workshop)
+    results, points = table_results(study, workshop), tried(trials(study, workshop), tuned_settings(study, workshop))
+    told = f"`{command}`: {_effort(study, workshop)}"
+    tables = [markdown(table.title, *filled(table, results[table.name])) for table in study.tables]
     written = []
     for name, text in (
-        ("report.md", report(study, tuned, results, told)),
-        ("report.html", make_page(study, tuned, results, told)),
+        ("report.md", "\n".join([f"# Comparison\n\n{told}\n", *tables, markdown(TRIED, *points)])),
+        ("report.html", make_page(study, results, points, told)),
     ):
         path = workshop.folder / name
         beside = path.with_name(f".{name}")
@@ -112,18 +120,14 @@ def write_reports(study: Study, workshop: Workshop, told: str) -> list[Path]:
     return written
 
 
-def report(
-    study: Study,
-    tuned: Mapping[str, Settings],
-    results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
-    told: str,
-) -> str:
-    """The tables in Markdown."""
-    parts = [f"# Comparison\n\n{told}\n"]
-    parts += [markdown(table, results[table.name]) for table in study.tables]
-    lines = [f"| {method} | {', '.join(f'{k}={v}' for k, v in tuned[method].items())} |" for method in tuned]
-    parts.append("\n".join(["### What tuning chose", "", "| method | settings |", "|---|---|", *lines]) + "\n")
-    return "\n".join(parts)
+def _effort(study: Study, workshop: Workshop) -> str:
+    """How many runs there were, and how long they took."""
+    cells = [cell for _, cell in wanted_cells(study, workshop)]
+    runs = {cell.name: cell for cell in [*cells, *(cell.beginning() for cell in cells)]}
+    done = [result for result in map(workshop.result, runs.values()) if result is not None]
+    hours = sum(result["seconds"] for result in done) / 3600
+    seeds = ", ".join(map(str, study.seeds))
+    return f"seeds {seeds}, tuned on {study.tuning_seed}; {len(done)} runs, which took {hours:.1f} hours one by one."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,8 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         if not options.report:
             work(study, workshop)
-        told = f"`python -m rpo_jax.compare --config {options.config} --out {options.out}`"
-        for path in write_reports(study, workshop, told):
+        command = f"python -m rpo_jax.compare --config {options.config} --out {options.out}"
+        for path in write_reports(study, workshop, command):
             print(path)
     except KeyboardInterrupt as stopped:
         print(f"{stopped or 'stopped'}; the same command goes on with what is missing")

@@ -254,6 +254,17 @@ def test_a_difference_is_paired():
     assert 0 < low < mean < high < 8, "far narrower than either rate's own interval"
 
 
+def test_all_that_was_tried_is_told_and_what_was_chosen():
+    points = [({"objective.beta": beta}, {"wins": [wins] * 4, "metrics": {}}) for beta, wins in ((1, 0.5), (2, 1.0))]
+    trials = {"DPO": [*points, ({"objective.beta": 3}, None)]}
+    titles, lines = tables.tried(trials, {"DPO": {"objective.beta": 2}})
+    assert titles == ["method", "settings", "gold win rate against chosen, %", ""]
+    assert lines == [
+        ["DPO", "objective.beta=1", "50.0 (50.0 to 50.0)", ""],
+        ["DPO", "objective.beta=2", "100.0 (100.0 to 100.0)", "chosen"],
+    ]
+
+
 def test_one_seed_has_a_mean_and_no_interval():
     assert tables.shown(tables.over_seeds(np.array([0.5])), 2) == "0.50"
 

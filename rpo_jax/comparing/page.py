@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rpo_jax.comparing.study import Settings, Study, Table
+from rpo_jax.comparing.study import Study, Table
 from rpo_jax.comparing.tables import filled, judged_by, summarised
 
 _STYLE = """
@@ -25,15 +25,17 @@ svg .range { stroke: var(--mark); stroke-width: 2; } svg .mean { fill: var(--mar
 svg .own { stroke: var(--zero); stroke-dasharray: 4 3; } svg .axis { stroke: var(--line); }
 svg .tick { fill: var(--soft); font-size: 12px; }
 """
+TRIED = "What was tried to tune the methods"
 LEFT, WIDTH, HEIGHT, RIGHT = 230, 700, 24, 20  # of a chart: labels, everything, a line, the margin
 
 
 def make_page(
     study: Study,
-    tuned: Mapping[str, Settings],
     results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+    trials: tuple[Sequence[str], Sequence[Sequence[str]]],
     told: str,
 ) -> str:
+    """The page, from what `tried` and the tables' cells say."""
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'><title>rpo_jax comparison</title>",
@@ -43,8 +45,7 @@ def make_page(
     for table in study.tables:
         parts += [f"<h2>{html.escape(table.title)}</h2>", _chart(table, results[table.name])]
         parts.append(_table(*filled(table, results[table.name])))
-    lines = [[method, ", ".join(f"{key}={value}" for key, value in tuned[method].items())] for method in tuned]
-    parts += ["<h2>What tuning chose</h2>", _table(["method", "settings"], lines), "</body></html>\n"]
+    parts += [f"<h2>{TRIED}</h2>", _table(*trials), "</body></html>\n"]
     return "\n".join(parts)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rpo_jax.comparing.cells import ACCURACY, LOG_PROB_ACCURACY
-from rpo_jax.comparing.study import Row, Table
+from rpo_jax.comparing.study import Row, Settings, Table
 
 RESAMPLES = 4000
 Interval = tuple[float, float, float]  # mean, and the ends of its 95 % interval
@@ -114,15 +114,39 @@ def shown(interval: Interval | None, digits: int, signed: bool = False) -> str:
 
 def filled(table: Table, results: Mapping[str, Sequence[Result]]) -> tuple[list[str], list[list[str]]]:
     """Titles and lines of a table, from the results of each row's seeds by its label; rows without any are left out."""
-    columns = [
-        column
-        for column in COLUMNS
-        if any(summarised(column, results[row.label]) is not None for row in table.rows if results.get(row.label))
-    ]
+    columns = _columns([results[row.label] for row in table.rows if results.get(row.label)])
     against = results.get(table.against, ())
     titles = ["", *(column.title for column in columns), f"against {table.against}", "seeds"]
     lines = [_line(row, results[row.label], columns, table, against) for row in table.rows if results.get(row.label)]
     return titles, lines
+
+
+def tried(
+    trials: Mapping[str, Sequence[tuple[Settings, Result | None]]], tuned: Mapping[str, Settings]
+) -> tuple[list[str], list[list[str]]]:
+    """Titles and lines of every point of the methods' grids that was tried, with the chosen ones marked."""
+    done = [
+        (method, settings, result)
+        for method, points in trials.items()
+        for settings, result in points
+        if result is not None
+    ]
+    columns = _columns([[result] for _, _, result in done])
+    lines = [
+        [
+            method,
+            ", ".join(f"{key}={value}" for key, value in settings.items()),
+            *(shown(summarised(column, [result]), column.digits) for column in columns),
+            "chosen" if tuned.get(method) == settings else "",
+        ]
+        for method, settings, result in done
+    ]
+    return ["method", "settings", *(column.title for column in columns), ""], lines
+
+
+def _columns(rows: Sequence[Sequence[Result]]) -> list[Column]:
+    """Those that some row has numbers for."""
+    return [column for column in COLUMNS if any(summarised(column, results) is not None for results in rows)]
 
 
 def _line(
@@ -133,7 +157,7 @@ def _line(
     return [row.label, *cells, gap, str(len(results))]
 
 
-def markdown(table: Table, results: Mapping[str, Sequence[Result]]) -> str:
-    titles, lines = filled(table, results)
+def markdown(title: str, titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table with its title."""
     head = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    return "\n".join([f"### {table.title}", "", *head, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+    return "\n".join([f"### {title}", "", *head, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
