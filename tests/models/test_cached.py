@@ -26,10 +26,9 @@ def case(window):
     return model, params, tokens, np.concatenate([x[:, -1] for x in alone])
 
 
-@pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(
-    ("apart", "all_blocks"),
-    [(4, False), (2, False), (0, False), (4, True), (1, True), (0, True)],
+    ("window", "apart", "all_blocks"),
+    [(None, 4, False), (40, 2, False), (None, 0, False), (40, 4, True), (None, 1, True), (40, 0, True)],
 )
 def test_blocks_may_lie_in_any_parts(window, apart, all_blocks):
     model, params, tokens, expected = case(window)
