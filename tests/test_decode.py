@@ -141,6 +141,14 @@ def test_a_row_ends_at_its_limit_at_an_end_token_or_when_told():
     assert told[1] == free[1][: 1 + SLICE_TOKENS]
 
 
+@pytest.mark.parametrize("vocabulary", [1, 97, 96, 256, 1000, 1024])
+def test_greedy_takes_the_first_of_the_likeliest_tokens(vocabulary):
+    logits = np.random.default_rng(0).integers(-9, 0, (64, vocabulary)).astype(np.float32)  # many tie
+    nothing = jnp.zeros(64, jnp.int32)
+    chosen = choose(jnp.array(logits), nothing.astype(jnp.uint32), nothing, Sampling())
+    np.testing.assert_array_equal(chosen, np.argmax(logits, axis=-1))
+
+
 # Letters: 3 seeds times 4096 draws are enough to tell 0.30 from 0.33.
 DRAWS = 4096
 LOGITS = np.log(np.array([0.05, 0.30, 0.20, 0.05, 0.25, 0.15], np.float32))

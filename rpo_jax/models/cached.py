@@ -51,6 +51,7 @@ class Recent(NamedTuple):
 
     keys: tuple[Float[Array, "B G K S"], ...]
     values: tuple[Float[Array, "B G S K"], ...]
+    cos_sin: tuple[Float[Array, "B S P"], Float[Array, "B S P"]]  # of all slots: XLA would compute them in every layer
 
 
 class Cache(NamedTuple):
@@ -136,10 +137,12 @@ def empty_cache(model_config: ModelConfig, rows: int, blocks: int, dtype: DTypeL
     return Cache(keys, values, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.int32))
 
 
-def no_tokens(cache: Cache) -> Recent:
+def no_tokens(model_config: ModelConfig, cache: Cache) -> Recent:
     """No recent tokens yet, beside such a cache."""
     keys = tuple(jnp.zeros_like(parts[0][0, ..., 0, :]) for parts in cache.keys)
-    return Recent(keys, tuple(jnp.zeros_like(parts[0][0, :, :, 0]) for parts in cache.values))
+    values = tuple(jnp.zeros_like(parts[0][0, :, :, 0]) for parts in cache.values)
+    positions = (cache.filled * SLICE - cache.starts)[:, None] + jnp.arange(SLICE)
+    return Recent(keys, values, rotation(model_config.rope, model_config.head_dim, positions))
 
 
 def unstack_layers(params: Params, compute_dtype: DTypeLike, platform: str) -> Params:
@@ -251,8 +254,7 @@ def extend(
     """
     constrain = constrain or (lambda x, axes: x)
     graph, _ = _graphs(model_config)
-    positions = cache.filled * SLICE + number - cache.starts
-    cos_sin = rotation(model_config.rope, model_config.head_dim, positions[:, None])
+    cos_sin = tuple(jax.lax.dynamic_slice_in_dim(x, number, 1, axis=1) for x in recent.cos_sin)
     x = _embedded(params, tokens[:, None], compute_dtype, constrain)
     keys, values = list(recent.keys), list(recent.values)
     for layer_number, (layer, window) in enumerate(zip(params["layers"], model_config.sliding_windows, strict=True)):
@@ -266,7 +268,7 @@ def extend(
             return _attend(query, keys[at], values[at], number, blocks, window)
 
         x = nnx.merge(graph, layer)(x, cos_sin, attend, constrain)
-    recent = Recent(_place(keys, _KEY_AXES, constrain), _place(values, _VALUE_AXES, constrain))
+    recent = recent._replace(keys=_place(keys, _KEY_AXES, constrain), values=_place(values, _VALUE_AXES, constrain))
     return _normed(model_config, params, x), recent
 
 
@@ -329,27 +331,27 @@ def _attend(
     rows, _, heads, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, head_dim) * head_dim**-0.5
     keys, values, starts, filled, used = blocks
-    slot = jnp.arange(SLICE)
     filled = filled * SLICE  # slots
     at = filled + number  # the query's own slot
+
+    def sees(slots: Array, end: Array) -> Array:
+        seen = slots < end[:, None]
+        # Within a row slots count as positions do.
+        return seen if window is None else seen & (at[:, None] - slots < window)
 
     def add(before: _Sum, key: Array, value: Array, seen: Array) -> _Sum:
         scores = jnp.einsum("bgrk,bgks->bgrs", grouped, key, preferred_element_type=jnp.float32)
         seen = seen[:, None, None]
-        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-        top = jnp.maximum(before.top, jnp.max(scores, axis=-1))
+        top = jnp.maximum(before.top, jnp.max(scores, axis=-1, initial=jnp.finfo(jnp.float32).min, where=seen))
         # Exactly 0 where nothing is seen, and then top is as before: such a block changes no bit.
-        weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0)
+        weights = jnp.exp(jnp.where(seen, scores - top[..., None], -jnp.inf))
         rest = jnp.exp(before.top - top)
         mixed = jnp.einsum("bgrs,bgsk->bgrk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return _Sum(top, before.weights * rest + jnp.sum(weights, axis=-1), before.values * rest[..., None] + mixed)
 
     def add_block(index: Array | int, before: _Sum, first: int, keys: Array, values: Array) -> _Sum:
         slots = (first + index) * BLOCK + jnp.arange(BLOCK)
-        seen = (slots >= starts[:, None]) & (slots < filled[:, None])
-        if window is not None:
-            # Within a row slots count as positions do.
-            seen &= at[:, None] - slots < window
+        seen = sees(slots, filled) & (slots >= starts[:, None])
         key, value = keys[index], values[index]
         return add(before, key.reshape(*key.shape[:3], BLOCK), value.reshape(*value.shape[:2], BLOCK, head_dim), seen)
 
@@ -361,10 +363,9 @@ def _attend(
             return jax.lax.fori_loop(0, jnp.clip(used - first, 0, len(keys)), add_one, before)
         return jax.lax.cond(first < used, functools.partial(add_one, 0), lambda before: before, before)
 
-    recent = slot <= number if window is None else (slot <= number) & (number - slot < window)
     nothing = jnp.zeros(grouped.shape[:3], jnp.float32)
     nothing_seen = _Sum(nothing + jnp.finfo(jnp.float32).min, nothing, jnp.zeros(grouped.shape, jnp.float32))
-    found = add(nothing_seen, key, value, jnp.broadcast_to(recent, (rows, SLICE)))
+    found = add(nothing_seen, key, value, sees(filled[:, None] + jnp.arange(SLICE), at + 1))
     first = 0
     for part in zip(keys, values, strict=True):
         found = add_part(found, first, *part)

@@ -38,12 +38,13 @@ def test_blocks_may_lie_in_any_parts(window, apart, all_blocks):
     rows = jnp.array([2, 0, 3])
     cache = cached.empty_cache(model, 4, 2, "float32", apart).with_rows(rows, read).grown(4, apart)
     assert cache.blocks == 4
-    recent, hidden = cached.no_tokens(cache), jnp.zeros(0)
+    recent, hidden = cached.no_tokens(model, cache), jnp.zeros(0)
     extend = jax.jit(cached.extend, static_argnums=0)
     for number in range(READ):
         within = number % cached.SLICE
         if number and not within:
-            cache, recent = cache.followed_by(recent), cached.no_tokens(cache)
+            cache = cache.followed_by(recent)
+            recent = cached.no_tokens(model, cache)
         used = None if all_blocks else jnp.array(-(-int(cache.filled.max()) // cached.BLOCK_SLICES))
         last = jnp.zeros(4, jnp.int32).at[rows].set(tokens[:, PROMPT + number])
         hidden, recent = extend(model, readable, cache, recent, last, jnp.array(within), used)
