@@ -28,7 +28,7 @@ Params = Any
 SLICE_TOKENS = cached.SLICE  # sampled between two looks of the host, which finds stop strings and fills free rows
 READ_ROWS = 8  # prompts read at a time
 SMALLEST_CACHE = 2  # blocks
-GROUP = 256  # tokens of a group of the vocabulary, where they divide it
+GROUPS = 256  # of the vocabulary, or as many as divide it: a shard has whole ones
 NOTHING = -1  # what a finished row samples
 
 
@@ -146,8 +146,8 @@ def _likeliest_token(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
     The first group of tokens that has the greatest logit, and the first token with it in the group: so all logits are
     read once, and only a group of them twice.
     """
-    size = math.gcd(logits.shape[1], GROUP)
-    groups = logits.T.reshape(-1, size, len(logits))  # logits lie with tokens first
+    count = math.gcd(logits.shape[1], GROUPS)
+    groups = logits.T.reshape(count, -1, len(logits))  # logits lie with tokens first
 
     def first(values: Float[Array, "N B"]) -> Int[Array, "B"]:
         numbers = jnp.arange(len(values), dtype=jnp.int32)[:, None]
@@ -155,7 +155,7 @@ def _likeliest_token(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
         return jnp.min(jnp.where(greatest, numbers, len(values) - 1), axis=0)
 
     group = first(jnp.max(groups, axis=1))
-    return group * size + first(jnp.take_along_axis(groups, group[None, None], axis=0)[0])
+    return group * groups.shape[1] + first(jnp.take_along_axis(groups, group[None, None], axis=0)[0])
 
 
 def _likeliest(

@@ -149,6 +149,16 @@ def test_greedy_takes_the_first_of_the_likeliest_tokens(vocabulary):
     np.testing.assert_array_equal(chosen, np.argmax(logits, axis=-1))
 
 
+def test_logits_of_a_vocabulary_in_shards_stay_where_they_are():
+    mesh = mesh_of(2, 1, 4)
+    logits = jax.device_put(np.zeros((8, 1280), np.float32), jax.NamedSharding(mesh, jax.P(sharding.ROWS, "tensor")))
+    nothing = jnp.zeros(8, jnp.int32)
+    lowered = jax.jit(choose, static_argnums=3).lower(logits, nothing.astype(jnp.uint32), nothing, Sampling())
+    compiled = lowered.compile().as_text()
+    assert "all-reduce" in compiled
+    assert "all-gather" not in compiled
+
+
 # Letters: 3 seeds times 4096 draws are enough to tell 0.30 from 0.33.
 DRAWS = 4096
 LOGITS = np.log(np.array([0.05, 0.30, 0.20, 0.05, 0.25, 0.15], np.float32))
