@@ -6,7 +6,7 @@ A cache is made of blocks of two slices of SLICE slots. A row's prompt ends with
 it are kept apart until they fill a slice of their own: so a row's arithmetic depends on its own tokens alone, whoever
 lies beside it and however long the others are. Slots beyond a row's own change nothing, not even a last bit.
 Letters: B rows, P prompt slots, N blocks of a part, I slices of a block, S slots of a slice, D hidden, H query heads, G
-key-value heads, K head dimension, R query heads of a key-value head.
+key-value heads, K head dimension, J = K / 2 pairs of dimensions, R query heads of a key-value head.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Recent(NamedTuple):
 
     keys: tuple[Float[Array, "B G K S"], ...]
     values: tuple[Float[Array, "B G S K"], ...]
-    cos_sin: tuple[Float[Array, "B S P"], Float[Array, "B S P"]]  # of all slots: XLA would compute them in every layer
+    cos_sin: tuple[Float[Array, "B S J"], Float[Array, "B S J"]]  # of all slots: XLA would compute them in every layer
 
 
 class Cache(NamedTuple):
