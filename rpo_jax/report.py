@@ -97,7 +97,7 @@ def _rewards(record: RunRecord, prepared: Prepared, reporter: Reporter, base: st
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} (with --no-rewards the report does without)") from None
     has_reference = checked_objective(record.config).uses_reference and record.config.reference.mode != "none"
-    return rewards.for_page(found, step, has_reference)
+    return rewards.for_page(found, step, record.config.objective.beta if has_reference else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

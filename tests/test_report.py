@@ -176,18 +176,18 @@ def test_rewards_are_those_of_the_last_evaluation(world, prepared):
     last = [line for line in metric_lines(world / "rpo") if "eval_loss" in line][-1]
     for name in ("chosen", "rejected"):
         assert np.mean(scores[name]) == pytest.approx(last[f"eval_rewards/{name}"], abs=1e-4)
-    shown = rewards.for_page(scores, step, reward=True)
+    shown = rewards.for_page(scores, step, beta=prepared[0].objective.beta)
     assert isinstance(shown, dict)
     assert sum(shown["sides"]["counts"]["chosen"]) == 8
     assert shown["accuracy"] == pytest.approx(last["eval_rewards/accuracies"])
 
 
 def test_rewards_that_are_alike_or_lost_are_told():
-    alike = rewards.for_page({"chosen": np.full(3, 2.0), "rejected": np.full(3, 2.0)}, 0, reward=True)
+    alike = rewards.for_page({"chosen": np.full(3, 2.0), "rejected": np.full(3, 2.0)}, 0, beta=0.1)
     assert isinstance(alike, dict)
     assert sum(alike["sides"]["counts"]["chosen"]) == 3
     assert alike["accuracy"] == 0
-    lost = rewards.for_page({"chosen": np.full(3, np.nan), "rejected": np.full(3, np.nan)}, 7, reward=True)
+    lost = rewards.for_page({"chosen": np.full(3, np.nan), "rejected": np.full(3, np.nan)}, 7, beta=0.1)
     assert lost == "No score of the held-out data is a finite number at step 7: the run has diverged."
 
 

@@ -16,6 +16,9 @@ from rpo_jax.objectives.losses import kl_estimate
 from rpo_jax.objectives.scores import Scores, keep, masked_mean
 
 _PER_BATCH = ("contrast/uncalibrated_rows", "contrast/tied_rows")  # numbers of rows, not means over rows
+# Two programs round one log-prob to 1e-6 and more of its hundreds of nats: without a gap, a policy that is its own
+# reference would have any accuracy.
+TIE_NATS = 1e-4
 RELATED_COSINE = 0.5  # the 99th percentile between random prompts of Anthropic-HH under MiniLM is 0.52
 
 
@@ -54,10 +57,10 @@ def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, M
 
     rewards/*: beta (log pi_policy - log pi_reference), over summed log-probs. rewards/margins is chosen minus
     rejected over same pairs, or over all couples of a group's chosen and rejected responses if unpaired.
-    rewards/accuracies: share of same pairs whose chosen reward is strictly higher; logps/accuracies the same of the
-    policy's own log-probs; both only if paired. logps/*: summed log-probs, nats. kl: KTO's estimate, in nats, where
-    there are mismatched responses. partition/variance: of the learned log Z within a batch, nats^2, over chosen and
-    rejected responses. A side without slots has no statistics.
+    rewards/accuracies: share of same pairs whose chosen log-ratio is higher by more than TIE_NATS; logps/accuracies
+    the same of the policy's own log-probs; both only if paired. logps/*: summed log-probs, nats. kl: KTO's estimate,
+    in nats, where there are mismatched responses. partition/variance: of the learned log Z within a batch, nats^2,
+    over chosen and rejected responses. A side without slots has no statistics.
     """
     sides = {"chosen": scores.chosen, "rejected": scores.rejected}
     rewards = {name: beta * side.log_ratio() for name, side in sides.items()}
@@ -68,10 +71,10 @@ def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, M
             metrics[f"logps/{name}"] = masked(side.log_prob, side.valid)
     if len(metrics) == 4 and paired:
         both = scores.chosen.valid & scores.rejected.valid
-        margin = rewards["chosen"] - rewards["rejected"]
-        metrics["rewards/margins"] = masked(margin, both)
-        metrics["rewards/accuracies"] = masked(margin > 0, both)
-        metrics["logps/accuracies"] = masked(scores.chosen.log_prob > scores.rejected.log_prob, both)
+        margin = scores.chosen.log_ratio() - scores.rejected.log_ratio()
+        metrics["rewards/margins"] = masked(rewards["chosen"] - rewards["rejected"], both)
+        metrics["rewards/accuracies"] = masked(margin > TIE_NATS, both)
+        metrics["logps/accuracies"] = masked(scores.chosen.log_prob - scores.rejected.log_prob > TIE_NATS, both)
     elif len(metrics) == 4:
         num_chosen, num_rejected = (jnp.sum(side.valid, axis=-1) for side in sides.values())
         total = jnp.sum(rewards["chosen"], axis=-1) * num_rejected - jnp.sum(rewards["rejected"], axis=-1) * num_chosen

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from rpo_jax import models, sharding
 from rpo_jax.config import Config, MeshConfig
+from rpo_jax.objectives.metrics import TIE_NATS
 from rpo_jax.policy import find_policy
 from rpo_jax.prepare import Prepared, checked_objective
 from rpo_jax.run_folder import MODEL, base_record
@@ -90,19 +91,22 @@ def held_out_scores(
     return scores, policy.step
 
 
-def for_page(scores: dict[str, Float[np.ndarray, "n"]], step: int, reward: bool) -> dict[str, Any] | str:
-    """What the page draws: counts of both sides in the same bins, and of pairs' margins; or why there is nothing."""
+def for_page(scores: dict[str, Float[np.ndarray, "n"]], step: int, beta: float | None) -> dict[str, Any] | str:
+    """What the page draws: counts of both sides in the same bins, and of pairs' margins; or why there is nothing.
+
+    beta: of rewards; None for log-probs.
+    """
     margins = scores["chosen"] - scores["rejected"]
     pairs = margins[np.isfinite(margins)]
     if not any(np.isfinite(values).any() for values in scores.values()):
         return f"No score of the held-out data is a finite number at step {step}: the run has diverged."
     return {
         "step": step,
-        "score": "reward" if reward else "log-prob",
-        "unit": "" if reward else "nats",
+        "score": "log-prob" if beta is None else "reward",
+        "unit": "nats" if beta is None else "",
         "sides": _histogram({name: values[np.isfinite(values)] for name, values in scores.items()}),
         "margins": _histogram({"chosen − rejected": pairs}) if len(pairs) else None,
-        "accuracy": float(np.mean(pairs > 0)) if len(pairs) else None,
+        "accuracy": float(np.mean(pairs > TIE_NATS * (1.0 if beta is None else beta))) if len(pairs) else None,
     }
 
 

@@ -3,6 +3,7 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rpo_jax.objectives import contrast, metrics
 from rpo_jax.objectives.scores import Responses, Scores
@@ -46,10 +47,10 @@ def test_rewards_and_log_probs_are_means_over_valid_responses():
         "rewards/chosen": valid_rewards(scores.chosen, 0.1).mean(),
         "rewards/rejected": valid_rewards(scores.rejected, 0.1).mean(),
         "rewards/margins": margins.mean(),
-        "rewards/accuracies": (margins > 0).mean(),
+        "rewards/accuracies": (margins > 0.1 * metrics.TIE_NATS).mean(),
         "logps/chosen": np.asarray(scores.chosen.log_prob)[np.asarray(scores.chosen.valid)].mean(),
         "logps/rejected": np.asarray(scores.rejected.log_prob)[np.asarray(scores.rejected.valid)].mean(),
-        "logps/accuracies": (log_probs[0] > log_probs[1]).mean(),
+        "logps/accuracies": (log_probs[0] - log_probs[1] > metrics.TIE_NATS).mean(),
         "kl": max(0.0, valid_rewards(scores.mismatched, 1.0).mean()),
     }
     assert got.keys() == expected.keys()
@@ -61,6 +62,15 @@ def test_a_tie_is_no_success():
     side = responses([-3.0, -3.0], [-3.0, -3.0], [True, True])
     got = metrics.finalize(metrics.preference_metrics(Scores(side, side, side), 0.1, paired=True))
     assert got["rewards/accuracies"] == got["logps/accuracies"] == 0
+
+
+@pytest.mark.parametrize(("difference", "accuracy"), [(9e-5, 0.0), (-9e-5, 0.0), (1.1e-4, 1.0), (-1.1e-4, 0.0)])
+def test_a_difference_of_rounding_is_a_tie_whatever_beta(difference, accuracy):
+    chosen = responses([-3.0 + difference], [-3.0], [True])
+    rejected = responses([-3.0], [-3.0], [True])
+    for beta in (0.01, 0.1, 10.0):
+        got = metrics.finalize(metrics.preference_metrics(Scores(chosen, rejected, chosen), beta, paired=True))
+        assert got["rewards/accuracies"] == got["logps/accuracies"] == accuracy
 
 
 def test_unpaired_margins_compare_all_couples():
