@@ -33,11 +33,11 @@ def measure(size: int, weighting: str, block: str, repeats: int) -> dict[str, An
     import numpy as np
 
     from rpo_jax.config import Config, ContrastConfig, MeshConfig
-    from rpo_jax.gradient import ROW_FIELDS, LogProbs
+    from rpo_jax.core.records import Batch, Side
+    from rpo_jax.hosts.sharding import make_mesh
     from rpo_jax.objectives.losses import objective_named
-    from rpo_jax.sharding import make_mesh
-    from rpo_jax.step import make_scores
-    from rpo_jax.types import Batch, Side
+    from rpo_jax.training.micro_batches import ROW_FIELDS, LogProbs
+    from rpo_jax.training.step import make_scores
 
     rng = np.random.default_rng(0)
     # Clusters, so that the nearest prompts are near and the rest is not.

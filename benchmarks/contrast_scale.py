@@ -21,12 +21,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rpo_jax.config import EmbeddingConfig
+from rpo_jax.core.records import PreferenceExample
 from rpo_jax.data.embeddings import embed_texts
 from rpo_jax.data.examples import embedding_text, make_examples
 from rpo_jax.data.related import related_order, whole_points
 from rpo_jax.data.sources import read_rows
 from rpo_jax.objectives import contrast, metrics
-from rpo_jax.types import PreferenceExample
 
 GROUPS = (8, 64, 512, 2048)
 WEIGHTS = {

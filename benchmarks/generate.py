@@ -26,10 +26,11 @@ import numpy as np
 
 from benchmarks.spec import MAX_POSITIONS, MODELS
 from benchmarks.workloads import BOS, EOS, FIRST_WORD, PAD
-from rpo_jax import models, sharding
+from rpo_jax import models
 from rpo_jax.config import MeshConfig
-from rpo_jax.decode import Decoder, Sampling
-from rpo_jax.models.cached import unstack_layers
+from rpo_jax.hosts import sharding
+from rpo_jax.sampling.engine import Decoder, Sampling
+from rpo_jax.sampling.kv_cache import unstack_layers
 
 RESULTS = Path(__file__).with_name("results") / "generate.jsonl"
 Tokens = list[list[int]]

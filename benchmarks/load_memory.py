@@ -63,8 +63,9 @@ def load(options: argparse.Namespace) -> None:
 
     if options.processes > 1:
         jax.distributed.initialize(options.coordinator, options.processes, options.process)
-    from rpo_jax import models, sharding
+    from rpo_jax import models
     from rpo_jax.config import MeshConfig
+    from rpo_jax.hosts import sharding
     from rpo_jax.models import lora
 
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=DEVICES))

@@ -55,7 +55,7 @@ def row(name: str, content: dict[str, Any], rate: float) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    from rpo_jax.planning.chips import CHIPS
+    from rpo_jax.tools.planning.chips import CHIPS
 
     print("|", " | ".join(HEADER), "|")
     print("|", " | ".join("---" for _ in HEADER), "|")

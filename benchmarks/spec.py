@@ -108,7 +108,7 @@ class Measurement:
     Attributes:
         step_seconds: one per timed step.
         useful_tokens: one per timed step: each prompt once, and its responses.
-        necessary_flops: one per timed step, see rpo_jax.planning.arithmetic.
+        necessary_flops: one per timed step, see rpo_jax.tools.planning.arithmetic.
         first_step_seconds: from the start of the process to the end of the first training step, of which
             `reference_seconds` went into reference log-probs computed ahead.
         peak_rss_bytes: of the whole process, compilation included.

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.spec import CellSpec, ModelSizes
-from rpo_jax.planning.arithmetic import necessary_flops
+from rpo_jax.tools.planning.arithmetic import necessary_flops
 
 HH_LENGTHS = Path(__file__).with_name("hh_lengths.json")
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rpo_jax import models, objectives
     from rpo_jax.config import Config
-    from rpo_jax.config_io import load_config
-    from rpo_jax.train import RunResult, run
+    from rpo_jax.config.reading import load_config
+    from rpo_jax.training.run import RunResult, run
 
 __all__ = ["Config", "RunResult", "load_config", "models", "objectives", "run"]
 
 _HOMES = {
     "Config": "rpo_jax.config",
-    "RunResult": "rpo_jax.train",
-    "load_config": "rpo_jax.config_io",
-    "run": "rpo_jax.train",
+    "RunResult": "rpo_jax.training.run",
+    "load_config": "rpo_jax.config.reading",
+    "run": "rpo_jax.training.run",
 }
 
 

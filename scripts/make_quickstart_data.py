@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rpo_jax.comparing.gold import GoldTask, make_rows
+from rpo_jax.tasks.gold import GoldTask, make_rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:

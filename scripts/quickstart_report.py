@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rpo_jax.quickstart import gold_score
+from rpo_jax.tasks.quickstart import gold_score
 
 RUNS = Path("runs/quickstart")
 HELD_OUT = Path("configs/data/quickstart_eval.jsonl")

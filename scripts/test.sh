@@ -9,7 +9,7 @@ source scripts/environment.sh
 
 tpu_tests() {
   local libtpu=$root/.venv-libtpu pin
-  pin=$("$python" -c 'from rpo_jax.planning.compiled import libtpu_requirement as pin; print(pin())')
+  pin=$("$python" -c 'from rpo_jax.tools.planning.compiled import libtpu_requirement as pin; print(pin())')
   if [ ! -f "$libtpu/.made-from" ] || [ "$(cat "$libtpu/.made-from")" != "$pin" ]; then
     rm -rf "$libtpu"
     if ! "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$libtpu" "$pin"; then

@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test: the sharded step must run as it would on real ones."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Hundreds of tiny programs: compiling them costs far more than running them, and unoptimised code compiles in a third.
@@ -8,3 +9,8 @@ _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_le
 os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers and the processes that they start compile many programs alike: each is compiled once, and kept.
+_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

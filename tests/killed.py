@@ -30,12 +30,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from rpo_jax import export, models, train
-from rpo_jax.checkpoint import Checkpoints
 from rpo_jax.config import TrackingConfig
 from rpo_jax.data import embeddings
 from rpo_jax.models.folders import recover, written_whole
-from rpo_jax.reference import DECISIVE, FOLDER, cache_file_fault, read_cache, write_cache
-from rpo_jax.tracking import MetricsLog
+from rpo_jax.runs.checkpoints import Checkpoints
+from rpo_jax.runs.tracking import MetricsLog
+from rpo_jax.training.reference import DECISIVE, FOLDER, cache_file_fault, read_cache, write_cache
 from tests.runs import metric_lines, settings, without_timings, write_rows
 
 RUN: dict[str, Any] = {

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 import rpo_jax
-from rpo_jax.config_io import parse_config
-from rpo_jax.tracking import MetricsLog
+from rpo_jax.config.reading import parse_config
+from rpo_jax.runs.tracking import MetricsLog
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

@@ -15,7 +15,7 @@ from benchmarks.spec import MODELS, CellSpec, peak_rss_bytes
 from benchmarks.workloads import BOS, EOS, NUM_EXAMPLES, WORKLOADS, batch_of, make_lengths, make_pairs, timed_work
 from rpo_jax import models
 from rpo_jax.objectives import contrast, losses
-from rpo_jax.planning import arithmetic
+from rpo_jax.tools.planning import arithmetic
 
 TINY = CellSpec(
     system="ours-cached", workload="A", pairs=4, micro=2, warmup=1, steps=2, model="tiny", shrink=8, settings=()

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax import models, sharding
+from rpo_jax import models
 from rpo_jax.config import BatchConfig, Config, ContrastConfig, DataConfig, MeshConfig, ObjectiveConfig, OptimConfig
+from rpo_jax.core.records import Batch, Side
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.gradient import LogProbs
+from rpo_jax.hosts import sharding
 from rpo_jax.objectives import blocked, losses, metrics
-from rpo_jax.step import build_steps, make_scores, put_batch
-from rpo_jax.types import Batch, Side
+from rpo_jax.training.micro_batches import LogProbs
+from rpo_jax.training.step import build_steps, make_scores, put_batch
 from tests.worlds import random_data, small_model
 
 M, GROUPED = 21, 24  # neither a multiple of the rows of a block, nor of 8 devices; 24 falls into 3 groups

@@ -5,10 +5,11 @@ import jax
 import numpy as np
 import pytest
 
-from rpo_jax import models, sharding
-from rpo_jax.checkpoint import Checkpoints, check_architecture, comparable
+from rpo_jax import models
 from rpo_jax.config import Config, MeshConfig, OptimConfig
-from rpo_jax.step import Steps, TrainState, build_steps
+from rpo_jax.hosts import sharding
+from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
+from rpo_jax.training.step import Steps, TrainState, build_steps
 from tests.worlds import small_model
 
 MODEL = small_model()

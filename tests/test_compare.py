@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from rpo_jax import compare
-from rpo_jax.comparing import tables
-from rpo_jax.comparing.cells import Workshop
-from rpo_jax.comparing.gold import GoldTask, make_rows, win
-from rpo_jax.comparing.study import read_study
-from rpo_jax.quickstart import gold_score
+from rpo_jax.tasks.gold import GoldTask, make_rows, win
+from rpo_jax.tasks.quickstart import gold_score
+from rpo_jax.tools.comparing import tables
+from rpo_jax.tools.comparing.cells import Workshop
+from rpo_jax.tools.comparing.study import read_study
 
 BASE = {
     "data.max_prompt_tokens": 32,
@@ -174,7 +174,7 @@ def test_a_study_of_a_file_is_judged_by_its_held_out_rows(tmp_path):
 
 
 def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
-    from rpo_jax.comparing.cells import _claimed
+    from rpo_jax.tools.comparing.cells import _claimed
 
     study = read_study(study_file(tmp_path))
     workshop, cell = Workshop(tmp_path / "out", tmp_path / "cache", 4), study.beginning(0)

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from rpo_jax.config import Config, ConfigError
-from rpo_jax.config_io import dump_config, known_keys, load_config, parse_config
-from rpo_jax.prepare import checked_objective
+from rpo_jax.config.reading import dump_config, known_keys, load_config, parse_config
+from rpo_jax.training.prepare import checked_objective
 
 ALL = (Path(__file__).parents[1] / "configs").glob("**/*.yaml")
 CONFIGS = sorted(path for path in ALL if not path.name.startswith("compare"))  # those are studies of many runs

@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 
 import rpo_jax
 from rpo_jax import export, models, train
-from rpo_jax.checkpoint import Checkpoints, SaveFailed, faults, set_aside_damaged, step_fault
+from rpo_jax.core.manifest import NAME, fault, write_manifest
 from rpo_jax.data import embeddings
-from rpo_jax.manifest import NAME, fault, write_manifest
-from rpo_jax.reference import FOLDER, cached_log_probs, read_cache, write_cache
+from rpo_jax.runs.checkpoints import Checkpoints, SaveFailed, faults, set_aside_damaged, step_fault
+from rpo_jax.training.reference import FOLDER, cached_log_probs, read_cache, write_cache
 from tests.runs import configured, metric_lines, settings, without_timings, write_rows
 from tests.test_reference import BOTH, PARTS, made_up
 from tests.worlds import random_data

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from rpo_jax import models, sharding
+from rpo_jax import models
 from rpo_jax.config import LoraConfig, MeshConfig
-from rpo_jax.decode import SLICE_TOKENS, SMALLEST_CACHE, Decoder, Sampling, bucket, cache_blocks, choose
-from rpo_jax.models import cached, lora
+from rpo_jax.hosts import sharding
+from rpo_jax.models import lora
+from rpo_jax.sampling import kv_cache
+from rpo_jax.sampling.engine import SLICE_TOKENS, SMALLEST_CACHE, Decoder, Sampling, bucket, cache_blocks, choose
 from tests.models.conftest import CASES, SIZES, torch_model
 from tests.worlds import VOCAB, small_model
 
@@ -44,7 +46,7 @@ def answers(prompts, seeds, limit=NEW_TOKENS, *, rows=8, stopped=None, params=No
     made = decoder(**which)
     limits = [limit] * len(prompts) if isinstance(limit, int) else limit
     with jax.set_mesh(made.mesh):
-        params = cached.unstack_layers(PARAMS() if params is None else params, "float32", "cpu")
+        params = kv_cache.unstack_layers(PARAMS() if params is None else params, "float32", "cpu")
         return in_order(made.answers(params, prompts, seeds, limits, rows, stopped))
 
 
@@ -63,13 +65,13 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     eos = model_config.eos_token_id
     ends = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
     new_tokens = (
-        SMALLEST_CACHE * cached.BLOCK if name == "mistral" else NEW_TOKENS
+        SMALLEST_CACHE * kv_cache.BLOCK if name == "mistral" else NEW_TOKENS
     )  # once so many that the cache has to grow
     prompts = ragged((24, 15, 9, 30), SIZES["vocab_size"])
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         made = Decoder(model_config, mesh, sampling=Sampling(), end_ids=ends)
-        readable = cached.unstack_layers(params, "float32", "cpu")
+        readable = kv_cache.unstack_layers(params, "float32", "cpu")
         found = in_order(made.answers(readable, prompts, range(4), [new_tokens] * 4, 4))
     for prompt, ids in zip(prompts, found, strict=True):
         asked = torch.tensor(prompt[None], dtype=torch.long)
@@ -116,9 +118,9 @@ def test_any_mesh_samples_the_tokens_of_one_device(shape):
 def test_few_programs_serve_every_length():
     made = Decoder(MODEL, mesh_of(1, 1, 1), sampling=Sampling(), end_ids=())
     with jax.set_mesh(made.mesh):
-        params = cached.unstack_layers(PARAMS(), "float32", "cpu")
+        params = kv_cache.unstack_layers(PARAMS(), "float32", "cpu")
         for length in (3, 17, 32, 20, 31):
-            for limit in (1, 5, SMALLEST_CACHE * cached.BLOCK):
+            for limit in (1, 5, SMALLEST_CACHE * kv_cache.BLOCK):
                 in_order(made.answers(params, ragged([length]), [0], [limit], 4))
     assert made.read._cache_size() == 1
     assert made.go_on._cache_size() == 2  # one per size of the cache
@@ -195,7 +197,7 @@ def test_tokens_are_drawn_from_the_distribution_that_was_asked_for(sampling, kep
 def test_the_filters_are_those_of_transformers():
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-    from rpo_jax.decode import _likeliest
+    from rpo_jax.sampling.engine import _likeliest
 
     logits = np.random.default_rng(0).normal(size=(16, 512)).astype(np.float32) * 3
     probabilities = jax.nn.softmax(logits, axis=-1)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import rpo_jax
-from rpo_jax import distributed
-from rpo_jax.channel import PeerFailure
 from rpo_jax.config import ConfigError, DistributedConfig
-from rpo_jax.distributed import Cluster
-from rpo_jax.roll_call import roll_call
+from rpo_jax.hosts import processes
+from rpo_jax.hosts.channel import PeerFailure
+from rpo_jax.hosts.processes import Cluster
+from rpo_jax.hosts.roll_call import roll_call
 from tests.processes import Processes, finished, free_port, slurm_environment, start
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
 
@@ -258,7 +258,7 @@ def clean(monkeypatch):
 
 
 def chosen(**flags):
-    return distributed.find_cluster(DistributedConfig(**flags))
+    return processes.find_cluster(DistributedConfig(**flags))
 
 
 def test_without_flags_and_cluster_there_is_one_process(clean):

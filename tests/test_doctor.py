@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from rpo_jax import doctor, train
-from rpo_jax.health import environment, machine
-from rpo_jax.health.finding import failed
-from rpo_jax.manifest import write_manifest
+from rpo_jax.core.manifest import write_manifest
+from rpo_jax.tools.checkup import environment, machine
+from rpo_jax.tools.checkup.finding import failed
 from tests.runs import configured, preference_rows, settings, write_rows
 
 COMPILATIONS: list[str] = []
@@ -100,7 +100,7 @@ def test_a_run_whose_size_is_known_before_it_is_written(trained):
     """What the disk is asked for is what the checkpoints of the run really hold."""
     config = configured(trained / "pairs.jsonl", trained / "run", trained / "cache", CHANGES)
     from rpo_jax import models
-    from rpo_jax.health.stored import read_state
+    from rpo_jax.tools.checkup.stored import read_state
 
     model_config = models.read_config(trained / "run" / "model")
     _, size = read_state(trained / "run" / "checkpoints" / "2" / "state")

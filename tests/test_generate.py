@@ -13,9 +13,9 @@ import transformers
 
 import rpo_jax
 from rpo_jax import export, generate
-from rpo_jax.answering import batch_rows, prompt_seeds
-from rpo_jax.decode import Sampling
-from rpo_jax.generate import GenerateConfig
+from rpo_jax.sampling.answers import batch_rows, prompt_seeds
+from rpo_jax.sampling.engine import Sampling
+from rpo_jax.sampling.generation import GenerateConfig
 from tests.runs import configured, preference_rows, write_rows
 
 MAX_TOKENS = 24

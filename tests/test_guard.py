@@ -11,15 +11,17 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import rpo_jax
-from rpo_jax import export, models, sharding, step, train
-from rpo_jax.checkpoint import Checkpoints
+from rpo_jax import export, models, train
 from rpo_jax.config import BatchConfig, Config, GuardConfig, LoraConfig, MeshConfig, OptimConfig, PolicyConfig
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.diagnosis import Diagnosis
-from rpo_jax.guard import FEWEST_NORMS, FILE, NORMS, Guard
+from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
-from rpo_jax.reference import FOLDER, write_cache
-from rpo_jax.step import build_steps, put_batch
+from rpo_jax.runs.checkpoints import Checkpoints
+from rpo_jax.training import step
+from rpo_jax.training.diagnosis import Diagnosis
+from rpo_jax.training.guard import FEWEST_NORMS, FILE, NORMS, Guard
+from rpo_jax.training.reference import FOLDER, write_cache
+from rpo_jax.training.step import build_steps, put_batch
 from tests.runs import configured, metric_lines, settings, without_timings, write_rows
 from tests.worlds import random_data, small_model
 
@@ -399,7 +401,7 @@ def test_a_learning_rate_that_overflows_leaves_the_last_good_checkpoint(world, c
 
 
 def test_a_spike_of_the_gradient_is_skipped_and_its_limit_told(world, capsys, monkeypatch):
-    monkeypatch.setattr("rpo_jax.guard.FEWEST_NORMS", 2)
+    monkeypatch.setattr("rpo_jax.training.guard.FEWEST_NORMS", 2)
     changes = {"guard__max_grad_norm_ratio": 1.0001, "train__steps": 12, "guard__max_bad_steps": 20}
     rpo_jax.run(world.configured("tight", **changes))
     told = world.told("tight")

@@ -11,9 +11,9 @@ import pytest
 
 import rpo_jax
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.export import export
-from rpo_jax.prepare import prepare
-from rpo_jax.tracking import Reporter
+from rpo_jax.runs.tracking import Reporter
+from rpo_jax.tools.exporting import export
+from rpo_jax.training.prepare import prepare
 
 CONFIG = Path(__file__).parents[1] / "configs" / "hh_small.yaml"
 HH = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rpo_jax.judging.prompts import question, read_answer
-from rpo_jax.types import Message
+from rpo_jax.core.records import Message
+from rpo_jax.tools.judging.questions import question, read_answer
 
 # arXiv 2402.10958, Appendix H; the signs for the roles as in the PDF.
 DIALOGUE = """Here is a conversation between <|user|> and <|assistant|>.

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
-from rpo_jax.judging import statistics
+from rpo_jax.tools.judging import statistics
 
 
 @pytest.mark.parametrize("trials", [1, 2, 10, 256, 10_000])

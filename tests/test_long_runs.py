@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from rpo_jax.checkpoint import Checkpoints
+from rpo_jax.runs.checkpoints import Checkpoints
 from tests.processes import REPOSITORY
 from tests.runs import metric_lines, preference_rows, settings, write_rows
 

@@ -13,13 +13,14 @@ import torch
 import transformers
 
 import rpo_jax
-from rpo_jax import export, models, sharding, train
-from rpo_jax.checkpoint import Checkpoints
+from rpo_jax import export, models, train
 from rpo_jax.config import BatchConfig, Config, DataConfig, LoraConfig, MeshConfig, OptimConfig, PolicyConfig
 from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.hosts import sharding
 from rpo_jax.models import lora, recompute
-from rpo_jax.step import build_steps, put_batch
-from rpo_jax.tracking import MetricsLog
+from rpo_jax.runs.checkpoints import Checkpoints
+from rpo_jax.runs.tracking import MetricsLog
+from rpo_jax.training.step import build_steps, put_batch
 from tests.runs import configured, metric_lines, settings, without_timings, write_rows
 from tests.worlds import random_data, small_model
 

@@ -6,9 +6,10 @@ from safetensors import safe_open
 
 import rpo_jax
 from rpo_jax import export, prepare, train
-from rpo_jax.config_io import load_config
-from rpo_jax.objectives.families.mrpo import mixed_reference
-from rpo_jax.reference import FOLDER, folder_fingerprint
+from rpo_jax.config.reading import load_config
+from rpo_jax.models.folders import folder_fingerprint
+from rpo_jax.objectives.methods.mrpo import mixed_reference
+from rpo_jax.training.reference import FOLDER
 from tests.runs import configured, metric_lines, settings, write_rows
 
 SHORT = {"train.steps": 3, "tracking.tensorboard": False, "train.eval_every": 3}

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rpo_jax import sharding
 from rpo_jax.config import BatchConfig, Config, ContrastConfig, MeshConfig, ObjectiveConfig, PolicyConfig
+from rpo_jax.core.records import Batch, Side
+from rpo_jax.hosts import sharding
 from rpo_jax.models import count_params
 from rpo_jax.objectives.logprobs import response_log_probs
-from rpo_jax.step import build_steps
-from rpo_jax.types import Batch, Side
+from rpo_jax.training.step import build_steps
 from tests.worlds import small_model
 
 MODEL = small_model(hidden_size=64, intermediate_size=160, num_layers=4)

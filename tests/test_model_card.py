@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, metadata_load
 
 import rpo_jax
 from rpo_jax import export, models
-from rpo_jax.config_io import load_config
-from rpo_jax.model_card import model_card
+from rpo_jax.config.reading import load_config
+from rpo_jax.runs.model_card import model_card
 from tests.runs import configured, metric_lines, write_rows
 
 BASE_CARD = """---

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from rpo_jax.notebook import NotebookProgress, in_notebook
+from rpo_jax.runs.notebook import NotebookProgress, in_notebook
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALL = {"TRAIN_ROWS": 64, "SFT_STEPS": 3, "RPO_STEPS": 3, "TRIED": ("temperature=0.5", "perplexity=2")}
@@ -97,7 +97,7 @@ def test_progress_tells_what_is_done_and_how_long_the_rest_takes(monkeypatch):
 
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: Handle())
     clock = iter([0.0, 0.0, 0.1, 10.0, 10.0, 10.0, 20.0, 20.0])
-    monkeypatch.setattr("rpo_jax.notebook.time.perf_counter", lambda: next(clock, 20.0))
+    monkeypatch.setattr("rpo_jax.runs.notebook.time.perf_counter", lambda: next(clock, 20.0))
     bar = NotebookProgress("train", 4, 0)
     bar.update(1, "loss <1>")  # too soon after the start to draw
     bar.update(2, "")

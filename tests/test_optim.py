@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rpo_jax.config import OptimConfig
-from rpo_jax.optim import learning_rate_schedule, make_optimizer
+from rpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 STEPS = 20
 

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax import models, sharding
+from rpo_jax import models
 from rpo_jax.config import BatchConfig, Config, MeshConfig, PolicyConfig
+from rpo_jax.core.records import RESPONSES
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.prepare import reference_sweep
-from rpo_jax.reference import compute_log_probs
-from rpo_jax.step import build_log_probs, put_batch
-from rpo_jax.types import RESPONSES
+from rpo_jax.hosts import sharding
+from rpo_jax.training.prepare import reference_sweep
+from rpo_jax.training.reference import compute_log_probs
+from rpo_jax.training.step import build_log_probs, put_batch
 from tests.worlds import random_data, small_model
 
 MODEL = small_model()

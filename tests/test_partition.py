@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax import export, models, sharding
+from rpo_jax import export, models
 from rpo_jax.config import (
     BatchConfig,
     Config,
@@ -22,10 +22,11 @@ from rpo_jax.config import (
     PolicyConfig,
 )
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.gradient import make_loss_and_gradient
+from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
 from rpo_jax.objectives import losses, partition
-from rpo_jax.step import build_steps, make_log_probs, put_batch
+from rpo_jax.training.micro_batches import make_loss_and_gradient
+from rpo_jax.training.step import build_steps, make_log_probs, put_batch
 from tests.objectives import oracle
 from tests.runs import stopped_and_whole
 from tests.worlds import random_data, small_model

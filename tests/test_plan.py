@@ -10,13 +10,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rpo_jax import models, plan, sharding
+from rpo_jax import models, plan
 from rpo_jax.config import BatchConfig, Config, DataConfig, MeshConfig, PolicyConfig
-from rpo_jax.planning import hlo, search, workload
-from rpo_jax.planning.arithmetic import StepSizes, step_flops
-from rpo_jax.planning.compiled import abstract_batch
-from rpo_jax.planning.workload import BatchShape, Lengths, assumed_lengths, planned_batch
-from rpo_jax.step import build_steps
+from rpo_jax.hosts import sharding
+from rpo_jax.tools.planning import hlo, search, workload
+from rpo_jax.tools.planning.arithmetic import StepSizes, step_flops
+from rpo_jax.tools.planning.compiled import abstract_batch
+from rpo_jax.tools.planning.workload import BatchShape, Lengths, assumed_lengths, planned_batch
+from rpo_jax.training.step import build_steps
 from tests.worlds import small_model
 
 SMALL = ["--model.hidden_size", "64", "--model.vocab_size", "512", "--batch.pairs", "16"]

@@ -7,14 +7,15 @@ from functools import partial
 import jax
 import pytest
 
-from rpo_jax import plan, sharding
+from rpo_jax import plan
 from rpo_jax.config import BatchConfig, Config, MeshConfig, OptimConfig, PolicyConfig
+from rpo_jax.hosts import sharding
 from rpo_jax.objectives.logprobs import CHUNK_TOKENS, REST_SHARE
-from rpo_jax.planning import hlo
-from rpo_jax.planning.arithmetic import StepSizes, step_bytes
-from rpo_jax.planning.compiled import abstract_batch, tpu_target
-from rpo_jax.planning.workload import BatchShape
-from rpo_jax.step import build_steps
+from rpo_jax.tools.planning import hlo
+from rpo_jax.tools.planning.arithmetic import StepSizes, step_bytes
+from rpo_jax.tools.planning.compiled import abstract_batch, tpu_target
+from rpo_jax.tools.planning.workload import BatchShape
+from rpo_jax.training.step import build_steps
 from tests.worlds import small_model
 
 pytest.importorskip("libtpu", reason="only libtpu compiles for TPUs: pip install libtpu")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpo_jax import quickstart
+from rpo_jax.tasks import quickstart
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("quickstart_train.jsonl", "quickstart_eval.jsonl")

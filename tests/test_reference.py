@@ -6,18 +6,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from rpo_jax import reference
+from rpo_jax.core.records import KINDS, RESPONSES, PreferenceData
 from rpo_jax.data.sweep import Sweep
-from rpo_jax.gradient import LogProbs
-from rpo_jax.reference import (
-    cached_log_probs,
-    compute_log_probs,
-    folder_fingerprint,
-    read_cache,
-    tokens_fingerprint,
-    write_cache,
-)
-from rpo_jax.types import KINDS, RESPONSES, PreferenceData
+from rpo_jax.models.folders import folder_fingerprint
+from rpo_jax.training import reference
+from rpo_jax.training.micro_batches import LogProbs
+from rpo_jax.training.reference import cached_log_probs, compute_log_probs, read_cache, tokens_fingerprint, write_cache
 from tests.worlds import random_data
 
 PARTS = {

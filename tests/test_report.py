@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 import rpo_jax
-from rpo_jax.config_io import load_config
-from rpo_jax.export import export
-from rpo_jax.prepare import batches_of, prepare
-from rpo_jax.report import main, write_report
-from rpo_jax.reporting import matrix, rewards
-from rpo_jax.reporting.curves import make_panels, points
-from rpo_jax.reporting.page import make_page
-from rpo_jax.reporting.records import read_runs
-from rpo_jax.run_folder import MODEL
-from rpo_jax.tracking import Reporter
+from rpo_jax.config.reading import load_config
+from rpo_jax.runs.folder import MODEL
+from rpo_jax.runs.tracking import Reporter
+from rpo_jax.tools.exporting import export
+from rpo_jax.tools.reporting import contrast_panel, rewards_panel
+from rpo_jax.tools.reporting.curves import make_panels, points
+from rpo_jax.tools.reporting.report import main, write_report
+from rpo_jax.tools.reporting.report_page import make_page
+from rpo_jax.tools.reporting.run_records import read_runs
+from rpo_jax.training.prepare import batches_of, prepare
 from tests.runs import configured, metric_lines, preference_rows, write_rows
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -119,7 +119,7 @@ def test_kl_is_shown_where_it_was_logged(world, tmp_path):
 def test_the_matrix_is_the_one_that_was_trained_on(world, prepared):
     """Its diagonal weight and perplexity are those that the step itself has logged."""
     for step in (1, 3):
-        found = matrix.batch_contrast(*prepared, step)
+        found = contrast_panel.batch_contrast(*prepared, step)
         (line,) = (line for line in metric_lines(world / "rpo") if line["step"] == step and "loss" in line)
         assert np.mean(np.diag(found.weights)) == pytest.approx(line["contrast/diagonal_weight"], abs=1e-5)
         assert np.mean(found.perplexity) == pytest.approx(line["contrast/perplexity"], abs=1e-4)
@@ -129,7 +129,7 @@ def test_the_matrix_is_the_one_that_was_trained_on(world, prepared):
 
 def test_prompts_stand_at_their_rows_and_columns(prepared):
     config, data = prepared
-    found = matrix.batch_contrast(config, data)
+    found = contrast_panel.batch_contrast(config, data)
     batch = batches_of(config, data.train, data.responses, 1).batch_at(0)
     lines = [int(data.train.examples[i].row_id.rpartition(":")[2]) for i in batch.chosen.example_index]
     assert sorted(found.chosen_prompts) == sorted(preference_rows()[line - 1]["prompt"] for line in lines)
@@ -144,7 +144,7 @@ def test_groups_are_blocks_of_the_matrix(world, prepared):
     _, data = prepared
     changes = {**CHANGES, "contrast.group": 4}
     config = configured(world / "data.jsonl", world / "other", world / "cache", changes)
-    found = matrix.batch_contrast(config, data)
+    found = contrast_panel.batch_contrast(config, data)
     apart = np.kron(np.eye(2), np.ones((4, 4))) == 0
     assert not found.mask[apart].any()
     assert not found.weights[apart].any()
@@ -156,7 +156,7 @@ def test_related_prompts_lie_together():
     rng = np.random.default_rng(0)
     cluster = rng.permutation(np.repeat(np.arange(3), 5))
     embeddings = np.eye(3)[cluster] + 0.01 * rng.normal(size=(15, 3))
-    chain = matrix._chain(embeddings)
+    chain = contrast_panel._chain(embeddings)
     assert sorted(chain) == list(range(15))
     assert np.count_nonzero(np.diff(cluster[chain])) == 2
 
@@ -164,30 +164,30 @@ def test_related_prompts_lie_together():
 def test_unpaired_responses_have_their_own_prompts(world, prepared):
     _, data = prepared
     config = configured(world / "data.jsonl", world / "x", world / "cache", {**CHANGES, "data.pairing": "unpaired"})
-    found = matrix.batch_contrast(config, data)
+    found = contrast_panel.batch_contrast(config, data)
     assert not found.paired
     assert found.weights.shape == (8, 8)
     assert sorted(found.chosen_prompts) != sorted(found.rejected_prompts)
 
 
 def test_rewards_are_those_of_the_last_evaluation(world, prepared):
-    scores, step = rewards.held_out_scores(world / "rpo", *prepared, Reporter(silent=True))
+    scores, step = rewards_panel.held_out_scores(world / "rpo", *prepared, Reporter(silent=True))
     assert step == 4
     last = [line for line in metric_lines(world / "rpo") if "eval_loss" in line][-1]
     for name in ("chosen", "rejected"):
         assert np.mean(scores[name]) == pytest.approx(last[f"eval_rewards/{name}"], abs=1e-4)
-    shown = rewards.for_page(scores, step, beta=prepared[0].objective.beta)
+    shown = rewards_panel.for_page(scores, step, beta=prepared[0].objective.beta)
     assert isinstance(shown, dict)
     assert sum(shown["sides"]["counts"]["chosen"]) == 8
     assert shown["accuracy"] == pytest.approx(last["eval_rewards/accuracies"])
 
 
 def test_rewards_that_are_alike_or_lost_are_told():
-    alike = rewards.for_page({"chosen": np.full(3, 2.0), "rejected": np.full(3, 2.0)}, 0, beta=0.1)
+    alike = rewards_panel.for_page({"chosen": np.full(3, 2.0), "rejected": np.full(3, 2.0)}, 0, beta=0.1)
     assert isinstance(alike, dict)
     assert sum(alike["sides"]["counts"]["chosen"]) == 3
     assert alike["accuracy"] == 0
-    lost = rewards.for_page({"chosen": np.full(3, np.nan), "rejected": np.full(3, np.nan)}, 7, beta=0.1)
+    lost = rewards_panel.for_page({"chosen": np.full(3, np.nan), "rejected": np.full(3, np.nan)}, 7, beta=0.1)
     assert lost == "No score of the held-out data is a finite number at step 7: the run has diverged."
 
 

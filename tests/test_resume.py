@@ -10,9 +10,9 @@ import time
 import pytest
 
 from rpo_jax import train
-from rpo_jax.checkpoint import Checkpoints
-from rpo_jax.signals import Stopped, Stopping
-from rpo_jax.tracking import MetricsLog
+from rpo_jax.hosts.stopping import Stopped, Stopping
+from rpo_jax.runs.checkpoints import Checkpoints
+from rpo_jax.runs.tracking import MetricsLog
 from tests.processes import REPOSITORY, Processes, start
 from tests.runs import settings, without_timings
 from tests.test_train import World as TrainedWorld
@@ -175,7 +175,7 @@ def test_a_limit_that_is_over_stops_before_the_first_step():
 
 BLOCKED = """
 import hashlib, time
-from rpo_jax.signals import Stopping
+from rpo_jax.hosts.stopping import Stopping
 stopping = Stopping()
 with stopping.listening():
     stopping.defer()

@@ -5,10 +5,10 @@ import pytest
 
 import rpo_jax
 from rpo_jax import train
+from rpo_jax.core.records import Row
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.faults import BadRow
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.types import Row
 from tests.runs import configured, metric_lines, preference_rows, settings, write_rows
 from tests.worlds import random_data
 

@@ -8,15 +8,16 @@ import pytest
 from safetensors import safe_open
 
 import rpo_jax
-from rpo_jax import models, sharding, train
+from rpo_jax import models, train
 from rpo_jax.config import BatchConfig, Config, ContrastConfig, DataConfig, MeshConfig, ObjectiveConfig
+from rpo_jax.core.records import KINDS, REFINED, PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.sweep import Sweep
+from rpo_jax.hosts import sharding
 from rpo_jax.objectives.losses import OBJECTIVES
-from rpo_jax.planning.workload import assumed_lengths, planned_batch
-from rpo_jax.reference import FOLDER, compute_log_probs
-from rpo_jax.step import build_log_probs, build_steps, put_batch
-from rpo_jax.types import KINDS, REFINED, PreferenceData
+from rpo_jax.tools.planning.workload import assumed_lengths, planned_batch
+from rpo_jax.training.reference import FOLDER, compute_log_probs
+from rpo_jax.training.step import build_log_probs, build_steps, put_batch
 from tests.runs import configured, metric_lines, settings, write_rows
 from tests.worlds import VOCAB, random_data, small_model
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax import models, sharding
+from rpo_jax import models
 from rpo_jax.config import (
     BatchConfig,
     Config,
@@ -18,12 +18,13 @@ from rpo_jax.config import (
     OptimConfig,
     PolicyConfig,
 )
+from rpo_jax.core.records import RESPONSES
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.gradient import make_loss_and_gradient
+from rpo_jax.hosts import sharding
 from rpo_jax.models import recompute
 from rpo_jax.objectives import metrics
-from rpo_jax.step import build_log_probs, build_steps, make_log_probs, put_batch
-from rpo_jax.types import RESPONSES
+from rpo_jax.training.micro_batches import make_loss_and_gradient
+from rpo_jax.training.step import build_log_probs, build_steps, make_log_probs, put_batch
 from tests.worlds import random_data, small_model
 
 PAIRS, STEPS = 16, 5

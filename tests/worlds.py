@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rpo_jax import models
-from rpo_jax.types import PreferenceData, TokenizedExample
+from rpo_jax.core.records import PreferenceData, TokenizedExample
 
 VOCAB = 96
 

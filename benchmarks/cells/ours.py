@@ -15,12 +15,13 @@ import numpy as np
 import rpo_jax
 from benchmarks.spec import MAX_POSITIONS, CellSpec, Measurement, command_line, report, seconds_since_start
 from benchmarks.workloads import BOS, EOS, PAD, Pair, make_pairs, timed_work
-from rpo_jax import models, sharding
+from rpo_jax import models
 from rpo_jax.config import Config
-from rpo_jax.host_memory import trim_after_compiling
-from rpo_jax.prepare import batches_of
-from rpo_jax.step import build_log_probs, build_steps, put_batch
-from rpo_jax.types import RESPONSES, Batch, PreferenceData, TokenizedExample
+from rpo_jax.core.records import RESPONSES, Batch, PreferenceData, TokenizedExample
+from rpo_jax.hosts import sharding
+from rpo_jax.hosts.memory import trim_after_compiling
+from rpo_jax.training.prepare import batches_of
+from rpo_jax.training.step import build_log_probs, build_steps, put_batch
 
 RESPONSES_USED = ("chosen", "rejected")
 

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, the one home of every default. rpo_jax.config_io reads them from files.
+"""Configuration: frozen dataclasses, the one home of every default. rpo_jax.config.reading reads them from files.
 
 Every range is checked when a section is built, so a bad value stops a run before any file is read.
 """

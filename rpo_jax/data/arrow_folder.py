@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rpo_jax.files import inside, read_json
+from rpo_jax.core.files import inside, read_json
 
 SPLITS, STATE = "dataset_dict.json", "state.json"
 

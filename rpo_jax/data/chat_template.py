@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rpo_jax.core.records import Message
 from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE
-from rpo_jax.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from rpo_jax.core.files import replace_durably
 from rpo_jax.data.hub import cached_folder, download_folder
-from rpo_jax.files import replace_durably
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

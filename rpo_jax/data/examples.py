@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Literal
 
+from rpo_jax.core.records import PreferenceExample, Row
 from rpo_jax.data.faults import BadRow, Faults, plain
 from rpo_jax.data.layouts import LAYOUTS
 from rpo_jax.data.layouts.layout import Unusable, number_field
 from rpo_jax.data.share import Reading, Skipped
-from rpo_jax.types import PreferenceExample, Row
 
 _DETECTION_ROWS = 100  # the layout is a vote, so that a broken first row does not hide it
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rpo_jax.core.records import Row
 from rpo_jax.data.faults import BadRow, BrokenFile
 from rpo_jax.data.share import Reading, Skipped
-from rpo_jax.types import Row
 
 MAX_LINE_BYTES = 16 * 2**20  # a few million tokens: beyond that a line is no preference, and memory has a bound
 

@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Int
 
+from rpo_jax.core.records import KINDS, REFINED, Batch, PreferenceData, TokenizedExample
 from rpo_jax.data.packing import NO_EXAMPLE, Plan, by_prompt, fill_batch, pack, plan_batch, segments_of, share_prompts
 from rpo_jax.data.related import Points, related_order, whole_points
 from rpo_jax.data.shapes import Shape, choose_shapes, row_lengths
-from rpo_jax.types import KINDS, REFINED, Batch, PreferenceData, TokenizedExample
 
 ROW_TOKENS_MULTIPLE = 64
 PAIRINGS = ("paired", "unpaired")

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from rpo_jax.core.records import KINDS, Batch, PreferenceData, Side
 from rpo_jax.data.shapes import Shape
-from rpo_jax.types import KINDS, Batch, PreferenceData, Side
 
 NO_EXAMPLE = -1
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rpo_jax.core.records import Message, Row
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.faults import BadRow
 from rpo_jax.data.layouts.layout import Parts, Unusable, field, finish, messages_field, text_field
 from rpo_jax.data.sources import read_rows
-from rpo_jax.types import Message, Row
 
 TEXT_SUFFIX = ".txt"
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rpo_jax.core.records import TokenizedExample
 from rpo_jax.data.tokenize import encode_prompts
-from rpo_jax.types import TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rpo_jax.core.files import inside
+from rpo_jax.core.records import Row
 from rpo_jax.data.arrow_folder import check_arrow_folder
 from rpo_jax.data.faults import BadRow, BrokenFile, plain
 from rpo_jax.data.json_rows import read_json, read_json_lines
 from rpo_jax.data.share import Reading, Skipped
 from rpo_jax.data.table_rows import read_dataset, read_parquet
-from rpo_jax.files import inside
-from rpo_jax.types import Row
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _FILE_SUFFIX = re.compile(r"\.(?!v\d)[A-Za-z]\w*")  # not `.1` or `.v2`, which end many a hub name

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from rpo_jax.core.records import KINDS, REFINED, Batch, PreferenceData, Side
 from rpo_jax.data.packing import Segment, by_prompt, layout, pack, share_prompts
 from rpo_jax.data.shapes import Shape
-from rpo_jax.types import KINDS, REFINED, Batch, PreferenceData, Side
 
 WINDOW = 16_384  # examples packed together: enough for full rows, few enough to pack in no time
 ROW_TOKENS_MULTIPLE = 64

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rpo_jax.core.records import Row
 from rpo_jax.data.faults import BadRow, BrokenFile, plain
 from rpo_jax.data.share import Reading, Skipped
-from rpo_jax.types import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset

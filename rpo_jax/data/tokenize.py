@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from jaxtyping import Int
 
+from rpo_jax.core.records import Message, PreferenceExample, TokenizedExample
 from rpo_jax.data.chat_template import TemplateError, render_messages
 from rpo_jax.data.share import ALONE, Share
-from rpo_jax.types import Message, PreferenceExample, TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rpo_jax.core.files import inside, read_json
 from rpo_jax.data.hub import cached_folder, download_folder
-from rpo_jax.files import inside, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -247,7 +247,7 @@ def hidden_states(
 ) -> Float[Array, "B T D"]:
     """Residual stream after the final norm, in compute_dtype.
 
-    A token sees earlier tokens of its own segment that are of branch 0 or of its own branch (rpo_jax.types.Batch);
+    A token sees earlier tokens of its own segment that are of branch 0 or of its own branch (core.records.Batch);
     the sliding window counts positions. An attention mask of ones and zeros is a valid segment_ids.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rpo_jax.files import read_json
+from rpo_jax.core.files import read_json
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.rope import ROPE_KINDS, Rope, frequencies
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.files import inside, read_json, replace_durably
+from rpo_jax.core.files import inside, read_json, replace_durably
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -183,3 +184,13 @@ def some(names: list[str], limit: int = 6) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 over the files of a model folder's weights; the architecture is told apart by itself."""
+    digest = hashlib.sha256()
+    for file in sorted(set(safetensors_files(folder).values())):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -22,8 +22,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from rpo_jax.core.records import Side
 from rpo_jax.objectives.contrast import Contrast
-from rpo_jax.types import Side
 
 # Entries of a matrix that is still held whole, 4,096 by 4,096: up to there a float32 array of it takes 64 MiB.
 DENSE_ENTRIES = 4096**2

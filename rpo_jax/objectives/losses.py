@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rpo_jax.objectives.contrast import WEIGHTS
-from rpo_jax.objectives.families import OBJECTIVES, OPTIONS
-from rpo_jax.objectives.families.kto import kl_estimate, kto_loss
-from rpo_jax.objectives.families.sft import sft_loss
-from rpo_jax.objectives.families.slic import slic_loss
 from rpo_jax.objectives.matrix import LINKS, SMOOTHING, WeightsOn
+from rpo_jax.objectives.methods import OBJECTIVES, OPTIONS
+from rpo_jax.objectives.methods.kto import kl_estimate, kto_loss
+from rpo_jax.objectives.methods.sft import sft_loss
+from rpo_jax.objectives.methods.slic import slic_loss
 from rpo_jax.objectives.objective import Objective
 from rpo_jax.objectives.pairwise import pairwise_loss
 from rpo_jax.objectives.scores import Scores, keep, masked_mean

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rpo_jax.types import Batch, PreferenceData, TokenizedExample
+from rpo_jax.core.records import Batch, PreferenceData, TokenizedExample
 
 
 def ids(values) -> np.ndarray | None:

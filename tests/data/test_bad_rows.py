@@ -13,12 +13,12 @@ import pytest
 from pyarrow import parquet
 
 from rpo_jax import train
-from rpo_jax.config_io import load_config
+from rpo_jax.config.reading import load_config
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.json_rows import MAX_LINE_BYTES
 from rpo_jax.data.sources import read_rows
-from rpo_jax.prepare import batches_of, prepare
-from rpo_jax.tracking import Reporter
+from rpo_jax.runs.tracking import Reporter
+from rpo_jax.training.prepare import batches_of, prepare
 from tests.data.damage import ACCEPTED, DAMAGE, write_document, write_lines, write_table
 from tests.runs import metric_lines, preference_rows, settings, without_timings, write_rows
 

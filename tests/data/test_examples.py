@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rpo_jax.core.records import Message, PreferenceExample, Row
 from rpo_jax.data.examples import LAYOUTS, detect_layout, embedding_text, make_examples, prompt_text
 from rpo_jax.data.faults import BadRow, Faults
 from rpo_jax.data.sources import read_rows
-from rpo_jax.types import Message, PreferenceExample, Row
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}

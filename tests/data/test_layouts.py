@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
+from rpo_jax.core.records import Message, Row
 from rpo_jax.data.examples import LAYOUTS, detect_layout, make_examples
-from rpo_jax.types import Message, Row
 
 
 def rows_of(*records):

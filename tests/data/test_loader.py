@@ -3,9 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from rpo_jax.core.records import RESPONSES, PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.shapes import MAX_SHAPES
-from rpo_jax.types import RESPONSES, PreferenceData
 
 from .ragged import data_of, examples_of_lengths, sequence
 

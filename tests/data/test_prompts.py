@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from rpo_jax.core.records import Message
 from rpo_jax.data.prompts import read_prompts
-from rpo_jax.types import Message
 from tests.runs import preference_rows, write_rows
 
 USER = Message("user", "Why?")

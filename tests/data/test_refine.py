@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from rpo_jax.core.records import KINDS, PreferenceData, PreferenceExample
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.refine import refined
 from rpo_jax.data.sweep import Sweep
 from rpo_jax.data.tokenize import encode_prompts, tokenize_examples
-from rpo_jax.reference import tokens_fingerprint
-from rpo_jax.types import KINDS, PreferenceData, PreferenceExample
+from rpo_jax.training.reference import tokens_fingerprint
 
 from .ragged import data_of, examples_of_lengths, sequence
 

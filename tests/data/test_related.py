@@ -4,9 +4,9 @@ import sys
 import numpy as np
 import pytest
 
+from rpo_jax.core.records import RESPONSES, PreferenceData
 from rpo_jax.data import related
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.types import RESPONSES, PreferenceData
 
 from .ragged import data_of, examples_of_lengths
 

@@ -6,9 +6,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from rpo_jax.core.records import Row
 from rpo_jax.data import sources
 from rpo_jax.data.faults import BadRow
-from rpo_jax.types import Row
 
 RECORDS = [
     {"prompt": "Où?", "chosen": "Là.", "rejected": "Ici."},

@@ -3,9 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from rpo_jax.core.records import RESPONSES
 from rpo_jax.data import sweep as module
 from rpo_jax.data.sweep import Sweep
-from rpo_jax.types import RESPONSES
 
 from .ragged import data_of, examples_of_lengths, sequence
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rpo_jax.core.records import Message, PreferenceExample
 from rpo_jax.data.tokenize import encode_prompts, render_prompt, tokenize_examples
-from rpo_jax.types import Message, PreferenceExample
 
 BOS, EOS = 0, 1
 

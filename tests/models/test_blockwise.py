@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from rpo_jax.hosts.sharding import MESH_AXES, Placement
 from rpo_jax.models.attend import ATTENTIONS, EVERYTHING, Split, make_attention
 from rpo_jax.models.blockwise import BLOCK_TOKENS, Layout, make_plan, widths
-from rpo_jax.sharding import MESH_AXES, Placement
 
 HEADS, HEAD_DIM = 4, 8
 

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from rpo_jax import models
-from rpo_jax.models import cached
+from rpo_jax.sampling import kv_cache
 from tests.worlds import VOCAB, small_model
 
-PROMPT, READ = 3 * cached.SLICE, 2 * cached.SLICE + 5  # a half block, then enough to fill it and to begin another one
+PROMPT, READ = (
+    3 * kv_cache.SLICE,
+    2 * kv_cache.SLICE + 5,
+)  # a half block, then enough to fill it and to begin another one
 STARTS = np.array([0, 7, 70])
 
 
@@ -32,20 +35,20 @@ def case(window):
 )
 def test_blocks_may_lie_in_any_parts(window, apart, all_blocks):
     model, params, tokens, expected = case(window)
-    readable = cached.unstack_layers(params, "float32", "cpu")
-    _, read = jax.jit(cached.prefill, static_argnums=0)(model, readable, tokens[:, :PROMPT], STARTS)
+    readable = kv_cache.unstack_layers(params, "float32", "cpu")
+    _, read = jax.jit(kv_cache.prefill, static_argnums=0)(model, readable, tokens[:, :PROMPT], STARTS)
     # In other rows than they were read in, beside one that has nothing.
     rows = jnp.array([2, 0, 3])
-    cache = cached.empty_cache(model, 4, 2, "float32", apart).with_rows(rows, read).grown(4, apart)
+    cache = kv_cache.empty_cache(model, 4, 2, "float32", apart).with_rows(rows, read).grown(4, apart)
     assert cache.blocks == 4
-    recent, hidden = cached.no_tokens(model, cache), jnp.zeros(0)
-    extend = jax.jit(cached.extend, static_argnums=0)
+    recent, hidden = kv_cache.no_tokens(model, cache), jnp.zeros(0)
+    extend = jax.jit(kv_cache.extend, static_argnums=0)
     for number in range(READ):
-        within = number % cached.SLICE
+        within = number % kv_cache.SLICE
         if number and not within:
             cache = cache.followed_by(recent)
-            recent = cached.no_tokens(model, cache)
-        used = None if all_blocks else jnp.array(-(-int(cache.filled.max()) // cached.BLOCK_SLICES))
+            recent = kv_cache.no_tokens(model, cache)
+        used = None if all_blocks else jnp.array(-(-int(cache.filled.max()) // kv_cache.BLOCK_SLICES))
         last = jnp.zeros(4, jnp.int32).at[rows].set(tokens[:, PROMPT + number])
         hidden, recent = extend(model, readable, cache, recent, last, jnp.array(within), used)
     np.testing.assert_allclose(hidden[rows], expected, atol=1e-5)

@@ -12,8 +12,9 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
-from rpo_jax import models, sharding
+from rpo_jax import models
 from rpo_jax.config import LORA_TARGETS, LoraConfig, MeshConfig
+from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
 from rpo_jax.models.projection import Quantized, project
 from tests.worlds import small_model

@@ -12,8 +12,9 @@ import pytest
 import safetensors
 from flax.traverse_util import flatten_dict
 
-from rpo_jax import models, sharding
+from rpo_jax import models
 from rpo_jax.config import MeshConfig
+from rpo_jax.hosts import sharding
 from rpo_jax.models import loading, lora
 from rpo_jax.models.layouts import tensors_of
 from tests.models.conftest import CASES

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from rpo_jax.hosts.sharding import MESH_AXES, Placement
 from rpo_jax.models import attend, splash
 from rpo_jax.models.attend import ATTENTIONS, Split, attention_kind, check_attention, make_attention
 from rpo_jax.models.attention import visible
 from rpo_jax.models.blockwise import Layout
-from rpo_jax.sharding import MESH_AXES, Placement
 from tests.models.test_blockwise import assert_same, packed_layout, tensors, value_and_gradients
 
 TOKENS = 2 * splash.LANES + 64  # three blocks, the last padded

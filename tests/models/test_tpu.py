@@ -6,11 +6,11 @@ import re
 import jax
 import pytest
 
-from rpo_jax import sharding
 from rpo_jax.config import BatchConfig, Config, MeshConfig, PolicyConfig
+from rpo_jax.core.records import Batch
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.step import build_steps
-from rpo_jax.types import Batch
+from rpo_jax.hosts import sharding
+from rpo_jax.training.step import build_steps
 from tests.worlds import random_data, small_model
 
 libtpu = pytest.importorskip("libtpu", reason="only libtpu compiles for TPUs: pip install libtpu")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpo_jax.objectives import contrast
-from rpo_jax.objectives.families import OPTIONS
+from rpo_jax.objectives.methods import OPTIONS
 from rpo_jax.objectives.scores import Responses, Scores
 from tests.objectives import oracle
 

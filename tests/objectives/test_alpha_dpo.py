@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.families.alpha_dpo import alpha_dpo_loss
-from rpo_jax.objectives.families.simpo import simpo_loss
+from rpo_jax.objectives.methods.alpha_dpo import alpha_dpo_loss
+from rpo_jax.objectives.methods.simpo import simpo_loss
 from tests.objectives import laws, oracle
 
 BETA, MARGIN, ALPHA = 2.0, 0.4, 0.3

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.families.lipo import lambda_weights, lipo_loss
+from rpo_jax.objectives.methods.lipo import lambda_weights, lipo_loss
 from tests.objectives import laws, oracle
 
 BETA = 0.3

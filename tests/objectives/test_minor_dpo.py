@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.families.minor_dpo import minor_dpo_loss
+from rpo_jax.objectives.methods.minor_dpo import minor_dpo_loss
 from tests.objectives import laws, oracle
 
 

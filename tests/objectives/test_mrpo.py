@@ -6,7 +6,7 @@ import pytest
 
 from rpo_jax.config import Config, ConfigError, ObjectiveConfig, ReferenceConfig
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.families.mrpo import mixed_reference
+from rpo_jax.objectives.methods.mrpo import mixed_reference
 
 WEIGHTS = (0.5, 0.3, 0.2)
 

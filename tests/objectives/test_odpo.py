@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.families.odpo import odpo_loss
+from rpo_jax.objectives.methods.odpo import odpo_loss
 from tests.objectives import laws, oracle
 
 BETA, ALPHA = 0.3, 0.7

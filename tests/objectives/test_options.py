@@ -7,8 +7,8 @@ import pytest
 
 from rpo_jax import train
 from rpo_jax.config import Config, ConfigError, ObjectiveConfig
-from rpo_jax.config_io import dump_config, known_keys, load_config, parse_config
-from rpo_jax.objectives import families, losses
+from rpo_jax.config.reading import dump_config, known_keys, load_config, parse_config
+from rpo_jax.objectives import losses, methods
 from rpo_jax.objectives.objective import Option
 from tests.objectives import laws
 
@@ -78,7 +78,7 @@ def test_bounds_say_what_they_are():
 def test_two_families_do_not_share_an_option_by_accident():
     owners = [name for row in losses.OBJECTIVES.values() for name in row.options]
     assert set(owners) == set(losses.OPTIONS)
-    assert families.OBJECTIVES is losses.OBJECTIVES
+    assert methods.OBJECTIVES is losses.OBJECTIVES
 
 
 @pytest.mark.parametrize("name", ["rpo", "simpo", "exo"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.families.orpo import log_odds, odds_ratio_loss
+from rpo_jax.objectives.methods.orpo import log_odds, odds_ratio_loss
 from tests.objectives import laws, oracle
 
 

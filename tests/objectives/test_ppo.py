@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.families.ppo import advantages, ppo_loss
+from rpo_jax.objectives.methods.ppo import advantages, ppo_loss
 from rpo_jax.objectives.scores import Responses, Scores, Tokens
 
 GAMMA, LAMBDA = 0.9, 0.8

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.families.self_refined import self_refined_loss
+from rpo_jax.objectives.methods.self_refined import self_refined_loss
 from tests.objectives import laws, oracle
 
 BETA, LAMBDA = 0.3, 0.6

@@ -1,7 +1,7 @@
 import numpy as np
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.families.simpo import simpo_loss
+from rpo_jax.objectives.methods.simpo import simpo_loss
 from tests.objectives import laws, oracle
 
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from rpo_jax.core.records import Message
 from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, common_prefix, per_row, text_field
-from rpo_jax.types import Message
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")

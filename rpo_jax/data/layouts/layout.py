@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from rpo_jax.core.records import Message, PreferenceExample, Row
 from rpo_jax.data.faults import BadRow, shown
-from rpo_jax.types import Message, PreferenceExample, Row
 
 ROLES = {
     "system": "system",

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from rpo_jax.core.records import Message, PreferenceExample, Row
 from rpo_jax.data.faults import BadRow, shown
 from rpo_jax.data.layouts.layout import ROLES, Layout, Parts, Unusable, finish, text_field
-from rpo_jax.types import Message, PreferenceExample, Row
 
 
 class _Node(NamedTuple):

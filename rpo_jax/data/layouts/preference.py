@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from rpo_jax.core.records import Message
 from rpo_jax.data.layouts.layout import (
     Layout,
     Parts,
@@ -18,7 +19,6 @@ from rpo_jax.data.layouts.layout import (
     shared_conversation,
     text_field,
 )
-from rpo_jax.types import Message
 
 _LAST_WORD = re.compile(r"\s+\S*\Z")
 

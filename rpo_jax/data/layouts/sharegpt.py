@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rpo_jax.core.records import Message
 from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, messages_field, per_row, reply_field, text_field
-from rpo_jax.types import Message
 
 
 def parse(values: Mapping[str, Any]) -> Parts:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rpo_jax.core.records import Message
 from rpo_jax.data.faults import shown
 from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, field, per_row, text_field
-from rpo_jax.types import Message
 
 
 def parse(values: Mapping[str, Any]) -> Parts:

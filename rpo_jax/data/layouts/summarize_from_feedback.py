@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rpo_jax.data.faults import shown
-from rpo_jax.data.layouts.layout import (
-    Layout,
-    Parts,
-    Unusable,
-    field,
-    list_field,
-    object_field,
-    per_row,
-    text_field,
-)
+from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, field, list_field, object_field, per_row, text_field
 
 
 def parse(values: Mapping[str, Any]) -> Parts:

@@ -1,0 +1,1 @@
+"""Records, files and errors that everything else stands on."""

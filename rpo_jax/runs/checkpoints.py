@@ -1,0 +1,328 @@
+"""Checkpoints of a run on disk, through orbax: saved in the background, the newest and the best kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from rpo_jax.core.manifest import NAME, fault, has_manifest, write_manifest
+
+log = logging.getLogger(__name__)
+
+_DAMAGED = "damaged-"  # what a checkpoint is renamed to that cannot be used; its step can then be saved again
+_SUMMED = "checksums"  # in the record of a checkpoint that has them
+_REMOVED = "removed"  # a checkpoint that is no longer wanted goes here in one rename, so that none is ever half there
+_UNRANKED = -1e30  # score of a checkpoint without an evaluation of its own: orbax ranks only numbers
+
+
+class SaveFailed(OSError):
+    """A checkpoint is not on disk; the message says why."""
+
+
+class Checkpoints:
+    """The checkpoints below a folder.
+
+    Each holds the training state, a record, a JSON object that says which model and configuration made it, and
+    checksums of all its files, which are in it before it gets its name.
+
+    Args:
+        warn: told of a save that failed, when the next one begins.
+        folder: created on the first save.
+        keep_last: newest checkpoints to keep.
+        keep_best: checkpoints of highest score to keep besides.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        read_only: bool = False,
+        warn: Callable[[str], None] = log.warning,
+    ) -> None:
+        self.folder = Path(folder).resolve()
+        self._read_only, self._warn = read_only, warn
+        policy: list[Any] = [checkpoint_managers.LatestN(n=keep_last)]
+        if keep_best:
+            policy.append(
+                checkpoint_managers.BestN(get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False)
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policy),
+            best_fn=_score,
+            create=not read_only,
+            read_only=read_only,
+            # What a process that was killed had begun to write.
+            cleanup_tmp_directories=not read_only,
+            todelete_subdir=None if read_only else _REMOVED,
+            async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+        )
+        self._saving: int | None = None
+        self._failed: SaveFailed | None = None
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "record"))
+        except Exception as error:
+            reasons = faults(self.folder)
+            if not reasons:
+                raise
+            step, reason = next(iter(reasons.items()))
+            raise ValueError(
+                f"The checkpoint {self.path(step)} is damaged: {reason}; remove that folder to use the others."
+            ) from error
+        self._removing: threading.Thread | None = None
+        self._saving_since: float | None = None
+        self._longest_save: float | None = None
+        if not read_only:
+            self._empty_removed()
+            self._finish_removing()  # or a step that is trained again finds its earlier self there
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step of the highest score; None where none was given one."""
+        found = self._manager.best_step()
+        metrics = None if found is None else self._manager.metrics(found)
+        return found if metrics is not None and _score(metrics) > _UNRANKED else None
+
+    def path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def save(self, step: int, state: Any, record: dict[str, Any], score: float | None = None) -> None:
+        """Start saving in the background; `score` ranks the checkpoint for keep_best, higher is better.
+
+        A save that fails, as on a full disk, changes no earlier checkpoint: the next `save` warns of it, `wait` raises.
+        """
+        self.settle()
+        self._clear_partial()
+        if self._failed is not None:
+            self._warn(f"{self._failed}; training goes on, {self._newest_kept()}")
+        self._empty_removed()
+        self._saving, self._failed, self._saving_since = step, None, time.monotonic()
+        record = {**record, _SUMMED: NAME}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
+                metrics={"score": _UNRANKED if score is None else float(score)},
+            )
+        except Exception as error:  # of many kinds; what the disk refuses, the storage tells as ValueError too
+            self._note_failed(error)
+
+    def _add_checksums(self) -> None:
+        """Called by the storage once all is written, before the folder is renamed to its step."""
+        for partial in self.folder.glob(f"{self._saving}.*tmp*"):
+            write_manifest(partial)
+
+    def _note_failed(self, error: Exception) -> None:
+        step, self._saving_since = self._saving, None
+        self._failed = SaveFailed(f"the checkpoint of step {step} was not saved: {_reason(error)}")
+        self._clear_partial()
+        self._manager.reload()  # it took those for gone that were to make room
+
+    def _clear_partial(self) -> None:
+        """Give back the room of a save that failed; threads of the storage may still write there for a moment."""
+        if jax.process_index() == 0 and self._failed is not None:
+            for partial in self.folder.glob(f"{self._saving}.*tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _newest_kept(self) -> str:
+        newest = self.latest_step()
+        return "there is none yet" if newest is None else f"the newest checkpoint is that of step {newest}"
+
+    def newest_whole(self) -> int | None:
+        """The newest step whose checkpoint is whole; warns of those that are passed over.
+
+        None where there is no checkpoint; raises ValueError where none of them is whole.
+        """
+        reasons = {}
+        for step in reversed(self.steps()):
+            reason = step_fault(self.path(step))
+            if reason is None:
+                return step
+            reasons[step] = reason
+            self._warn(f"the checkpoint {self.path(step)} is damaged and not used: {reason}")
+        if reasons:
+            raise ValueError(_none_left(self.folder, reasons))
+        return None
+
+    def record(self, step: int) -> dict[str, Any]:
+        found = self._restore(step, record=ocp.args.JsonRestore())["record"]
+        return {key: value for key, value in found.items() if key != _SUMMED}
+
+    def restore(self, step: int, like: Any) -> Any:
+        """State of a step, with the shapes, dtypes and shardings of `like`: arrays or jax.ShapeDtypeStruct."""
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
+        return self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        with self._readable(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """Parameters of a step alone, as NumPy arrays in host memory; `like` gives their shapes.
+
+        Raises ValueError for a checkpoint that does not match its checksums.
+        """
+        if (reason := step_fault(self.path(step))) is not None:
+            others = [other for other in self.steps() if other != step]
+            there = f"there are also {', '.join(map(str, others))}" if others else "there is no other"
+            raise ValueError(f"The checkpoint {self.path(step)} cannot be read, as it is damaged: {reason}; {there}.")
+        item = {"params": like}
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        with self._readable(step), ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(
+                self.path(step) / "state",
+                args=ocp.args.PyTreeRestore(item=item, restore_args=on_host, partial_restore=True),
+            )["params"]
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Turn the storage's report, which runs over pages, into one line."""
+        try:
+            yield
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"The checkpoint {self.path(step)} cannot be read ({reason} ...); remove that folder to use an earlier "
+                "checkpoint, if there is one."
+            ) from error
+
+    def wait(self) -> None:
+        """Block until saves in the background are on disk; raises SaveFailed where the last one is not."""
+        self.settle()
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise SaveFailed(f"{failed}; {self._newest_kept()}")
+
+    def settle(self) -> None:
+        """Block until the save in the background has ended, well or not."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._note_failed(error)
+        self._note_saved()
+
+    def longest_save(self, default: float) -> float:
+        """Seconds from the start of a save until it was seen to be on disk: the most so far."""
+        if not self._manager.is_saving_in_progress():
+            self._note_saved()
+        return default if self._longest_save is None else self._longest_save
+
+    def _note_saved(self) -> None:
+        if self._saving_since is not None:
+            self._longest_save = max(self._longest_save or 0.0, time.monotonic() - self._saving_since)
+            self._saving_since = None
+
+    def _empty_removed(self) -> None:
+        """Delete in the background what earlier saves have put away; a network disk may take long to do so."""
+        if jax.process_index() != 0 or (self._removing is not None and self._removing.is_alive()):
+            return
+        unwanted = list((self.folder / _REMOVED).glob("*"))
+        self._removing = threading.Thread(target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in unwanted])
+        self._removing.start()
+
+    def _finish_removing(self) -> None:
+        if self._removing is not None:
+            self._removing.join()
+
+    def close(self) -> None:
+        self.settle()
+        if not self._read_only:
+            self._finish_removing()
+            self._empty_removed()
+            self._finish_removing()
+        self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, which the storage's report has behind pages of its own."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    system = f"{os.strerror(int(code[1]))}: " if code else ""
+    return system + (" ".join(str(error).split())[:200] or type(error).__name__)
+
+
+def step_fault(folder: Path) -> str | None:
+    """Why the checkpoint in a folder cannot be used; None where it can, or was made before there were checksums."""
+    if has_manifest(folder):
+        return fault(folder)
+    try:
+        record = json.loads((folder / "record" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"its record cannot be read ({' '.join(str(error).split())[:200]})"
+    return f"{NAME} is missing" if _SUMMED in record else None
+
+
+def faults(folder: Path) -> dict[int, str]:
+    """The steps whose checkpoint cannot be used, newest first, and why."""
+    steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), reverse=True)
+    found = {step: step_fault(folder / str(step)) for step in steps}
+    return {step: reason for step, reason in found.items() if reason is not None}
+
+
+def set_aside_damaged(folder: Path, say: Callable[[str], None]) -> None:
+    """Rename the checkpoints that are damaged, so that a run resumes from the newest of the others.
+
+    Raises ValueError where none is left.
+    """
+    reasons = faults(folder)
+    whole = [path for path in folder.glob("*") if path.name.isdecimal() and int(path.name) not in reasons]
+    if not whole and (reasons or any(folder.glob(f"{_DAMAGED}*"))):
+        raise ValueError(_none_left(folder, reasons))
+    for step, reason in reasons.items():
+        aside = folder / f"{_DAMAGED}{step}"
+        if aside.exists():
+            shutil.rmtree(aside)
+        (folder / str(step)).rename(aside)
+        say(f"the checkpoint of step {step} is damaged and not used: {reason}; it is {aside} now")
+
+
+def _none_left(folder: Path, reasons: dict[int, str]) -> str:
+    told = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items()) or "all were set aside before"
+    return (
+        f"No checkpoint in {folder} can be used ({told}); put a copy of one there, or train again from the start with "
+        "--overwrite."
+    )
+
+
+def _score(metrics: Any) -> float:
+    return metrics["score"]
+
+
+def comparable(model_config: Any) -> dict[str, Any]:
+    """An architecture as JSON gives it back, where tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(model_config)))
+
+
+def check_architecture(saved: dict[str, Any], current: dict[str, Any], where: str | Path) -> None:
+    """Raise ValueError naming the differences if a checkpoint's model is not the configured one."""
+    differences = [
+        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} in this configuration"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"The checkpoint in {where} is of another architecture: {', '.join(differences)}; resume with the run's "
+            "own configuration, or choose another run.dir."
+        )

@@ -1,0 +1,231 @@
+"""The folder of a run: made whole or not at all, never emptied of what the run itself reads, checked before a resume.
+
+It holds config.yaml, run_id, metrics.jsonl, tensorboard/, checkpoints/, and in model/ all of a Hugging Face folder but
+the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rpo_jax import models
+from rpo_jax.config import Config, DistributedConfig
+from rpo_jax.config.reading import dump_config, load_config
+from rpo_jax.hosts import processes
+from rpo_jax.models import ModelConfig
+from rpo_jax.models.folders import folder_fingerprint, recover, written_whole
+from rpo_jax.objectives.losses import OBJECTIVES
+from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
+from rpo_jax.runs.tracking import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+RUN_ID = "run_id"
+GENERATION_CONFIG = "generation_config.json"
+NETWORK_FOLDER_SECONDS = 30  # until a network folder shows on one host what another wrote
+
+
+def check_run_folder(config: Config, folder: Path) -> bool:
+    """Whether there is a checkpoint to resume from.
+
+    Raises ValueError where the processes of a run do not see the same, for a run that neither resume nor overwrite was
+    asked for, and for a folder that cannot be made or whose replacement would delete what this run reads.
+    """
+    if processes.is_main():
+        recover(folder)
+    processes.agree()
+    resuming = _resuming(config, folder)
+    seen = processes.gather(resuming)  # all have looked before one changes anything
+    if len(set(seen)) > 1:
+        has, lacks = seen.index(True), seen.index(False)
+        raise ValueError(_not_shared(folder, has, lacks))
+    return resuming
+
+
+def check_shared(folder: Path) -> None:
+    """ValueError unless all processes see the run folder that process 0 made."""
+    run_id = processes.from_main(lambda: (folder / RUN_ID).read_text(encoding="utf-8"))
+    deadline = time.monotonic() + NETWORK_FOLDER_SECONDS
+    while not (same := _reads(folder / RUN_ID, run_id)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    seen = processes.gather(same)
+    if not all(seen):
+        raise ValueError(_not_shared(folder, 0, seen.index(False)))
+
+
+def _reads(path: Path, content: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == content
+    except OSError:
+        return False
+
+
+def _not_shared(folder: Path, has: int, lacks: int) -> str:
+    return (
+        f"run.dir={folder} is not one folder for all: {processes.name(lacks)} does not see there what "
+        f"{processes.name(has)} sees; choose one on storage that all hosts share."
+    )
+
+
+def _resuming(config: Config, folder: Path) -> bool:
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"run.dir={folder} cannot be made: {nearest} is no folder to write to; choose another.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"run.dir={folder} is not empty and holds no run; choose another folder.")
+    if config.run.resume == "never" and not config.run.overwrite:
+        raise ValueError(
+            f"run.dir={folder} holds a run already; go on with it (--resume auto), replace it (--overwrite), or "
+            "choose another folder."
+        )
+    if config.run.resume == "auto" and _newest_record(folder) is not None:
+        return True
+    for key, path in (
+        ("model.path", config.model.path),
+        ("reference.path", config.reference.path),
+        ("data.path", config.data.path),
+        ("data.eval_path", config.data.eval_path),
+    ):
+        if path is not None and Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{key}={path} lies in run.dir={folder}, which this run would replace; move it, or choose another "
+                "run.dir."
+            )
+    return False
+
+
+def _newest_record(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint says about its run; None where there is no checkpoint."""
+    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+    newest = checkpoints.latest_step()
+    record = None if newest is None else checkpoints.record(newest)
+    checkpoints.close()
+    return record
+
+
+def make_run_folder(
+    config: Config, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """A new run folder, in place of one that is there; process 0 makes it."""
+    if not processes.is_main():
+        return
+    with written_whole(folder, overwrite=True) as new:
+        models.to_transformers(model_config, model_config.dtype).save_pretrained(new / MODEL)
+        tokenizer.save_pretrained(new / MODEL)
+        if config.model.path is not None:
+            settings = models.resolve_folder(config.model.path) / GENERATION_CONFIG
+            if settings.is_file():
+                shutil.copyfile(settings, new / MODEL / GENERATION_CONFIG)
+        # What was asked of this start only would, read back from here, ask it again of the next.
+        lasting = dataclasses.replace(config.run, resume="never", overwrite=False)
+        lasting = dataclasses.replace(config, run=lasting, distributed=DistributedConfig())
+        (new / "config.yaml").write_text(dump_config(lasting), encoding="utf-8")
+        (new / RUN_ID).write_text(uuid.uuid4().hex, encoding="utf-8")
+
+
+def resume_command(config: Config, started: bool) -> str:
+    """The command that goes on with a run: the configuration in its folder, and what this start was told besides.
+
+    Args:
+        started: whether the folder is this run's by now; otherwise the command starts it as this start was to.
+    """
+    file = Path(config.run.dir).expanduser() / "config.yaml"
+    before = comparable(load_config(file) if started else Config())
+    asked = ("run.resume", "run.overwrite")
+    told = {
+        f"{section}.{key}": value
+        for section, values in comparable(config).items()
+        for key, value in values.items()
+        if value != before[section][key] and not (started and f"{section}.{key}" in asked)
+    }
+    words = ["python", "-m", "rpo_jax.train", *(["--config", str(file), "--resume", "auto"] if started else [])]
+    words += [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in told.items()]
+    return shlex.join(words)
+
+
+def base_record(config: Config) -> dict[str, str] | None:
+    """What a checkpoint of adapters says about the base without which they are nothing; None without LoRA."""
+    if not config.lora.rank:
+        return None
+    assert config.model.path is not None, "checked with the configuration"
+    # A local folder by its full path, so that it is found from anywhere; a hub's name as it is.
+    path, local = config.model.path, Path(config.model.path).expanduser()
+    fingerprint = folder_fingerprint(models.resolve_folder(path))
+    return {"path": str(local.resolve()) if local.is_dir() else path, "fingerprint": fingerprint}
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Equal settings; the order of a list says nothing."""
+    return before == now or (isinstance(before, list) and isinstance(now, list) and sorted(before) == sorted(now))
+
+
+def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What a checkpoint's configuration and the current one say of every setting in which they differ.
+
+    Where, how long and on what a run goes on is left out: it may change without changing what its steps compute.
+    """
+    defaults = comparable(Config())
+    return {
+        f"{section}.{key}": (before, now)
+        for section, values in current.items()
+        for key, now in values.items()
+        # A checkpoint that is older than a setting was made with what is its default now.
+        if (before := (defaults[section] | saved.get(section, {}))[key]) != now
+        and section not in ("mesh", "distributed", "train", "tracking")
+        and key not in ("dir", "cache_dir", "resume", "overwrite")
+    }
+
+
+def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
+    """ValueError where the newest checkpoint is of another model, base or optimizer; says what else differs."""
+    saved = _newest_record(folder)
+    assert saved is not None, "check_run_folder found a checkpoint"
+    check_architecture(saved["model"], record["model"], folder)
+    changed = changed_settings(saved["config"], record["config"])
+    adapters = [key for key, (before, now) in changed.items() if key.startswith("lora.") and not _same(before, now)]
+    if adapters:
+        told = ", ".join(f"{key}={changed[key][0]}, not {changed[key][1]}" for key in adapters)
+        raise ValueError(
+            f"The checkpoint in {folder} was trained with {told}; resume with its own lora section, or choose another "
+            "run.dir."
+        )
+    if "objective.partition" in changed:  # with or without the parameters of its head
+        before, now = changed["objective.partition"]
+        raise ValueError(
+            f"The checkpoint in {folder} was trained with objective.partition={before}, not {now}; resume with its "
+            "own, or choose another run.dir."
+        )
+    if "objective.name" in changed:
+        before, now = changed["objective.name"]
+        if any(name in OBJECTIVES and OBJECTIVES[name].uses_tokens for name in (before, now)):
+            raise ValueError(
+                f"The checkpoint in {folder} was trained with objective.name={before}, not {now}, and one of them has "
+                "a value head; resume with its own, or choose another run.dir."
+            )
+    before, now = saved.get("base"), record["base"]
+    if before is not None and before["fingerprint"] != now["fingerprint"]:
+        raise ValueError(
+            f"The checkpoint in {folder} holds adapters of the weights that {before['path']} had, which are not those "
+            f"in model.path={now['path']} now; resume with the former, or choose another run.dir."
+        )
+    if "optim.name" in changed:
+        before, now = changed["optim.name"]
+        raise ValueError(
+            f"The checkpoint in {folder} holds the state of optim.name={before}, not of {now}; resume with {before}, "
+            "or choose another run.dir."
+        )
+    for key, (before, now) in changed.items():
+        reporter.say(f"resuming with another {key}: {before} until now, {now} from here on")

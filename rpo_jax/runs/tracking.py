@@ -1,0 +1,222 @@
+"""What a run tells: console phases and progress, metrics.jsonl, and the dashboards asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
+
+from rpo_jax.config import TrackingConfig
+from rpo_jax.core.files import replace_durably
+from rpo_jax.runs.notebook import NotebookProgress, in_notebook
+
+FIRST_STEP = "first step"  # its key in phase_seconds
+
+# What the progress bar and the plain lines show where a run has it; a narrow terminal cuts the end.
+_SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("pairs_per_second", "pairs/s", "{:.1f}"),
+    ("generated_per_second", "tokens/s", "{:.0f}"),
+    ("rewards/accuracies", "accuracy", "{:.3f}"),
+    ("rewards/margins", "margin", "{:.3f}"),
+    ("eval_loss", "held-out loss", "{:.4f}"),
+    ("eval_rewards/accuracies", "held-out accuracy", "{:.3f}"),
+    ("eval_logps/accuracies", "held-out accuracy of log-probs", "{:.3f}"),
+)
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """The key metrics in one short line."""
+    return "  ".join(f"{label} {form.format(metrics[key])}" for key, label, form in _SHOWN if key in metrics)
+
+
+class _ShownColumn(ProgressColumn):
+    """A task's key metrics, cut where the line ends."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["shown"], no_wrap=True, overflow="ellipsis")
+
+
+class Reporter:
+    """Phases and progress on the console: bars on a terminal or in a notebook, plain lines elsewhere.
+
+    Args:
+        silent: say nothing, where another process of the run does.
+
+    Attributes:
+        phase_seconds: wall time of each finished phase; under "first step", from the making of this reporter, which
+            a run begins with, to the end of its first training step, the evaluation before it included.
+    """
+
+    def __init__(self, silent: bool = False) -> None:
+        # In a notebook plain lines, which share one output; rich would make an output of each.
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=silent, force_jupyter=False)
+        self._notebook = in_notebook() and not silent
+        self._live = self._console.is_terminal and not silent
+        self.phase_seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[list[str]]:
+        """Time a phase; what is appended to the list that it yields ends the phase's line."""
+        notes: list[str] = []
+        started = time.perf_counter()
+        yield notes
+        seconds = time.perf_counter() - started
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
+        self.say("  ".join([f"{name:<22}{seconds:8.1f} s", *notes]))
+
+    def first_step(self) -> None:
+        """Tell that the first training step of this run is done."""
+        self.phase_seconds[FIRST_STEP] = seconds = time.perf_counter() - self._started
+        self.say(f"{FIRST_STEP:<22}{seconds:8.1f} s  from the start of the run to the end of its first step")
+
+    @contextmanager
+    def progress(self, name: str, total: int, start: int = 0) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+        """Progress of `total` things; call what it yields with the number done and the newest metrics.
+
+        On a terminal or in a notebook every call moves the bar; elsewhere a line is printed whenever there are metrics.
+        """
+        if self._notebook:
+            shown = NotebookProgress(name, total, start)
+            try:
+                yield lambda done, metrics: shown.update(done, summary(metrics))
+            finally:
+                shown.draw()
+            return
+        if not self._live:
+
+            def plain(done: int, metrics: Mapping[str, float]) -> None:
+                if metrics:
+                    self.say(f"{name} {done}/{total}  {summary(metrics)}")
+
+            yield plain
+            return
+
+        def whole() -> Column:
+            return Column(no_wrap=True)
+
+        columns = (
+            TextColumn("{task.description}", table_column=whole()),
+            BarColumn(bar_width=16, table_column=whole()),
+            MofNCompleteColumn(table_column=whole()),
+            TimeRemainingColumn(table_column=whole()),
+            TextColumn("left", table_column=whole()),
+            _ShownColumn(),  # the one that a narrow terminal cuts
+        )
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task(name, total=total, completed=start, shown="")
+
+            def update(done: int, metrics: Mapping[str, float]) -> None:
+                bar.update(task, completed=done)
+                if metrics:
+                    bar.update(task, shown=summary(metrics))
+
+            yield update
+
+
+def check_tracking(config: TrackingConfig) -> None:
+    """Raise ValueError if a dashboard that was asked for is not installed."""
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("tracking.wandb=true, but wandb is not installed; run `pip install rpo-jax[wandb]`.")
+
+
+class MetricsLog:
+    """Writes metrics to `metrics.jsonl` in the run folder, and to TensorBoard and Weights & Biases if asked.
+
+    Args:
+        start_step: steps done when this part of the run begins; later lines of an earlier part are dropped,
+            because they will be logged again.
+        writing: false on the processes of a run that only read what an earlier part logged.
+        run_id: the same for all parts of a run, so that a resumed one goes on in the same chart.
+
+    Attributes:
+        earlier: what the earlier parts of the run logged.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        start_step: int,
+        run_id: str,
+        hyperparameters: dict[str, Any],
+        *,
+        writing: bool = True,
+    ) -> None:
+        path = run_dir / "metrics.jsonl"
+        # A run that starts over evaluates before its first step again, so even that line goes.
+        first_step = start_step + 1 if start_step else 0
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < first_step]
+        self.earlier: list[dict[str, float]] = [json.loads(line) for line in kept]
+        self._file = self._tensorboard = self._wandb = None
+        if not writing:
+            return
+        beside = path.with_suffix(".jsonl.tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        replace_durably(beside, path)
+        self._file = path.open("a", encoding="utf-8")
+        if config.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        if config.wandb:
+            import wandb  # pyright: ignore[reportMissingImports]  # optional
+
+            self._wandb = wandb.init(project=config.wandb_project, id=run_id, resume="allow", config=hyperparameters)
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """Log one step; `metrics` holds `step`."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(dict(metrics)) + "\n")
+        self._file.flush()
+        step = int(metrics["step"])
+        scalars = {name: value for name, value in metrics.items() if name != "step"}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def sync(self) -> None:
+        """Have all lines on disk, before a checkpoint that counts on them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of an earlier part of the run; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,346 @@
+"""Answers of a model to prompts: `python -m rpo_jax.generate --model RUN_OR_HF --prompts FILE --out FILE.jsonl`.
+
+An answer depends on the model, its prompt, the settings and the seed, not on the prompts beside it. A file that is
+half done is completed; its rows end up in the order of the prompts. With --alpaca-eval, model_outputs.json for
+AlpacaEval besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rpo_jax.config import MeshConfig, RunConfig
+from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
+from rpo_jax.data.tokenize import TEMPLATES, cut_prompt, encode_prompts, render_prompt
+from rpo_jax.hosts import sharding
+from rpo_jax.runs.tracking import Reporter
+from rpo_jax.sampling.answers import Answer, Answering, batch_rows, prompt_seeds
+from rpo_jax.sampling.engine import Decoder, Sampling
+from rpo_jax.sampling.kv_cache import unstack_layers
+from rpo_jax.sampling.policy import DTYPES, Policy, find_policy
+
+ALPACA_EVAL = "tatsu-lab/alpaca_eval"
+ALPACA_EVAL_FILE = "alpaca_eval_gpt4_baseline.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to ask of which model.
+
+    Args:
+        model: a run folder, a Hugging Face folder, or a hub name.
+        prompts: a .txt file with a prompt a line, or rows with `prompt`, `messages` or `instruction`, or preferences.
+        out: JSONL file of the answers; with alpaca_eval the .json file, beside which the JSONL file lies.
+        checkpoint: of a run: `last`, `best` or a step.
+        sampling: greedy where not given.
+        max_tokens: most tokens of an answer.
+        stop: texts that end an answer.
+        seed: of all answers; each prompt's own follows from it and the prompt.
+        batch_size: prompts at a time.
+        template: `auto` gives messages to the chat template and leaves text as it is, `chat` makes text a user's
+            message; that of the run where not given, otherwise auto.
+        max_prompt_tokens: longer prompts are cut as in training; where not given, those that do not fit are refused.
+        compute_dtype: float32 or bfloat16; the run's where not given, float32 for folders.
+        base: of a LoRA run: where the model that it started from is now, if it has moved.
+        overwrite: start anew rather than complete `out`.
+        alpaca_eval: write what the alpaca_eval package reads; prompts are AlpacaEval's where not given.
+        generator: the model's name there; that of its folder where not given.
+    """
+
+    model: str
+    prompts: str | None = None
+    out: str | None = None
+    checkpoint: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    batch_size: int = 32
+    template: str | None = None
+    max_prompt_tokens: int | None = None
+    compute_dtype: str | None = None
+    base: str | None = None
+    overwrite: bool = False
+    alpaca_eval: bool = False
+    generator: str | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    cache_dir: str = RunConfig().cache_dir
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch_size", "max_prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be at least 0 and less than 2^32.")
+        if "" in self.stop:
+            raise ValueError("stop='' would end every answer at once; leave it out.")
+        if self.template not in (None, *TEMPLATES):
+            raise ValueError(f"template={self.template} is not known; use one of {', '.join(TEMPLATES)}.")
+        if self.compute_dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype={self.compute_dtype} is not known; use one of {', '.join(DTYPES)}.")
+        if self.generator is not None and not self.alpaca_eval:
+            raise ValueError(f"generator={self.generator} is written for AlpacaEval only; add --alpaca-eval.")
+        if not self.alpaca_eval and (self.prompts is None or self.out is None):
+            raise ValueError("Say what is asked and where the answers go: --prompts FILE --out FILE.jsonl.")
+        if self.alpaca_eval and self.out is not None and Path(self.out).suffix != ".json":
+            raise ValueError(f"out={self.out} must end in .json: AlpacaEval reads no other lists of rows.")
+
+    @property
+    def answers_file(self) -> Path:
+        path = Path(self.out or "model_outputs.json").expanduser()
+        return path.with_suffix(".jsonl") if self.alpaca_eval else path
+
+
+def generate(config: GenerateConfig) -> Path:
+    """Answer all prompts; returns the file, with one row for each of them.
+
+    Raises ValueError for what a user can mend, before anything is loaded or compiled.
+    """
+    reporter = Reporter()
+    out = config.answers_file
+    nearest = next(place for place in out.absolute().parents if place.exists())
+    if out.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"out={out} cannot be written; give a file in a folder that can be.")
+    mesh = sharding.make_mesh(config.mesh)
+    policy = find_policy(config.model, checkpoint=config.checkpoint, base=config.base)
+    asked = read_prompts(config.prompts or _alpaca_eval_set())
+    template = config.template or policy.template or "auto"
+    prompts = _encoded(asked, policy, template, config.max_prompt_tokens)
+    seeds = prompt_seeds(prompts, config.seed)
+    dtype = config.compute_dtype or policy.compute_dtype
+    settings = {
+        **dataclasses.asdict(config.sampling),
+        "max_tokens": config.max_tokens,
+        "stop": list(config.stop),
+        "seed": config.seed,
+        "template": template,
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "compute_dtype": dtype,
+    }
+    rows = [
+        {
+            "row_id": row.row_id,
+            "prompt": row.prompt if isinstance(row.prompt, str) else [turn._asdict() for turn in row.prompt],
+            "model": policy.name,
+            "settings": settings,
+            "seed": seed,
+        }
+        for row, seed in zip(asked.rows, seeds, strict=True)
+    ]
+    done = {} if config.overwrite else _already(out, rows)
+    if done:
+        reporter.say(f"{out} has {len(done)} of {len(rows)} answers already")
+    wanted = [index for index in range(len(rows)) if index not in done]
+    if wanted:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.cache_dir).expanduser() / "compiled"))
+        # As in training: an accelerator may multiply float32 at less than float32's precision unless told otherwise.
+        with jax.set_mesh(mesh), jax.default_matmul_precision("float32" if dtype == "float32" else None):
+            limits = [min(config.max_tokens, policy.model_config.max_position_embeddings - len(ids)) for ids in prompts]
+            with reporter.phase("load model"):
+                params = policy.load(mesh)
+                platform = mesh.devices.flat[0].platform
+                readable = jax.jit(unstack_layers, static_argnums=(1, 2))
+                params = jax.block_until_ready(readable(params, dtype, platform))
+            decoder = Decoder(
+                policy.model_config,
+                mesh,
+                sampling=config.sampling,
+                end_ids=sorted(policy.end_ids),
+                compute_dtype=dtype,
+            )
+            size = batch_rows(config.batch_size, len(rows), sharding.row_shards(mesh))
+            answering = Answering(decoder, params, policy.tokenizer, policy.end_ids, config.stop, size)
+            _write_answers(out, rows, done, answering.answers(prompts, seeds, limits, wanted), reporter)
+    _write_whole(out, "".join(_line(done[index]) for index in range(len(rows))))
+    if config.alpaca_eval:
+        return _write_alpaca_eval(out.with_suffix(".json"), asked.rows, done, config.generator or _name(policy))
+    return out
+
+
+def _encoded(asked: PromptSet, policy: Policy, template: Any, max_prompt_tokens: int | None) -> list[np.ndarray]:
+    """Token ids of the prompts as training would have made them."""
+    texts = []
+    for row in asked.rows:
+        try:
+            texts.append(render_prompt(row.prompt, policy.tokenizer, template))
+        except ValueError as error:
+            raise ValueError(f"{row.row_id}: {error}; mend the row, or leave it out.") from None
+    encoded = encode_prompts(texts, policy.tokenizer)
+    if max_prompt_tokens is not None:
+        has_bos = policy.tokenizer.bos_token_id is not None
+        encoded = [cut_prompt(ids, max_prompt_tokens, asked.truncation_side, has_bos) for ids in encoded]
+    positions = policy.model_config.max_position_embeddings
+    for row, ids in zip(asked.rows, encoded, strict=True):
+        if not len(ids):
+            raise ValueError(f"{row.row_id}: the prompt is empty, and the tokenizer has no BOS to stand for it.")
+        if len(ids) >= positions:
+            raise ValueError(
+                f"{row.row_id}: the prompt has {len(ids)} tokens, and {policy.name} has {positions} positions for "
+                "prompt and answer; leave it out, or cut long prompts with --max-prompt-tokens."
+            )
+    return encoded
+
+
+def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Answers of an earlier start by the index of their prompts; a last line that was cut short is none.
+
+    Raises ValueError for a file of another model, other settings or other prompts.
+    """
+    if not out.exists():
+        return {}
+    index_of = {row["row_id"]: index for index, row in enumerate(rows)}
+    done = {}
+    for number, line in enumerate(out.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            found = json.loads(line)
+            index = index_of.get(found["row_id"])
+            said = {key: found[key] for key in ("model", "settings", "prompt", "seed")}
+            assert {"response", "finish_reason", "tokens"} <= set(found)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise ValueError(f"{out}:{number} is no answer of this command; give another --out.") from None
+        where = f"{out} is of an earlier start with other"
+        mend = "repeat it as it was, or give another --out, or --overwrite."
+        expected = rows[0 if index is None else index]
+        for key, value in {"model": expected["model"], **expected["settings"]}.items():
+            before = said["model"] if key == "model" else said["settings"].get(key)
+            if before != value:
+                raise ValueError(f"{where} settings: {key} was {before!r} and is {value!r} now; {mend}")
+        if index is None or said["prompt"] != expected["prompt"] or said["seed"] != expected["seed"]:
+            raise ValueError(f"{where} prompts: {found['row_id']} was {said['prompt']!r:.60}; {mend}")
+        done[index] = found
+    return done
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _write_whole(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(content, encoding="utf-8")
+    beside.replace(path)
+
+
+def _write_answers(
+    out: Path, rows: Sequence[dict[str, Any]], done: dict[int, dict[str, Any]], batches: Any, reporter: Reporter
+) -> None:
+    """Append every batch's answers as they come, so that whatever stops this loses one batch at most."""
+    _write_whole(out, "".join(_line(row) for row in done.values()))
+    began, tokens, before = time.perf_counter(), 0, len(done)
+    with out.open("a", encoding="utf-8") as file, reporter.progress("generate", len(rows), before) as progress:
+        for batch in batches:
+            for answer in batch:
+                done[answer.index] = row = rows[answer.index] | _told(answer)
+                file.write(_line(row))
+                tokens += answer.tokens
+            file.flush()
+            progress(len(done), {"generated_per_second": tokens / (time.perf_counter() - began)})
+    seconds = time.perf_counter() - began
+    reporter.say(f"{len(done) - before} answers, {tokens} tokens, {seconds:.1f} s, compilation included")
+
+
+def _told(answer: Answer) -> dict[str, Any]:
+    return {"response": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens}
+
+
+def _alpaca_eval_set() -> str:
+    """AlpacaEval's instructions, from the hub."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(ALPACA_EVAL, ALPACA_EVAL_FILE, repo_type="dataset")
+    except Exception as error:  # whatever keeps the hub from answering, the user can do the same about it
+        raise ValueError(
+            f"The hub did not give {ALPACA_EVAL_FILE} of the data set {ALPACA_EVAL} ({type(error).__name__}); fetch "
+            "that file where the hub can be reached, and give it as --prompts."
+        ) from None
+
+
+def _name(policy: Policy) -> str:
+    return Path(policy.name).name
+
+
+def _write_alpaca_eval(out: Path, asked: Sequence[PromptRow], done: dict[int, dict[str, Any]], generator: str) -> Path:
+    """The file that `alpaca_eval --model_outputs` reads."""
+    rows = [
+        {
+            # As it stands in the set: the annotator lines answers up by it.
+            "instruction": row.values.get("instruction") or _last_turn(row),
+            "output": done[index]["response"],
+            "generator": generator,
+            "dataset": row.values.get("dataset", "unknown"),
+        }
+        for index, row in enumerate(asked)
+    ]
+    _write_whole(out, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+    return out
+
+
+def _last_turn(row: PromptRow) -> str:
+    return row.prompt if isinstance(row.prompt, str) else row.prompt[-1].content
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rpo_jax.generate", description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="run folder, Hugging Face folder or hub name")
+    add("--prompts", help=".txt with a prompt a line, or rows with prompt, messages or instruction, or preferences")
+    add("--out", help="file of the answers: .jsonl; with --alpaca-eval .json (model_outputs.json)")
+    add("--checkpoint", help="of a run: last (default), best, or a step")
+    add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    add("--top-k", type=int, help="sample from the k likeliest tokens")
+    add("--top-p", type=float, help="sample from the likeliest tokens that make up this probability")
+    add("--max-tokens", type=int, default=256, help="most tokens of an answer (256)")
+    add("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=32, help="prompts at a time (32)")
+    add("--template", choices=TEMPLATES, help="chat: text prompts become a user's message; default as in training")
+    add("--max-prompt-tokens", type=int, help="cut longer prompts, as training does")
+    add("--dtype", choices=DTYPES, dest="compute_dtype", help="default: the run's; float32 for folders")
+    add("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")
+    add("--overwrite", action="store_true", help="start anew rather than complete the file")
+    add("--alpaca-eval", action="store_true", help="write model_outputs.json for the alpaca_eval package")
+    add("--generator", help="with --alpaca-eval: the model's name there")
+    for axis in sharding.MESH_AXES:
+        add(f"--mesh.{axis}", type=int, default=getattr(MeshConfig(), axis), help="devices along this axis")
+    add("--cache-dir", default=RunConfig().cache_dir, help="compiled programs")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of `generate`; exit status 2 and one line for what a user can mend."""
+    options = vars(_parser().parse_args(arguments))
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every restore
+    try:
+        sampling = Sampling(**{name: options.pop(name) for name in ("temperature", "top_k", "top_p")})
+        mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in sharding.MESH_AXES})
+        options["stop"] = tuple(options["stop"])
+        out = generate(GenerateConfig(**options, sampling=sampling, mesh=mesh))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(out)
+    if options["alpaca_eval"]:
+        print(f"judge it: alpaca_eval --model_outputs {out} --annotators_config weighted_alpaca_eval_gpt4_turbo")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Generated worlds whose truth is a rule: data for the quickstart and the studies."""

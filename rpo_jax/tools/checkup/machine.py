@@ -1,0 +1,86 @@
+"""Devices, and room on the disk for the checkpoints that a run is going to keep."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from rpo_jax import models
+from rpo_jax.config import Config
+from rpo_jax.hosts import sharding
+from rpo_jax.models import ModelConfig, lora
+from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
+from rpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+SPARE = 1.1  # records, metrics and logs, and the storage's own tables
+
+
+def check_devices(config: Config) -> list[Finding]:
+    """The devices that JAX sees, and whether the mesh and the batch fit them."""
+    devices = jax.devices()
+    shown = f"{len(devices)} x {devices[0].device_kind}, {jax.default_backend()}"
+    found: list[Finding] = []
+    if jax.default_backend() == "cpu" and Path("/dev/nvidia0").exists():
+        found.append(warning("devices", "there is a GPU, and JAX does not see it", 'pip install -e ".[cuda]"'))
+    if config.distributed.num_processes not in (None, 1):
+        return [*found, ok("devices", f"{shown}, in this process; the mesh spans all and is checked at the start")]
+    try:
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_batch(config.batch.pairs, config.batch.micro_rows, mesh)
+    except ValueError as error:
+        return [*found, failed("devices", error)]
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return [*found, ok("devices", f"{shown}: {axes}")]
+
+
+def checkpoint_bytes(config: Config, model_config: ModelConfig) -> int:
+    """Bytes of one checkpoint: what is trained, in float32, and the optimizer's state of it."""
+    if config.lora.rank:
+        params = lora.abstract_adapters(model_config, config.lora)
+    else:
+        params = models.abstract_params(model_config)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
+    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, 1))
+    state = jax.eval_shape(optimizer.init, params)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def check_disk(config: Config, model_config: ModelConfig, run_dir: Path, existing: list[Path]) -> list[Finding]:
+    """Whether the checkpoints that the run keeps, and the one being written, fit where they go.
+
+    Args:
+        existing: checkpoints that are there already; they make room as new ones come.
+    """
+    nearest = next(place for place in (run_dir, *run_dir.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        return [failed("disk space", f"{nearest} is no folder to write to", "choose another run.dir")]
+    one = int(SPARE * checkpoint_bytes(config, model_config))
+    count = config.train.keep_last + config.train.keep_best + 1
+    need = max(count * one - sum(map(folder_bytes, existing)), one)
+    free = shutil.disk_usage(nearest).free
+    text = (
+        f"{_size(free)} free at {nearest}; {count} checkpoints of {_size(one)} ({config.train.keep_last} newest, "
+        f"{config.train.keep_best} best, one being written) need {_size(need)} more"
+    )
+    fix = "free some, choose another run.dir, or lower train.keep_last and train.keep_best"
+    if need > free:
+        return [failed("disk space", text, fix)]
+    if 2 * need > free:
+        return [warning("disk space", f"{text}: more than half of it", fix)]
+    return [ok("disk space", text)]
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 2**10:,.1f} KiB"

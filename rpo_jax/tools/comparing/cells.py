@@ -1,0 +1,172 @@
+"""Runs the cells of a study, each once: what is there is not run again, and several processes share the work.
+
+A cell's folder holds `result.json` when it is done, `log.txt`, the answers it was judged by, and for a fine-tuned
+model its export, which the cells that start from it share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rpo_jax.sampling.engine import Sampling
+from rpo_jax.sampling.generation import GenerateConfig, generate
+from rpo_jax.tasks.gold import GoldTask, make_rows, win
+from rpo_jax.tools.comparing.measure import mean_divergence
+from rpo_jax.tools.comparing.study import Cell, configured
+from rpo_jax.tools.exporting import export
+from rpo_jax.training.run import run
+
+START = "{start}"  # as a setting's value: the folder of the fine-tuned model that the run starts from
+RESULT, LOG, EXPORT = "result.json", "log.txt", "hf"
+ACCURACY, LOG_PROB_ACCURACY = "eval_rewards/accuracies", "eval_logps/accuracies"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A cell's training has been asked to stop before its end: the cell has no result."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where cells run.
+
+    Attributes:
+        folder: of the study's results.
+        cache_dir: embeddings, reference log-probs and compiled programs, shared by all cells.
+        max_tokens: of an answer.
+    """
+
+    folder: Path
+    cache_dir: Path
+    max_tokens: int
+
+    def place(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.name
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """What a finished cell measured."""
+        file = self.place(cell) / RESULT
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def work_on(self, cell: Cell) -> bool:
+        """Have the cell's result; False where another process is at it."""
+        if self.result(cell) is not None:
+            return True
+        if cell.settings and not self.work_on(cell.beginning()):
+            return False
+        with _claimed(self.place(cell)) as claimed:
+            if not claimed:
+                return False
+            if self.result(cell) is None:
+                self._run(cell)
+        return True
+
+    def _run(self, cell: Cell) -> None:
+        place = self.place(cell)
+        began = time.perf_counter()
+        with (place / LOG).open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            try:
+                result = self._trained_and_judged(cell)
+            except (Exception, KeyboardInterrupt) as error:
+                error.add_note(f"cell {cell.name}: {cell.settings or cell.start}; its log: {place / LOG}")
+                raise
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        described = {"settings": cell.settings, "start": cell.start, "task": asdict(cell.task), "seed": cell.seed}
+        beside = place / f".{RESULT}"
+        beside.write_text(json.dumps({**described, **result}, indent=1) + "\n", encoding="utf-8")
+        beside.replace(place / RESULT)
+        # Every run compiles programs of its own; those of hundreds of runs would fill the memory.
+        jax.clear_caches()
+        gc.collect()
+
+    def _trained_and_judged(self, cell: Cell) -> dict[str, Any]:
+        place = self.place(cell)
+        run_dir, exported = place / "run", place / EXPORT
+        files = self._files(cell)
+        start = self.place(cell.beginning()) / EXPORT
+        changes = {**(cell.settings or cell.start), "run.seed": cell.seed, "run.overwrite": True}
+        changes |= {"run.dir": run_dir, "run.cache_dir": self.cache_dir}
+        changes |= {"data.path": files["train"], "data.eval_path": files["held_out"]}
+        if cell.settings:
+            changes = {key: str(start) if value == START else value for key, value in changes.items()}
+            changes["model.path"] = start
+        began = time.perf_counter()
+        trained = run(configured(changes))
+        train_seconds = time.perf_counter() - began  # phases overlap: their sum would be more
+        if trained.stopped is not None:
+            raise Interrupted(f"stopped by {trained.stopped}")
+        if not cell.settings:
+            export(run_dir, exported, overwrite=True)
+        result: dict[str, Any] = {"metrics": trained.metrics, "train_seconds": round(train_seconds, 1)}
+        if isinstance(cell.task, GoldTask):
+            result |= self._judged(cell, files, exported if not cell.settings else run_dir)
+            if cell.settings:
+                result["divergence"] = self._divergence(cell, files, run_dir, start)
+        shutil.rmtree(run_dir)  # its metrics are in the result, and nobody trains on from it
+        return result
+
+    def _files(self, cell: Cell) -> dict[str, Path]:
+        if isinstance(cell.task, GoldTask):
+            parts = [[f"{json.dumps(row)}\n" for row in rows] for rows in make_rows(cell.task, cell.seed)]
+        else:
+            parts = cell.task.parts(cell.seed)
+        files = {name: self.place(cell) / f"{name}.jsonl" for name in ("train", "held_out")}
+        for file, lines in zip(files.values(), parts, strict=True):
+            file.write_text("".join(lines), encoding="utf-8")
+        return files
+
+    def _answers(self, cell: Cell, files: dict[str, Path], model: Path, temperature: float) -> list[dict[str, Any]]:
+        out = self.place(cell) / ("greedy.jsonl" if temperature == 0 else "sampled.jsonl")
+        generate(
+            GenerateConfig(
+                model=str(model),
+                prompts=str(files["held_out"]),
+                out=str(out),
+                sampling=Sampling(temperature=temperature),
+                max_tokens=self.max_tokens,
+                seed=cell.seed % 2**32,
+                batch_size=64,
+                max_prompt_tokens=cell.config().data.max_prompt_tokens,
+                overwrite=True,
+                cache_dir=str(self.cache_dir),
+            )
+        )
+        return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+    def _judged(self, cell: Cell, files: dict[str, Path], model: Path) -> dict[str, Any]:
+        rows = [json.loads(line) for line in files["held_out"].read_text(encoding="utf-8").splitlines()]
+        answers = self._answers(cell, files, model, 0.0)
+        return {
+            "wins": [
+                win(row["prompt"], answer["response"], row["chosen"]) for row, answer in zip(rows, answers, strict=True)
+            ],
+            "answer_tokens": [answer["tokens"] for answer in answers],
+        }
+
+    def _divergence(self, cell: Cell, files: dict[str, Path], run_dir: Path, start: Path) -> float:
+        answers = self._answers(cell, files, run_dir, 1.0)
+        told = [(answer["prompt"], answer["response"], answer["finish_reason"] == "eos") for answer in answers]
+        return mean_divergence(run_dir, start, told)
+
+
+@contextlib.contextmanager
+def _claimed(place: Path) -> Iterator[bool]:
+    """Whether this process may work there until it is done; a process that dies gives its claim up."""
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".claim").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

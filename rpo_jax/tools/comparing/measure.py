@@ -1,0 +1,70 @@
+"""How far a trained policy has gone from what it started from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rpo_jax import models
+from rpo_jax.config import MeshConfig
+from rpo_jax.data.tokenize import encode_prompts
+from rpo_jax.hosts import sharding
+from rpo_jax.models import ModelConfig
+from rpo_jax.sampling.policy import find_policy
+
+ROWS = 32  # scored at a time
+TOKENS = 32  # widths are multiples of this, so that few programs are compiled
+
+
+def mean_divergence(policy: Path, reference: Path, answers: Sequence[tuple[str, str, bool]]) -> float:
+    """KL(policy || reference) of whole answers, nats, estimated from answers that the policy has sampled.
+
+    mean over (x, y ~ policy(. | x)) of log policy(y | x) - log reference(y | x), the end token included: unbiased for
+    answers sampled at temperature 1, as far as their texts have the tokens again that were sampled.
+
+    Args:
+        answers: prompts, the policy's answers to them, and whether they ended rather than ran out of tokens.
+    """
+    found, mesh = find_policy(str(policy)), sharding.make_mesh(MeshConfig())
+    start = find_policy(str(reference))
+    prompts = encode_prompts([prompt for prompt, _, _ in answers], found.tokenizer)
+    end = [found.tokenizer.eos_token_id]
+    rows = [
+        (list(prompt), found.tokenizer(text, add_special_tokens=False)["input_ids"] + end * ended)
+        for prompt, (_, text, ended) in zip(prompts, answers, strict=True)
+    ]
+    width = -(-max(len(prompt) + len(answer) for prompt, answer in rows) // TOKENS) * TOKENS
+    totals = []
+    with jax.set_mesh(mesh):
+        both = [found.load(mesh), start.load(mesh)]
+        for first in range(0, len(rows), ROWS):
+            tokens, scored = _padded(rows[first : first + ROWS], width)
+            own, before = (np.asarray(_log_probs(found.model_config, params, tokens, scored)) for params in both)
+            totals.append((own - before)[: len(rows) - first])
+    return float(np.mean(np.concatenate(totals)))
+
+
+def _padded(
+    rows: Sequence[tuple[list[int], list[int]]], width: int
+) -> tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
+    tokens, scored = np.zeros((ROWS, width), np.int32), np.zeros((ROWS, width), np.float32)
+    for i, (prompt, answer) in enumerate(rows):
+        tokens[i, : len(prompt) + len(answer)] = prompt + answer
+        scored[i, len(prompt) : len(prompt) + len(answer)] = 1
+    return tokens, scored
+
+
+def _log_probs(
+    model_config: ModelConfig, params: Any, tokens: Int[np.ndarray, "B T"], scored: Float[np.ndarray, "B T"]
+) -> Float[Array, "B"]:
+    """Summed log-prob of the scored tokens of each row."""
+    logits = models.apply(model_config, params, jnp.asarray(tokens), segment_ids=jnp.ones(tokens.shape, jnp.int32))
+    each = jax.nn.log_softmax(logits[:, :-1])
+    own = jnp.take_along_axis(each, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(own * scored[:, 1:], axis=1)

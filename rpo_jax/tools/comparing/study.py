@@ -1,0 +1,295 @@
+"""What a comparison runs: methods tuned with one budget each, then rows of tables over seeds. Read from YAML."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import random
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rpo_jax.config import Config
+from rpo_jax.config.reading import load_config
+from rpo_jax.tasks.gold import GoldTask
+from rpo_jax.training.prepare import checked_objective
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """Preferences from a file. Nothing but preference accuracy is judged: no rule knows more.
+
+    Args:
+        path: JSON Lines in a layout that the trainer reads, gzipped or not.
+        held_out_rows: other ones for each seed; the rest is trained on.
+    """
+
+    path: str
+    held_out_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if not Path(self.path).is_file():
+            raise ValueError(f"path={self.path} is no file.")
+        if self.held_out_rows < 1:
+            raise ValueError(f"held_out_rows={self.held_out_rows} must be at least 1.")
+
+    def parts(self, seed: int) -> tuple[list[str], list[str]]:
+        """Lines to train on and held-out ones."""
+        opened = gzip.open if self.path.endswith(".gz") else open
+        try:
+            with opened(self.path, "rt", encoding="utf-8") as file:
+                lines = [line for line in file if line.strip()]
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"task: {self.path} cannot be read as JSON Lines: {error}.") from None
+        if self.held_out_rows >= len(lines):
+            raise ValueError(f"held_out_rows={self.held_out_rows} leaves nothing of the {len(lines)} of {self.path}.")
+        random.Random(seed).shuffle(lines)
+        return lines[self.held_out_rows :], lines[: self.held_out_rows]
+
+
+Task = GoldTask | FileTask
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run and what is measured of it.
+
+    Attributes:
+        settings: of the training run, `section.key`; none for what all runs start from.
+        start: settings of the supervised fine-tuning that it starts from.
+        task: what it is trained and judged on.
+        seed: of task, fine-tuning and run.
+    """
+
+    settings: Settings
+    start: Settings
+    task: Task
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder: the same for the same run in any table or study."""
+        kind = type(self.task).__name__
+        decisive = json.dumps([self.settings, self.start, kind, asdict(self.task), self.seed], sort_keys=True)
+        return hashlib.sha256(decisive.encode()).hexdigest()[:16]
+
+    def beginning(self) -> Cell:
+        """The fine-tuned model that it starts from, as a cell of its own."""
+        return Cell({}, self.start, self.task, self.seed)
+
+    def config(self) -> Config:
+        """Its training configuration without folders; ValueError for what cannot be trained so."""
+        changes = {**(self.settings or self.start), "run.seed": self.seed}
+        config = configured(changes)
+        checked_objective(config)
+        return config
+
+
+def configured(settings: Mapping[str, Any]) -> Config:
+    """The training configuration of `section.key` settings, values as YAML has them, or paths."""
+    texts = {
+        key: json.dumps(value) if isinstance(value, bool | list | None) else value for key, value in settings.items()
+    }
+    return load_config(None, [f"{key}={text}" for key, text in texts.items()])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table.
+
+    Attributes:
+        label: as printed.
+        method: whose tuned settings it takes; None for the fine-tuned model itself.
+        settings: its own besides.
+        task: what of the task is other than the study's.
+    """
+
+    label: str
+    method: str | None
+    settings: Settings
+    task: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Attributes:
+    against: label of the row that the others' differences are taken to.
+    """
+
+    name: str
+    title: str
+    against: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Attributes:
+    seeds: of the tables' cells.
+    tuning_seed: of the runs that choose settings: other data than the tables' where the task is generated.
+    base: settings of every run; start: of the fine-tuning besides; methods: of each method besides.
+    grids: of each method, the values that are tried; all methods have as many runs.
+    max_tokens: of an answer.
+    """
+
+    seeds: tuple[int, ...]
+    tuning_seed: int
+    task: Task
+    base: Settings
+    start: Settings
+    methods: dict[str, Settings]
+    grids: dict[str, dict[str, list[Any]]]
+    tables: tuple[Table, ...]
+    max_tokens: int
+
+    def beginning(self, seed: int, task: Mapping[str, Any] | None = None) -> Cell:
+        changed = _task(type(self.task), {**asdict(self.task), **(task or {})})
+        return Cell({}, {**self.base, **self.start}, changed, seed)
+
+    def candidates(self, method: str) -> list[Settings]:
+        """The points of a method's grid."""
+        grid = self.grids[method]
+        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+    def trial(self, method: str, candidate: Settings) -> Cell:
+        """The run that tries a point."""
+        start = self.beginning(self.tuning_seed)
+        return Cell({**self.base, **self.methods[method], **candidate}, start.start, self.task, self.tuning_seed)
+
+    def cell(self, row: Row, seed: int, tuned: Mapping[str, Settings]) -> Cell:
+        """A row's run with one seed, once its method is tuned."""
+        start = self.beginning(seed, row.task)
+        if row.method is None:
+            return start
+        settings = {**self.base, **self.methods[row.method], **tuned[row.method], **row.settings}
+        return Cell(settings, start.start, start.task, seed)
+
+    def used_methods(self) -> list[str]:
+        used = (row.method for table in self.tables for row in table.rows)
+        return [method for method in dict.fromkeys(used) if method is not None]
+
+    def configurations(self) -> Iterator[tuple[str, Cell]]:
+        """One cell of everything that is to run, with words for where it stands."""
+        yield "start", self.beginning(self.seeds[0])
+        for method in self.used_methods():
+            for candidate in self.candidates(method):
+                yield f"methods: {method}", self.trial(method, candidate)
+        first = {method: self.candidates(method)[0] for method in self.used_methods()}
+        for table in self.tables:
+            for row in table.rows:
+                yield f"tables: {table.name}: {row.label}", self.cell(row, self.seeds[0], first)
+
+
+def _task(kind: type[Task], settings: Mapping[str, Any]) -> Task:
+    known = [field.name for field in fields(kind)]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"task: {key} is not known; there are {', '.join(known)}.")
+    try:
+        return kind(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"task: {error}") from None
+
+
+def read_study(path: Path) -> Study:
+    """The study of a YAML file.
+
+    Raises ValueError, before anything runs, for a key that is not known, a row of a method that there is none of,
+    grids of different sizes, and any run whose configuration is refused.
+    """
+    if not path.is_file():
+        raise ValueError(f"No study at {path}; configs/compare_small.yaml is one.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    try:
+        study = _read(content)
+        for where, cell in study.configurations():
+            try:
+                cell.config()
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return study
+
+
+_KEYS = ("seeds", "task", "base", "start", "tuning", "methods", "tables", "max_tokens")
+
+
+def _read(content: Any) -> Study:
+    content = _mapping(content, "a study", _KEYS)
+    tuning = _mapping(content.get("tuning", {}), "tuning", ("seed", "grid"))
+    task = _mapping(content.get("task", {}), "task")
+    methods, grids = {}, {}
+    for name, settings in _mapping(content.get("methods", {}), "methods").items():
+        settings = _mapping(settings, f"methods: {name}")
+        grids[name] = _grid(settings.pop("grid", tuning.get("grid", {})), name)
+        methods[name] = settings
+    sizes = {name: len(list(itertools.product(*grid.values()))) for name, grid in grids.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"every method must be tuned with as many runs, but the grids have {sizes}.")
+    seeds = content.get("seeds", [])
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"seeds: give a list of numbers, got {seeds!r}.")
+    max_tokens = content.get("max_tokens", 64)
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"max_tokens: {max_tokens!r} must be a positive number.")
+    return Study(
+        seeds=tuple(seeds),
+        tuning_seed=tuning.get("seed", 1000),
+        task=_task(FileTask if "path" in task else GoldTask, task),
+        base=_mapping(content.get("base", {}), "base"),
+        start=_mapping(content.get("start", {}), "start"),
+        methods=methods,
+        grids=grids,
+        tables=tuple(_table(*item, methods) for item in _mapping(content.get("tables", {}), "tables").items()),
+        max_tokens=max_tokens,
+    )
+
+
+def _grid(grid: Any, method: str) -> dict[str, list[Any]]:
+    grid = _mapping(grid, f"methods: {method}: grid")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"methods: {method}: grid: {key} needs a list of values, got {values!r}.")
+    return grid
+
+
+def _table(name: str, content: Any, methods: Mapping[str, Settings]) -> Table:
+    where = f"tables: {name}"
+    content = _mapping(content, where, ("title", "against", "rows"))
+    rows = []
+    for label, settings in _mapping(content.get("rows", {}), f"{where}: rows").items():
+        settings = _mapping(settings, f"{where}: {label}")
+        method, task = settings.pop("method", None), _mapping(settings.pop("task", {}), f"{where}: {label}: task")
+        if method is not None and method not in methods:
+            raise ValueError(f"{where}: {label}: there is no method {method}; there are {', '.join(methods)}.")
+        if method is None and settings:
+            raise ValueError(f"{where}: {label}: {', '.join(settings)} need a method beside them.")
+        rows.append(Row(label, method, settings, task))
+    against = content.get("against", rows[0].label if rows else "")
+    if against not in [row.label for row in rows]:
+        raise ValueError(f"{where}: against: there is no row {against!r}.")
+    return Table(name, str(content.get("title", name)), against, tuple(rows))
+
+
+def _mapping(content: Any, where: str, known: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A copy of a YAML mapping; ValueError where it is none, or has a key that is not known."""
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: needs keys below it, got {content!r}.")
+    for key in content:
+        if known and key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; there are {', '.join(known)}.")
+    return {str(key): value for key, value in content.items()}

@@ -1,0 +1,188 @@
+"""Judges without a network: a reward model that scores each response, and a rule from a Python file."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rpo_jax.core.records import Message
+from rpo_jax.data.chat_template import render_messages
+from rpo_jax.data.tokenizer import load_tokenizer
+from rpo_jax.tools.judging.comparisons import Choice, Comparison, Prompt, Verdict
+
+_BATCH = 8
+_MOST_TOKENS = 32_768  # of tokenizers that name no limit, or a number that means none
+
+
+def higher(first: float, second: float) -> Choice:
+    return "tie" if first == second else "first" if first > second else "second"
+
+
+class RewardJudge:
+    """A sequence-classification model of one label, its higher score wins.
+
+    Conversations are rendered by the tokenizer's chat template, in a sandbox as in training; without one, prompt and
+    response are encoded as two texts. What is longer than the model loses its beginning and is counted.
+
+    Raises ValueError for a folder that holds no such model, whole and as safetensors, and for a chat template that
+    cannot be used.
+    """
+
+    sees_order = False
+
+    def __init__(self, folder: str, say: Callable[[str], None] = lambda text: None) -> None:
+        path = Path(folder).expanduser()
+        if not (path / "config.json").is_file():
+            raise ValueError(f"--judge reward:{folder} is no model folder: it has no config.json.")
+        from safetensors import SafetensorError
+        from transformers import AutoModelForSequenceClassification
+
+        try:
+            self._tokenizer: Any = load_tokenizer(path)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                path, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+        except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
+            told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"--judge reward:{folder} cannot be loaded: {told}") from None
+        if loading["missing_keys"]:
+            # transformers would fill these at random, and the rewards with them.
+            missing = ", ".join(sorted(loading["missing_keys"])[:3])
+            raise ValueError(f"--judge reward:{folder} is no reward model: it has no weights for {missing}.")
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"--judge reward:{folder} has {model.config.num_labels} labels; a reward model gives one score."
+            )
+        self.name, self._model, self._say = path.resolve().name, model.eval(), say
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = self._tokenizer.pad_token_id
+        limits = (self._tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
+        self._limit = min((int(limit) for limit in limits if limit and limit < _MOST_TOKENS), default=_MOST_TOKENS)
+        self._tokenizer.truncation_side = "left"
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
+        wanted: dict[tuple[Prompt, str], float | None] = {}
+        for comparison in comparisons:
+            wanted |= {(comparison.pair.prompt, response): None for response in comparison.responses}
+        encoded = [(key, self._encode(*key)) for key in wanted]
+        cut = sum(was_cut for _, (_, was_cut) in encoded)
+        if cut:
+            self._say(
+                f"{cut} of {len(encoded)} texts are longer than the reward model's {self._limit} tokens; cut there"
+            )
+        encoded.sort(key=lambda pair: len(pair[1][0]["input_ids"]))  # equal lengths together, for less padding
+        scores: dict[tuple[Prompt, str], float] = {}
+        told: set[int] = set()
+        for start in range(0, len(encoded), _BATCH):
+            batch = encoded[start : start + _BATCH]
+            values = self._scores([ids for _, (ids, _) in batch])
+            scores |= {key: value for (key, _), value in zip(batch, values, strict=True)}
+            for index, comparison in enumerate(comparisons):
+                keys = [(comparison.pair.prompt, response) for response in comparison.responses]
+                if index not in told and all(key in scores for key in keys):
+                    told.add(index)
+                    first, second = (scores[key] for key in keys)
+                    yield index, Verdict(higher(first, second), f"rewards {first:.6g} and {second:.6g}")
+
+    def _encode(self, prompt: Prompt, response: str) -> tuple[dict[str, list[int]], bool]:
+        if self._tokenizer.chat_template:
+            asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+            texts = [self._rendered((*asked, Message("assistant", response)))]
+            options = {"add_special_tokens": False}  # the template has them
+        else:
+            texts, options = [_text(prompt), response], {}
+        whole = self._tokenizer(*texts, **options, truncation=False, verbose=False)
+        if len(whole["input_ids"]) <= self._limit:
+            return dict(whole), False
+        return dict(self._tokenizer(*texts, **options, truncation=True, max_length=self._limit)), True
+
+    def _rendered(self, messages: tuple[Message, ...]) -> str:
+        try:
+            return render_messages(messages, self._tokenizer, add_generation_prompt=False)
+        except ValueError as error:
+            raise ValueError(f"the reward model {self.name} cannot be asked: {error}") from None
+
+    def _scores(self, encoded: list[dict[str, list[int]]]) -> list[float]:
+        import torch
+
+        with torch.inference_mode():
+            inputs = self._tokenizer.pad(encoded, return_tensors="pt")
+            scores = self._model(**inputs).logits[:, 0].float().tolist()
+        if not all(math.isfinite(score) for score in scores):
+            raise ValueError(f"the reward model {self.name} gave a reward that is no finite number; check its weights.")
+        return scores
+
+
+def _dicts(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message.role}: {message.content}" for message in prompt)
+
+
+class RuleJudge:
+    """A function from a Python file, given as MODULE.py:FUNCTION.
+
+    `FUNCTION(prompt, response)` scores one response, and the higher score wins; `FUNCTION(prompt, first, second)`
+    returns 1 or 2 for the better one, 0 for a tie, None where it cannot tell. `prompt` is a string, or a list of
+    messages with role and content.
+
+    Raises ValueError where there is no such function, or it fails or returns something else.
+    """
+
+    def __init__(self, spec: str) -> None:
+        file, colon, name = spec.rpartition(":")
+        if not colon or not file.endswith(".py"):
+            raise ValueError(f"--judge rule:{spec} is not of the form rule:MODULE.py:FUNCTION.")
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise ValueError(f"--judge rule:{spec}: there is no file {path}.")
+        module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert module_spec is not None, "a .py file has a spec"
+        assert module_spec.loader is not None, "and a loader"
+        module = importlib.util.module_from_spec(module_spec)
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:  # whatever a user's file raises
+            raise ValueError(f"--judge rule:{spec}: {path} fails: {type(error).__name__}: {error}") from None
+        function = getattr(module, name, None)
+        count = len(inspect.signature(function).parameters) if inspect.isfunction(function) else None
+        if function is None or count not in (2, 3):
+            raise ValueError(
+                f"--judge rule:{spec}: {path} has no function {name}(prompt, response) or "
+                f"{name}(prompt, first, second)."
+            )
+        self.name, self.sees_order = f"{path.name}:{name}", count == 3
+        self._function: Callable[..., Any] = function
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
+        for index, comparison in enumerate(comparisons):
+            given = comparison.pair.prompt
+            prompt = given if isinstance(given, str) else _dicts(given)
+            try:
+                verdict = self._compare(prompt, *comparison.responses)
+            except Exception as error:  # whatever a user's function raises
+                raise ValueError(
+                    f"{self.name} fails on {comparison.pair.row_id}: {type(error).__name__}: {error}"
+                ) from None
+            yield index, verdict
+
+    def _compare(self, prompt: Any, first: str, second: str) -> Verdict:
+        if not self.sees_order:
+            scores = float(self._function(prompt, first)), float(self._function(prompt, second))
+            if not all(math.isfinite(score) for score in scores):
+                return Verdict(None, f"scores {scores[0]:g} and {scores[1]:g}")
+            return Verdict(higher(*scores), f"scores {scores[0]:g} and {scores[1]:g}")
+        choices: dict[int | None, Choice | None] = {1: "first", 2: "second", 0: "tie", None: None}
+        result = self._function(prompt, first, second)
+        if result not in choices:
+            raise ValueError(f"returned {result!r}, not 1, 2, 0 or None")
+        return Verdict(choices[result], str(result))

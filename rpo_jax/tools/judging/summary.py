@@ -1,0 +1,196 @@
+"""Verdicts as numbers, as JSON and Markdown, on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rpo_jax.tools.judging import statistics
+from rpo_jax.tools.judging.comparisons import Comparison, Verdict
+
+VERDICTS, SUMMARY, REPORT = "verdicts.jsonl", "summary.json", "summary.md"
+LENGTH_METHOD = (
+    "logistic regression of the score on tanh(length difference / its standard deviation), predicted at equal lengths; "
+    "lengths in characters (arXiv 2404.04475, Eq. 2, without instruction difficulty)"
+)
+_SCORE = {"a": 1.0, "tie": 0.5, "b": 0.0}
+
+
+def summarize(
+    comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], *, sees_order: bool, seed: int
+) -> dict[str, Any]:
+    """Counts and rates over prompts; without a single verdict the rates are None.
+
+    A prompt judged in both orders has the mean of both scores, and is won above 1/2. Verdicts that cannot be read, and
+    comparisons that were refused, count for nothing but themselves.
+    """
+    outcomes = [verdict.outcome(comparison) for comparison, verdict in zip(comparisons, verdicts, strict=True)]
+    counts = Counter(outcomes)
+    by_prompt: dict[str, list[float]] = {}
+    pairs = {comparison.pair.key: comparison.pair for comparison in comparisons}
+    for comparison, outcome in zip(comparisons, outcomes, strict=True):
+        if outcome in _SCORE:
+            by_prompt.setdefault(comparison.pair.key, []).append(_SCORE[outcome])
+    scores = np.array([np.mean(values) for values in by_prompt.values()])
+    lengths = np.array([[len(pairs[key].a), len(pairs[key].b)] for key in by_prompt], dtype=float).reshape(-1, 2)
+    return {
+        "prompts": len(pairs),
+        "comparisons": len(comparisons),
+        "unparsable": counts["unparsable"],
+        "refused": counts["refused"],
+        "judged_prompts": len(scores),
+        "win": int(np.sum(scores > 0.5)),
+        "tie": int(np.sum(scores == 0.5)),
+        "loss": int(np.sum(scores < 0.5)),
+        **_rates(scores, lengths, seed),
+        "length": _lengths(scores, lengths),
+        "position": _position(comparisons, outcomes) if sees_order else None,
+    }
+
+
+def _rates(scores: np.ndarray, lengths: np.ndarray, seed: int) -> dict[str, Any]:
+    names = ("win_rate", "win_rate_wilson_95", "win_rate_bootstrap_95", "length_controlled_win_rate")
+    if not len(scores):
+        return dict.fromkeys((*names, "length_controlled_bootstrap_95", "length_log_odds"))
+    differences = lengths[:, 0] - lengths[:, 1]
+    controlled, log_odds = statistics.length_controlled(scores, differences)
+    return {
+        "win_rate": float(scores.mean()),
+        "win_rate_wilson_95": list(statistics.wilson(float(scores.sum()), len(scores))),
+        "win_rate_bootstrap_95": list(statistics.bootstrap(scores, seed)),
+        "length_controlled_win_rate": controlled,
+        "length_controlled_bootstrap_95": list(statistics.length_controlled_bootstrap(scores, differences, seed)),
+        "length_log_odds": log_odds,
+        "length_controlled_method": LENGTH_METHOD,
+    }
+
+
+def _lengths(scores: np.ndarray, lengths: np.ndarray) -> dict[str, Any] | None:
+    """Characters of both sides, and how the longer response fared."""
+    if not len(scores):
+        return None
+    longer, shorter = lengths[:, 0] > lengths[:, 1], lengths[:, 0] < lengths[:, 1]
+    return {
+        "a_mean_characters": float(lengths[:, 0].mean()),
+        "b_mean_characters": float(lengths[:, 1].mean()),
+        "a_median_characters": float(np.median(lengths[:, 0])),
+        "b_median_characters": float(np.median(lengths[:, 1])),
+        "a_longer": int(longer.sum()),
+        "a_shorter": int(shorter.sum()),
+        "win_rate_where_a_is_longer": float(scores[longer].mean()) if longer.any() else None,
+        "win_rate_where_a_is_shorter": float(scores[shorter].mean()) if shorter.any() else None,
+    }
+
+
+def _position(comparisons: Sequence[Comparison], outcomes: Sequence[str]) -> dict[str, Any] | None:
+    """How often the response shown first won, of those where one won; how often both orders agreed."""
+    decided = [
+        (outcome == "a") == comparison.a_first
+        for comparison, outcome in zip(comparisons, outcomes, strict=True)
+        if outcome in ("a", "b") and comparison.pair.a != comparison.pair.b
+    ]
+    if not decided:
+        return None
+    orders: dict[str, list[str]] = {}
+    for comparison, outcome in zip(comparisons, outcomes, strict=True):
+        if outcome in _SCORE and comparison.pair.a != comparison.pair.b:
+            orders.setdefault(comparison.pair.key, []).append(outcome)
+    both = [found for found in orders.values() if len(found) == 2]
+    return {
+        "decided": len(decided),
+        "first_won": float(np.mean(decided)),
+        "first_won_wilson_95": list(statistics.wilson(sum(decided), len(decided))),
+        "judged_in_both_orders": len(both),
+        "same_verdict_in_both_orders": float(np.mean([len(set(found)) == 1 for found in both])) if both else None,
+    }
+
+
+def write(
+    folder: Path, comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], summary: Mapping[str, Any]
+) -> None:
+    """Verdicts and summary into a folder; each file is replaced whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps(_line(comparison, verdict), ensure_ascii=False)
+        for comparison, verdict in zip(comparisons, verdicts, strict=True)
+    ]
+    contents = {
+        VERDICTS: "".join(f"{line}\n" for line in lines),
+        SUMMARY: json.dumps(summary, indent=2) + "\n",
+        REPORT: markdown(summary),
+    }
+    for name, content in contents.items():
+        beside = folder / f".{name}.partial-{os.getpid()}"
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(folder / name)
+
+
+def _line(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
+    prompt = comparison.pair.prompt
+    return {
+        "row_id": comparison.pair.row_id,
+        "prompt": prompt if isinstance(prompt, str) else [message._asdict() for message in prompt],
+        "a": comparison.pair.a,
+        "b": comparison.pair.b,
+        "first": "a" if comparison.a_first else "b",
+        "winner": verdict.outcome(comparison),
+        "answer": verdict.answer,
+        "cached": verdict.cached,
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{100 * value:.1f} %"
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "none" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The summary as a page, also what the command prints."""
+    length, position = summary["length"], summary["position"]
+    lines = [
+        f"# {summary['a']} against {summary['b']}",
+        "",
+        f"{summary['task']}, judge {summary['judge']}, {summary['prompts']} prompts, "
+        f"{summary['comparisons']} comparisons ({'both orders' if summary['both_orders'] else 'order'} by seed "
+        f"{summary['seed']})",
+        "",
+        "| what | value |",
+        "|---|---|",
+        f"| win / tie / loss | {summary['win']} / {summary['tie']} / {summary['loss']} |",
+        f"| win rate, a tie is half a win | {_percent(summary['win_rate'])} |",
+        f"| its 95 % interval, Wilson | {_range(summary['win_rate_wilson_95'])} |",
+        f"| its 95 % interval, bootstrap over prompts | {_range(summary['win_rate_bootstrap_95'])} |",
+        f"| length-controlled win rate | {_percent(summary['length_controlled_win_rate'])} |",
+        f"| its 95 % interval, bootstrap | {_range(summary['length_controlled_bootstrap_95'])} |",
+        f"| answers that cannot be read | {summary['unparsable']} |",
+        f"| comparisons refused by the endpoint | {summary['refused']} |",
+    ]
+    if length:
+        means = f"{length['a_mean_characters']:.0f} / {length['b_mean_characters']:.0f}"
+        lines += [
+            f"| mean characters, A / B | {means} |",
+            f"| A longer / shorter | {length['a_longer']} / {length['a_shorter']} |",
+            f"| win rate where A is longer | {_percent(length['win_rate_where_a_is_longer'])} |",
+            f"| win rate where A is shorter | {_percent(length['win_rate_where_a_is_shorter'])} |",
+        ]
+    if position:
+        rate, interval = _percent(position["first_won"]), _range(position["first_won_wilson_95"])
+        lines.append(f"| won by the response shown first | {rate} ({interval}) |")
+        if position["judged_in_both_orders"]:
+            lines.append(f"| same verdict in both orders | {_percent(position['same_verdict_in_both_orders'])} |")
+    usage = summary["usage"]
+    cost = "" if usage["dollars"] is None else f", ${usage['dollars']:.2f}"
+    lines.append(
+        f"| asked / known before | {usage['asked']} / {usage['known']} ({usage['prompt_tokens']} + "
+        f"{usage['answer_tokens']} tokens{cost}) |"
+    )
+    return "\n".join(lines) + f"\n\nLength-controlled: {LENGTH_METHOD}.\n"

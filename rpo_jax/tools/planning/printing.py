@@ -1,0 +1,111 @@
+"""A plan for people: tables, and what they rest on."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from rpo_jax.tools.planning.compiled import Target
+from rpo_jax.tools.planning.estimate import Estimate
+from rpo_jax.tools.planning.search import Trial
+
+GIB = 2**30
+
+
+def gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def assumptions(target: Target, attention: str) -> list[str]:
+    """What the figures of a plan rest on, one sentence each."""
+    chip = target.chip
+    said = [
+        f"Rates of {chip.name}, published and never reached in full: {chip.flops / 1e12:,.0f} TFLOP/s bfloat16, "
+        f"{chip.memory_rate / 1e9:,.0f} GB/s memory, {chip.link_rate / 1e9:,.0f} GB/s to other devices one way over "
+        f"all links ({chip.source}).",
+        "Time: operations, bytes and exchanged bytes over these rates; the shorter one if all three overlap, the "
+        "longer one if none do. A real step takes longer than the shorter one; host, input and start-up are not in it.",
+        "Operations and bytes moved are counted from the sizes of model and batch, not by the compiler; exchanges are "
+        "read from the compiled program, loops multiplied by their turns.",
+        "Utilisation: operations that the step cannot do without (no padding, no recomputation) over the chip's peak.",
+        f"Attention: {attention}.",
+    ]
+    if target.exact:
+        said.insert(0, f"Compiled for {target.name} by libtpu; whether it fits is what that compiler says.")
+    else:
+        said[0:0] = [
+            "Compiled for virtual CPU devices, as there is no CUDA compiler here: the step, its sharding and its "
+            "exchanges are the real ones; how XLA's GPU compiler fuses and schedules is not known.",
+            "Memory is therefore an estimate, mostly too high: XLA's CPU compiler keeps copies in float32 of what is "
+            "bfloat16. CUDA's own context (about 0.5 GB) and fragmentation are not in it.",
+            "Between GPUs, exchanges are counted at NVLink's rate (PCIe's where there is none): over a network between "
+            "hosts they take longer.",
+        ]
+    return said
+
+
+def print_plan(console: Console, one: Estimate, target: Target, largest: str, batch: str, attention: str) -> None:
+    mesh = " x ".join(f"{name} {size}" for name, size in one.mesh.items())
+    console.print(f"[bold]{one.target}[/bold], mesh {mesh}, remat {one.remat}, micro_rows {one.micro_rows or 'all'}")
+    console.print(f"batch: {one.rows} rows x {one.row_tokens} tokens ({batch})")
+    table = Table(title="Per device", show_header=False)
+    memory = one.memory
+    rows = [
+        ("parameters (trained, float32)", gib(memory["params"])),
+        ("optimizer state", gib(memory["optimizer"])),
+        ("frozen base or live reference", gib(memory["frozen"])),
+        ("batch", gib(memory["batch"])),
+        ("arguments, as laid out", gib(memory["arguments"])),
+        ("output, new (the rest replaces arguments)", gib(memory["output"] - memory["aliased"])),
+        ("temporary: activations, gradients, gathered weights", gib(memory["temporary"])),
+        ("peak", f"{gib(one.peak_bytes)} of {gib(one.memory_limit)}: {'fits' if one.fits else 'DOES NOT FIT'}"),
+        ("largest micro-batch that fits", largest),
+        ("operations", f"{one.flops / 1e12:,.2f} TFLOP ({one.necessary_flops / 1e12:,.2f} necessary)"),
+        ("bytes moved in memory", f"{one.moved_bytes / 1e9:,.1f} GB"),
+        ("bytes sent to others", f"{one.sent_bytes / 1e9:,.2f} GB"),
+        ("step time, arithmetic / memory / links", " / ".join(map(seconds, _parts(one)))),
+        ("step time", f"{seconds(one.seconds_overlapped)} to {seconds(one.seconds_serial)}"),
+        ("utilisation", _utilisation(one, target)),
+        ("compiled in", seconds(one.compile_seconds)),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    exchanges = Table("kind", "where", "a step", "largest", "its array", "sent", title="Exchanges between devices")
+    for row in one.exchanges:
+        count = f"{'<= ' if row.bounded else ''}{row.count:,}"
+        exchanges.add_row(row.kind, row.place, count, gib(row.largest), row.shape, gib(row.sent))
+    console.print(exchanges)
+    for surprise in one.surprises:
+        console.print(f"unexpected: {surprise}", markup=False)
+    if not one.surprises:
+        console.print("No exchange of a whole parameter tree, and no logits of all tokens.")
+    for line in assumptions(target, attention):
+        console.print(f"- {line}", markup=False)
+
+
+def print_ranking(console: Console, trials: list[Trial], target: Target) -> None:
+    table = Table("mesh", "remat", "micro_rows", "peak", "sent", "step time", "utilisation", title=target.name)
+    for trial in trials:
+        mesh, config = trial.config.mesh, trial.config
+        head = (f"{mesh.data} x {mesh.fsdp} x {mesh.tensor}", config.model.remat, str(config.batch.micro_rows or "all"))
+        one = trial.estimate
+        if one is None or not one.fits:
+            table.add_row(*head, f"does not fit: {trial.reason}", "", "", "")
+            continue
+        times = f"{seconds(one.seconds_overlapped)} to {seconds(one.seconds_serial)}"
+        table.add_row(*head, gib(one.peak_bytes), gib(one.sent_bytes), times, _utilisation(one, target))
+    console.print(table)
+
+
+def _parts(one: Estimate) -> tuple[float, float, float]:
+    return one.compute_seconds, one.memory_seconds, one.link_seconds
+
+
+def _utilisation(one: Estimate, target: Target) -> str:
+    low, high = (one.utilisation(t, target.chip.flops) for t in (one.seconds_serial, one.seconds_overlapped))
+    return f"{low:.0%} to {high:.0%}"

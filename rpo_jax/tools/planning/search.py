@@ -1,0 +1,133 @@
+"""Which micro-batch, mesh and remat policy: one compilation per question, as few as answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from rpo_jax import models
+from rpo_jax.config import Config, MeshConfig
+from rpo_jax.models import ModelConfig
+from rpo_jax.tools.planning.compiled import Target
+from rpo_jax.tools.planning.estimate import Estimate
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration that was tried: its estimate, or why there is none."""
+
+    config: Config
+    estimate: Estimate | None
+    reason: str
+
+    @property
+    def fits(self) -> bool:
+        return self.estimate is not None and self.estimate.fits
+
+
+Try = Callable[[Config], Estimate]
+
+
+def judged(config: Config, found: Estimate) -> Trial:
+    reason = "" if found.fits else f"takes {found.peak_bytes / 2**30:.1f} GiB of {found.memory_limit / 2**30:.1f}"
+    return Trial(config, found, reason)
+
+
+def attempt(compile_one: Try, config: Config) -> Trial:
+    try:
+        return judged(config, compile_one(config))
+    except ValueError as error:  # it does not fit, or the compiler or the mesh refuses it
+        return Trial(config, None, str(error))
+
+
+def with_micro_rows(config: Config, micro_rows: int | None) -> Config:
+    return replace(config, batch=replace(config.batch, micro_rows=micro_rows))
+
+
+def micro_sizes(rows: int, shards: int) -> list[int]:
+    """Micro-batches to try, largest first: the rows that each device has at a time are halved, down to one."""
+    sizes, each = [], rows // shards
+    while each > 1:
+        each = -(-each // 2)
+        sizes.append(each * shards)
+    return sizes
+
+
+def largest_micro_batch(compile_one: Try, known: Trial, rows: int, shards: int) -> tuple[Trial | None, list[Trial]]:
+    """The largest micro-batch that fits, of the whole batch and its halvings, and everything that was tried.
+
+    Args:
+        known: the configuration, tried already.
+    """
+    tried = []
+    for micro_rows in (None, *micro_sizes(rows, shards)):
+        config = with_micro_rows(known.config, micro_rows)
+        tried.append(known if config == known.config else attempt(compile_one, config))
+        if tried[-1].fits:
+            return tried[-1], tried
+    return None, tried
+
+
+def meshes(config: Config, model: ModelConfig, devices: int) -> list[MeshConfig]:
+    """Meshes whose axes divide what they split, those with most of the model's shards first."""
+    found = []
+    for tensor in (1, 2, 4, 8):  # beyond, a layer has too little arithmetic for what its devices exchange
+        if devices % tensor or model.num_heads % tensor or model.intermediate_size % tensor:
+            continue
+        shards = devices // tensor
+        if config.batch.pairs % shards:
+            continue
+        for data in (size for size in range(1, shards + 1) if shards % size == 0):
+            fsdp = shards // data
+            if model.hidden_size % fsdp == 0:
+                found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    return sorted(found, key=lambda mesh: (-mesh.fsdp * mesh.tensor, mesh.tensor))
+
+
+def least_bytes(model: ModelConfig, mesh: MeshConfig) -> float:
+    """Of parameters, a gradient and one slot of optimizer state, float32, on each device."""
+    return 3 * 4 * models.count_params(model) / (mesh.fsdp * mesh.tensor)
+
+
+def search(
+    compile_one: Try, config: Config, model: ModelConfig, target: Target, rows_of: Callable[[Config], tuple[int, int]]
+) -> Iterator[Trial]:
+    """Every mesh that could hold the model, with the remat policies and the micro-batches that it needs.
+
+    Args:
+        rows_of: the batch's rows, and the number of devices that share them, in a configuration.
+    """
+    found = meshes(config, model, len(target.devices))
+    if not found:
+        raise ValueError(
+            f"No mesh of {len(target.devices)} devices divides batch.pairs={config.batch.pairs} and the model's "
+            f"{model.num_heads} heads; give more pairs, or fewer devices."
+        )
+    for mesh in found:
+        here = with_micro_rows(replace(config, mesh=mesh), None)
+        if config.lora.rank == 0 and least_bytes(model, mesh) > target.memory:
+            yield Trial(here, None, f"its state alone takes {least_bytes(model, mesh) / 2**30:.1f} GiB")
+            continue
+        whole = attempt(compile_one, _with_remat(here, "dots"))
+        yield whole
+        if whole.fits:
+            yield attempt(compile_one, _with_remat(here, "none"))
+            continue
+        kept = attempt(compile_one, _with_remat(here, "attention"))
+        yield kept
+        if not kept.fits:
+            yield attempt(compile_one, _with_remat(here, "full"))
+        for micro_rows in micro_sizes(*rows_of(here)):
+            smaller = attempt(compile_one, with_micro_rows(_with_remat(here, "dots"), micro_rows))
+            yield smaller
+            if smaller.fits:
+                break
+
+
+def _with_remat(config: Config, remat: str) -> Config:
+    return replace(config, model=replace(config.model, remat=remat))
+
+
+def ranked(trials: list[Trial]) -> list[Trial]:
+    """Those that fit, by the time of a step without overlap; then the others."""
+    return sorted(trials, key=lambda trial: (not trial.fits, trial.estimate.seconds_serial if trial.estimate else 0.0))

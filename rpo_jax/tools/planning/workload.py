@@ -1,0 +1,230 @@
+"""Which model and which batch a plan is for, without reading a model's weights or, unless asked to, any data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rpo_jax import models
+from rpo_jax.config import Config
+from rpo_jax.core.records import REFINED, PreferenceData, TokenizedExample
+from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.models import ModelConfig
+from rpo_jax.tools.planning.arithmetic import StepSizes, necessary_flops, visible_pairs
+
+# The sizes in each model's own config.json on the hub.
+_LLAMA2 = {"family": "llama", "vocab_size": 32_000, "rope_theta": 1e4, "max_position_embeddings": 4096}
+_LLAMA3 = {"family": "llama", "vocab_size": 128_256, "rope_theta": 5e5, "max_position_embeddings": 8192}
+_SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+KNOWN_MODELS: dict[str, dict[str, Any]] = {
+    name: {**common, **dict(zip(_SIZES, sizes, strict=True)), "tie_embeddings": False}
+    for name, common, sizes in (
+        ("llama2-7b", _LLAMA2, (4096, 11_008, 32, 32, 32)),
+        ("llama2-13b", _LLAMA2, (5120, 13_824, 40, 40, 40)),
+        ("llama2-70b", _LLAMA2, (8192, 28_672, 80, 64, 8)),
+        ("llama3-8b", _LLAMA3, (4096, 14_336, 32, 32, 8)),
+        ("llama3-70b", _LLAMA3, (8192, 28_672, 80, 64, 8)),
+        ("mistral-7b", {**_LLAMA2, "family": "mistral", "max_position_embeddings": 32_768}, (4096, 14_336, 32, 32, 8)),
+    )
+}
+_HUB_NAMES = {
+    "meta-llama/Llama-2-7b-hf": "llama2-7b",
+    "meta-llama/Llama-2-13b-hf": "llama2-13b",
+    "meta-llama/Llama-2-70b-hf": "llama2-70b",
+    "meta-llama/Meta-Llama-3-8B": "llama3-8b",
+    "meta-llama/Meta-Llama-3-70B": "llama3-70b",
+    "mistralai/Mistral-7B-v0.1": "mistral-7b",
+}
+EMBEDDING_WIDTH = 384  # all-MiniLM-L6-v2's, the default encoder's
+REFINING_TOKENS = 64  # assumed of the text before a refined prompt: 43 words unless told otherwise
+MOST_STEPS = 64  # of an epoch that are packed to see the shapes of batches
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of [prompt, chosen, rejected] of the examples that a plan assumes, and one line that says which."""
+
+    tokens: Sequence[Sequence[int]]
+    said: str
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The largest batch that the assumed examples give, and what is in an average one.
+
+    Attributes:
+        rows: of R x T positions.
+        row_tokens: T.
+        filled_tokens: positions that hold a token, on average over batches.
+        scored_tokens: tokens of responses, likewise.
+        visible: (query, key) pairs that see each other, likewise.
+        said: one line on where this comes from.
+    """
+
+    rows: int
+    row_tokens: int
+    filled_tokens: float
+    scored_tokens: float
+    visible: float
+    said: str
+
+
+def planned_model(config: Config, name: str | None) -> tuple[ModelConfig, str]:
+    """The policy's architecture and what to call it: by name, from its folder, or of the configured sizes.
+
+    Raises ValueError for a name or a folder that is not there.
+    """
+    path = config.model.path
+    if name is None and path in _HUB_NAMES:
+        name = _HUB_NAMES[path]
+    if name is not None:
+        if name not in KNOWN_MODELS:
+            raise ValueError(f"--model {name} is not known; use one of {', '.join(KNOWN_MODELS)}.")
+        return models.new_config(**KNOWN_MODELS[name]), name
+    if path is None:
+        sizes = {key: getattr(config.model, key) for key in (*_SIZES, "family", "tie_embeddings", "rope_theta")}
+        vocabulary = -(-config.model.vocab_size // 64) * 64
+        return (
+            models.new_config(**sizes, vocab_size=vocabulary, max_position_embeddings=config.data.max_tokens),
+            f"{config.model.family} of the configured sizes",
+        )
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model.path={path} is no folder with a config.json here; give --model with one of "
+            f"{', '.join(KNOWN_MODELS)}, or sizes with --model.path null --model.hidden_size ..."
+        )
+    return models.read_config(folder), str(path)
+
+
+def assumed_lengths(
+    config: Config, prompt_tokens: int | None, response_tokens: int | None, file: Path | None
+) -> Lengths:
+    """Lengths from a file, or of examples that are all alike: by default as long as the configuration lets them be.
+
+    Raises ValueError for a file that holds none, and lengths that the configuration would cut.
+    """
+    data = config.data
+    if file is not None:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            rows = [[int(n) for n in row] for row in (content["lengths"] if isinstance(content, dict) else content)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--lengths {file}: {type(error).__name__}: {error}; give a JSON file with rows of "
+                "[prompt, chosen, rejected] tokens, as benchmarks/hh_lengths.json."
+            ) from None
+        if not rows or any(len(row) != 3 or min(row) < 1 for row in rows):
+            raise ValueError(f"--lengths {file} must hold rows of three positive numbers, prompt, chosen, rejected.")
+        mean = np.mean(rows, axis=0)
+        return Lengths(
+            rows, f"{len(rows):,} pairs of {file}, prompt {mean[0]:.0f}, responses {mean[1]:.0f} and {mean[2]:.0f}"
+        )
+    prompt = data.max_prompt_tokens if prompt_tokens is None else prompt_tokens
+    response = data.max_tokens - prompt if response_tokens is None else response_tokens
+    if min(prompt, response) < 1 or prompt + response > data.max_tokens:
+        raise ValueError(
+            f"--prompt-tokens {prompt} and --response-tokens {response} must be positive and together at most "
+            f"data.max_tokens={data.max_tokens}."
+        )
+    alike = [[prompt, response, response]] * config.batch.pairs
+    most = ", as long as the configuration lets them be" if prompt_tokens is None and response_tokens is None else ""
+    return Lengths(alike, f"every prompt {prompt} and every response {response} tokens{most}")
+
+
+def planned_batch(
+    config: Config, lengths: Lengths, responses: tuple[str, ...], row_shards: int, platform: str
+) -> BatchShape:
+    """The shape that the loader gives batches of such lengths on these devices."""
+    mismatched, refined = "mismatched" in responses, REFINED[0] in responses
+    examples = [
+        TokenizedExample(
+            row_id=f"assumed {number}",
+            prompt_ids=np.full(prompt, number, np.int32),
+            chosen_ids=np.zeros(chosen, np.int32),
+            rejected_ids=np.zeros(rejected, np.int32),
+            prompt_id=number,
+            chosen_text_id=2 * number,
+            rejected_text_id=2 * number + 1,
+            mismatched_ids=np.zeros(rejected, np.int32) if mismatched else None,
+            refined_prompt_ids=np.full(prompt + REFINING_TOKENS, number, np.int32) if refined else None,
+            refined_chosen_ids=np.zeros(min(chosen, _room(config, prompt)), np.int32) if refined else None,
+            refined_rejected_ids=np.zeros(min(rejected, _room(config, prompt)), np.int32) if refined else None,
+        )
+        for number, (prompt, chosen, rejected) in enumerate(lengths.tokens)
+    ]
+    nothing = np.zeros((len(examples), 0), np.float32)
+    skips = models.attention_kind(config.model.attention, platform).skips
+    batches = PreferenceBatches(
+        PreferenceData(examples, nothing, nothing),
+        pairs=config.batch.pairs,
+        pairing=config.data.pairing,
+        responses=responses,
+        seed=config.run.seed,
+        row_tokens=config.batch.row_tokens,
+        row_segments=2 if skips and config.batch.micro_rows is None else 1,  # as rpo_jax.prepare chooses
+        rows_multiple=config.batch.micro_rows or row_shards,
+    )
+    steps = range(min(MOST_STEPS, batches.steps_per_epoch))
+    shapes = [batches.batch_at(step).tokens.shape for step in steps]
+    rows, tokens = max(shapes, key=lambda shape: shape[0] * shape[1])
+    return BatchShape(rows, tokens, *_contents(config, lengths, responses), lengths.said)
+
+
+def _contents(config: Config, lengths: Lengths, responses: tuple[str, ...]) -> tuple[float, float, float]:
+    """Tokens, scored tokens and visible pairs of an average batch."""
+    totals = np.zeros(3)
+    for example in lengths.tokens:
+        for prompt, segment in _segments(config, example, responses):
+            totals += prompt + sum(segment), sum(segment), visible_pairs(prompt, segment)
+    tokens, scored, visible = totals / len(lengths.tokens) * config.batch.pairs
+    return float(tokens), float(scored), float(visible)
+
+
+def _room(config: Config, prompt: int) -> int:
+    """Tokens of a response that fit after a refined prompt."""
+    return max(1, config.data.max_tokens - prompt - REFINING_TOKENS)
+
+
+def _segments(config: Config, example: Sequence[int], responses: tuple[str, ...]) -> list[tuple[int, list[int]]]:
+    """Tokens of the prompt and of its responses, for each segment that an example has in a batch."""
+    prompt, chosen, rejected = example
+    of = {"chosen": chosen, "rejected": rejected, "mismatched": rejected}
+    room = _room(config, prompt)
+    of |= {"refined_chosen": min(chosen, room), "refined_rejected": min(rejected, room)}
+    if config.data.pairing != "paired":
+        return [(prompt + REFINING_TOKENS * (name in REFINED), [of[name]]) for name in responses]
+    plain, refined = ([of[name] for name in responses if (name in REFINED) == kind] for kind in (False, True))
+    return [(prompt, plain), (prompt + REFINING_TOKENS, refined)] if refined else [(prompt, plain)]
+
+
+def necessary(model: ModelConfig, config: Config, lengths: Lengths, responses: tuple[str, ...]) -> float:
+    """Operations that a step cannot do without, on average over batches; see necessary_flops."""
+    total = 0
+    for example in lengths.tokens:
+        for prompt, segment in _segments(config, example, responses):
+            total += necessary_flops(model, prompt, segment)
+    return total / len(lengths.tokens) * config.batch.pairs
+
+
+def step_sizes(config: Config, batch: BatchShape, platform: str, references: int) -> StepSizes:
+    """What a step works on, for rpo_jax.tools.planning.arithmetic."""
+    skips = models.attention_kind(config.model.attention, platform).skips
+    micro = min(config.batch.micro_rows or batch.rows, batch.rows)
+    return StepSizes(
+        rows=batch.rows,
+        row_tokens=batch.row_tokens,
+        scored_tokens=batch.scored_tokens,
+        seen_pairs=batch.visible if skips else batch.rows * batch.row_tokens**2,
+        micro_batches=batch.rows // micro,
+        remat=config.model.remat,
+        fused_attention=skips or config.model.attention == "cudnn",
+        reference_passes=references,
+        frozen=config.lora.rank > 0,
+        compute_bytes=2 if config.model.compute_dtype == "bfloat16" else 4,
+    )

@@ -1,0 +1,173 @@
+"""The contrast matrix of a training batch, as the step computes it, with the prompts behind its rows and columns.
+
+Letters: M chosen and N rejected responses of a batch, without its empty slots; E embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from rpo_jax.config import Config
+from rpo_jax.core.records import Batch
+from rpo_jax.objectives import contrast
+from rpo_jax.training.prepare import Prepared, batches_of, checked_objective
+
+MAX_SHOWN = 96  # rows and columns of a report's heat map: more cannot be told apart on a screen
+MAX_CHARACTERS = 320  # of a prompt
+
+
+@dataclass(frozen=True)
+class BatchContrast:
+    """A batch's contrast matrix; rows and columns are ordered so that neighbours have related prompts.
+
+    Attributes:
+        weights: how much each chosen response is contrasted with each rejected one; 0 where that is not valid.
+        mask: valid entries.
+        cosine: similarity of the prompts; None where the weighting does not embed them.
+        temperature: tau of each row; None where the weighting has none.
+        perplexity: effective contrasts of each row.
+        chosen_prompts, rejected_prompts: of rows and columns, cut in the middle where they are long.
+        paired: whether row i and column i are one pair.
+    """
+
+    step: int
+    weights: Float[np.ndarray, "M N"]
+    mask: Bool[np.ndarray, "M N"]
+    cosine: Float[np.ndarray, "M N"] | None
+    temperature: Float[np.ndarray, "M"] | None
+    perplexity: Float[np.ndarray, "M"]
+    chosen_prompts: list[str]
+    rejected_prompts: list[str]
+    paired: bool
+
+
+def weighting_of(config: Config) -> str | None:
+    """The name of the contrast weights that a configuration trains with; None for an objective without a matrix."""
+    return config.contrast.weights or checked_objective(config).weights
+
+
+def batch_contrast(config: Config, prepared: Prepared, step: int = 1) -> BatchContrast:
+    """The contrast matrix that training step `step`, counted from 1, sees.
+
+    Raises ValueError for an objective that has no contrast matrix, and for a step below 1.
+    """
+    kind = weighting_of(config)
+    if kind is None:
+        raise ValueError(f"objective.name={config.objective.name} contrasts no responses with each other.")
+    if step < 1:
+        raise ValueError(f"step={step} must be at least 1, the first training step.")
+    batch = batches_of(config, prepared.train, prepared.responses, 1).batch_at(step - 1)
+    weights, mask, temperature, perplexity = _weights(config, kind, batch)
+    embedded = batch.chosen.embedding.shape[1] > 0
+    cosine = np.asarray(contrast.cosine(batch.chosen.embedding, batch.rejected.embedding)) if embedded else None
+    paired = config.data.pairing == "paired"
+    rows, columns = _order(batch, weights.shape[0] if config.contrast.group == "global" else config.contrast.group)
+    columns = rows if paired else columns
+
+    def prompts(index: Int[np.ndarray, "S"]) -> list[str]:
+        return [_text(prepared, int(i)) for i in index]
+
+    return BatchContrast(
+        step=step,
+        weights=weights[np.ix_(rows, columns)],
+        mask=mask[np.ix_(rows, columns)],
+        cosine=None if cosine is None else cosine[np.ix_(rows, columns)],
+        temperature=None if temperature is None else temperature[rows],
+        perplexity=perplexity[rows],
+        chosen_prompts=prompts(batch.chosen.example_index[rows]),
+        rejected_prompts=prompts(batch.rejected.example_index[columns]),
+        paired=paired,
+    )
+
+
+def _weights(config: Config, kind: str, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+    """Weights and valid entries of the whole batch, nothing across groups; each row's temperature and perplexity."""
+    pairs = batch.chosen.valid.shape[0]
+    size = pairs if config.contrast.group == "global" else config.contrast.group
+    of_chosen, of_rejected = (
+        {
+            name: jnp.asarray(value.reshape(pairs // size, size, *value.shape[1:]))
+            for name in ("valid", "prompt_id", "text_id", "embedding")
+            for value in (getattr(side, name),)
+        }
+        for side in (batch.chosen, batch.rejected)
+    )
+    mask = contrast.valid_entries(
+        *(side[name] for name in ("valid", "prompt_id", "text_id") for side in (of_chosen, of_rejected))
+    )
+    matrix = contrast.make_weights(
+        kind,
+        of_chosen["embedding"],
+        of_rejected["embedding"],
+        mask,
+        temperature=config.contrast.temperature,
+        perplexity=config.contrast.target_perplexity,
+        alpha=config.contrast.alpha,
+    )
+    temperature = None if matrix.temperature is None else np.asarray(matrix.temperature).reshape(pairs)
+    perplexity = np.asarray(contrast.row_perplexity(matrix.weights, matrix.mask)).reshape(pairs)
+    return _on_diagonal(np.asarray(matrix.weights)), _on_diagonal(np.asarray(matrix.mask)), temperature, perplexity
+
+
+def _on_diagonal(blocks: np.ndarray) -> np.ndarray:
+    """The groups' matrices [G, B, B] as blocks of one [G B, G B], zero elsewhere."""
+    groups, size, _ = blocks.shape
+    whole = np.zeros((groups, size, groups, size), blocks.dtype)
+    whole[np.arange(groups), :, np.arange(groups), :] = blocks
+    return whole.reshape(groups * size, groups * size)
+
+
+def _order(batch: Batch, group: int) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "N"]]:
+    """Filled slots of both sides, group by group, in each so that neighbours have related prompts."""
+    rows, columns = [], []
+    for start in range(0, len(batch.chosen.valid), group):
+        slots = np.arange(start, start + group)
+        chosen, rejected = (slots[side.valid[slots]] for side in (batch.chosen, batch.rejected))
+        embeddings = np.concatenate([batch.chosen.embedding[chosen], batch.rejected.embedding[rejected]])
+        chain = np.array(_chain(embeddings), int)
+        rows.append(chosen[chain[chain < len(chosen)]])
+        columns.append(rejected[chain[chain >= len(chosen)] - len(chosen)])
+    return np.concatenate(rows), np.concatenate(columns)
+
+
+def _chain(embeddings: Float[np.ndarray, "S E"]) -> list[int]:
+    """Each to its nearest that is left, from the first on: related ones come to lie together."""
+    if not len(embeddings) or not embeddings.shape[1]:
+        return list(range(len(embeddings)))
+    unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
+    left, chain = np.ones(len(unit), bool), [0]
+    left[0] = False
+    while left.any():
+        nearest = int(np.argmax(np.where(left, unit @ unit[chain[-1]], -np.inf)))
+        left[nearest] = False
+        chain.append(nearest)
+    return chain
+
+
+def _text(prepared: Prepared, example: int) -> str:
+    ids = prepared.train.examples[example].prompt_ids
+    text = str(prepared.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()
+    half = MAX_CHARACTERS // 2
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} … {text[-half:]}"
+
+
+def for_page(found: BatchContrast) -> dict[str, Any]:
+    """What the page draws: the first MAX_SHOWN rows and columns; null where an entry is not valid."""
+    shown = slice(0, MAX_SHOWN)
+    weights = np.where(found.mask, found.weights, np.nan)[shown, shown]
+    return {
+        "step": found.step,
+        "of": list(found.weights.shape),
+        "weights": [[None if np.isnan(value) else float(f"{value:.3g}") for value in row] for row in weights],
+        "cosine": None if found.cosine is None else np.round(found.cosine[shown, shown].astype(float), 3).tolist(),
+        "temperature": None if found.temperature is None else [float(f"{x:.3g}") for x in found.temperature[shown]],
+        "perplexity": [float(f"{x:.3g}") for x in found.perplexity[shown]],
+        "rows": found.chosen_prompts[shown],
+        "columns": found.rejected_prompts[shown],
+        "paired": found.paired,
+    }

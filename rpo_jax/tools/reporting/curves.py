@@ -1,0 +1,88 @@
+"""The curves of runs: which metrics share a panel, and their points over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rpo_jax.tools.reporting.run_records import RunRecord
+
+
+class Panel(NamedTuple):
+    """A chart of one metric of training, and of the held-out data where it is evaluated too."""
+
+    section: str
+    title: str
+    key: str
+    unit: str
+    about: str
+
+
+_LEARNING, _CONTRAST, _SPEED = "Learning", "Contrast", "Throughput and packing"
+
+PANELS = (
+    Panel(_LEARNING, "Loss", "loss", "", "What the objective minimises"),
+    Panel(_LEARNING, "Reward margin", "rewards/margins", "", "Reward of chosen minus rejected; rewards grow with beta"),
+    Panel(_LEARNING, "Reward accuracy", "rewards/accuracies", "", "Share of pairs whose chosen reward is higher"),
+    Panel(_LEARNING, "Log-prob accuracy", "logps/accuracies", "", "Share of pairs whose chosen response is likelier"),
+    Panel(_LEARNING, "KL", "kl", "nats", "KTO's estimate of the distance from the reference"),
+    Panel(_LEARNING, "Gradient norm", "grad_norm", "", "Before it is clipped"),
+    Panel(_LEARNING, "Reward of chosen", "rewards/chosen", "", "beta times the log-ratio to the reference"),
+    Panel(_LEARNING, "Reward of rejected", "rewards/rejected", "", "beta times the log-ratio to the reference"),
+    Panel(_LEARNING, "Log-prob of chosen", "logps/chosen", "nats", "Summed over a response, averaged over responses"),
+    Panel(_LEARNING, "Log-prob of rejected", "logps/rejected", "nats", "Summed over a response, averaged"),
+    Panel(_LEARNING, "Learning rate", "learning_rate", "", "After warm-up and schedule"),
+    Panel(
+        _CONTRAST, "Weight on the own pair", "contrast/diagonal_weight", "", "1 is DPO; the rest is on other prompts"
+    ),
+    Panel(_CONTRAST, "Effective contrasts", "contrast/perplexity", "", "Perplexity of a row's weights"),
+    Panel(_CONTRAST, "Temperature", "contrast/temperature", "", "tau, in units of cosine distance"),
+    Panel(_CONTRAST, "Weight on related prompts", "contrast/related_weight", "", "Other prompts with cosine above 0.5"),
+    Panel(_SPEED, "Packing efficiency", "packing/efficiency", "", "Share of all positions that hold a token"),
+    Panel(_SPEED, "Tokens", "tokens_per_second", "per second", "Packed tokens trained on"),
+    Panel(_SPEED, "Pairs", "pairs_per_second", "per second", ""),
+    Panel(_SPEED, "Step", "step_seconds", "seconds", "Between two logged steps, averaged"),
+)
+
+
+def _finite(value: Any) -> float | None:
+    """A number that JSON has; None leaves a gap in the curve."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(f"{value:.6g}")
+
+
+def points(record: RunRecord, key: str) -> list[list[Any]]:
+    """[step, value] of every line that has this metric, ascending; of a step logged twice the last."""
+    found = {line["step"]: _finite(line[key]) for line in record.metrics if key in line}
+    return [[step, found[step]] for step in sorted(found)]
+
+
+def make_panels(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """The panels for which any run has logged something, with a training and a held-out curve of each run."""
+    panels = []
+    for panel in PANELS:
+        keys = {"train": panel.key, "held_out": f"eval_{panel.key}"}
+        curves = [{part: points(record, key) for part, key in keys.items()} for record in records]
+        if any(curve["train"] or curve["held_out"] for curve in curves):
+            panels.append({**panel._asdict(), "curves": curves})
+    return panels
+
+
+def final_values(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Rows of the table that opens a report: the newest value of a metric in training and on the held-out data."""
+    return [
+        {
+            "title": panel["title"],
+            "unit": panel["unit"],
+            "about": panel["about"],
+            "values": [{part: _newest(curve[part]) for part in curve} for curve in panel["curves"]],
+        }
+        for panel in make_panels(records)
+        if panel["key"] != "learning_rate"
+    ]
+
+
+def _newest(curve: list[list[Any]]) -> float | None:
+    return next((value for _, value in reversed(curve) if value is not None), None)

@@ -1,0 +1,133 @@
+"""See what training did: `python -m rpo_jax.report --run DIR [--run DIR ...]` writes one HTML page, for no network.
+
+It shows curves of all runs over each other, a batch's contrast matrix with its prompts, held-out rewards, packing and
+throughput, samples and the configuration. The matrix is computed again from the run's data, the rewards from its newest
+checkpoint; both are left out with --no-matrix and --no-rewards. The page holds prompts of your data and paths of your
+machine: look before you pass it on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rpo_jax.core.files import replace_durably
+from rpo_jax.objectives.losses import OBJECTIVES
+from rpo_jax.runs.folder import MODEL
+from rpo_jax.runs.tracking import Reporter
+from rpo_jax.tools.reporting import contrast_panel, rewards_panel
+from rpo_jax.tools.reporting.report_page import make_page
+from rpo_jax.tools.reporting.run_records import RunRecord, read_runs
+from rpo_jax.training.prepare import Prepared, checked_objective, prepare
+
+LEFT_OUT = "Left out on request."
+
+
+def write_report(
+    runs: Sequence[str],
+    out: str | Path = "report.html",
+    *,
+    with_matrix: bool = True,
+    with_rewards: bool = True,
+    batch_step: int = 1,
+    base: str | None = None,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Write the page of these run folders and return where it is.
+
+    Args:
+        batch_step: the training step, counted from 1, whose contrast matrix is shown.
+        base: of the LoRA runs among these: where the model that they started from is now, if it has moved.
+
+    Raises ValueError for a folder that holds no run, a run without metrics, damaged files, data or checkpoints that
+    cannot be used, and an `out` that cannot be written.
+    """
+    reporter = reporter or Reporter()
+    out = Path(out).expanduser()
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out {out} must be a file in a folder that exists; give another.")
+    if batch_step < 1:
+        raise ValueError(f"--batch-step {batch_step} must be at least 1, the first training step.")
+    records = read_runs(runs)
+    if base is not None and not any(record.config.lora.rank for record in records):
+        raise ValueError(f"--base {base} is for LoRA runs, and none of these is one; leave it out.")
+    matrices, scores = [], []
+    for record in records:
+        prepared = _prepared(record, reporter) if with_matrix or with_rewards else None
+        matrices.append(_matrix(record, prepared, batch_step) if with_matrix and prepared else LEFT_OUT)
+        scores.append(_rewards(record, prepared, reporter, base) if with_rewards and prepared else LEFT_OUT)
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(make_page(records, matrices, scores), encoding="utf-8")
+        replace_durably(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return out
+
+
+def _prepared(record: RunRecord, reporter: Reporter) -> Prepared:
+    reporter.say(f"{record.name}: reading its data again")
+    try:
+        return prepare(record.config, reporter, record.folder / MODEL)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{record.folder}: the contrast matrix and the rewards need the run's data: {error} (with --no-matrix "
+            "--no-rewards the report does without)"
+        ) from None
+
+
+def _matrix(record: RunRecord, prepared: Prepared, step: int) -> dict[str, Any] | str:
+    if contrast_panel.weighting_of(record.config) is None:
+        described = OBJECTIVES[record.config.objective.name].description
+        return f"{described[0].upper()}{described[1:]} has no contrast matrix."
+    return contrast_panel.for_page(contrast_panel.batch_contrast(record.config, prepared, step))
+
+
+def _rewards(record: RunRecord, prepared: Prepared, reporter: Reporter, base: str | None) -> dict[str, Any] | str:
+    if prepared.held_out is None:
+        return "The run has no held-out data."
+    try:
+        own_base = base if record.config.lora.rank else None
+        found, step = rewards_panel.held_out_scores(record.folder, record.config, prepared, reporter, own_base)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error} (with --no-rewards the report does without)") from None
+    has_reference = checked_objective(record.config).uses_reference and record.config.reference.mode != "none"
+    return rewards_panel.for_page(found, step, record.config.objective.beta if has_reference else None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of `write_report`; exit status 2 and one line for what a user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rpo_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", action="append", required=True, metavar="DIR", help="run folder; several are compared")
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="page to write; report.html by default")
+    parser.add_argument("--batch-step", type=int, default=1, metavar="N", help="step whose contrast matrix is shown")
+    parser.add_argument("--base", metavar="DIR", help="of LoRA runs: where their base is now, if it has moved")
+    parser.add_argument("--no-matrix", action="store_true", help="leave the contrast matrix out")
+    parser.add_argument("--no-rewards", action="store_true", help="leave the rewards of the held-out data out")
+    options = parser.parse_args(arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every restore
+    try:
+        page = write_report(
+            options.run,
+            options.out,
+            with_matrix=not options.no_matrix,
+            with_rewards=not options.no_rewards,
+            batch_step=options.batch_step,
+            base=options.base,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,124 @@
+"""Rewards of the held-out responses under a run's checkpoint, as histograms."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from rpo_jax import models
+from rpo_jax.config import Config, MeshConfig
+from rpo_jax.hosts import sharding
+from rpo_jax.objectives.metrics import TIE_NATS
+from rpo_jax.runs.folder import MODEL, base_record
+from rpo_jax.runs.tracking import Reporter
+from rpo_jax.sampling.policy import find_policy
+from rpo_jax.training.prepare import Prepared, checked_objective
+from rpo_jax.training.setup import make_start
+from rpo_jax.training.step import build_log_probs, put_batch
+
+BINS = 32
+SIDES = ("chosen", "rejected")
+
+
+def _here(config: Config, base: Path | None) -> Config:
+    """The configuration with which held-out data is scored once: on all devices here, the reference from the cache.
+
+    Args:
+        base: where a LoRA run's base is now; None for other runs.
+    """
+    mode = "none" if config.reference.mode == "none" else "cached"
+    return dataclasses.replace(
+        config,
+        mesh=MeshConfig(),
+        model=config.model if base is None else dataclasses.replace(config.model, path=str(base)),
+        reference=dataclasses.replace(config.reference, mode=mode),
+        train=dataclasses.replace(config.train, sample_prompts=0),
+    )
+
+
+def held_out_scores(
+    run_dir: Path, config: Config, prepared: Prepared, reporter: Reporter, base: str | None = None
+) -> tuple[dict[str, Float[np.ndarray, "n"]], int]:
+    """Scores of every held-out example's responses under the newest checkpoint, and its step.
+
+    Rewards, that is beta times the log-ratio to the reference; summed log-probs in nats where the objective has no
+    reference. NaN where an example has no such response. Reference log-probs come from the run's cache, or are
+    computed into it.
+
+    Args:
+        base: of a LoRA run: where the model that it started from is now, if it has moved.
+
+    Raises ValueError without held-out data, a checkpoint, or the base that a LoRA run was trained on.
+    """
+    if prepared.held_out is None:
+        raise ValueError("the run has no held-out data; set data.eval_path or data.eval_rows.")
+    policy = find_policy(str(run_dir), base=base)
+    settings = _here(config, policy.folder)
+    model_config = models.read_config(run_dir / MODEL)
+    started_from = base_record(settings)
+    mesh = sharding.make_mesh(settings.mesh)
+    precision = "float32" if config.model.compute_dtype == "float32" else None
+    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+        start = make_start(
+            settings,
+            model_config,
+            prepared,
+            mesh,
+            reporter,
+            base_fingerprint=None if started_from is None else started_from["fingerprint"],
+            resuming=True,
+        )
+        assert start.held_out is not None, "there is held-out data"
+        log_probs, _ = build_log_probs(settings, model_config, mesh)
+        params = policy.load(mesh)
+        of_reward = checked_objective(settings).uses_reference and settings.reference.mode != "none"
+        scores = {name: np.full(len(prepared.held_out.examples), np.nan) for name in SIDES}
+        for index in range(start.held_out.steps_per_epoch):
+            batch = start.held_out.batch_at(index)
+            found = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob, np.float64)
+            first = 0
+            for name in SIDES:
+                side = getattr(batch, name)
+                values = found[first : first + len(side.valid)]
+                first += len(side.valid)
+                if of_reward:
+                    values = config.objective.beta * (values - side.reference_log_prob)
+                scores[name][side.example_index[side.valid]] = values[side.valid]
+    return scores, policy.step
+
+
+def for_page(scores: dict[str, Float[np.ndarray, "n"]], step: int, beta: float | None) -> dict[str, Any] | str:
+    """What the page draws: counts of both sides in the same bins, and of pairs' margins; or why there is nothing.
+
+    beta: of rewards; None for log-probs.
+    """
+    margins = scores["chosen"] - scores["rejected"]
+    pairs = margins[np.isfinite(margins)]
+    if not any(np.isfinite(values).any() for values in scores.values()):
+        return f"No score of the held-out data is a finite number at step {step}: the run has diverged."
+    return {
+        "step": step,
+        "score": "log-prob" if beta is None else "reward",
+        "unit": "nats" if beta is None else "",
+        "sides": _histogram({name: values[np.isfinite(values)] for name, values in scores.items()}),
+        "margins": _histogram({"chosen − rejected": pairs}) if len(pairs) else None,
+        "accuracy": float(np.mean(pairs > TIE_NATS * (1.0 if beta is None else beta))) if len(pairs) else None,
+    }
+
+
+def _histogram(values: dict[str, Float[np.ndarray, "_"]]) -> dict[str, Any]:
+    together = np.concatenate(list(values.values()))
+    low, high = float(together.min()), float(together.max())
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # all alike, as before the first step
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, BINS + 1)
+    return {
+        "edges": [float(f"{edge:.8g}") for edge in edges],
+        "counts": {name: np.histogram(x, bins=edges)[0].tolist() for name, x in values.items() if len(x)},
+        "means": {name: float(f"{np.mean(x):.5g}") for name, x in values.items() if len(x)},
+    }

@@ -1,0 +1,88 @@
+"""What finished or running runs have left on disk, checked: configuration, metrics, samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rpo_jax.config import Config
+from rpo_jax.config.reading import load_config
+from rpo_jax.training.samples import SAMPLES
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder, read.
+
+    Attributes:
+        name: what tells it from the other runs of a report: as few last parts of its path as do.
+        metrics: lines of metrics.jsonl, as written.
+        samples: lines of samples.jsonl; none where the run did not sample.
+    """
+
+    name: str
+    folder: Path
+    config: Config
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+
+def read_runs(folders: Sequence[str]) -> list[RunRecord]:
+    """The runs in these folders, in this order.
+
+    Raises ValueError for a folder that holds no run, a run without metrics, a damaged file (with its line), and a
+    folder given twice. A last line that a kill cut short is left out.
+    """
+    paths = [Path(folder).expanduser().resolve() for folder in folders]
+    for given, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise ValueError(f"--run {given} is given more than once; give every run once.")
+    names = _names(paths)
+    return [_read_run(given, path, name) for given, path, name in zip(folders, paths, names, strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("different paths differ somewhere")
+
+
+def _read_run(given: str, folder: Path, name: str) -> RunRecord:
+    if not folder.is_dir():
+        raise ValueError(f"--run {given} is no folder; give the one that run.dir named.")
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"--run {given} holds no run: it has no config.yaml; give the folder that run.dir named.")
+    try:
+        config = load_config(folder / "config.yaml")
+    except ValueError as error:  # YAML's own runs over several lines
+        raise ValueError(" ".join(str(error).split())) from None
+    metrics = _read_lines(folder / METRICS, ("step",)) if (folder / METRICS).is_file() else []
+    if not metrics:
+        raise ValueError(f"--run {given} has no metrics yet: {METRICS} is missing or empty; let it reach a first step.")
+    asked = (folder / SAMPLES).is_file()
+    samples = _read_lines(folder / SAMPLES, ("step", "row_id", "prompt", "response")) if asked else []
+    return RunRecord(name, folder, config, metrics, samples)
+
+
+def _read_lines(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # after the last line break there is nothing, or half a line
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not all(key in row for key in needed) or not isinstance(row["step"], int):
+            raise ValueError(
+                f"{path}:{number} is damaged: it should be a JSON object with {', '.join(needed)}, got "
+                f"{line[:60].decode('utf-8', 'replace')!r}; remove that line."
+            )
+        rows.append(row)
+    return rows

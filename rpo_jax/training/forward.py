@@ -1,0 +1,69 @@
+"""From parameters and packed rows to what a loss sees of the model: log-probs, and what heads predict beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh
+
+from rpo_jax import models
+from rpo_jax.config import Config
+from rpo_jax.hosts import sharding
+from rpo_jax.models import ModelConfig
+from rpo_jax.objectives import partition, value
+from rpo_jax.objectives.logprobs import by_response, response_log_probs, token_log_probs
+from rpo_jax.training.micro_batches import Forward, LogProbs, Params, TokenScores
+
+
+def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh, *, tokens: bool = False) -> Forward:
+    """Function from parameters and packed rows to the log-probs of the responses that these rows hold.
+
+    With the head of a learned log Z as a fourth argument, to their prompts' log Z too. With `tokens`, to the log-prob
+    of every scored token besides, and with a value head as a fifth argument to its value.
+    """
+    platform = mesh.devices.flat[0].platform
+    models.check_attention(
+        config.model.attention, platform, config.model.compute_dtype, model_config.head_dim, config.batch.row_tokens
+    )
+    placement = sharding.Placement(mesh)
+    split, constrain = models.Split(placement.shards, placement.per_shard, placement.gather), placement.constrain
+    chunks: Any = {"shards": placement.shards("rows"), "constrain": constrain}
+
+    def log_probs(
+        params: Params,
+        rows: dict[str, Array],
+        num_responses: int,
+        log_z: Array | None = None,
+        value_head: dict[str, Array] | None = None,
+    ) -> LogProbs:
+        hidden = models.hidden_states(
+            model_config,
+            params,
+            rows["tokens"],
+            rows["positions"],
+            rows["segment_ids"],
+            rows["branch_ids"],
+            compute_dtype=config.model.compute_dtype,
+            remat=config.model.remat,
+            attention=config.model.attention,
+            platform=platform,
+            constrain=constrain,
+            split=split,
+        )
+        # Whole over fsdp before the chunks of the head run, or each chunk would gather it again.
+        head = placement.gather(models.output_head(model_config, params), ("embed", "vocab"))
+        ids = (rows["tokens"], rows["previous"], rows["response_ids"])
+        if log_z is not None:
+            log_z = partition.log_partition(hidden, placement.gather(log_z, ("embed",)), *ids[1:], num_responses)
+        if not tokens:
+            return LogProbs(*response_log_probs(hidden, head, *ids, num_responses, **chunks), log_z)
+        found = token_log_probs(hidden, head, *ids, **chunks)
+        values = None
+        if value_head is not None:
+            whole = jax.tree.map(placement.gather, value_head, value.AXES[value.NAME])
+            values = value.token_values(hidden, whole, *ids[1:])
+        return LogProbs(*by_response(found, ids[2], num_responses), log_z, TokenScores(found, values))
+
+    return log_probs

@@ -1,0 +1,122 @@
+"""Steps whose numbers go wrong: counted, told with their rows, and the end of a run that has too many in a row.
+
+The step itself skips what is not finite, on all devices alike. What is kept here, on the host, follows from what every
+process reads of a step, so all come to the same end. It is in each checkpoint's record, not in the training state:
+checkpoints of runs without it stay readable, and a median costs no memory on the devices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from rpo_jax.config import GuardConfig
+from rpo_jax.core.files import replace_durably
+from rpo_jax.core.records import Batch, PreferenceData
+from rpo_jax.hosts.processes import Agreed
+
+FILE = "bad_steps.jsonl"
+NORMS = 64  # steps whose gradient norms the median is taken of
+FEWEST_NORMS = 16  # of them before the median says anything
+LAG = 2  # step n is begun before step n - 1 has been read, on every schedule of evaluations and saves
+SHOWN_ROWS = 4
+
+
+class Diverged(Agreed):
+    """Numbers went wrong too often, on all processes alike; the message is the report."""
+
+
+def row_ids(batch: Batch, data: PreferenceData) -> list[str]:
+    """The rows that a batch holds, in the order of its slots."""
+    sides = (batch.chosen, batch.rejected)
+    index = np.concatenate([np.asarray(side.example_index)[np.asarray(side.valid)] for side in sides])
+    return [data.examples[number].row_id for number in dict.fromkeys(index.tolist())]
+
+
+def some_rows(rows: list[str]) -> str:
+    more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+    return ", ".join(rows[:SHOWN_ROWS]) + more
+
+
+class Guard:
+    """What a run remembers of its steps' numbers.
+
+    Args:
+        file: where skipped steps are written; None where another process does.
+        start_step: steps done when this part of the run begins; later lines of the file are dropped.
+        record: what `record` gave for the checkpoint of that step; empty for a new run.
+
+    Attributes:
+        bad_steps: skipped so far.
+        in_a_row: of them the newest, without a good one between.
+    """
+
+    def __init__(
+        self, config: GuardConfig, file: Path | None = None, start_step: int = 0, record: Mapping[str, Any] = {}
+    ) -> None:
+        self._config, self._file = config, file
+        self.bad_steps: int = record.get("bad_steps", 0)
+        self.in_a_row: int = record.get("in_a_row", 0)
+        self._norms: deque[tuple[int, float]] = deque(map(tuple, record.get("norms", ())), NORMS + LAG)
+        if file is not None and file.exists():
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+            beside = file.with_suffix(".jsonl.tmp")
+            beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= start_step), "utf-8")
+            replace_durably(beside, file)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this."""
+        return {"bad_steps": self.bad_steps, "in_a_row": self.in_a_row, "norms": [list(pair) for pair in self._norms]}
+
+    def limit(self, step: int) -> np.float32 | None:
+        """Largest gradient norm with which this step is taken; None where there is none to any step.
+
+        A step counts from `LAG` steps on, so that a resumed run, which has read all, skips what it would have skipped.
+        """
+        ratio = self._config.max_grad_norm_ratio
+        if ratio is None:
+            return None
+        known = [norm for number, norm in self._norms if number <= step - LAG][-NORMS:]
+        return np.float32(ratio * median(known) if len(known) >= FEWEST_NORMS else math.inf)
+
+    def see(
+        self, step: int, report: Mapping[str, Any], limit: np.float32 | None, rows: Callable[[], list[str]]
+    ) -> str | None:
+        """Take note of a finished step; why it was skipped, None where it was not."""
+        if not report["skipped"]:
+            self.in_a_row = 0
+            if limit is not None:
+                self._norms.append((step, float(report["grad_norm"])))
+            return None
+        self.bad_steps += 1
+        self.in_a_row += 1
+        loss, norm = float(report["loss"]), float(report["grad_norm"])
+        if not math.isfinite(loss):
+            reason = f"its loss is {loss}"
+        elif not math.isfinite(norm):
+            reason = f"the norm of its gradient is {norm}"
+        else:
+            reason = f"the norm of its gradient is {norm:.4g}, over the limit of {limit:.4g}"
+        self.write({"step": step, "reason": reason, "in_a_row": self.in_a_row, "rows": rows()})
+        return reason
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the file; it holds `step`."""
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def start_again(self) -> None:
+        """What is saved now has the bad steps behind it: a run that resumes from it counts anew."""
+        self.in_a_row = 0
+
+    @property
+    def gives_up(self) -> bool:
+        return self.in_a_row >= self._config.max_bad_steps

@@ -1,0 +1,280 @@
+"""Log-probs of the reference model, computed once over a data set and kept on disk.
+
+One file for each kind of response, so that an objective that needs one more computes that one alone. A file is a
+safetensors file of one vector; its header says what the values were computed from, part by part.
+
+Letters: n examples; one column per name in rpo_jax.core.records.KINDS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from rpo_jax.core.files import replace_durably
+from rpo_jax.core.records import KINDS, Batch, PreferenceData
+from rpo_jax.data.sweep import Sweep
+from rpo_jax.hosts import processes
+from rpo_jax.training.micro_batches import LogProbs, Params
+
+FORMAT = "rpo_jax.reference_log_probs.3"
+FOLDER = "reference_log_probs"
+HEADER_SIZE_BYTES = 8  # safetensors: the header's length, then the header, then the values
+
+# What decides the values, and how a message names it.
+DECISIVE = {
+    "format": "the cache's format",
+    "weights": "the weights",
+    "architecture": "the architecture",
+    "compute_dtype": "the compute dtype",
+    "tokens": "the token ids",
+}
+# Where the token ids come from: not compared to find a file, only to say why none was found.
+ORIGINS = {
+    "data": "the data",
+    "tokenizer": "the tokenizer",
+    "template": "the template",
+    "truncation": "the truncation",
+}
+READABLE = ("compute_dtype", "template", "truncation")  # the others are hashes
+SLOT = ("slot", "response")  # files that differ in these have nothing to do with each other
+
+log = logging.getLogger(__name__)
+
+
+def params_fingerprint(params: Params) -> str:
+    """SHA-256 over parameters in memory: those of a model from scratch, which no folder holds."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(_whole(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _whole(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """The values of an array that may be spread over several processes."""
+    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True) if spread else leaf)
+
+
+def tokens_fingerprint(data: PreferenceData, response: str) -> str:
+    """SHA-256 over the token ids that are scored, and over what they follow."""
+    digest = hashlib.sha256()
+    for example in data.examples:
+        for ids in (example.prompt_of(response), getattr(example, f"{response}_ids")):
+            digest.update(b"-" if ids is None else len(ids).to_bytes(8, "little") + np.asarray(ids, np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def compute_log_probs(
+    sweep: Sweep, log_probs: Callable[[Batch], LogProbs], on_progress: Callable[[int, Mapping[str, float]], None]
+) -> Float[np.ndarray, "n K"]:
+    """Log-probs of every response that the sweep reaches; NaN elsewhere.
+
+    Args:
+        log_probs: host batch to the log-probs of its response slots.
+        on_progress: gets the number of calls done.
+    """
+    result = np.full((sweep.num_examples, len(KINDS)), np.nan, np.float32)
+    waiting = None
+    for number in range(len(sweep) + 1):
+        dispatched = None
+        if number < len(sweep):
+            batch, *places = sweep.call(number)
+            dispatched = log_probs(batch).log_prob, *places
+        if waiting is not None:  # read while the device works on the next one
+            values, examples, columns = waiting
+            result[examples, columns] = np.asarray(values)[: len(examples)]
+            on_progress(number, {})
+        waiting = dispatched
+    return result
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Metadata of a cache file; raises SafetensorError where the file is not whole."""
+    with safe_open(path, framework="np") as file:
+        return file.metadata() or {}
+
+
+def _checksum(parts: Mapping[str, str], values: np.ndarray) -> str:
+    """SHA-256 over the values and what the file says of them."""
+    said = json.dumps({name: part for name, part in parts.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(said.encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, str], Float[np.ndarray, "n"]]:
+    """Metadata of a cache file, and its values, mapped; ValueError, SafetensorError or OSError where it is damaged."""
+    with safe_open(path, framework="np") as file:
+        header = file.metadata() or {}
+        if list(file.keys()) != ["log_probs"] or file.get_slice("log_probs").get_dtype() != "F32":
+            raise ValueError("it is no cache of reference log-probs")
+    with path.open("rb") as stream:
+        start = HEADER_SIZE_BYTES + int.from_bytes(stream.read(HEADER_SIZE_BYTES), "little")
+    values = np.memmap(path, np.float32, "r", offset=start)
+    if any(name not in header for name in ("response", *DECISIVE)):
+        raise ValueError("it is no cache of reference log-probs: its header lacks what they are kept with")
+    if header.get("sha256") != _checksum(header, values):
+        raise ValueError("its content does not match its checksum")
+    return header, values
+
+
+def read_cache(path: Path, parts: Mapping[str, str], num_examples: int) -> Float[np.ndarray, "n"] | None:
+    """What `write_cache` wrote for these parts, mapped from the file, not read into memory.
+
+    None where there is no such file, and, with a logged reason, where it is damaged or not what it should be.
+    """
+    if not path.exists():
+        return None
+    try:
+        header, values = _read(path)
+        if len(values) != num_examples or any(header[name] != parts[name] for name in ("response", *DECISIVE)):
+            raise ValueError("it is of something else than its name says")
+    except (SafetensorError, OSError, ValueError) as error:
+        log.warning("Reference log-probs in %s are computed again: %s.", path, error)
+        return None
+    return values
+
+
+def cache_file_fault(path: Path) -> str | None:
+    """Why a file of the cache cannot be used for anything; None where it can."""
+    try:
+        header, _ = _read(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        return " ".join(str(error).split())
+    return None if path.stem == _name(header) else "it is of something else than its name says"
+
+
+def _name(parts: Mapping[str, str]) -> str:
+    """A cache file's name, by what decides its values."""
+    decisive = json.dumps([parts[part] for part in ("response", *DECISIVE)])
+    return hashlib.sha256(decisive.encode()).hexdigest()
+
+
+def write_cache(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "n"]) -> None:
+    """Write beside, flush to disk, rename: a reader finds the whole file or none."""
+    content = save({"log_probs": values}, {**parts, "sha256": _checksum(parts, values)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        replace_durably(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder; ValueError where it cannot be written to, before hours go into what could not be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"run.cache_dir: {folder} cannot be written to ({error}); choose another folder.") from None
+
+
+def _check_finite(data: PreferenceData, response: str, log_probs: Float[np.ndarray, "n"]) -> None:
+    for example, value in zip(data.examples, log_probs, strict=True):
+        if getattr(example, f"{response}_ids") is not None and not np.isfinite(value):
+            raise ValueError(
+                f"The reference gives {example.row_id} a {response} log-prob of {value}; check the reference's "
+                "weights, or use model.compute_dtype=float32."
+            )
+
+
+def what_changed(folder: Path, parts: Mapping[str, str]) -> list[str]:
+    """What the file that is nearest to these parts was computed from and they are not, in words.
+
+    Empty where the folder has no file of the same data and response.
+    """
+    nearest, most = None, -1
+    for path in sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime):
+        try:
+            header = _header(path)
+        except (SafetensorError, OSError):
+            continue
+        if any(header.get(name) != parts[name] for name in SLOT):
+            continue
+        same = sum(header.get(name) == parts[name] for name in (*DECISIVE, *ORIGINS))
+        if same >= most:  # the newest of those that are equally near
+            nearest, most = header, same
+    if nearest is None:
+        return []
+    changed = [name for name in DECISIVE if nearest.get(name) != parts[name]]
+    if "tokens" in changed:
+        origins = [name for name in ORIGINS if nearest.get(name) != parts[name]]
+        changed = [name for name in changed if name != "tokens"] + (origins or ["tokens"])
+    words = {**DECISIVE, **ORIGINS}
+    return [
+        words[name] + (f" ({nearest.get(name)} before, {parts[name]} now)" if name in READABLE else "")
+        for name in changed
+    ]
+
+
+def cached_log_probs(
+    data: PreferenceData,
+    responses: tuple[str, ...],
+    parts: Mapping[str, str],
+    cache_dir: Path,
+    compute: Callable[[tuple[str, ...]], Float[np.ndarray, "n K"]],
+    say: Callable[[str], None],
+) -> tuple[PreferenceData, tuple[str, ...]]:
+    """The data with the reference's log-probs filled in, and the kinds of response that had to be computed.
+
+    Of several processes the first reads and writes its cache folder, and tells the others what it found.
+
+    Args:
+        parts: `slot`, DECISIVE without `format` and `tokens`, and ORIGINS.
+        compute: from the kinds of response that the cache lacks to their log-probs; not called if it has them all.
+        say: told why values are computed again where the cache has such values of something else.
+    """
+    places: dict[str, tuple[Path, dict[str, str]]] = {}
+
+    def look() -> dict[str, np.ndarray | None]:
+        found: dict[str, np.ndarray | None] = {}
+        reasons: dict[str, None] = {}
+        for name in responses:
+            own = {**parts, "format": FORMAT, "response": name, "tokens": tokens_fingerprint(data, name)}
+            path = cache_dir / FOLDER / f"{_name(own)}.safetensors"
+            found[name] = read_cache(path, own, len(data.examples))
+            if found[name] is None and not path.exists():
+                reasons |= dict.fromkeys(what_changed(path.parent, own))
+            places[name] = path, own
+        if reasons:
+            say(f"reference log-probs of {parts['slot']} are computed again: {', '.join(reasons)} changed")
+        if any(values is None for values in found.values()):
+            _check_writable(cache_dir / FOLDER)
+        return found
+
+    found = processes.from_main(look)
+    table = np.full((len(data.examples), len(KINDS)), np.nan, np.float32)
+    missing = tuple(name for name, values in found.items() if values is None)
+    computed = compute(missing) if missing else table
+    for name, values in found.items():
+        column = np.ascontiguousarray(computed[:, KINDS.index(name)]) if values is None else values
+        table[:, KINDS.index(name)] = column
+        if values is None:
+            _check_finite(data, name, column)
+            if processes.is_main():
+                _keep(*places[name], column)
+    return replace(data, reference_log_probs=table), missing
+
+
+def _keep(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "n"]) -> None:
+    try:
+        write_cache(path, parts, values)
+    except OSError as error:  # what has been computed is good for this run all the same
+        log.warning("Reference log-probs are not kept for the next run: %s.", error)

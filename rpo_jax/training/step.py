@@ -1,0 +1,374 @@
+"""The sharded training step: log-probs of all responses, one loss on their contrast matrix, exact micro-batches.
+
+Letters: R rows and T tokens of a packed batch; P = M + N + K response slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from rpo_jax import models
+from rpo_jax.config import Config
+from rpo_jax.core.records import Batch, Side
+from rpo_jax.hosts import sharding
+from rpo_jax.models import ModelConfig, lora
+from rpo_jax.objectives import blocked, contrast, heads, losses, metrics, partition, value
+from rpo_jax.objectives.scores import Responses, Scores, Tokens
+from rpo_jax.training.forward import make_log_probs
+from rpo_jax.training.micro_batches import (
+    ROW_FIELDS,
+    Forward,
+    LogProbs,
+    TokenScores,
+    all_log_probs,
+    make_loss_and_gradient,
+)
+from rpo_jax.training.optimizer import kept_unless, learning_rate_schedule, make_optimizer
+
+Params = Any
+Means = dict[str, metrics.Mean]  # they combine over batches
+
+
+class TrainState(NamedTuple):
+    """What training changes, and all that a checkpoint needs: float32 masters, optimizer state, steps done.
+
+    With LoRA the parameters are the adapters alone; the base, which they are nothing without, is an argument apart.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+class Gradient(NamedTuple):
+    """What a step finds; the batch with the log-probs of a reference that runs beside the policy."""
+
+    loss: Array
+    means: Means
+    gradient: Params
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The compiled functions of a run.
+
+    Attributes:
+        objective: the row of the table of objectives that the run minimises.
+        init: the model's parameters (with LoRA the adapters) to a fresh TrainState, which has the heads
+            besides; the parameters are given up.
+        train: (state, batch, live reference's parameters or None) to (state, metrics); the state is given up. A step
+            whose loss or gradient is not finite, or whose gradient norm exceeds `limit` where one is given, leaves
+            parameters and moments as they are: `skipped` is then 1 in the metrics.
+        evaluate: (parameters, batch, live reference's parameters or None) to the metrics' means.
+            With LoRA both need the frozen base besides, as `base`; `on` gives it to them.
+        gradient: the same arguments, `base` too, to what a step finds before it changes anything; not compiled.
+        state_shardings: where each part of the state lives.
+        abstract_state: shapes, dtypes and shardings of the state, to restore a checkpoint into.
+    """
+
+    objective: losses.Objective
+    init: Callable[[Params], TrainState]
+    train: Callable[..., tuple[TrainState, dict[str, Array]]]
+    evaluate: Callable[..., Means]
+    gradient: Callable[..., Gradient]
+    state_shardings: Any
+    abstract_state: Any
+
+    @property
+    def model_shardings(self) -> Any:
+        """Where the parameters live that `init` takes."""
+        return heads.split(self.state_shardings.params)[0]
+
+    def on(self, base: Params) -> Steps:
+        """The same with the frozen base that LoRA's adapters are trained on; it stays the caller's."""
+        return replace(self, train=partial(self.train, base=base), evaluate=partial(self.evaluate, base=base))
+
+
+def make_scores(
+    config: Config, objective: losses.Objective, mesh: Mesh
+) -> Callable[[LogProbs, Batch, bool], tuple[Scores, Means]]:
+    """Function from log-probs, batch and whether it is of pairs to what an objective sees, and the contrast metrics."""
+    kind = config.contrast.weights or objective.weights
+
+    def grouped(x: Array) -> Array:
+        # Pair-only contrast is a matrix of one entry per pair: nothing else need be computed.
+        size = 1 if kind == "pair" else config.contrast.group
+        # Spelt out, because embeddings that nothing needs have width 0, which leaves a -1 undetermined.
+        return x if size == "global" else x.reshape(x.shape[0] // size, size, *x.shape[1:])
+
+    def responses(side: Side, log_probs: LogProbs, start: int) -> Responses:
+        slots = slice(start, start + side.valid.shape[0])
+        log_prob, num_tokens, log_z = jax.tree.map(lambda x: x[slots], log_probs[:3])
+        parts = (log_prob, side.reference_log_prob, num_tokens, side.valid, log_z, side.score)
+        return jax.tree.map(grouped, Responses(*parts))
+
+    def fill(
+        chosen: Side, rejected: Side, own: Array | None = None, temperature: Array | None = None, *, paired: bool
+    ) -> tuple[contrast.Contrast, Means]:
+        """A matrix or some of its rows; `own` and `temperature` are as in blocked.Fill."""
+        mask = contrast.valid_entries(
+            chosen.valid, rejected.valid, chosen.prompt_id, rejected.prompt_id, chosen.text_id, rejected.text_id
+        )
+        matrix = contrast.make_weights(
+            str(kind),
+            chosen.embedding,
+            rejected.embedding,
+            mask,
+            temperature=config.contrast.temperature if temperature is None else temperature,
+            perplexity=config.contrast.target_perplexity if temperature is None else None,
+            alpha=config.contrast.alpha,
+            own=own,
+        )
+        embedded = chosen.embedding.shape[-1] > 0
+        means = metrics.contrast_metrics(
+            *matrix,
+            contrast.cosine(chosen.embedding, rejected.embedding) if embedded else None,
+            chosen.prompt_id,
+            rejected.prompt_id,
+            paired=paired,
+            own=own,
+        )
+        return matrix, means
+
+    def scores(log_probs: LogProbs, batch: Batch, paired: bool) -> tuple[Scores, Means]:
+        if log_probs.log_partition is not None:
+            ids, valid = (
+                jnp.concatenate([getattr(side, name) for side in batch.sides]) for name in ("prompt_id", "valid")
+            )
+            log_z = partition.per_prompt(log_probs.log_partition, ids, valid)
+            log_probs = log_probs._replace(log_partition=log_z)
+        starts = accumulate((side.valid.shape[0] for side in batch.sides), initial=0)
+        sides = (responses(side, log_probs, start) for side, start in zip(batch.sides, starts, strict=False))
+        chosen, rejected, mismatched, *refined = sides
+        found = Scores(chosen, rejected, mismatched, refined=tuple(refined))
+        if kind is None:
+            return found, {}
+        chosen, rejected = jax.tree.map(grouped, (batch.chosen, batch.rejected))
+        entries, block = chosen.valid.size * rejected.valid.shape[-1], config.contrast.block
+        if kind != "pair" and blocked.is_large(entries, block):
+            matrix, means = blocked.survey(partial(fill, paired=paired), chosen, rejected, block, mesh)
+            return found._replace(weights=matrix), metrics.of_one_batch(means)
+        matrix, means = fill(chosen, rejected, paired=paired)
+        return found._replace(weights=matrix.weights, mask=matrix.mask), means
+
+    return scores
+
+
+def _with_tokens(scores: Scores, policy: TokenScores, reference: TokenScores | None, batch: Batch) -> Scores:
+    """The scores with every scored token's."""
+    assert policy.value is not None, "the objective has a value head"
+    assert reference is not None, "checked with the configuration: a cache knows no tokens"
+    return scores._replace(tokens=Tokens(policy.log_prob, policy.value, reference.log_prob, batch.response_ids))
+
+
+def _with_reference(batch: Batch, log_probs: LogProbs) -> Batch:
+    """The batch with the reference's log-probs filled in."""
+    sides, start = [], 0
+    for side in batch.sides:
+        size = side.valid.shape[0]
+        sides.append(side._replace(reference_log_prob=log_probs.log_prob[start : start + size]))
+        start += size
+    return batch.with_sides(sides)
+
+
+def build_log_probs(
+    config: Config, model_config: ModelConfig, mesh: Mesh
+) -> tuple[Callable[[Params, Batch], LogProbs], Any]:
+    """Compiled function from parameters and batch to the responses' log-probs, and the parameters' shardings.
+
+    The parameters may also be a frozen base, or a base with adapters, placed as their own axes say.
+    """
+    forward = make_log_probs(config, model_config, mesh)
+
+    def log_probs(params: Params, batch: Batch) -> LogProbs:
+        return all_log_probs(forward, config.batch.micro_rows, params, batch)
+
+    shapes, axes = models.abstract_params(model_config), models.param_axes(model_config)
+    return jax.jit(log_probs, out_shardings=sharding.replicated(mesh)), sharding.parameter_shardings(mesh, axes, shapes)
+
+
+def _head_names(config: Config, objective: losses.Objective) -> tuple[str, ...]:
+    learned = (partition.NAME,) if config.objective.partition == "learned" else ()
+    return (*learned, value.NAME) if objective.uses_tokens else learned
+
+
+def _trained(config: Config, model_config: ModelConfig, head_names: tuple[str, ...]) -> tuple[Params, Any]:
+    """Shapes of what is trained, and its axes' names: all parameters, or the adapters on a base that is not.
+
+    Heads lie next to them.
+    """
+    if config.lora.rank:
+        shapes, axes = lora.abstract_adapters(model_config, config.lora), lora.adapter_axes(model_config, config.lora)
+    else:
+        shapes, axes = models.abstract_params(model_config), models.param_axes(model_config)
+    beside = jax.eval_shape(partial(heads.init, head_names, model_config.hidden_size))
+    return {**shapes, **beside}, {**axes, **heads.axes(head_names)}
+
+
+def build_steps(
+    config: Config,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    total_steps: int,
+    *,
+    eval_paired: bool = True,
+    reference_config: ModelConfig | None = None,
+) -> Steps:
+    """Compile-on-first-use functions of a run on a mesh.
+
+    Args:
+        total_steps: where a decaying learning rate ends.
+        eval_paired: whether slot i of chosen and rejected is one pair in held-out batches.
+        reference_config: architecture of a live reference; the policy's where not given.
+
+    Raises ValueError for an objective that the configuration asks for in a way that means nothing.
+    """
+    objective = losses.objective_named(
+        config.objective.name,
+        link=config.objective.link,
+        weights=config.contrast.weights,
+        partition=config.objective.partition,
+    )
+    schedule = learning_rate_schedule(config.optim, total_steps)
+    optimizer = make_optimizer(config.optim, schedule)
+    head_names = _head_names(config, objective)
+    forward = make_log_probs(config, model_config, mesh, tokens=objective.uses_tokens)
+    reference_forward = make_log_probs(config, reference_config or model_config, mesh, tokens=objective.uses_tokens)
+    scores_of = make_scores(config, objective, mesh)
+    micro_rows, micro_keep = config.batch.micro_rows, config.batch.micro_keep
+    train_paired = config.data.pairing == "paired"
+
+    def scored(batch: Batch, reference: TokenScores | None, paired: bool, log_probs: LogProbs) -> tuple[Array, Means]:
+        scores, means = scores_of(log_probs, batch, paired)
+        if log_probs.tokens is not None:
+            scores = _with_tokens(scores, log_probs.tokens, reference, batch)
+        weights_on = config.contrast.diagonal_on if config.contrast.weights == "diagonal" else "score"
+        value = losses.minimised(objective, scores, config.objective, weights_on=weights_on)
+        told = metrics.preference_metrics(scores, config.objective.beta, paired)
+        if not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
+            told = {name: mean for name, mean in told.items() if not name.startswith("rewards/")}
+        count = objective.count(scores).astype(jnp.float32)
+        return value, {"loss": metrics.Mean(value * count, count), **means, **told}
+
+    def policy(base: Params | None) -> Forward:
+        """The forward pass as a function of what is trained."""
+        assert (base is not None) == (config.lora.rank > 0), "LoRA trains adapters on a base, and only LoRA has one"
+
+        def of_trained(trained: Params, rows: dict[str, Array], num_responses: int) -> LogProbs:
+            params, beside = heads.split(trained)
+            params = params if base is None else lora.combine(base, params, config.lora)
+            log_z = beside[partition.NAME]["kernel"] if partition.NAME in beside else None
+            return forward(params, rows, num_responses, log_z, beside.get(value.NAME))
+
+        return of_trained
+
+    def referenced(batch: Batch, reference: Params | None, base: Params | None) -> tuple[Batch, TokenScores | None]:
+        """The batch with a reference's log-probs that runs beside the policy, and what it says of every token."""
+        if config.reference.mode == "adapter" and objective.uses_reference:
+            reference = base
+        if reference is None:
+            return batch, None
+        log_probs = all_log_probs(reference_forward, micro_rows, reference, batch)
+        return _with_reference(batch, log_probs), log_probs.tokens
+
+    def gradient(params: Params, batch: Batch, reference: Params | None, base: Params | None = None) -> Gradient:
+        batch, of_tokens = referenced(batch, reference, base)
+        scored_batch = partial(scored, batch, of_tokens, train_paired)
+        found = make_loss_and_gradient(policy(base), scored_batch, params, batch, micro_rows, micro_keep)
+        return Gradient(*found, batch)
+
+    def train(
+        state: TrainState,
+        batch: Batch,
+        reference: Params | None,
+        base: Params | None = None,
+        limit: Float[ArrayLike, ""] | None = None,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        value, means, changes, _ = gradient(state.params, batch, reference, base)
+        grad_norm = optax.tree.norm(changes)
+        # Of the gradient alone, which clipping needs whole before any update: asking about the new parameters would
+        # keep the old ones beside them.
+        good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        if limit is not None:
+            good &= grad_norm <= limit
+        updates, opt_state = optimizer.update(changes, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        report = {
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            **metrics.finalize(means),
+            "loss": value,
+            "skipped": 1.0 - good.astype(jnp.float32),
+        }
+        kept = kept_unless(good, (params, opt_state), (state.params, state.opt_state))
+        return TrainState(state.step + 1, *kept), report
+
+    def evaluate(params: Params, batch: Batch, reference: Params | None, base: Params | None = None) -> Means:
+        batch, of_tokens = referenced(batch, reference, base)
+        return scored(batch, of_tokens, eval_paired, all_log_probs(policy(base), micro_rows, params, batch))[1]
+
+    def init(params: Params) -> TrainState:
+        return _fresh_state(optimizer, {**params, **heads.init(head_names, model_config.hidden_size)})
+
+    abstract_state = _abstract_state(optimizer, *_trained(config, model_config, head_names), mesh)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    whole = sharding.replicated(mesh)
+    return Steps(
+        objective=objective,
+        init=jax.jit(init, out_shardings=state_shardings, donate_argnums=0),
+        train=jax.jit(train, out_shardings=(state_shardings, whole), donate_argnums=0),
+        evaluate=jax.jit(evaluate, out_shardings=whole),
+        gradient=gradient,
+        state_shardings=state_shardings,
+        abstract_state=abstract_state,
+    )
+
+
+def _fresh_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def _abstract_state(optimizer: optax.GradientTransformation, params: Params, axes: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the state: what the optimizer keeps for a parameter lives where that does."""
+    param_shardings, whole = sharding.parameter_shardings(mesh, axes, params), sharding.replicated(mesh)
+    shapes = jax.eval_shape(partial(_fresh_state, optimizer), params)
+    # optax finds its parameter-like leaves by a trial run, which needs a device, and the mesh may be one that is only
+    # compiled for.
+    with jax.set_mesh(jax.make_mesh((1,), ("trial",), devices=jax.local_devices()[:1])):
+        opt_state = optax.tree.map_params(
+            optimizer,
+            lambda _, placed: placed,
+            shapes.opt_state,
+            param_shardings,
+            transform_non_params=lambda _: whole,
+        )
+    placed: Any = shapes._replace(step=whole, params=param_shardings, opt_state=opt_state)
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed)
+
+
+def put_batch(mesh: Mesh, batch: Batch) -> Batch:
+    """Place a host batch on the mesh: rows split over data and fsdp, the responses' records everywhere."""
+    rows, whole = sharding.by_rows(mesh), sharding.replicated(mesh)
+
+    def place(target: jax.sharding.NamedSharding, values: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(target, values, values.shape)
+
+    return Batch(
+        **{name: place(rows, getattr(batch, name)) for name in ROW_FIELDS},
+        **{
+            name: jax.tree.map(partial(place, whole), getattr(batch, name))
+            for name in ("chosen", "rejected", "mismatched", "refined")
+        },
+    )
