@@ -32,10 +32,9 @@ def measure(size: int, weighting: str, block: str, repeats: int) -> dict[str, An
     import jax.numpy as jnp
     import numpy as np
 
-    from rpo_jax.config import Config, ContrastConfig, MeshConfig
+    from rpo_jax.config import BatchConfig, Config, ContrastConfig, MeshConfig, resolve
     from rpo_jax.core.records import Batch, Side
     from rpo_jax.hosts.sharding import make_mesh
-    from rpo_jax.objectives.losses import objective_named
     from rpo_jax.training.micro_batches import ROW_FIELDS, LogProbs
     from rpo_jax.training.step import make_scores
 
@@ -54,12 +53,13 @@ def measure(size: int, weighting: str, block: str, repeats: int) -> dict[str, An
     batch = Batch(**rows, chosen=side(0), rejected=side(1), mismatched=none)
     log_prob = jnp.asarray(rng.normal(0, 10, 2 * size), jnp.float32)
     settings: dict[str, Any] = {"block": int(block) if block.isdigit() else block, **WEIGHTINGS[weighting]}
-    config, objective = Config(contrast=ContrastConfig(weights="embedding", **settings)), objective_named("rpo")
-    scores_of = make_scores(config, objective, make_mesh(MeshConfig(data=1)))
+    config = Config(contrast=ContrastConfig(weights="embedding", **settings), batch=BatchConfig(pairs=size))
+    method, mesh = resolve(config), make_mesh(MeshConfig(data=1))
+    scores_of = make_scores(method, config.contrast.alpha, config.contrast.block, mesh)
 
     def loss(log_prob, batch):
         scores, means = scores_of(LogProbs(log_prob, jnp.ones(2 * size, jnp.int32)), batch, True)
-        return objective.compute(scores, config.objective), means
+        return method.objective.compute(scores, config.objective), means
 
     function = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(log_prob, batch).compile()
     jax.block_until_ready(batch)

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from rpo_jax import models
-from rpo_jax.config import BatchConfig, Config, ContrastConfig, DataConfig, MeshConfig, ObjectiveConfig, OptimConfig
+from rpo_jax.config import (
+    BatchConfig,
+    Config,
+    ContrastConfig,
+    DataConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    resolve,
+)
 from rpo_jax.core.records import Batch, Side
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
@@ -66,14 +75,14 @@ def refined(batch, log_probs):
 
 def everything(config, mesh, batch, log_probs, paired=True):
     """Loss, count, its derivatives by all log-probs, and the metrics of the matrix."""
-    objective = losses.objective_named(config.objective.name, link=config.objective.link)
-    scores_of = make_scores(config, objective, mesh)
+    method = resolve(config)
+    objective = method.objective
+    scores_of = make_scores(method, config.contrast.alpha, config.contrast.block, mesh)
 
     def loss(log_prob):
         scores, means = scores_of(log_probs._replace(log_prob=log_prob), batch, paired)
         assert isinstance(scores.weights, blocked.Blocks) == (config.contrast.block != "dense")
-        weights_on = config.contrast.diagonal_on if config.contrast.weights == "diagonal" else "score"
-        value = objective.compute(scores, config.objective, weights_on=weights_on)
+        value = objective.compute(scores, config.objective, weights_on=method.weights_on)
         return value, (metrics.finalize(means), objective.count(scores))
 
     with jax.set_mesh(mesh):
@@ -161,9 +170,9 @@ def test_a_nan_in_a_valid_slot_surfaces_from_blocks():
     slot = int(jnp.argmax(batch.chosen.valid))
     log_probs = log_probs._replace(log_prob=log_probs.log_prob.at[slot].set(jnp.nan))
     config = Config(contrast=ContrastConfig(weights="uniform", block=8))
-    objective = losses.objective_named("rpo")
-    scores, _ = make_scores(config, objective, make_mesh(1, 1, 1))(log_probs, batch, True)
-    assert np.isnan(objective.compute(scores, config.objective))
+    contrast = config.contrast
+    scores, _ = make_scores(resolve(config), contrast.alpha, contrast.block, make_mesh(1, 1, 1))(log_probs, batch, True)
+    assert np.isnan(resolve(config).objective.compute(scores, config.objective))
 
 
 def test_large_matrices_are_taken_in_blocks_and_ordinary_ones_whole():

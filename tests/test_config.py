@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rpo_jax.config import Config, ConfigError
+from rpo_jax.config import Config, ConfigError, resolve
 from rpo_jax.config.reading import dump_config, known_keys, load_config, parse_config
-from rpo_jax.training.prepare import checked_objective
 
 ALL = (Path(__file__).parents[1] / "configs").glob("**/*.yaml")
 CONFIGS = sorted(path for path in ALL if not path.name.startswith("compare"))  # those are studies of many runs
@@ -196,7 +195,7 @@ def test_words_that_are_no_options_are_refused():
 def test_null_takes_a_value_back(tmp_path):
     file = write_yaml(tmp_path / "a.yaml", "contrast:\n  temperature: 0.5\n")
     config = load_config(file, ["contrast.temperature=null", "contrast.perplexity=4"])
-    assert (config.contrast.temperature, config.contrast.target_perplexity) == (None, 4)
+    assert (config.contrast.temperature, resolve(config).perplexity) == (None, 4)
 
 
 def test_the_short_flags():
@@ -223,7 +222,7 @@ def test_known_keys_are_the_dumped_ones():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_preset_loads_and_says_what_to_expect(path):
-    checked_objective(load_config(path))
+    resolve(load_config(path))
     comment = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -249,7 +248,7 @@ def test_every_command_in_a_preset_is_one_that_runs(path, monkeypatch):
     commands = [line for line in "\n".join(comment).replace("\\\n", " ").splitlines() if "-m rpo_jax.train" in line]
     assert commands
     for command in commands:
-        checked_objective(parse_config(shlex.split(command)[3:]))
+        resolve(parse_config(shlex.split(command)[3:]))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +257,7 @@ def test_every_command_in_a_preset_is_one_that_runs(path, monkeypatch):
 def test_the_papers_presets_hold_its_table_5(path):
     config = load_config(path)
     assert (config.batch.pairs, config.contrast.group) == (64, 8)
-    assert (config.contrast.temperature, config.contrast.target_perplexity) == (0.5, None)
+    assert (config.contrast.temperature, resolve(config).perplexity) == (0.5, None)
     assert (config.objective.name, config.objective.beta) == ("rpo", 0.1)
     assert (config.data.max_prompt_tokens, config.data.max_tokens) == (256, 512)
     optim = config.optim

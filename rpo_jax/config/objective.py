@@ -62,9 +62,6 @@ else:
     ObjectiveConfig = _with_options(_SharedOptions)
 
 
-DEFAULT_PERPLEXITY = 6.0  # what the paper's 8 x 8 matrices have on Anthropic-HH at temperature 0.5
-
-
 @dataclass(frozen=True, kw_only=True)
 class ContrastConfig:
     """The contrast matrix.
@@ -105,13 +102,6 @@ class ContrastConfig:
             raise ConfigError(
                 f"contrast.block={self.block} must be the edge of a block, at least 1, or 'auto' or 'dense'."
             )
-
-    @property
-    def target_perplexity(self) -> float | None:
-        """The perplexity to calibrate to; None with a fixed temperature."""
-        if self.temperature is not None:
-            return None
-        return DEFAULT_PERPLEXITY if self.perplexity is None else self.perplexity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from rpo_jax.models.decoder import (
 )
 from rpo_jax.models.families import FAMILIES, new_config, read_config, to_transformers
 from rpo_jax.models.folders import resolve_folder
+from rpo_jax.models.from_scratch import from_scratch
 from rpo_jax.models.loading import check_pretrained, load_pretrained, load_sharded
 from rpo_jax.models.rope import Rope
 from rpo_jax.models.weights import save_pretrained
@@ -29,6 +30,7 @@ __all__ = [
     "check_attention",
     "check_pretrained",
     "count_params",
+    "from_scratch",
     "hidden_states",
     "init_params",
     "load_pretrained",

@@ -10,9 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.config import Config
+from rpo_jax.config import Config, resolve
 from rpo_jax.models import ModelConfig
-from rpo_jax.objectives.losses import OBJECTIVES
 
 CITATION = """\
 @article{yin2024relative,
@@ -37,7 +36,7 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    objective = OBJECTIVES[config.objective.name]
+    objective = resolve(config).objective
     of_base = _card_of(base)
     # Adapters fit their base alone; whole weights descend also from what their base was made of.
     on_hub = base if base is not None and _cached(base, "config.json") else None
@@ -144,22 +143,22 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _hyperparameters(config: Config, step: int) -> list[tuple[str, str]]:
     """The keys that decide what was computed, as they are written in a configuration."""
-    objective, contrast, optim = OBJECTIVES[config.objective.name], config.contrast, config.optim
+    method, contrast, optim = resolve(config), config.contrast, config.optim
     chosen: dict[str, Any] = {
         "objective.name": config.objective.name,
         "objective.beta": config.objective.beta,
-        "objective.link": config.objective.link or objective.link,
-        "contrast.weights": contrast.weights or objective.weights,
+        "objective.link": config.objective.link or method.objective.link,
+        "contrast.weights": method.weights,
     }
     if chosen["contrast.weights"] == "embedding":
         chosen |= {
             "contrast.temperature": contrast.temperature,
-            "contrast.perplexity": contrast.target_perplexity,
+            "contrast.perplexity": method.perplexity,
             "contrast.group": contrast.group,
             "embedding.encoder": _name(config.embedding.encoder),
             "embedding.text": config.embedding.text,
         }
-    if objective.uses_reference:
+    if method.objective.uses_reference:
         reference = config.reference.path
         chosen |= {"reference.mode": config.reference.mode, "reference.path": reference and _name(reference)}
     chosen |= {

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from rpo_jax import models
-from rpo_jax.config import Config, DataConfig
+from rpo_jax.config import Config, DataConfig, resolve
 from rpo_jax.config.reading import parse_config
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, PreferenceExample
 from rpo_jax.data.embeddings import embed_texts
@@ -29,8 +29,6 @@ from rpo_jax.data.sweep import Sweep
 from rpo_jax.data.tokenize import tokenize_examples
 from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from rpo_jax.hosts import processes
-from rpo_jax.objectives.contrast import WEIGHTS
-from rpo_jax.objectives.losses import Objective, objective_named
 from rpo_jax.runs.tracking import Reporter
 
 if TYPE_CHECKING:
@@ -63,21 +61,6 @@ class Prepared:
         return tuple(name for name in KINDS if name in {*self.responses, *compared})
 
 
-def checked_objective(config: Config) -> Objective:
-    """The objective of a configuration; ValueError where its parts do not fit together."""
-    settings = config.objective
-    objective = objective_named(
-        settings.name, link=settings.link, weights=config.contrast.weights, partition=settings.partition
-    )
-    kind = config.contrast.weights or objective.weights
-    if kind is not None and WEIGHTS[kind].needs_pairs and config.data.pairing == "unpaired":
-        raise ValueError(
-            f"objective.name={config.objective.name} contrasts the two responses of a pair, but data.pairing is "
-            "unpaired; set contrast.weights to embedding or uniform, or data.pairing to paired."
-        )
-    return objective
-
-
 def is_paired(data: PreferenceData) -> bool:
     return all(e.chosen_ids is not None and e.rejected_ids is not None for e in data.examples)
 
@@ -96,7 +79,7 @@ def batches_of(
         pairing=config.data.pairing,
         responses=responses,
         order=config.batch.order,
-        group=None if config.contrast.group == "global" else config.contrast.group,
+        group=resolve(config).group,
         seed=config.run.seed,
         row_tokens=config.batch.row_tokens,
         row_segments=_row_segments(config),
@@ -305,7 +288,8 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
     Raises:
         ValueError: for anything in the data or the configuration that cannot be used, with file and row.
     """
-    objective = checked_objective(config)
+    method = resolve(config)
+    objective = method.objective
     with reporter.phase("read") as notes:
         train, held_out = _split(config.data, objective.uses_scores, reporter)
         notes.append(f"{len(train.examples):,} training and {len(held_out.examples) if held_out else 0:,} held-out ")
@@ -319,10 +303,8 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
                 origins[name] = _origins(config, name, found, tokenizer)
         notes.append(f"vocabulary {len(tokenizer):,}")
 
-    kind = config.contrast.weights or objective.weights
-    weighed = kind is not None and WEIGHTS[kind].needs_embeddings
     # Held-out data is read in file order: its prompts are embedded for their weights alone.
-    embedded = set(parts) if weighed else {"train"} if config.batch.order == "related" else set()
+    embedded = set(parts) if method.embeds_all else {"train"} if method.embeds_training else set()
     data = {}
     with reporter.phase("embed") as notes:
         for name, (tokenized, examples) in parts.items():

@@ -36,7 +36,7 @@ from rpo_jax.runs.versions import installed_versions
 from rpo_jax.training.guard import FILE as GUARD_FILE
 from rpo_jax.training.guard import Diverged, Guard
 from rpo_jax.training.loop import TrainingLoop
-from rpo_jax.training.prepare import checked_objective, prepare
+from rpo_jax.training.prepare import prepare
 from rpo_jax.training.setup import Start, make_start, policy_config
 
 
@@ -74,7 +74,6 @@ def run(config: Config) -> RunResult:
         Stopped: a KeyboardInterrupt, for a run that is asked to stop before its first step.
     """
     stopping = Stopping(config.train.max_minutes)
-    checked_objective(config)
     check_tracking(config.tracking)
     chosen = processes.initialize(config)
     with processes.stopping_together(), stopping.listening():

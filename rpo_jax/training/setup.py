@@ -16,18 +16,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpo_jax import models
-from rpo_jax.config import Config
+from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from rpo_jax.hosts import processes, sharding
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.models.folders import folder_fingerprint
-from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.objectives.methods.mrpo import mixed_reference
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.training.diagnosis import Diagnosis
-from rpo_jax.training.prepare import Prepared, batches_of, checked_objective, is_paired, reference_sweep, sweep_of
+from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_sweep, sweep_of
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, params_fingerprint
 from rpo_jax.training.samples import Sampler
 from rpo_jax.training.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
@@ -75,20 +74,8 @@ def policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | None
                 f"that {size.path} was made for"
             )
         return loaded
-    return models.new_config(
-        family=size.family,
-        # Rounded up so that a tensor axis can split it.
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
-        num_layers=size.num_layers,
-        num_heads=size.num_heads,
-        num_kv_heads=size.num_kv_heads,
-        tie_embeddings=size.tie_embeddings,
-        rope_theta=size.rope_theta,
-        max_position_embeddings=config.data.max_tokens,
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-    )
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return models.from_scratch(size, len(tokenizer), config.data.max_tokens, **ids)
 
 
 def _reference_config(path: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
@@ -109,10 +96,6 @@ def _reference_config(path: str, tokenizer: PreTrainedTokenizerBase) -> ModelCon
                     "trained with the policy's tokenizer."
                 )
     return reference_config
-
-
-def _uses_reference(config: Config) -> bool:
-    return config.reference.mode != "none" and checked_objective(config).uses_reference
 
 
 def _initial_params(config: Config, model_config: ModelConfig, shardings: Any, reporter: Reporter) -> Params:
@@ -256,9 +239,10 @@ def _with_reference(
     reporter: Reporter,
 ) -> tuple[Prepared, Params | None]:
     """The data with the reference's log-probs where they are cached, and the reference where it is another model."""
-    if not _uses_reference(config) or config.reference.mode == "adapter":  # the step has the base already
+    reference = resolve(config).reference
+    if reference in (None, "adapter"):  # the step has the base already
         return prepared, None
-    if config.reference.mode == "cached":
+    if reference == "cached":
         arguments = (start_params, base_fingerprint, prepared, mesh, reporter)
         return _with_cached_reference(config, reference_config, *arguments), None
     if config.reference.path is not None:
@@ -274,8 +258,7 @@ def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
     if prepared.held_out is None:
         return
     sweep_of(config, prepared.held_out, prepared.eval_responses, shards)
-    kind = config.contrast.weights or checked_objective(config).weights
-    if kind is not None and WEIGHTS[kind].needs_pairs and not is_paired(prepared.held_out):
+    if resolve(config).needs_pairs and not is_paired(prepared.held_out):
         raise ValueError(
             f"objective.name={config.objective.name} contrasts the two responses of a pair, but the held-out data has "
             "examples with only one; evaluate on pairs."
@@ -300,7 +283,7 @@ def make_start(
     _check_data(config, prepared, shards)
     models.to_transformers(model_config, model_config.dtype)
     reference_config = model_config
-    if config.reference.path is not None and _uses_reference(config):
+    if config.reference.path is not None and resolve(config).reference is not None:
         reference_config = _reference_config(config.reference.path, prepared.tokenizer)
     for path in config.reference.others:
         _reference_config(path, prepared.tokenizer)

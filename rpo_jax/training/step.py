@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from rpo_jax import models
-from rpo_jax.config import Config
+from rpo_jax.config import Config, Method, resolve
 from rpo_jax.core.records import Batch, Side
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
@@ -97,16 +97,19 @@ class Steps:
 
 
 def make_scores(
-    config: Config, objective: losses.Objective, mesh: Mesh
+    method: Method, alpha: float, block: int | str, mesh: Mesh
 ) -> Callable[[LogProbs, Batch, bool], tuple[Scores, Means]]:
-    """Function from log-probs, batch and whether it is of pairs to what an objective sees, and the contrast metrics."""
-    kind = config.contrast.weights or objective.weights
+    """Function from log-probs, batch and whether it is of pairs to what an objective sees, and the contrast metrics.
+
+    Args:
+        alpha: of the diagonal weighting.
+        block: as contrast.block.
+    """
+    kind, size = method.weights, method.matrix_group
 
     def grouped(x: Array) -> Array:
-        # Pair-only contrast is a matrix of one entry per pair: nothing else need be computed.
-        size = 1 if kind == "pair" else config.contrast.group
         # Spelt out, because embeddings that nothing needs have width 0, which leaves a -1 undetermined.
-        return x if size == "global" else x.reshape(x.shape[0] // size, size, *x.shape[1:])
+        return x if x.shape[0] <= size > 1 else x.reshape(x.shape[0] // size, size, *x.shape[1:])
 
     def responses(side: Side, log_probs: LogProbs, start: int) -> Responses:
         slots = slice(start, start + side.valid.shape[0])
@@ -126,9 +129,9 @@ def make_scores(
             chosen.embedding,
             rejected.embedding,
             mask,
-            temperature=config.contrast.temperature if temperature is None else temperature,
-            perplexity=config.contrast.target_perplexity if temperature is None else None,
-            alpha=config.contrast.alpha,
+            temperature=method.temperature if temperature is None else temperature,
+            perplexity=method.perplexity if temperature is None else None,
+            alpha=alpha,
             own=own,
         )
         embedded = chosen.embedding.shape[-1] > 0
@@ -156,7 +159,7 @@ def make_scores(
         if kind is None:
             return found, {}
         chosen, rejected = jax.tree.map(grouped, (batch.chosen, batch.rejected))
-        entries, block = chosen.valid.size * rejected.valid.shape[-1], config.contrast.block
+        entries = chosen.valid.size * rejected.valid.shape[-1]
         if kind != "pair" and blocked.is_large(entries, block):
             matrix, means = blocked.survey(partial(fill, paired=paired), chosen, rejected, block, mesh)
             return found._replace(weights=matrix), metrics.of_one_batch(means)
@@ -199,9 +202,9 @@ def build_log_probs(
     return jax.jit(log_probs, out_shardings=sharding.replicated(mesh)), sharding.parameter_shardings(mesh, axes, shapes)
 
 
-def _head_names(config: Config, objective: losses.Objective) -> tuple[str, ...]:
-    learned = (partition.NAME,) if config.objective.partition == "learned" else ()
-    return (*learned, value.NAME) if objective.uses_tokens else learned
+def _head_names(method: Method) -> tuple[str, ...]:
+    learned = (partition.NAME,) if method.learns_partition else ()
+    return (*learned, value.NAME) if method.objective.uses_tokens else learned
 
 
 def _trained(config: Config, model_config: ModelConfig, head_names: tuple[str, ...]) -> tuple[Params, Any]:
@@ -232,30 +235,22 @@ def build_steps(
         total_steps: where a decaying learning rate ends.
         eval_paired: whether slot i of chosen and rejected is one pair in held-out batches.
         reference_config: architecture of a live reference; the policy's where not given.
-
-    Raises ValueError for an objective that the configuration asks for in a way that means nothing.
     """
-    objective = losses.objective_named(
-        config.objective.name,
-        link=config.objective.link,
-        weights=config.contrast.weights,
-        partition=config.objective.partition,
-    )
+    method = resolve(config)
+    objective = method.objective
     schedule = learning_rate_schedule(config.optim, total_steps)
     optimizer = make_optimizer(config.optim, schedule)
-    head_names = _head_names(config, objective)
+    head_names = _head_names(method)
     forward = make_log_probs(config, model_config, mesh, tokens=objective.uses_tokens)
     reference_forward = make_log_probs(config, reference_config or model_config, mesh, tokens=objective.uses_tokens)
-    scores_of = make_scores(config, objective, mesh)
+    scores_of = make_scores(method, config.contrast.alpha, config.contrast.block, mesh)
     micro_rows, micro_keep = config.batch.micro_rows, config.batch.micro_keep
-    train_paired = config.data.pairing == "paired"
 
     def scored(batch: Batch, reference: TokenScores | None, paired: bool, log_probs: LogProbs) -> tuple[Array, Means]:
         scores, means = scores_of(log_probs, batch, paired)
         if log_probs.tokens is not None:
             scores = _with_tokens(scores, log_probs.tokens, reference, batch)
-        weights_on = config.contrast.diagonal_on if config.contrast.weights == "diagonal" else "score"
-        value = losses.minimised(objective, scores, config.objective, weights_on=weights_on)
+        value = losses.minimised(objective, scores, config.objective, weights_on=method.weights_on)
         told = metrics.preference_metrics(scores, config.objective.beta, paired)
         if not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
             told = {name: mean for name, mean in told.items() if not name.startswith("rewards/")}
@@ -276,7 +271,7 @@ def build_steps(
 
     def referenced(batch: Batch, reference: Params | None, base: Params | None) -> tuple[Batch, TokenScores | None]:
         """The batch with a reference's log-probs that runs beside the policy, and what it says of every token."""
-        if config.reference.mode == "adapter" and objective.uses_reference:
+        if method.reference == "adapter":
             reference = base
         if reference is None:
             return batch, None
@@ -285,7 +280,7 @@ def build_steps(
 
     def gradient(params: Params, batch: Batch, reference: Params | None, base: Params | None = None) -> Gradient:
         batch, of_tokens = referenced(batch, reference, base)
-        scored_batch = partial(scored, batch, of_tokens, train_paired)
+        scored_batch = partial(scored, batch, of_tokens, method.paired)
         found = make_loss_and_gradient(policy(base), scored_batch, params, batch, micro_rows, micro_keep)
         return Gradient(*found, batch)
 

@@ -36,7 +36,6 @@ def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
     try:
         from rpo_jax.config.reading import parse_config
         from rpo_jax.tools.checkup import inputs, machine, stored
-        from rpo_jax.training.prepare import checked_objective
     except Exception as error:  # a package that is broken, or does not go with another
         reason = f"rpo_jax cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return [*found, failed("packages", reason, "pip install -c constraints.txt -e .")]
@@ -44,7 +43,6 @@ def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
         config = parse_config(_with_own_configuration(run_dir, arguments))
         if run_dir is not None:
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
-        checked_objective(config)
     except (ValueError, OSError) as error:
         return [*found, failed("configuration", error)]
     folder = Path(config.run.dir).expanduser()

@@ -7,16 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rpo_jax import models
-from rpo_jax.config import Config
+from rpo_jax.config import Config, resolve
 from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_PACKAGE, encoder_folder
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.hub import cached_folder
 from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.models import ModelConfig
-from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
-from rpo_jax.training.prepare import checked_objective
 
 
 def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
@@ -71,8 +69,7 @@ def _describe(path: str | Path) -> str:
 
 
 def _check_encoder(config: Config) -> list[Finding]:
-    kind = config.contrast.weights or checked_objective(config).weights
-    if kind is None or not WEIGHTS[kind].needs_embeddings:
+    if not resolve(config).embeds_all:
         return []
     name = config.embedding.encoder
     if name == HASHED_WORDS:

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from rpo_jax import models
-from rpo_jax.config import Config
+from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import REFINED, Batch, Side
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
-from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.tools.planning.chips import CHIPS, TPUS, Chip
 from rpo_jax.tools.planning.workload import EMBEDDING_WIDTH, BatchShape
 from rpo_jax.training.step import Steps, build_steps
@@ -179,7 +178,7 @@ def compile_step(config: Config, model: ModelConfig, target: Target, batch: Batc
         frozen = _frozen(config, model, mesh)
         packed = abstract_batch(config, steps, mesh, batch)
         extra = {"base": frozen} if config.lora.rank else {}
-        reference = frozen if config.reference.mode == "live" and steps.objective.uses_reference else None
+        reference = frozen if resolve(config).reference == "live" else None
         try:
             done = steps.train.lower(steps.abstract_state, packed, reference, **extra).compile()
             text = done.as_text() or ""
@@ -219,8 +218,7 @@ def _frozen(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
 
 def abstract_batch(config: Config, steps: Steps, mesh: jax.sharding.Mesh, batch: BatchShape) -> Batch:
     """Shapes and places of a batch, as rpo_jax.training.step.put_batch places one."""
-    kind = config.contrast.weights or steps.objective.weights
-    width = EMBEDDING_WIDTH if kind is not None and WEIGHTS[kind].needs_embeddings else 0
+    width = EMBEDDING_WIDTH if resolve(config).embeds_all else 0
     rows, whole = sharding.by_rows(mesh), sharding.replicated(mesh)
     row = jax.ShapeDtypeStruct((batch.rows, batch.row_tokens), jnp.int32, sharding=rows)
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rpo_jax.config import Config
+from rpo_jax.config import Config, resolve
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives.logprobs import CHUNK_TOKENS, REST_SHARE
@@ -15,7 +15,6 @@ from rpo_jax.tools.planning import hlo
 from rpo_jax.tools.planning.arithmetic import body_parameters, head_parameters, step_bytes, step_flops
 from rpo_jax.tools.planning.compiled import Compiled, Target, compile_step
 from rpo_jax.tools.planning.workload import BatchShape, Lengths, necessary, planned_batch, step_sizes
-from rpo_jax.training.prepare import checked_objective
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,14 @@ class Estimate:
 
 def references_in_step(config: Config) -> int:
     """Forward passes of a reference in every step."""
-    return int(config.reference.mode in ("live", "adapter") and checked_objective(config).uses_reference)
+    return int(resolve(config).reference in ("live", "adapter"))
 
 
 def shape_of(config: Config, lengths: Lengths, target: Target, fixed: tuple[int, int] | None) -> BatchShape:
     """The batch's shape on the target's mesh; `fixed` rows and row tokens where the user gave them."""
     mesh = sharding.make_mesh(config.mesh, target.devices)
     sharding.check_batch(config.batch.pairs, config.batch.micro_rows, mesh)
-    responses = checked_objective(config).responses
+    responses = resolve(config).objective.responses
     shape = planned_batch(config, lengths, responses, sharding.row_shards(mesh), target.platform)
     if fixed is None:
         return shape
@@ -158,7 +157,7 @@ def counted(
         peak_bytes=done.memory.peak,
         memory_limit=target.memory,
         flops=flops,
-        necessary_flops=necessary(model, config, lengths, checked_objective(config).responses) / mesh.size,
+        necessary_flops=necessary(model, config, lengths, resolve(config).objective.responses) / mesh.size,
         moved_bytes=moved,
         sent_bytes=sent,
         compute_seconds=flops / chip.flops,

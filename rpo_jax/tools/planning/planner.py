@@ -28,7 +28,6 @@ from rpo_jax.tools.planning.estimate import Estimate, estimate, shape_of
 from rpo_jax.tools.planning.printing import assumptions, print_plan, print_ranking
 from rpo_jax.tools.planning.search import Trial, judged, largest_micro_batch, ranked, search
 from rpo_jax.tools.planning.workload import KNOWN_MODELS, Lengths, assumed_lengths, planned_model
-from rpo_jax.training.prepare import checked_objective
 
 _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
@@ -93,7 +92,6 @@ def read_request(arguments: Sequence[str]) -> tuple[Request, argparse.Namespace]
     """ValueError for whatever cannot be planned; nothing is compiled yet."""
     given, rest = _parser().parse_known_args(arguments)
     config = parse_config(rest)
-    checked_objective(config)
     if (given.topology is None) == (given.devices is None):
         raise ValueError("give one of --topology (TPUs) and --devices (GPUs).")
     if (given.rows is None) != (given.row_tokens is None) or min(given.rows or 1, given.row_tokens or 1) < 1:

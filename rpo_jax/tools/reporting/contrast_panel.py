@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from rpo_jax.config import Config
+from rpo_jax.config import Config, Method, resolve
 from rpo_jax.core.records import Batch
 from rpo_jax.objectives import contrast
-from rpo_jax.training.prepare import Prepared, batches_of, checked_objective
+from rpo_jax.training.prepare import Prepared, batches_of
 
 MAX_SHOWN = 96  # rows and columns of a report's heat map: more cannot be told apart on a screen
 MAX_CHARACTERS = 320  # of a prompt
@@ -46,28 +46,22 @@ class BatchContrast:
     paired: bool
 
 
-def weighting_of(config: Config) -> str | None:
-    """The name of the contrast weights that a configuration trains with; None for an objective without a matrix."""
-    return config.contrast.weights or checked_objective(config).weights
-
-
 def batch_contrast(config: Config, prepared: Prepared, step: int = 1) -> BatchContrast:
     """The contrast matrix that training step `step`, counted from 1, sees.
 
     Raises ValueError for an objective that has no contrast matrix, and for a step below 1.
     """
-    kind = weighting_of(config)
-    if kind is None:
+    method = resolve(config)
+    if method.weights is None:
         raise ValueError(f"objective.name={config.objective.name} contrasts no responses with each other.")
     if step < 1:
         raise ValueError(f"step={step} must be at least 1, the first training step.")
     batch = batches_of(config, prepared.train, prepared.responses, 1).batch_at(step - 1)
-    weights, mask, temperature, perplexity = _weights(config, kind, batch)
+    weights, mask, temperature, perplexity = _weights(method, config.contrast.alpha, batch)
     embedded = batch.chosen.embedding.shape[1] > 0
     cosine = np.asarray(contrast.cosine(batch.chosen.embedding, batch.rejected.embedding)) if embedded else None
-    paired = config.data.pairing == "paired"
-    rows, columns = _order(batch, weights.shape[0] if config.contrast.group == "global" else config.contrast.group)
-    columns = rows if paired else columns
+    rows, columns = _order(batch, method.group)
+    columns = rows if method.paired else columns
 
     def prompts(index: Int[np.ndarray, "S"]) -> list[str]:
         return [_text(prepared, int(i)) for i in index]
@@ -81,14 +75,15 @@ def batch_contrast(config: Config, prepared: Prepared, step: int = 1) -> BatchCo
         perplexity=perplexity[rows],
         chosen_prompts=prompts(batch.chosen.example_index[rows]),
         rejected_prompts=prompts(batch.rejected.example_index[columns]),
-        paired=paired,
+        paired=method.paired,
     )
 
 
-def _weights(config: Config, kind: str, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+def _weights(
+    method: Method, alpha: float, batch: Batch
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """Weights and valid entries of the whole batch, nothing across groups; each row's temperature and perplexity."""
-    pairs = batch.chosen.valid.shape[0]
-    size = pairs if config.contrast.group == "global" else config.contrast.group
+    pairs, size = batch.chosen.valid.shape[0], method.group
     of_chosen, of_rejected = (
         {
             name: jnp.asarray(value.reshape(pairs // size, size, *value.shape[1:]))
@@ -101,13 +96,13 @@ def _weights(config: Config, kind: str, batch: Batch) -> tuple[np.ndarray, np.nd
         *(side[name] for name in ("valid", "prompt_id", "text_id") for side in (of_chosen, of_rejected))
     )
     matrix = contrast.make_weights(
-        kind,
+        str(method.weights),
         of_chosen["embedding"],
         of_rejected["embedding"],
         mask,
-        temperature=config.contrast.temperature,
-        perplexity=config.contrast.target_perplexity,
-        alpha=config.contrast.alpha,
+        temperature=method.temperature,
+        perplexity=method.perplexity,
+        alpha=alpha,
     )
     temperature = None if matrix.temperature is None else np.asarray(matrix.temperature).reshape(pairs)
     perplexity = np.asarray(contrast.row_perplexity(matrix.weights, matrix.mask)).reshape(pairs)

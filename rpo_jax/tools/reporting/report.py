@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rpo_jax.config import resolve
 from rpo_jax.core.files import replace_durably
-from rpo_jax.objectives.losses import OBJECTIVES
 from rpo_jax.runs.folder import MODEL
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.reporting import contrast_panel, rewards_panel
 from rpo_jax.tools.reporting.report_page import make_page
 from rpo_jax.tools.reporting.run_records import RunRecord, read_runs
-from rpo_jax.training.prepare import Prepared, checked_objective, prepare
+from rpo_jax.training.prepare import Prepared, prepare
 
 LEFT_OUT = "Left out on request."
 
@@ -82,8 +82,9 @@ def _prepared(record: RunRecord, reporter: Reporter) -> Prepared:
 
 
 def _matrix(record: RunRecord, prepared: Prepared, step: int) -> dict[str, Any] | str:
-    if contrast_panel.weighting_of(record.config) is None:
-        described = OBJECTIVES[record.config.objective.name].description
+    method = resolve(record.config)
+    if method.weights is None:
+        described = method.objective.description
         return f"{described[0].upper()}{described[1:]} has no contrast matrix."
     return contrast_panel.for_page(contrast_panel.batch_contrast(record.config, prepared, step))
 
@@ -96,7 +97,7 @@ def _rewards(record: RunRecord, prepared: Prepared, reporter: Reporter, base: st
         found, step = rewards_panel.held_out_scores(record.folder, record.config, prepared, reporter, own_base)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} (with --no-rewards the report does without)") from None
-    has_reference = checked_objective(record.config).uses_reference and record.config.reference.mode != "none"
+    has_reference = resolve(record.config).reference is not None
     return rewards_panel.for_page(found, step, record.config.objective.beta if has_reference else None)
 
 

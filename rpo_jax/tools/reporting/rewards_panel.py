@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Float
 
 from rpo_jax import models
-from rpo_jax.config import Config, MeshConfig
+from rpo_jax.config import Config, MeshConfig, resolve
 from rpo_jax.hosts import sharding
 from rpo_jax.objectives.metrics import TIE_NATS
 from rpo_jax.runs.folder import MODEL, base_record
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.policy import find_policy
-from rpo_jax.training.prepare import Prepared, checked_objective
+from rpo_jax.training.prepare import Prepared
 from rpo_jax.training.setup import make_start
 from rpo_jax.training.step import build_log_probs, put_batch
 
@@ -76,7 +76,7 @@ def held_out_scores(
         assert start.held_out is not None, "there is held-out data"
         log_probs, _ = build_log_probs(settings, model_config, mesh)
         params = policy.load(mesh)
-        of_reward = checked_objective(settings).uses_reference and settings.reference.mode != "none"
+        of_reward = resolve(settings).reference is not None
         scores = {name: np.full(len(prepared.held_out.examples), np.nan) for name in SIDES}
         for index in range(start.held_out.steps_per_epoch):
             batch = start.held_out.batch_at(index)

@@ -1,0 +1,151 @@
+"""The one place where two keys meet: what a configuration trains, decided once, and every check that needs two keys.
+
+Below it functions take values; nothing else asks what `global`, an absent weighting or a reference's mode means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rpo_jax.config.checks import ConfigError
+from rpo_jax.objectives.contrast import WEIGHTS
+from rpo_jax.objectives.losses import Objective, objective_named
+
+if TYPE_CHECKING:
+    from rpo_jax.config import Config
+
+DEFAULT_PERPLEXITY = 6.0  # what the paper's 8 x 8 matrices have on Anthropic-HH at temperature 0.5
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a configuration trains.
+
+    Attributes:
+        objective: what is minimised.
+        weights: name of the contrast weighting, in contrast.WEIGHTS; None without a contrast matrix.
+        group: pairs of a contrast group; a batch of no more is one matrix.
+        temperature: fixed tau of the embedding weights; None where each row's is solved for `perplexity`.
+        perplexity: effective contrasts a row; None with a fixed temperature.
+        weights_on: whether weights multiply scores (Eq. 13) or losses (the authors' release).
+        paired: whether slot i of chosen and rejected is one pair in training batches.
+        reference: where the reference's log-probs come from; None where there is no reference.
+        embeds_all: whether all prompts are embedded, to weight contrasts.
+        embeds_training: whether those of the training data are, to weight contrasts or to order batches.
+        learns_partition: whether a head for log Z is trained beside the model.
+    """
+
+    objective: Objective
+    weights: str | None
+    group: int
+    temperature: float | None
+    perplexity: float | None
+    weights_on: Literal["score", "loss"]
+    paired: bool
+    reference: Literal["cached", "live", "adapter"] | None
+    embeds_all: bool
+    embeds_training: bool
+    learns_partition: bool
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether a contrast group needs as many rejected responses as chosen ones, pair by pair."""
+        return self.weights is not None and WEIGHTS[self.weights].needs_pairs
+
+    @property
+    def matrix_group(self) -> int:
+        """Pairs of the matrices that are computed: for pair-only contrast one, as nothing else of a group counts."""
+        return 1 if self.weights == "pair" else self.group
+
+
+def resolve(config: Config) -> Method:
+    """What a configuration trains.
+
+    Raises ConfigError, and ValueError for an unknown objective or an override that means nothing to it, where two of
+    its keys do not fit together.
+    """
+    settings, contrast = config.objective, config.contrast
+    objective = objective_named(
+        settings.name, link=settings.link, weights=contrast.weights, partition=settings.partition
+    )
+    _check_batch(config)
+    _check_reference(config, objective)
+    weights = contrast.weights or objective.weights
+    _check_pairing(config, weights)
+    fixed = contrast.temperature is not None
+    weighed = weights is not None and WEIGHTS[weights].needs_embeddings
+    mode = config.reference.mode
+    return Method(
+        objective=objective,
+        weights=weights,
+        group=config.batch.pairs if contrast.group == "global" else contrast.group,
+        temperature=contrast.temperature,
+        perplexity=None if fixed else DEFAULT_PERPLEXITY if contrast.perplexity is None else contrast.perplexity,
+        weights_on=contrast.diagonal_on if weights == "diagonal" else "score",
+        paired=config.data.pairing == "paired",
+        reference=mode if objective.uses_reference and mode != "none" else None,
+        embeds_all=weighed,
+        embeds_training=weighed or config.batch.order == "related",
+        learns_partition=settings.partition == "learned",
+    )
+
+
+def _check_batch(config: Config) -> None:
+    group, pairs = config.contrast.group, config.batch.pairs
+    if group != "global" and pairs % group:
+        divisors = ", ".join(str(d) for d in range(1, pairs + 1) if pairs % d == 0)
+        raise ConfigError(
+            f"contrast.group={group} does not divide the {pairs} pairs of a batch; use one of {divisors} or 'global'."
+        )
+    if config.objective.partition == "learned" and group == 1:
+        raise ConfigError(
+            "objective.partition=learned does nothing with contrast.group=1: log Z is the same for both responses "
+            "of a pair; set objective.partition=none, or contrast.group to more pairs or 'global'."
+        )
+
+
+def _check_reference(config: Config, objective: Objective) -> None:
+    name, mode, lora = config.objective.name, config.reference.mode, config.lora
+    if objective.mixes_references and not config.reference.others:
+        raise ConfigError(
+            f"objective.name={name} mixes several references, but reference.others names none besides the first; give "
+            "their folders."
+        )
+    if not objective.uses_reference and config.reference.others:
+        raise ConfigError(
+            f"objective.name={name} uses no reference, so reference.others would not be read; leave it out."
+        )
+    if objective.uses_tokens and mode in ("cached", "none"):
+        raise ConfigError(
+            f"objective.name={name} compares every token with the reference's, and reference.mode={mode} has no "
+            "log-probs of single tokens; set reference.mode=live, or adapter with LoRA."
+        )
+    if lora.rank and config.model.path is None:
+        raise ConfigError(
+            f"lora.rank={lora.rank} adapts a model that exists; name it with model.path, or set lora.rank=0."
+        )
+    if mode == "adapter" and not lora.rank:
+        raise ConfigError(
+            "reference.mode=adapter is the policy with its LoRA adapters off, but lora.rank=0 gives it none; set "
+            "lora.rank, or reference.mode=cached."
+        )
+    if mode == "adapter" and config.reference.path is not None:
+        raise ConfigError(
+            f"reference.mode=adapter uses the policy's own base, so reference.path={config.reference.path} would not "
+            "be read; leave it out, or use reference.mode=cached or live."
+        )
+
+
+def _check_pairing(config: Config, weights: str | None) -> None:
+    if config.data.pairing != "unpaired" or weights is None or not WEIGHTS[weights].needs_pairs:
+        return
+    if config.contrast.weights is not None:
+        raise ConfigError(
+            f"contrast.weights={weights} needs pairs that share a prompt, but data.pairing is unpaired; use "
+            "contrast.weights=embedding or uniform, or data.pairing=paired."
+        )
+    raise ConfigError(
+        f"objective.name={config.objective.name} contrasts the two responses of a pair, but data.pairing is unpaired; "
+        "set contrast.weights to embedding or uniform, or data.pairing to paired."
+    )
