@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the environment, checks style and types, and runs the tests. Arguments go to pytest; the argument `tpu` alone
-# runs all tests that compile for TPUs, the long ones too.
+# Makes the environment, checks style and types, and runs the tests. Arguments go to pytest.
+# `scripts/test.sh tpu` runs all tests that compile for TPUs, the long ones too; `scripts/test.sh slow [FILE ...]` runs the
+# long tests, of all files or of some, and notes in tests/slow_ledger.json when it did.
 # Without arguments the step is compiled for TPUs as well, by libtpu in a folder of its own: in the environment it would
 # make every other process look for chips.
 set -euo pipefail
@@ -21,8 +22,16 @@ tpu_tests() {
   PYTHONPATH=$libtpu TPU_LIBRARY_PATH=$libtpu/libtpu/libtpu.so "$python" -m pytest "$@"
 }
 
+tpu_files=(tests/models/test_tpu.py tests/test_plan_tpu.py)
 if [ "$*" = tpu ]; then
-  tpu_tests tests/models/test_tpu.py tests/test_plan_tpu.py -m "slow or not slow" -s
+  tpu_tests "${tpu_files[@]}" -m "slow or not slow" -s
+  exit
+fi
+if [ "${1:-}" = slow ]; then
+  shift
+  ledger=(-m slow --timeout 0 --ledger tests/slow_ledger.json)
+  "$python" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "${ledger[@]}" "$@"
+  [ $# -gt 0 ] || tpu_tests "${tpu_files[@]}" "${ledger[@]}"
   exit
 fi
 "$python" -m ruff check .

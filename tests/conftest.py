@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Hundreds of tiny programs: compiling them costs far more than running them, and unoptimised code compiles in a third.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -14,3 +16,14 @@ _CACHE = Path(__file__).resolve().parents[1] / ".cache" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ledger", type=Path, help="a JSON file to note in, file by file, when these tests ran")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--ledger")) is not None:
+        from tests.ledger import Ledger
+
+        config.pluginmanager.register(Ledger(path))
