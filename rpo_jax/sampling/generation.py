@@ -29,7 +29,7 @@ from rpo_jax.hosts import sharding
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.answers import Answer, Answering, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Decoder, Sampling
-from rpo_jax.sampling.kv_cache import unstack_layers
+from rpo_jax.sampling.kv_cache import to_decode_layout
 from rpo_jax.sampling.policy import DTYPES, Policy, find_policy
 
 ALPACA_EVAL = "tatsu-lab/alpaca_eval"
@@ -153,7 +153,7 @@ def generate(config: GenerateConfig) -> Path:
             with reporter.phase("load model"):
                 params = policy.load(mesh)
                 platform = mesh.devices.flat[0].platform
-                readable = jax.jit(unstack_layers, static_argnums=(1, 2))
+                readable = jax.jit(to_decode_layout, static_argnums=(1, 2))
                 params = jax.block_until_ready(readable(params, dtype, platform))
             decoder = Decoder(
                 policy.model_config,

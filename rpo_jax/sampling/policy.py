@@ -17,7 +17,7 @@ from rpo_jax.config.reading import load_config
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
-from rpo_jax.models.folders import folder_fingerprint
+from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
 from rpo_jax.runs.folder import CHECKPOINTS, GENERATION_CONFIG, MODEL
 

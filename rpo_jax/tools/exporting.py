@@ -14,7 +14,7 @@ from rpo_jax import models
 from rpo_jax.config.reading import load_config
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.models.decoder import Params
-from rpo_jax.models.folders import check_target, folder_fingerprint
+from rpo_jax.models.huggingface.folders import check_target, folder_fingerprint
 from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
 from rpo_jax.runs.model_card import model_card
 

@@ -65,6 +65,7 @@ class Prepared:
 
 def checked_objective(config: Config) -> Objective:
     """The objective of a configuration; ValueError where its parts do not fit together."""
+    models.check_choices(config.model, config.lora)
     settings = config.objective
     objective = objective_named(
         settings.name, link=settings.link, weights=config.contrast.weights, partition=settings.partition

@@ -22,7 +22,7 @@ from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from rpo_jax.hosts import processes, sharding
 from rpo_jax.models import ModelConfig, lora
-from rpo_jax.models.folders import folder_fingerprint
+from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.objectives.methods.mrpo import mixed_reference
 from rpo_jax.runs.tracking import Reporter

@@ -214,16 +214,16 @@ def necessary(model: ModelConfig, config: Config, lengths: Lengths, responses: t
 
 def step_sizes(config: Config, batch: BatchShape, platform: str, references: int) -> StepSizes:
     """What a step works on, for rpo_jax.tools.planning.arithmetic."""
-    skips = models.attention_kind(config.model.attention, platform).skips
+    attention = models.attention_kind(config.model.attention, platform)
     micro = min(config.batch.micro_rows or batch.rows, batch.rows)
     return StepSizes(
         rows=batch.rows,
         row_tokens=batch.row_tokens,
         scored_tokens=batch.scored_tokens,
-        seen_pairs=batch.visible if skips else batch.rows * batch.row_tokens**2,
+        seen_pairs=batch.visible if attention.skips else batch.rows * batch.row_tokens**2,
         micro_batches=batch.rows // micro,
         remat=config.model.remat,
-        fused_attention=skips or config.model.attention == "cudnn",
+        fused_attention=attention.fused,
         reference_passes=references,
         frozen=config.lora.rank > 0,
         compute_bytes=2 if config.model.compute_dtype == "bfloat16" else 4,
