@@ -13,10 +13,11 @@ from rpo_jax.models.decoder import (
     param_axes,
 )
 from rpo_jax.models.families import FAMILIES
-from rpo_jax.models.huggingface.configuration import new_config, read_config, to_transformers
+from rpo_jax.models.huggingface.configuration import configured, new_config, read_config, to_transformers
 from rpo_jax.models.huggingface.folders import resolve_folder
-from rpo_jax.models.huggingface.loading import check_pretrained, load_pretrained, load_sharded
+from rpo_jax.models.huggingface.loading import check_pretrained, load_pretrained
 from rpo_jax.models.huggingface.saving import save_pretrained
+from rpo_jax.models.lora import load_sharded
 from rpo_jax.models.policy import Execution, Outputs, Parameters, Policy, check_choices
 from rpo_jax.models.rope import Rope
 
@@ -37,6 +38,7 @@ __all__ = [
     "check_attention",
     "check_choices",
     "check_pretrained",
+    "configured",
     "count_params",
     "hidden_states",
     "init_params",

@@ -125,7 +125,7 @@ def combine(base: Params, adapters: Params, lora: LoraConfig) -> Params:
 
 
 def abstract_base(model_config: ModelConfig, base_dtype: str) -> Params:
-    """The frozen base as jax.ShapeDtypeStruct, as `load_base` gives it.
+    """The frozen base as jax.ShapeDtypeStruct, as `load_sharded` gives it.
 
     In int8 are the linear layers alone: the head's rounding errors would go straight into every log-prob, the
     embedding's into every layer, and norms are too small to save anything.
@@ -147,24 +147,28 @@ def base_axes(model_config: ModelConfig, base_dtype: str) -> Params:
     return unflatten_dict(flat)
 
 
-def load_base(path: str | Path, base_dtype: str, shardings: Any) -> Params:
-    """The frozen base from a Hugging Face folder on devices; errors as load_sharded's.
+def load_sharded(path: str | Path, shardings: Any, dtype: str = "float32") -> Params:
+    """Parameters of a Hugging Face folder or hub name on devices; each process reads what its devices hold.
 
     Args:
-        base_dtype: float32, bfloat16, or int8: symmetric, one scale per output channel and layer,
+        shardings: of every array, in the tree of the parameters, or for int8 of `abstract_base`; they may span several
+            processes.
+        dtype: of the parameters; `int8` is symmetric, with one scale per output channel and layer,
             values = round(W / scale), scale = max over inputs |W| / 127.
-        shardings: of every array, in the tree of `abstract_base`.
+
+    Errors as check_pretrained's.
     """
+    check_dtype(dtype, "int8")
     weights = open_weights(path)
     weights.check_tied()
-    kernels, places = _quantized(weights.model_config, base_dtype), flat_params(shardings)
-    base = {}
-    for name, leaf in flat_params(abstract_base(weights.model_config, base_dtype)).items():
+    kernels, places = _quantized(weights.model_config, dtype), flat_params(shardings)
+    loaded = {}
+    for name, leaf in flat_params(abstract_base(weights.model_config, dtype)).items():
         if name in kernels:
-            base[name] = _load_quantized(weights, kernels[name], leaf, places[name])
+            loaded[name] = _load_quantized(weights, kernels[name], leaf, places[name])
         else:
-            base[name] = weights.place(name, leaf, places[name])
-    return unflatten_dict(base)
+            loaded[name] = weights.place(name, leaf, places[name])
+    return unflatten_dict(loaded)
 
 
 def _load_quantized(weights: Weights, kernel: Projection, shapes: Quantized, places: Any) -> Quantized:

@@ -134,7 +134,7 @@ class Policy:
 
         Errors as rpo_jax.models.check_pretrained's.
         """
-        return adapters.load_base(path, self.stored_dtype, shardings)
+        return adapters.load_sharded(path, shardings, self.stored_dtype)
 
     def init(self, key: PRNGKeyArray) -> Params:
         """New values of what is trained; new adapters change nothing yet.

@@ -135,7 +135,7 @@ def _frozen_base(config: Config, model_config: ModelConfig, mesh: Mesh, reporter
     adapters = jax.tree.leaves(lora.abstract_adapters(model_config, config.lora))
     with reporter.phase("load model") as notes:
         shardings = sharding.parameter_shardings(mesh, axes, shapes)
-        base = lora.load_base(config.model.path, config.lora.base_dtype, shardings)
+        base = models.load_sharded(config.model.path, shardings, config.lora.base_dtype)
         notes.append(
             f"{models.count_params(model_config):,} parameters frozen in {config.lora.base_dtype}, "
             f"{sum(leaf.size for leaf in adapters):,} trained, {model_config.family}"

@@ -126,7 +126,7 @@ def test_int8_rounds_to_the_nearest_step_of_its_channel(tmp_path):
     models.save_pretrained(tmp_path / "base", model_config, params)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = jax.tree.map(lambda _: here, lora.abstract_base(model_config, "int8"))
-    base = flatten_dict(host(lora.load_base(tmp_path / "base", "int8", places)))
+    base = flatten_dict(host(models.load_sharded(tmp_path / "base", places, "int8")))
     for path, _, layers, inputs, outputs in lora.projections(model_config).values():
         kernel, (values, scale) = flatten_dict(params)[path], base[path]
         assert values.dtype == np.int8
@@ -180,7 +180,7 @@ def test_a_base_is_loaded_as_it_is_described_and_split(base_dtype, hf_folder):
     model_config = models.check_pretrained(folder)
     shapes, axes = (f(model_config, base_dtype) for f in (lora.abstract_base, lora.base_axes))
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    base = lora.load_base(folder, base_dtype, sharding.parameter_shardings(mesh, axes, shapes))
+    base = models.load_sharded(folder, sharding.parameter_shardings(mesh, axes, shapes), base_dtype)
     described = jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), shapes)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), base) == described
     kernel = flatten_dict(base)[("layers", "mlp", "up", "kernel")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rpo_jax.config import PolicyConfig
 from rpo_jax.core.files import read_json
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.families import FAMILIES, check_family
@@ -80,6 +82,12 @@ def new_config(
         "pad_token_id": pad_token_id,
     }
     return _from_transformers(family, _build(family, values), "float32")
+
+
+def configured(sizes: PolicyConfig, **others: Any) -> ModelConfig:
+    """Architecture of a model from scratch with a configuration's sizes, but for `others`, named as in new_config."""
+    values = {name: getattr(sizes, name) for name in inspect.signature(new_config).parameters if hasattr(sizes, name)}
+    return new_config(**(values | others))
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -57,28 +57,6 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[ModelConf
     return weights.model_config, unflatten_dict(filled)
 
 
-def load_sharded(path: str | Path, shardings: Any, dtype: str = "float32") -> Params:
-    """Parameters of a Hugging Face folder or hub name on devices; each process reads what its devices hold.
-
-    Args:
-        shardings: one for each parameter, in the parameters' tree; they may span several processes.
-        dtype: of the parameters.
-
-    Errors as check_pretrained's.
-    """
-    check_dtype(dtype)
-    weights = open_weights(path)
-    weights.check_tied()
-    places = flat_params(shardings)
-    shapes = flat_params(abstract_params(weights.model_config))
-    return unflatten_dict(
-        {
-            name: weights.place(name, jax.ShapeDtypeStruct(leaf.shape, dtype), places[name])
-            for name, leaf in shapes.items()
-        }
-    )
-
-
 def place(shape: Shape, sharding: Sharding, read: Callable[[Index], np.ndarray]) -> jax.Array:
     """A sharded array from a function of the part that a device holds, called once for each part of this process.
 
@@ -100,9 +78,10 @@ def place(shape: Shape, sharding: Sharding, read: Callable[[Index], np.ndarray])
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}.")
+def check_dtype(dtype: str, *more: str) -> None:
+    """Raise ValueError unless the dtype is one of DTYPES or of `more`."""
+    if dtype not in (*DTYPES, *more):
+        raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join((*DTYPES, *more))}.")
 
 
 class Weights(NamedTuple):

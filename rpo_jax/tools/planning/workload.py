@@ -87,10 +87,9 @@ def planned_model(config: Config, name: str | None) -> tuple[ModelConfig, str]:
             raise ValueError(f"--model {name} is not known; use one of {', '.join(KNOWN_MODELS)}.")
         return models.new_config(**KNOWN_MODELS[name]), name
     if path is None:
-        sizes = {key: getattr(config.model, key) for key in (*_SIZES, "family", "tie_embeddings", "rope_theta")}
         vocabulary = -(-config.model.vocab_size // 64) * 64
         return (
-            models.new_config(**sizes, vocab_size=vocabulary, max_position_embeddings=config.data.max_tokens),
+            models.configured(config.model, vocab_size=vocabulary, max_position_embeddings=config.data.max_tokens),
             f"{config.model.family} of the configured sizes",
         )
     folder = Path(path).expanduser()
