@@ -30,7 +30,7 @@ from rpo_jax import models
 from rpo_jax.config import MeshConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.sampling.engine import Decoder, Sampling
-from rpo_jax.sampling.kv_cache import unstack_layers
+from rpo_jax.sampling.kv_cache import to_decode_layout
 
 RESULTS = Path(__file__).with_name("results") / "generate.jsonl"
 Tokens = list[list[int]]
@@ -62,7 +62,7 @@ def ours(
 ) -> System:
     mesh = sharding.make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        placed = jax.jit(unstack_layers, static_argnums=(1, 2))(params, "float32", mesh.devices.flat[0].platform)
+        placed = jax.jit(to_decode_layout, static_argnums=(1, 2))(params, "float32", mesh.devices.flat[0].platform)
     decoder = Decoder(model_config, mesh, sampling=sampling, end_ids=())
 
     def run(limits: Sequence[int]) -> Tokens:

@@ -80,7 +80,7 @@ def load(options: argparse.Namespace) -> None:
         host = models.load_pretrained(options.folder)[1]
         params = jax.block_until_ready(jax.tree.map(jax.device_put, host, shardings))
     else:
-        params = jax.block_until_ready(lora.load_base(options.folder, options.base_dtype, shardings))
+        params = jax.block_until_ready(models.load_sharded(options.folder, shardings, options.base_dtype))
     seconds, peak = time.perf_counter() - started, resident_bytes(peak=True)
     held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
     print(json.dumps({"held": held, "extra": peak - before - held, "seconds": seconds}))

@@ -32,7 +32,7 @@ from safetensors.numpy import load_file
 from rpo_jax import export, models, train
 from rpo_jax.config import TrackingConfig
 from rpo_jax.data import embeddings
-from rpo_jax.models.folders import recover, written_whole
+from rpo_jax.models.huggingface.folders import recover, written_whole
 from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.tracking import MetricsLog
 from rpo_jax.training.reference import DECISIVE, FOLDER, cache_file_fault, read_cache, write_cache

@@ -15,7 +15,7 @@ from rpo_jax.models import lora
 from rpo_jax.sampling import kv_cache
 from rpo_jax.sampling.engine import SLICE_TOKENS, SMALLEST_CACHE, Decoder, Sampling, bucket, cache_blocks, choose
 from tests.models.conftest import CASES, SIZES, torch_model
-from tests.worlds import VOCAB, small_model
+from tests.worlds import VOCAB, quantized, small_model
 
 NEW_TOKENS = SLICE_TOKENS + 8  # over the end of a slice, and far over every window of the cases
 MODEL = small_model()
@@ -46,7 +46,7 @@ def answers(prompts, seeds, limit=NEW_TOKENS, *, rows=8, stopped=None, params=No
     made = decoder(**which)
     limits = [limit] * len(prompts) if isinstance(limit, int) else limit
     with jax.set_mesh(made.mesh):
-        params = kv_cache.unstack_layers(PARAMS() if params is None else params, "float32", "cpu")
+        params = kv_cache.to_decode_layout(PARAMS() if params is None else params, "float32", "cpu")
         return in_order(made.answers(params, prompts, seeds, limits, rows, stopped))
 
 
@@ -71,7 +71,7 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         made = Decoder(model_config, mesh, sampling=Sampling(), end_ids=ends)
-        readable = kv_cache.unstack_layers(params, "float32", "cpu")
+        readable = kv_cache.to_decode_layout(params, "float32", "cpu")
         found = in_order(made.answers(readable, prompts, range(4), [new_tokens] * 4, 4))
     for prompt, ids in zip(prompts, found, strict=True):
         asked = torch.tensor(prompt[None], dtype=torch.long)
@@ -109,7 +109,7 @@ def test_any_mesh_samples_the_tokens_of_one_device(shape):
     prompts, seeds = ragged(range(20, 28)), range(8)
     base = LoraConfig(rank=4, alpha=16.0)
     adapters = jax.tree.map(lambda leaf: leaf + 0.05, lora.init_adapters(MODEL, base, jax.random.key(1)))
-    adapted = lora.combine(lora.quantize(MODEL, PARAMS()), on_host(adapters), base)
+    adapted = lora.combine(quantized(MODEL, PARAMS()), on_host(adapters), base)
     for params in (None, adapted):
         one, many = (answers(prompts, seeds, params=params, shape=which) for which in ((1, 1, 1), shape))
         assert one == many
@@ -118,7 +118,7 @@ def test_any_mesh_samples_the_tokens_of_one_device(shape):
 def test_few_programs_serve_every_length():
     made = Decoder(MODEL, mesh_of(1, 1, 1), sampling=Sampling(), end_ids=())
     with jax.set_mesh(made.mesh):
-        params = kv_cache.unstack_layers(PARAMS(), "float32", "cpu")
+        params = kv_cache.to_decode_layout(PARAMS(), "float32", "cpu")
         for length in (3, 17, 32, 20, 31):
             for limit in (1, 5, SMALLEST_CACHE * kv_cache.BLOCK):
                 in_order(made.answers(params, ragged([length]), [0], [limit], 4))

@@ -22,7 +22,7 @@ from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.tracking import MetricsLog
 from rpo_jax.training.step import build_steps, put_batch
 from tests.runs import configured, metric_lines, settings, without_timings, write_rows
-from tests.worlds import random_data, small_model
+from tests.worlds import quantized, random_data, small_model
 
 PAIRS, STEPS = 16, 3
 MODEL = small_model()
@@ -69,7 +69,7 @@ def train_steps(config: Config, shape=(1, 1, 1)):
     )
     params = jax.tree.map(np.asarray, models.init_params(MODEL, jax.random.key(0)))
     dtype = config.lora.base_dtype
-    host = lora.quantize(MODEL, params) if dtype == "int8" else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    host = quantized(MODEL, params) if dtype == "int8" else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     with jax.set_mesh(mesh):
         base = place(host, lora.base_axes(MODEL, dtype), lora.abstract_base(MODEL, dtype), mesh)
         steps = build_steps(config, MODEL, mesh, total_steps=STEPS).on(base)

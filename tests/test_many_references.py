@@ -8,7 +8,7 @@ import rpo_jax
 from rpo_jax import export, train
 from rpo_jax.config import resolve
 from rpo_jax.config.reading import load_config
-from rpo_jax.models.folders import folder_fingerprint
+from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.objectives.methods.mrpo import mixed_reference
 from rpo_jax.training.reference import FOLDER
 from tests.runs import configured, metric_lines, settings, write_rows

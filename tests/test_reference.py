@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from rpo_jax.core.records import KINDS, RESPONSES, PreferenceData
 from rpo_jax.data.sweep import Sweep
-from rpo_jax.models.folders import folder_fingerprint
+from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.training import reference
 from rpo_jax.training.micro_batches import LogProbs
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, read_cache, tokens_fingerprint, write_cache

@@ -116,6 +116,12 @@ def test_data_is_numpy_only():
     assert not loaded & (ACCELERATED | HEAVY)
 
 
+@pytest.mark.parametrize("private", ["jax._src", "jax.experimental.pallas"])
+def test_what_jax_may_change_at_any_time_is_used_in_one_file(private):
+    users = [path for path in SOURCES if any(name.startswith(private) for name in imported_modules(path))]
+    assert len(users) == 1, f"{private} is used by {users}; the one file is where a new version of jax is met"
+
+
 def test_objectives_know_neither_configuration_nor_files():
     for path in (source for source in SOURCES if package_of(source) == "objectives"):
         assert used_packages(path) <= {"objectives", "core"}, path

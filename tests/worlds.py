@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rpo_jax import models
 from rpo_jax.core.records import PreferenceData, TokenizedExample
+from rpo_jax.models import lora
+from rpo_jax.models.projection import Quantized
 
 VOCAB = 96
 
@@ -51,3 +57,14 @@ def small_model(**changes) -> models.ModelConfig:
         "max_position_embeddings": 64,
     }
     return models.new_config(**sizes | changes)
+
+
+def quantized(model_config: models.ModelConfig, params: Any) -> Any:
+    """Parameters as an int8 base has them, by the equation: W ~ values * scale, scale = max over inputs |W| / 127."""
+    flat = flatten_dict(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
+    for path, _, _, inputs, _ in lora.projections(model_config).values():
+        axes = tuple(range(1, 1 + len(inputs)))  # after the layers
+        largest = np.max(np.abs(flat[path]), axis=axes, keepdims=True)
+        scale = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
+        flat[path] = Quantized(np.rint(flat[path] / scale).astype(np.int8), scale.squeeze(axes))
+    return unflatten_dict(flat)

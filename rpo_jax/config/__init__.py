@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from rpo_jax.config.checks import ConfigError
 from rpo_jax.config.data import BatchConfig, DataConfig, EmbeddingConfig
 from rpo_jax.config.guard import GuardConfig
-from rpo_jax.config.model import LORA_TARGETS, LoraConfig, PolicyConfig, ReferenceConfig
+from rpo_jax.config.model import LoraConfig, PolicyConfig, ReferenceConfig
 from rpo_jax.config.objective import ContrastConfig, ObjectiveConfig, OptimConfig
 from rpo_jax.config.resolve import Method, resolve
 from rpo_jax.config.run import DistributedConfig, MeshConfig, RunConfig, TrackingConfig, TrainConfig
 
 __all__ = [
-    "LORA_TARGETS",
     "BatchConfig",
     "Config",
     "ConfigError",

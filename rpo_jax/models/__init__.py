@@ -1,7 +1,8 @@
 """The decoder, its families, and Hugging Face folders in and out."""
 
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.attend import ATTENTIONS, Split, attention_kind, check_attention
+from rpo_jax.models.attention.kind import Split
+from rpo_jax.models.attention.registry import ATTENTIONS, attention_kind, attention_name, check_attention
 from rpo_jax.models.decoder import (
     abstract_params,
     apply,
@@ -11,26 +12,34 @@ from rpo_jax.models.decoder import (
     output_head,
     param_axes,
 )
-from rpo_jax.models.families import FAMILIES, new_config, read_config, to_transformers
-from rpo_jax.models.folders import resolve_folder
-from rpo_jax.models.from_scratch import from_scratch
-from rpo_jax.models.loading import check_pretrained, load_pretrained, load_sharded
+from rpo_jax.models.families import FAMILIES
+from rpo_jax.models.huggingface.configuration import configured, new_config, read_config, to_transformers
+from rpo_jax.models.huggingface.folders import resolve_folder
+from rpo_jax.models.huggingface.loading import check_pretrained, load_pretrained
+from rpo_jax.models.huggingface.saving import save_pretrained
+from rpo_jax.models.lora import load_sharded
+from rpo_jax.models.policy import Execution, Outputs, Parameters, Policy, check_choices
 from rpo_jax.models.rope import Rope
-from rpo_jax.models.weights import save_pretrained
 
 __all__ = [
     "ATTENTIONS",
     "FAMILIES",
+    "Execution",
     "ModelConfig",
+    "Outputs",
+    "Parameters",
+    "Policy",
     "Rope",
     "Split",
     "abstract_params",
     "apply",
     "attention_kind",
+    "attention_name",
     "check_attention",
+    "check_choices",
     "check_pretrained",
+    "configured",
     "count_params",
-    "from_scratch",
     "hidden_states",
     "init_params",
     "load_pretrained",

@@ -47,10 +47,10 @@ class ModelConfig:
     rms_norm_eps: float
     rope: Rope
     tie_embeddings: bool
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
     sliding_windows: tuple[int | None, ...]
     max_position_embeddings: int
     initializer_range: float

@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.attend import ONE_DEVICE, Attend, Split, make_attention
-from rpo_jax.models.blockwise import Layout
+from rpo_jax.models.attention.kind import ONE_DEVICE, Attend, Split
+from rpo_jax.models.attention.masking import TokenIds
+from rpo_jax.models.attention.registry import make_attention
 from rpo_jax.models.projection import gathered, project
 from rpo_jax.models.recompute import REMATS, in_chunks
 from rpo_jax.models.rope import rotate, rotation
@@ -273,8 +274,8 @@ def hidden_states(
     branch_ids = jnp.zeros_like(tokens) if branch_ids is None else branch_ids
 
     windows = tuple(dict.fromkeys(model_config.sliding_windows))
-    layout = Layout(positions, segment_ids, branch_ids)
-    attend = make_attention(attention, platform or jax.default_backend(), layout, windows, split)
+    ids = TokenIds(positions, segment_ids, branch_ids)
+    attend = make_attention(attention, platform or jax.default_backend(), ids, windows, split)
     window_of_layer = jnp.array([windows.index(window) for window in model_config.sliding_windows])
     cos_sin = rotation(model_config.rope, model_config.head_dim, positions)
     model = nnx.merge(_abstract(model_config)[0], params)

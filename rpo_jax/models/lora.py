@@ -27,9 +27,9 @@ from rpo_jax.config import LoraConfig
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params, param_axes
 from rpo_jax.models.families import FAMILIES
-from rpo_jax.models.folders import copy_tokenizer, written_whole
-from rpo_jax.models.layouts import Index, flat_params
-from rpo_jax.models.loading import DTYPES, Weights, check_dtype, load_sharded, open_weights, place
+from rpo_jax.models.huggingface.folders import copy_tokenizer, written_whole
+from rpo_jax.models.huggingface.loading import DTYPES, Weights, check_dtype, open_weights, place
+from rpo_jax.models.huggingface.tensors import Index, flat_params
 from rpo_jax.models.projection import Adapted, Quantized
 
 A, B = "lora_a", "lora_b"
@@ -54,19 +54,27 @@ class Projection(NamedTuple):
     outputs: dict[str, int]
 
 
+def check_targets(targets: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Raise ValueError unless the targets are some of the linear layers that are known."""
+    if not targets or len({*targets} & {*known}) < len(targets):
+        raise ValueError(f"lora.targets={list(targets)} must be some of {', '.join(known)}, each at most once.")
+
+
 def projections(model_config: ModelConfig) -> dict[str, Projection]:
     """The linear layers of a model by the names that PEFT's target_modules have for them: q_proj, ..., down_proj."""
     shapes, axes = flat_params(abstract_params(model_config)), flat_params(param_axes(model_config))
     found = {}
-    for rule in FAMILIES[model_config.family].weights:
-        if rule.path[-1] == "kernel":
-            module = rule.key.removesuffix(".weight")
-            sizes = list(zip(axes[rule.path], shapes[rule.path].shape, strict=True))
-            # The first axis is that of the layers; of the others, all but the last lead into a joined layer.
-            split = len(sizes) - 1 if rule.layout == "joined_linear" else 2
-            parts = (dict(sizes[:1]), dict(sizes[1:split]), dict(sizes[split:]))
-            found[module.rpartition(".")[2]] = Projection(rule.path, module, *parts)
+    for name, rule in FAMILIES[model_config.family].lora_targets.items():
+        sizes = list(zip(axes[rule.path], shapes[rule.path].shape, strict=True))
+        # The first axis is that of the layers; of the others, all but the last lead into a joined layer.
+        split = len(sizes) - 1 if rule.layout == "joined_linear" else 2
+        found[name] = Projection(rule.path, rule.module, dict(sizes[:1]), dict(sizes[1:split]), dict(sizes[split:]))
     return found
+
+
+def _quantized(model_config: ModelConfig, base_dtype: str) -> dict[tuple[str, ...], Projection]:
+    """The linear layers that are stored in int8, by the path of their kernel."""
+    return {found.path: found for found in projections(model_config).values()} if base_dtype == "int8" else {}
 
 
 def _adapter_sizes(model_config: ModelConfig, lora: LoraConfig) -> dict[tuple[str, ...], dict[str, int]]:
@@ -117,46 +125,50 @@ def combine(base: Params, adapters: Params, lora: LoraConfig) -> Params:
 
 
 def abstract_base(model_config: ModelConfig, base_dtype: str) -> Params:
-    """The frozen base as jax.ShapeDtypeStruct, as `load_base` gives it."""
-    if base_dtype != "int8":
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, base_dtype), abstract_params(model_config))
-    flat = flat_params(abstract_params(model_config))
-    for path, _, layers, _, outputs in projections(model_config).values():
-        scale = jax.ShapeDtypeStruct(tuple((layers | outputs).values()), jnp.float32)
+    """The frozen base as jax.ShapeDtypeStruct, as `load_sharded` gives it.
+
+    In int8 are the linear layers alone: the head's rounding errors would go straight into every log-prob, the
+    embedding's into every layer, and norms are too small to save anything.
+    """
+    dtype = "float32" if base_dtype == "int8" else base_dtype
+    shapes = flat_params(abstract_params(model_config)).items()
+    flat: dict[tuple[str, ...], Any] = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in shapes}
+    for path, kernel in _quantized(model_config, base_dtype).items():
+        scale = jax.ShapeDtypeStruct(tuple((kernel.layers | kernel.outputs).values()), jnp.float32)
         flat[path] = Quantized(cast(Any, jax.ShapeDtypeStruct(flat[path].shape, jnp.int8)), cast(Any, scale))
     return unflatten_dict(flat)
 
 
 def base_axes(model_config: ModelConfig, base_dtype: str) -> Params:
     """Names of the axes of the frozen base, in its tree."""
-    axes = param_axes(model_config)
-    if base_dtype != "int8":
-        return axes
-    flat = flat_params(axes)
-    for path, _, layers, _, outputs in projections(model_config).values():
-        flat[path] = Quantized(cast(Any, flat[path]), cast(Any, tuple(layers | outputs)))
+    flat = flat_params(param_axes(model_config))
+    for path, kernel in _quantized(model_config, base_dtype).items():
+        flat[path] = Quantized(cast(Any, flat[path]), cast(Any, tuple(kernel.layers | kernel.outputs)))
     return unflatten_dict(flat)
 
 
-def load_base(path: str | Path, base_dtype: str, shardings: Any) -> Params:
-    """The frozen base from a Hugging Face folder on devices; errors as load_sharded's.
+def load_sharded(path: str | Path, shardings: Any, dtype: str = "float32") -> Params:
+    """Parameters of a Hugging Face folder or hub name on devices; each process reads what its devices hold.
 
     Args:
-        shardings: of every array, in the tree of `abstract_base`.
+        shardings: of every array, in the tree of the parameters, or for int8 of `abstract_base`; they may span several
+            processes.
+        dtype: of the parameters; `int8` is symmetric, with one scale per output channel and layer,
+            values = round(W / scale), scale = max over inputs |W| / 127.
+
+    Errors as check_pretrained's.
     """
-    if base_dtype != "int8":
-        return load_sharded(path, shardings, base_dtype)
+    check_dtype(dtype, "int8")
     weights = open_weights(path)
     weights.check_tied()
-    model_config = weights.model_config
-    kernels = {projection.path: projection for projection in projections(model_config).values()}
-    places, base = flat_params(shardings), {}
-    for name, leaf in flat_params(abstract_base(model_config, base_dtype)).items():
+    kernels, places = _quantized(weights.model_config, dtype), flat_params(shardings)
+    loaded = {}
+    for name, leaf in flat_params(abstract_base(weights.model_config, dtype)).items():
         if name in kernels:
-            base[name] = _load_quantized(weights, kernels[name], leaf, places[name])
+            loaded[name] = _load_quantized(weights, kernels[name], leaf, places[name])
         else:
-            base[name] = place(leaf.shape, places[name], lambda index, name=name: weights.read(name, index, "float32"))
-    return unflatten_dict(base)
+            loaded[name] = weights.place(name, leaf, places[name])
+    return unflatten_dict(loaded)
 
 
 def _load_quantized(weights: Weights, kernel: Projection, shapes: Quantized, places: Any) -> Quantized:
@@ -188,27 +200,6 @@ def _load_quantized(weights: Weights, kernel: Projection, shapes: Quantized, pla
 
     scale = place(shapes.scale.shape, places.scale, read_scale)
     return Quantized(place(shapes.values.shape, places.values, read_values), scale)
-
-
-def quantize(model_config: ModelConfig, params: Params) -> Params:
-    """Parameters with the decoder layers' linear kernels in int8, symmetric, one scale per output channel and layer.
-
-    values = round(W / scale), scale = max over inputs |W| / 127.
-
-    The rest becomes float32: the head's rounding errors would go straight into every log-prob, the embedding's into
-    every layer, and norms are too small to save anything.
-    """
-    flat = flat_params(params)
-    kernels = {projection.path: projection for projection in projections(model_config).values()}
-    for path, leaf in flat.items():
-        if path not in kernels:
-            flat[path] = np.asarray(leaf, np.float32)
-            continue
-        layers = np.asarray(leaf, np.float32)
-        scales = [_scale(wide, len(kernels[path].inputs), kernels[path], layer) for layer, wide in enumerate(layers)]
-        values = [_rounded(wide, scale) for wide, scale in zip(layers, scales, strict=True)]
-        flat[path] = Quantized(cast(Any, np.stack(values)), cast(Any, np.stack(scales)))
-    return unflatten_dict(flat)
 
 
 def _scale(wide: np.ndarray, num_inputs: int, kernel: Projection, layer: int) -> np.ndarray:

@@ -30,13 +30,13 @@ class Adapted(NamedTuple):
     b: Float[Array, "..."]  # [rank, *outputs]
 
 
-class Turned(NamedTuple):
+class Transposed(NamedTuple):
     """W with its outputs first: for a few rows XLA's CPU compiler multiplies so up to twice as fast."""
 
     kernel: Float[Array, "..."]  # [*outputs, *inputs]
 
 
-Kernel: TypeAlias = Array | Quantized | Adapted | Turned
+Kernel: TypeAlias = Array | Quantized | Adapted | Transposed
 FEW_ROWS = 128
 
 
@@ -48,8 +48,8 @@ def project(x: Float[Array, "..."], kernel: Kernel, input_rank: int) -> Float[Ar
         return project(x, kernel.kernel, input_rank) + delta
     if isinstance(kernel, Quantized):
         return _project_quantized(x, kernel, input_rank)
-    if isinstance(kernel, Turned):
-        return _turned_product(x, kernel.kernel.astype(x.dtype), input_rank)
+    if isinstance(kernel, Transposed):
+        return _transposed_product(x, kernel.kernel.astype(x.dtype), input_rank)
     if kernel.dtype.itemsize < x.dtype.itemsize:
         return _project_widened(x, kernel, input_rank)
     return _product(x, kernel.astype(x.dtype), input_rank)
@@ -59,10 +59,10 @@ def gathered(
     kernel: Kernel, axes: tuple[str, ...], input_rank: int, gather: Callable[[Array, tuple[str | None, ...]], Array]
 ) -> Kernel:
     """The kernel with all its arrays gathered; `gather` takes an array and the names of its axes, inputs first."""
-    assert not isinstance(kernel, Turned), "made for decoding, where no loop gathers"
+    assert not isinstance(kernel, Transposed), "made for decoding, where no loop gathers"
     if isinstance(kernel, Adapted):
         inner = gathered(kernel.kernel, axes, input_rank, gather)
-        assert not isinstance(inner, Adapted | Turned)
+        assert not isinstance(inner, Adapted | Transposed)
         return Adapted(
             inner,
             gather(kernel.a, (*axes[:input_rank], None)),
@@ -84,18 +84,18 @@ def _product(x: Array, kernel: Array, input_rank: int) -> Array:
     return y.reshape(*lead, *kernel.shape[input_rank:])
 
 
-def _turned_product(x: Array, kernel: Array, input_rank: int) -> Array:
+def _transposed_product(x: Array, kernel: Array, input_rank: int) -> Array:
     lead, outputs = x.shape[: x.ndim - input_rank], kernel.shape[: kernel.ndim - input_rank]
     rows, flat = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1)
-    return turned_matmul(rows, flat).reshape(*lead, *outputs)
+    return transposed_matmul(rows, flat).reshape(*lead, *outputs)
 
 
-def turned_matmul(x: Float[Array, "R K"], turned: Float[Array, "N K"]) -> Float[Array, "R N"]:
+def transposed_matmul(x: Float[Array, "R K"], transposed: Float[Array, "N K"]) -> Float[Array, "R N"]:
     """x W, float32 sums, for W with its outputs first."""
     if len(x) > FEW_ROWS:
-        return jnp.einsum("rk,nk->rn", x, turned)
-    # The barrier keeps XLA from turning the product back.
-    return jax.lax.optimization_barrier(jnp.einsum("nk,rk->nr", turned, x)).T
+        return jnp.einsum("rk,nk->rn", x, transposed)
+    # The barrier keeps XLA from transposing the product back.
+    return jax.lax.optimization_barrier(jnp.einsum("nk,rk->nr", transposed, x)).T
 
 
 # The backward pass widens again: the widened weights of every layer, kept until then, would take the memory that

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from rpo_jax.models.attention import ATTENTION_OUTPUT
+from rpo_jax.models.attention.kind import ATTENTION_OUTPUT
 
 # Tokens of a shard whose MLP activations exist at once where they are computed again anyway.
 MLP_TOKENS = 2048

@@ -21,7 +21,7 @@ from rpo_jax.config import Config, DistributedConfig
 from rpo_jax.config.reading import dump_config, load_config
 from rpo_jax.hosts import processes
 from rpo_jax.models import ModelConfig
-from rpo_jax.models.folders import folder_fingerprint, recover, written_whole
+from rpo_jax.models.huggingface.folders import folder_fingerprint, recover, written_whole
 from rpo_jax.objectives.losses import OBJECTIVES
 from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
 from rpo_jax.runs.tracking import Reporter

@@ -273,7 +273,7 @@ class Decoder:
         """Numbers of prompts and token ids of their answers, some at a time as they end; an end token is included.
 
         Args:
-            params: as unstack_layers gives them, on the mesh.
+            params: as to_decode_layout gives them, on the mesh.
             limits: most tokens of every answer.
             rows: of the batch.
             stopped: told an answer so far after every slice, says whether it need not go on.

@@ -29,8 +29,8 @@ from rpo_jax.hosts import sharding
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.answers import Answer, Answering, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Decoder, Sampling
-from rpo_jax.sampling.kv_cache import unstack_layers
-from rpo_jax.sampling.policy import DTYPES, Policy, find_policy
+from rpo_jax.sampling.kv_cache import to_decode_layout
+from rpo_jax.sampling.policy import DTYPES, StoredPolicy, find_policy
 
 ALPACA_EVAL = "tatsu-lab/alpaca_eval"
 ALPACA_EVAL_FILE = "alpaca_eval_gpt4_baseline.json"
@@ -153,7 +153,7 @@ def generate(config: GenerateConfig) -> Path:
             with reporter.phase("load model"):
                 params = policy.load(mesh)
                 platform = mesh.devices.flat[0].platform
-                readable = jax.jit(unstack_layers, static_argnums=(1, 2))
+                readable = jax.jit(to_decode_layout, static_argnums=(1, 2))
                 params = jax.block_until_ready(readable(params, dtype, platform))
             decoder = Decoder(
                 policy.model_config,
@@ -171,7 +171,7 @@ def generate(config: GenerateConfig) -> Path:
     return out
 
 
-def _encoded(asked: PromptSet, policy: Policy, template: Any, max_prompt_tokens: int | None) -> list[np.ndarray]:
+def _encoded(asked: PromptSet, policy: StoredPolicy, template: Any, max_prompt_tokens: int | None) -> list[np.ndarray]:
     """Token ids of the prompts as training would have made them."""
     texts = []
     for row in asked.rows:
@@ -273,7 +273,7 @@ def _alpaca_eval_set() -> str:
         ) from None
 
 
-def _name(policy: Policy) -> str:
+def _name(policy: StoredPolicy) -> str:
     return Path(policy.name).name
 
 

@@ -22,10 +22,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.attend import ONE_DEVICE, Split, make_attention
-from rpo_jax.models.blockwise import Layout
+from rpo_jax.models.attention.kind import ONE_DEVICE, Split
+from rpo_jax.models.attention.masking import TokenIds
+from rpo_jax.models.attention.registry import make_attention
 from rpo_jax.models.decoder import Constrain, Decoder, Params
-from rpo_jax.models.projection import Quantized, Turned
+from rpo_jax.models.projection import Quantized, Transposed
 from rpo_jax.models.rope import rotation
 
 SLICE = 32  # slots
@@ -145,11 +146,11 @@ def no_tokens(model_config: ModelConfig, cache: Cache) -> Recent:
     return Recent(keys, values, rotation(model_config.rope, model_config.head_dim, positions))
 
 
-def unstack_layers(params: Params, compute_dtype: DTypeLike, platform: str) -> Params:
+def to_decode_layout(params: Params, compute_dtype: DTypeLike, platform: str) -> Params:
     """Parameters as prefill and extend read them: a list of layers, the head with a row for each token.
 
     What compute_dtype rounds in a matrix product is rounded here, once; norms stay as they are. On CPU kernels are
-    turned besides.
+    transposed besides.
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -165,7 +166,7 @@ def unstack_layers(params: Params, compute_dtype: DTypeLike, platform: str) -> P
     count = jax.tree.leaves(rounded["layers"])[0].shape[0]
     layers = [layer(number) for number in range(count)]
     if platform == "cpu":
-        layers = [jax.tree_util.tree_map_with_path(_turned, layer, is_leaf=_is_quantized) for layer in layers]
+        layers = [jax.tree_util.tree_map_with_path(_transposed, layer, is_leaf=_is_quantized) for layer in layers]
     head = {"head": rounded["head"].T} if "head" in rounded else {}
     return rounded | {"layers": layers} | head
 
@@ -174,12 +175,12 @@ def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
 
 
-def _turned(path: tuple[Any, ...], leaf: Any) -> Any:
+def _transposed(path: tuple[Any, ...], leaf: Any) -> Any:
     names = [getattr(key, "key", getattr(key, "name", "")) for key in path]
     if "kernel" not in names or names[-1] != "kernel" or isinstance(leaf, Quantized):
         return leaf
     inputs = 2 if "output" in names else 1  # heads and head_dim
-    return Turned(leaf.transpose(*range(inputs, leaf.ndim), *range(inputs)))
+    return Transposed(leaf.transpose(*range(inputs, leaf.ndim), *range(inputs)))
 
 
 @functools.cache
@@ -211,8 +212,8 @@ def prefill(
     positions = jnp.maximum(column - starts[:, None], 0)
     segment_ids = (column >= starts[:, None]).astype(jnp.int32)
     windows = tuple(dict.fromkeys(model_config.sliding_windows))
-    layout = Layout(positions, segment_ids, jnp.zeros_like(tokens))
-    attend = make_attention("auto", platform or jax.default_backend(), layout, windows, split)
+    ids = TokenIds(positions, segment_ids, jnp.zeros_like(tokens))
+    attend = make_attention("auto", platform or jax.default_backend(), ids, windows, split)
     cos_sin = rotation(model_config.rope, model_config.head_dim, positions)
     x = _embedded(params, tokens, compute_dtype, constrain)
     keys: list[Array] = []
@@ -276,7 +277,7 @@ def next_token_logits(
     model_config: ModelConfig, params: Params, hidden: Float[Array, "B D"], constrain: Constrain | None = None
 ) -> Float[Array, "B V"]:
     """float32, from what prefill and extend return."""
-    # Tokens first, as in Turned.
+    # Tokens first, as in Transposed.
     head = params["embed"] if model_config.tie_embeddings else params["head"]
     head = head.astype(hidden.dtype)
     logits = jax.lax.optimization_barrier(jnp.einsum("vd,bd->vb", head, hidden, preferred_element_type=jnp.float32)).T
@@ -322,7 +323,7 @@ def _attend(
     blocks: tuple[KeyParts, ValueParts, Array, Array, Array | None],
     window: int | None,
 ) -> Float[Array, "B 1 H K"]:
-    """What models.attention computes, for the recent token of this number, which sees all before it in its row.
+    """What dense attention computes, for the recent token of this number, which sees all before it in its row.
 
     Args:
         key, value: of recent tokens.

@@ -1,10 +1,12 @@
-"""A model to use, not to train: what a run folder or a Hugging Face folder holds, on the mesh."""
+"""A policy to use, not to train: what a run folder or a Hugging Face folder holds, on the mesh."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +14,11 @@ import jax
 from jax.sharding import Mesh
 
 from rpo_jax import models
-from rpo_jax.config import LoraConfig
 from rpo_jax.config.reading import load_config
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.hosts import sharding
-from rpo_jax.models import ModelConfig, lora
-from rpo_jax.models.folders import folder_fingerprint
+from rpo_jax.models import ModelConfig
+from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
 from rpo_jax.runs.folder import CHECKPOINTS, GENERATION_CONFIG, MODEL
 
@@ -29,11 +30,12 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Policy:
-    """A model that has been found and checked, its weights not yet loaded.
+class StoredPolicy:
+    """A policy that has been found and checked, its weights not yet loaded.
 
     Attributes:
         name: its folder or hub name, and for a run the step.
+        policy: what of it was trained.
         end_ids: tokens that end an answer: those of the model, its generation_config.json and the tokenizer.
         template: data.template of its run; None for a folder.
         compute_dtype: that of its run; float32 for a folder.
@@ -43,7 +45,7 @@ class Policy:
     """
 
     name: str
-    model_config: ModelConfig
+    policy: models.Policy
     tokenizer: PreTrainedTokenizerBase
     end_ids: frozenset[int]
     template: str | None
@@ -51,34 +53,22 @@ class Policy:
     folder: Path | None
     run_dir: Path | None = None
     step: int = 0
-    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.policy.model_config
 
     def load(self, mesh: Mesh) -> Params:
-        """The parameters that the decoder reads, on the mesh; a LoRA run's are its base with the adapters beside it."""
-        model_config = self.model_config
+        """The parameters that the decoder reads, on the mesh."""
+        policy, place = self.policy, functools.partial(sharding.parameter_shardings, mesh)
+        weights = {} if self.folder is None else policy.load(self.folder, place(*policy.weights))
         if self.run_dir is None:
-            return models.load_sharded(str(self.folder), _shardings(mesh, model_config))
-        if not self.lora.rank:
-            return self._trained(models.abstract_params(model_config), _shardings(mesh, model_config))
-        shapes = lora.abstract_base(model_config, self.lora.base_dtype)
-        places = sharding.parameter_shardings(mesh, lora.base_axes(model_config, self.lora.base_dtype), shapes)
-        base = lora.load_base(str(self.folder), self.lora.base_dtype, places)
-        like = lora.abstract_adapters(model_config, self.lora)
-        places = sharding.parameter_shardings(mesh, lora.adapter_axes(model_config, self.lora), like)
-        return lora.combine(base, self._trained(like, places), self.lora)
-
-    def _trained(self, like: Params, shardings: Any) -> Params:
-        assert self.run_dir is not None
-        with contextlib.closing(Checkpoints(self.run_dir / CHECKPOINTS, read_only=True)) as checkpoints:
-            host = checkpoints.restore_params(self.step, like)
-        return jax.tree.map(jax.device_put, host, shardings)
+            return weights
+        on_host = restored(self.run_dir, self.step, policy)
+        return policy.combine(jax.tree.map(jax.device_put, on_host, place(*policy.trained)), weights)
 
 
-def _shardings(mesh: Mesh, model_config: ModelConfig) -> Any:
-    return sharding.parameter_shardings(mesh, models.param_axes(model_config), models.abstract_params(model_config))
-
-
-def find_policy(path: str, *, checkpoint: str | None = None, base: str | None = None) -> Policy:
+def find_policy(path: str, *, checkpoint: str | None = None, base: str | None = None) -> StoredPolicy:
     """The policy of a run folder, or the model of a Hugging Face folder or hub name.
 
     Args:
@@ -94,59 +84,86 @@ def find_policy(path: str, *, checkpoint: str | None = None, base: str | None = 
         if value is not None:
             raise ValueError(f"{name}={value} is for run folders, and {path} is none; leave it out.")
     folder = models.resolve_folder(path)
-    model_config = models.check_pretrained(folder)
+    policy = models.Policy(models.check_pretrained(folder))
     tokenizer = load_tokenizer(folder)
-    ends = _end_ids(folder, model_config, tokenizer)
-    return Policy(path, model_config, tokenizer, ends, None, "float32", folder)
+    ends = _end_ids(folder, policy.model_config, tokenizer)
+    return StoredPolicy(path, policy, tokenizer, ends, None, "float32", folder)
 
 
-def _of_run(run_dir: Path, path: str, checkpoint: str, base: str | None) -> Policy:
+def _of_run(run_dir: Path, path: str, checkpoint: str, base: str | None) -> StoredPolicy:
     config = load_config(run_dir / "config.yaml")
-    model_config = models.read_config(run_dir / MODEL)
+    policy = models.Policy(models.read_config(run_dir / MODEL), config.lora)
+    step, record = find_checkpoint(run_dir, policy.model_config, checkpoint)
+    if base is not None and not policy.trains_adapters:
+        raise ValueError(f"base={base} is for LoRA runs, and {path} trained all weights; leave it out.")
+    folder = checked_base(base, record["base"], run_dir) if policy.trains_adapters else None
+    tokenizer = load_tokenizer(run_dir / MODEL)
+    ends = _end_ids(run_dir / MODEL, policy.model_config, tokenizer)
+    name, dtype = f"{path}@{step}", config.model.compute_dtype
+    return StoredPolicy(name, policy, tokenizer, ends, config.data.template, dtype, folder, run_dir, step)
+
+
+def find_checkpoint(
+    run_dir: Path,
+    model_config: ModelConfig,
+    wanted: str,
+    absent: str = "{wanted}; give last, best, or one of {steps}",
+) -> tuple[int, dict[str, Any]]:
+    """Step of a run's checkpoint, and what that says about the run.
+
+    Args:
+        wanted: `last`, `best` by its evaluation, or a step.
+        absent: what a message says of a step without a checkpoint.
+
+    Raises ValueError for a checkpoint that is not there or of another architecture.
+    """
     with contextlib.closing(Checkpoints(run_dir / CHECKPOINTS, read_only=True)) as checkpoints:
-        step = _step(checkpoints, run_dir, checkpoint)
+        steps = checkpoints.steps()
+        if not steps:
+            raise ValueError(f"{run_dir} has no complete checkpoint yet; let the run reach its first save.")
+        if wanted in ("last", "best"):
+            step = checkpoints.newest_whole() if wanted == "last" else checkpoints.best_step()
+            if step is None:
+                raise ValueError(f"No checkpoint of {run_dir} has been evaluated; give a step, or last.")
+        elif wanted.isdecimal() and int(wanted) in steps:
+            step = int(wanted)
+        else:
+            choices = absent.format(wanted=wanted, steps=", ".join(map(str, steps)))
+            raise ValueError(f"{run_dir} has no checkpoint {choices}.")
         record = checkpoints.record(step)
     check_architecture(record["model"], comparable(model_config), run_dir)
-    if base is not None and not config.lora.rank:
-        raise ValueError(f"base={base} is for LoRA runs, and {path} trained all weights; leave it out.")
-    folder = checked_base(base, record["base"], run_dir) if config.lora.rank else None
-    tokenizer = load_tokenizer(run_dir / MODEL)
-    ends = _end_ids(run_dir / MODEL, model_config, tokenizer)
-    name, dtype = f"{path}@{step}", config.model.compute_dtype
-    return Policy(name, model_config, tokenizer, ends, config.data.template, dtype, folder, run_dir, step, config.lora)
+    return step, record
 
 
-def _step(checkpoints: Checkpoints, run_dir: Path, wanted: str) -> int:
-    steps = checkpoints.steps()
-    if not steps:
-        raise ValueError(f"{run_dir} has no complete checkpoint yet; let the run reach its first save.")
-    if wanted == "last":
-        newest = checkpoints.newest_whole()
-        assert newest is not None, "there are some"
-        return newest
-    if wanted == "best":
-        best = checkpoints.best_step()
-        if best is None:
-            raise ValueError(f"No checkpoint of {run_dir} has been evaluated; give a step, or last.")
-        return best
-    if not wanted.isdecimal() or int(wanted) not in steps:
-        raise ValueError(
-            f"{run_dir} has no checkpoint {wanted}; give last, best, or one of {', '.join(map(str, steps))}."
-        )
-    return int(wanted)
+def restored(run_dir: Path, step: int, policy: models.Policy) -> Params:
+    """What a run had trained by a step, in host memory."""
+    with contextlib.closing(Checkpoints(run_dir / CHECKPOINTS, read_only=True)) as checkpoints:
+        return checkpoints.restore_params(step, policy.trained.shapes)
 
 
-def checked_base(given: str | None, recorded: dict[str, str], run_dir: Path) -> Path:
-    """Folder of a LoRA run's base; ValueError where its weights are not those that the adapters were trained on."""
+def checked_base(
+    given: str | None,
+    recorded: Mapping[str, str],
+    run_dir: Path,
+    *,
+    need: str = "The adapters of {run_dir} need their base",
+    instead: str = "",
+) -> Path:
+    """Folder of a LoRA run's base; ValueError where its weights are not those that the adapters were trained on.
+
+    Args:
+        need: what a message says of a base that is not found.
+        instead: what it suggests besides another --base.
+    """
     path = given or recorded["path"]
     try:
         folder = models.resolve_folder(path)
     except ValueError as error:
-        raise ValueError(f"The adapters of {run_dir} need their base: {error} (--base says where it is)") from None
+        raise ValueError(f"{need.format(run_dir=run_dir)}: {error} (--base says where it is)") from None
     if folder_fingerprint(folder) != recorded["fingerprint"]:
         raise ValueError(
             f"The weights in {path} are not those that the adapters of {run_dir} were trained on; give that folder as "
-            "--base."
+            f"--base{instead}."
         )
     return folder
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rpo_jax import models
 from rpo_jax.config.reading import load_config
-from rpo_jax.models import ModelConfig, lora
-from rpo_jax.models.decoder import Params
-from rpo_jax.models.folders import check_target, folder_fingerprint
-from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
+from rpo_jax.models.huggingface.folders import check_target
+from rpo_jax.runs.folder import GENERATION_CONFIG, MODEL
 from rpo_jax.runs.model_card import model_card
+from rpo_jax.sampling.policy import checked_base, find_checkpoint, restored
 
 
 def export(
@@ -50,66 +47,27 @@ def export(
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"{run_dir} is not a run folder: it has no config.yaml; give the run.dir of a training run.")
     config = load_config(run_dir / "config.yaml")
-    lora_config = config.lora
-    if not lora_config.rank and (adapter or base is not None):
+    policy = models.Policy(models.read_config(run_dir / MODEL), config.lora)
+    if not policy.trains_adapters and (adapter or base is not None):
         raise ValueError(f"{run_dir} is no LoRA run: it trained all weights; leave out --adapter and --base.")
-    model_config = models.read_config(run_dir / "model")
     # What comes next may take minutes: hashing, loading and merging a base.
     check_target(Path(out).expanduser(), overwrite=overwrite)
-    adapters = lora_config.rank > 0
-    like = lora.abstract_adapters(model_config, lora_config) if adapters else models.abstract_params(model_config)
-    trained, record, step = _checkpoint(run_dir, model_config, step, like)
-    start = base or (record["base"]["path"] if adapters else config.model.path)
-    card = model_card(config, model_config, run_dir=run_dir, step=step, base=start, adapter=adapter)
+    wanted = "last" if step is None else str(step)
+    step, record = find_checkpoint(run_dir, policy.model_config, wanted, "of step {wanted}; there are {steps}")
+    trained = restored(run_dir, step, policy)
+    start = base or (record["base"]["path"] if policy.trains_adapters else config.model.path)
+    settings = {
+        "tokenizer": run_dir / MODEL,
+        "dtype": dtype,
+        "readme": model_card(config, policy.model_config, run_dir=run_dir, step=step, base=start, adapter=adapter),
+        "overwrite": overwrite,
+    }
     if adapter:
-        return lora.save_adapter(
-            out,
-            model_config,
-            trained,
-            lora_config,
-            base=_base_name(base, record["base"], run_dir),
-            tokenizer=run_dir / "model",
-            dtype=dtype,
-            readme=card,
-            overwrite=overwrite,
-        )
-    if lora_config.rank:
-        _, weights = models.load_pretrained(_checked_base(base, record["base"], run_dir))
-        trained = lora.merge(model_config, weights, trained, lora_config)
-    return models.save_pretrained(
-        out,
-        model_config,
-        trained,
-        tokenizer=run_dir / "model",
-        # As the folder that the run started from had it; otherwise from the architecture.
-        generation_config=run_dir / "model" if (run_dir / "model" / "generation_config.json").is_file() else None,
-        dtype=dtype,
-        readme=card,
-        overwrite=overwrite,
-    )
-
-
-def _checkpoint(
-    run_dir: Path, model_config: ModelConfig, step: int | None, like: Params
-) -> tuple[Params, dict[str, Any], int]:
-    """What a run had trained by a step, or by its newest checkpoint, what that says about the run, and the step."""
-    with contextlib.closing(Checkpoints(run_dir / "checkpoints", read_only=True)) as checkpoints:
-        return _restored(checkpoints, run_dir, model_config, step, like)
-
-
-def _restored(
-    checkpoints: Checkpoints, run_dir: Path, model_config: ModelConfig, step: int | None, like: Params
-) -> tuple[Params, dict[str, Any], int]:
-    steps = checkpoints.steps()
-    if not steps:
-        raise ValueError(f"{run_dir} has no complete checkpoint yet; let the run reach its first save.")
-    if step is not None and step not in steps:
-        raise ValueError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
-    step = checkpoints.newest_whole() if step is None else step
-    assert step is not None, "there are some"
-    record = checkpoints.record(step)
-    check_architecture(record["model"], comparable(model_config), run_dir)
-    return checkpoints.restore_params(step, like), record, step
+        return policy.save_adapter(out, trained, base=_base_name(base, record["base"], run_dir), **settings)
+    weights = _checked_base(base, record["base"], run_dir) if policy.trains_adapters else None
+    # As the folder that the run started from had it; otherwise from the architecture.
+    given = run_dir / MODEL if (run_dir / MODEL / GENERATION_CONFIG).is_file() else None
+    return policy.save(out, trained, weights, generation_config=given, **settings)
 
 
 def _base_name(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> str:
@@ -120,20 +78,13 @@ def _base_name(given: str | None, recorded: Mapping[str, str], run_dir: Path) ->
 
 
 def _checked_base(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> Path:
-    """Folder of a LoRA run's base; ValueError where its weights are not those that the adapters were trained on."""
-    path = given or recorded["path"]
-    try:
-        folder = models.resolve_folder(path)
-    except ValueError as error:
-        raise ValueError(
-            f"The base of {run_dir} is needed to merge its adapters: {error} (--base says where it is)"
-        ) from None
-    if folder_fingerprint(folder) != recorded["fingerprint"]:
-        raise ValueError(
-            f"The weights in {path} are not those that the adapters of {run_dir} were trained on; give that folder as "
-            "--base, or write the adapters alone with --adapter."
-        )
-    return folder
+    return checked_base(
+        given,
+        recorded,
+        run_dir,
+        need="The base of {run_dir} is needed to merge its adapters",
+        instead=", or write the adapters alone with --adapter",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -288,6 +288,7 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
     Raises:
         ValueError: for anything in the data or the configuration that cannot be used, with file and row.
     """
+    models.check_choices(config.model, config.lora)
     method = resolve(config)
     objective = method.objective
     with reporter.phase("read") as notes:

@@ -74,6 +74,7 @@ def run(config: Config) -> RunResult:
         Stopped: a KeyboardInterrupt, for a run that is asked to stop before its first step.
     """
     stopping = Stopping(config.train.max_minutes)
+    models.check_choices(config.model, config.lora)
     check_tracking(config.tracking)
     chosen = processes.initialize(config)
     with processes.stopping_together(), stopping.listening():

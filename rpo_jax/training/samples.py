@@ -17,7 +17,7 @@ from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.sampling.answers import Answering, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Decoder, Sampling
-from rpo_jax.sampling.kv_cache import unstack_layers
+from rpo_jax.sampling.kv_cache import to_decode_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class Sampler:
 
         def readable(trained: Params, base: Params | None) -> Params:
             whole = trained if base is None else lora.combine(base, trained, config.lora)
-            return unstack_layers(whole, dtype, mesh.devices.flat[0].platform)
+            return to_decode_layout(whole, dtype, mesh.devices.flat[0].platform)
 
         self._readable = jax.jit(readable)
 

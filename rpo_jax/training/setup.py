@@ -22,7 +22,7 @@ from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from rpo_jax.hosts import processes, sharding
 from rpo_jax.models import ModelConfig, lora
-from rpo_jax.models.folders import folder_fingerprint
+from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.objectives.methods.mrpo import mixed_reference
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.training.diagnosis import Diagnosis
@@ -75,7 +75,7 @@ def policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | None
             )
         return loaded
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return models.from_scratch(size, len(tokenizer), config.data.max_tokens, **ids)
+    return models.configured(size, len(tokenizer), config.data.max_tokens, **ids)
 
 
 def _reference_config(path: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
@@ -118,7 +118,7 @@ def _frozen_base(config: Config, model_config: ModelConfig, mesh: Mesh, reporter
     adapters = jax.tree.leaves(lora.abstract_adapters(model_config, config.lora))
     with reporter.phase("load model") as notes:
         shardings = sharding.parameter_shardings(mesh, axes, shapes)
-        base = lora.load_base(config.model.path, config.lora.base_dtype, shardings)
+        base = models.load_sharded(config.model.path, shardings, config.lora.base_dtype)
         notes.append(
             f"{models.count_params(model_config):,} parameters frozen in {config.lora.base_dtype}, "
             f"{sum(leaf.size for leaf in adapters):,} trained, {model_config.family}"

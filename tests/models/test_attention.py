@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.models.attention import attention, visible
+from rpo_jax.models.attention.dense import dense_attention
+from rpo_jax.models.attention.masking import visible
 
 
 def _oracle(query, key, value, mask):
@@ -28,20 +29,20 @@ def test_attention_equals_a_loop_over_heads(kv_heads):
     query = rng.normal(size=(2, 7, 6, 4)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, 7, kv_heads, 4)).astype(np.float32)
     mask = (rng.random((2, 7, 7)) < 0.5) | np.eye(7, dtype=bool)
-    got = attention(*map(jnp.array, (query, key, value, mask)))
+    got = dense_attention(*map(jnp.array, (query, key, value, mask)))
     np.testing.assert_allclose(got, _oracle(query, key, value, mask), atol=1e-5)
 
 
 def test_softmax_is_float32_under_bfloat16_inputs():
     # 512 equal keys: bfloat16 cannot sum 512 ones (it stalls at 256), so the mean would be wrong by a factor.
     ones = jnp.ones((1, 512, 1, 2), jnp.bfloat16)
-    out = attention(jnp.zeros((1, 512, 1, 2), jnp.bfloat16), ones, ones, jnp.ones((1, 512, 512), bool))
+    out = dense_attention(jnp.zeros((1, 512, 1, 2), jnp.bfloat16), ones, ones, jnp.ones((1, 512, 512), bool))
     np.testing.assert_allclose(out.astype(jnp.float32), 1.0, atol=0.01)
 
 
 def test_a_wholly_masked_query_is_finite_in_value_and_gradient():
     x = jnp.ones((1, 3, 2, 4))
-    value, gradient = jax.value_and_grad(lambda q: attention(q, x, x, jnp.zeros((1, 3, 3), bool)).sum())(x)
+    value, gradient = jax.value_and_grad(lambda q: dense_attention(q, x, x, jnp.zeros((1, 3, 3), bool)).sum())(x)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 

@@ -9,13 +9,15 @@ import pytest
 from jax.sharding import AxisType
 
 from rpo_jax.hosts.sharding import MESH_AXES, Placement
-from rpo_jax.models.attend import ATTENTIONS, EVERYTHING, Split, make_attention
-from rpo_jax.models.blockwise import BLOCK_TOKENS, Layout, make_plan, widths
+from rpo_jax.models.attention.blockwise import BLOCK_TOKENS, EVERYTHING, make_plan, widths
+from rpo_jax.models.attention.kind import Split
+from rpo_jax.models.attention.masking import TokenIds
+from rpo_jax.models.attention.registry import ATTENTIONS, SHORT, make_attention
 
 HEADS, HEAD_DIM = 4, 8
 
 
-def packed_layout(rows: int, tokens: int, seed: int = 0, branches: int = 3) -> Layout:
+def packed_layout(rows: int, tokens: int, seed: int = 0, branches: int = 3) -> TokenIds:
     """Rows of segments of random lengths: a prompt and up to `branches` responses each, padding at the end."""
     rng = np.random.default_rng(seed)
     positions, segments, branch_ids = np.zeros((3, rows, tokens), np.int32)
@@ -32,7 +34,7 @@ def packed_layout(rows: int, tokens: int, seed: int = 0, branches: int = 3) -> L
                 positions[row, here] = first + np.arange(length)
                 segments[row, here], branch_ids[row, here] = segment, branch
                 column += length
-    return Layout(*map(jnp.array, (positions, segments, branch_ids)))
+    return TokenIds(*map(jnp.array, (positions, segments, branch_ids)))
 
 
 def tensors(rows: int, tokens: int, kv_heads: int = 2, num_heads: int = HEADS):
@@ -86,7 +88,7 @@ def test_rows_need_not_be_whole_blocks():
 
 def test_a_batch_of_padding_is_zero_and_finite():
     *qkv, weight = tensors(2, 3 * BLOCK_TOKENS)
-    layout = Layout(*(jnp.zeros((2, 3 * BLOCK_TOKENS), jnp.int32),) * 3)
+    layout = TokenIds(*(jnp.zeros((2, 3 * BLOCK_TOKENS), jnp.int32),) * 3)
     attend = make_attention("blockwise", "cpu", layout, (None,), Split())
     gradients = jax.jit(jax.grad(lambda *x: jnp.sum(attend(*x, jnp.array(0)) * weight), argnums=(0, 1, 2)))(*qkv)
     np.testing.assert_array_equal(attend(*qkv, jnp.array(0)), 0)
@@ -171,10 +173,16 @@ def test_no_array_of_all_tokens_by_all_tokens_per_head():
 def test_an_unknown_attention_names_the_known_ones():
     layout = packed_layout(1, 64)
     with pytest.raises(
-        ValueError, match=r"model.attention=flash is not known; use auto or one of dense, blockwise, splash"
+        ValueError, match=r"model.attention=flash is not known; use auto or one of blockwise, cudnn, dense, splash"
     ):
         make_attention("flash", "cpu", layout, (None,), Split())
 
 
 def test_every_kind_says_why():
     assert all(kind.why for kind in ATTENTIONS.values())
+
+
+def test_every_platform_has_one_kind_of_its_own_and_short_rows_are_two_blocks():
+    assert sorted(platform for kind in ATTENTIONS.values() for platform in kind.auto) == ["cpu", "gpu", "tpu"]
+    assert all(kind.stand_in in {"", *ATTENTIONS} for kind in ATTENTIONS.values())
+    assert SHORT == 2 * BLOCK_TOKENS

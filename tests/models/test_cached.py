@@ -35,7 +35,7 @@ def case(window):
 )
 def test_blocks_may_lie_in_any_parts(window, apart, all_blocks):
     model, params, tokens, expected = case(window)
-    readable = kv_cache.unstack_layers(params, "float32", "cpu")
+    readable = kv_cache.to_decode_layout(params, "float32", "cpu")
     _, read = jax.jit(kv_cache.prefill, static_argnums=0)(model, readable, tokens[:, :PROMPT], STARTS)
     # In other rows than they were read in, beside one that has nothing.
     rows = jnp.array([2, 0, 3])

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from rpo_jax import models
-from rpo_jax.models.families import to_transformers
+from rpo_jax.models.huggingface.configuration import to_transformers
 
 from .conftest import CASES, LLAMA3_ROPE, torch_model
 

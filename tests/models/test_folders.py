@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rpo_jax import models
-from rpo_jax.models.folders import WEIGHTS_INDEX, some, written_whole
+from rpo_jax.models.huggingface.folders import WEIGHTS_INDEX, some, written_whole
 
 
 @pytest.fixture

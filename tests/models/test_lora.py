@@ -13,17 +13,18 @@ import transformers
 from flax.traverse_util import flatten_dict
 
 from rpo_jax import models
-from rpo_jax.config import LORA_TARGETS, LoraConfig, MeshConfig
+from rpo_jax.config import LoraConfig, MeshConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
 from rpo_jax.models.projection import Quantized, project
-from tests.worlds import small_model
+from tests.worlds import quantized, small_model
 
 # peft asks transformers for a name that it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 LORA = LoraConfig(rank=3, alpha=12.0)
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 9))
+LORA_TARGETS = tuple(models.FAMILIES["llama"].lora_targets)
 FAMILIES = ("llama3", "mistral", "qwen2 tied", "qwen3")
 
 
@@ -84,7 +85,7 @@ def test_their_gradient_is_the_chain_rule_on_the_merged_weights(world):
 def test_new_adapters_are_the_base_exactly(base_dtype):
     model_config = small_model()
     params = models.init_params(model_config, jax.random.key(0))
-    base = lora.quantize(model_config, host(params)) if base_dtype == "int8" else _cast(params, base_dtype)
+    base = quantized(model_config, params) if base_dtype == "int8" else _cast(params, base_dtype)
     new = lora.init_adapters(model_config, LORA, jax.random.key(2))
     off, on = (models.apply(model_config, tree, TOKENS) for tree in (base, lora.combine(base, new, LORA)))
     np.testing.assert_array_equal(off, on)
@@ -113,16 +114,19 @@ def test_only_the_targets_get_adapters():
     config = LoraConfig(rank=2, targets=("q_proj", "down_proj"))
     paths = {path[1:] for path in flatten_dict(lora.abstract_adapters(model_config, config))}
     assert paths == {(*place, f"lora_{x}") for place in (("attention", "query"), ("mlp", "down")) for x in "ab"}
-    assert tuple(lora.projections(model_config)) == LORA_TARGETS
+    assert tuple(lora.projections(model_config)) == LORA_TARGETS == LoraConfig().targets
 
 
-def test_int8_rounds_to_the_nearest_step_of_its_channel():
+def test_int8_rounds_to_the_nearest_step_of_its_channel(tmp_path):
     model_config = small_model()
     params = host(models.init_params(model_config, jax.random.key(0)))
     params["layers"]["mlp"]["down"]["kernel"] = np.array(params["layers"]["mlp"]["down"]["kernel"])
     params["layers"]["mlp"]["down"]["kernel"][1, :, 5] = 0.0
     params["layers"]["mlp"]["down"]["kernel"][0, :, 7] *= 1e4  # an outlier in one channel leaves the others alone
-    base = flatten_dict(lora.quantize(model_config, params))
+    models.save_pretrained(tmp_path / "base", model_config, params)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: here, lora.abstract_base(model_config, "int8"))
+    base = flatten_dict(host(models.load_sharded(tmp_path / "base", places, "int8")))
     for path, _, layers, inputs, outputs in lora.projections(model_config).values():
         kernel, (values, scale) = flatten_dict(params)[path], base[path]
         assert values.dtype == np.int8
@@ -176,7 +180,7 @@ def test_a_base_is_loaded_as_it_is_described_and_split(base_dtype, hf_folder):
     model_config = models.check_pretrained(folder)
     shapes, axes = (f(model_config, base_dtype) for f in (lora.abstract_base, lora.base_axes))
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    base = lora.load_base(folder, base_dtype, sharding.parameter_shardings(mesh, axes, shapes))
+    base = models.load_sharded(folder, sharding.parameter_shardings(mesh, axes, shapes), base_dtype)
     described = jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), shapes)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), base) == described
     kernel = flatten_dict(base)[("layers", "mlp", "up", "kernel")]

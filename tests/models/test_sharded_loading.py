@@ -15,10 +15,11 @@ from flax.traverse_util import flatten_dict
 from rpo_jax import models
 from rpo_jax.config import MeshConfig
 from rpo_jax.hosts import sharding
-from rpo_jax.models import loading, lora
-from rpo_jax.models.layouts import tensors_of
+from rpo_jax.models import lora
+from rpo_jax.models.huggingface import loading
+from rpo_jax.models.huggingface.tensors import tensors_of
 from tests.models.conftest import CASES
-from tests.worlds import small_model
+from tests.worlds import quantized, small_model
 
 ROOT = Path(__file__).parents[2]
 MESHES = {"fsdp": (1, 8, 1), "tensor": (1, 2, 4), "all": (2, 2, 2), "copies": (8, 1, 1)}
@@ -64,7 +65,7 @@ def test_an_int8_base_in_parts_is_the_one_that_is_quantized_whole(case, mesh, hf
     """Also where the inputs, over all of which the scale is taken, lie on several devices."""
     model_config, host = models.load_pretrained(hf_folder(case))
     shardings = shardings_of(model_config, mesh_of(mesh), "int8")
-    assert_placed(lora.load_base(hf_folder(case), "int8", shardings), lora.quantize(model_config, host), shardings)
+    assert_placed(models.load_sharded(hf_folder(case), shardings, "int8"), quantized(model_config, host), shardings)
 
 
 def test_blocks_of_any_size_give_the_same(hf_folder, monkeypatch):
@@ -150,7 +151,7 @@ def test_a_base_that_is_not_finite_cannot_be_made_int8(tmp_path):
     models.save_pretrained(tmp_path / "model", model_config, params)
     shardings = shardings_of(model_config, mesh_of("fsdp"), "int8")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj of the base has weights that are not finite"):
-        lora.load_base(tmp_path / "model", "int8", shardings)
+        models.load_sharded(tmp_path / "model", shardings, "int8")
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AxisType
 
 from rpo_jax.hosts.sharding import MESH_AXES, Placement
-from rpo_jax.models import attend, splash
-from rpo_jax.models.attend import ATTENTIONS, Split, attention_kind, check_attention, make_attention
-from rpo_jax.models.attention import visible
-from rpo_jax.models.blockwise import Layout
+from rpo_jax.models.attention import splash
+from rpo_jax.models.attention.kind import Split
+from rpo_jax.models.attention.masking import TokenIds, visible
+from rpo_jax.models.attention.registry import ATTENTIONS, attention_kind, check_attention, make_attention
 from tests.models.test_blockwise import assert_same, packed_layout, tensors, value_and_gradients
 
 TOKENS = 2 * splash.LANES + 64  # three blocks, the last padded
@@ -22,7 +22,7 @@ TOKENS = 2 * splash.LANES + 64  # three blocks, the last padded
 def interpreted(monkeypatch):
     """Small blocks, so that rows have several, on the platform that there is."""
     monkeypatch.setattr(splash, "MOST_TOKENS", splash.LANES)
-    kind = ATTENTIONS["splash"]._replace(make=partial(attend._splash, interpret=True), platforms=())
+    kind = ATTENTIONS["splash"]._replace(make=partial(splash.make, interpret=True), platforms=())
     monkeypatch.setitem(ATTENTIONS, "splash", kind)
 
 
@@ -60,7 +60,7 @@ def test_bfloat16_is_as_near_to_float32_as_dense_attention_is():
 @pytest.mark.usefixtures("interpreted")
 def test_a_batch_of_padding_is_finite():
     *qkv, weight = tensors(2, TOKENS)
-    layout = Layout(*(jnp.zeros((2, TOKENS), jnp.int32),) * 3)
+    layout = TokenIds(*(jnp.zeros((2, TOKENS), jnp.int32),) * 3)
     attended = make_attention("splash", "cpu", layout, (None,), Split())
     gradients = jax.jit(jax.grad(lambda *x: jnp.sum(attended(*x, jnp.array(0)) * weight), argnums=(0, 1, 2)))(*qkv)
     assert all(np.isfinite(gradient).all() for gradient in gradients)

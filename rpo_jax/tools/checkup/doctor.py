@@ -34,6 +34,7 @@ def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
     """
     found = check_environment()
     try:
+        from rpo_jax import models
         from rpo_jax.config.reading import parse_config
         from rpo_jax.tools.checkup import inputs, machine, stored
     except Exception as error:  # a package that is broken, or does not go with another
@@ -43,6 +44,7 @@ def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
         config = parse_config(_with_own_configuration(run_dir, arguments))
         if run_dir is not None:
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
+        models.check_choices(config.model, config.lora)
     except (ValueError, OSError) as error:
         return [*found, failed("configuration", error)]
     folder = Path(config.run.dir).expanduser()

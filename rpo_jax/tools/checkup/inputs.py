@@ -25,18 +25,7 @@ def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
         size = config.model
         if size.tokenizer != "train":
             found.append(_local("tokenizer", size.tokenizer, lambda path: f"{len(load_tokenizer(path)):,} tokens"))
-        policy = models.new_config(
-            family=size.family,
-            vocab_size=size.vocab_size,
-            hidden_size=size.hidden_size,
-            intermediate_size=size.intermediate_size,
-            num_layers=size.num_layers,
-            num_heads=size.num_heads,
-            num_kv_heads=size.num_kv_heads,
-            tie_embeddings=size.tie_embeddings,
-            rope_theta=size.rope_theta,
-            max_position_embeddings=config.data.max_tokens,
-        )
+        policy = models.configured(size, size.vocab_size, config.data.max_tokens)
         found.append(ok("model", f"new, {models.count_params(policy):,} parameters, {policy.family}"))
     else:
         found.append(_local("model", config.model.path, _describe))

@@ -8,12 +8,11 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from rpo_jax import models
 from rpo_jax.config import Config
 from rpo_jax.hosts import sharding
-from rpo_jax.models import ModelConfig, lora
+from rpo_jax.models import ModelConfig
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
 from rpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -40,11 +39,7 @@ def check_devices(config: Config) -> list[Finding]:
 
 def checkpoint_bytes(config: Config, model_config: ModelConfig) -> int:
     """Bytes of one checkpoint: what is trained, in float32, and the optimizer's state of it."""
-    if config.lora.rank:
-        params = lora.abstract_adapters(model_config, config.lora)
-    else:
-        params = models.abstract_params(model_config)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
+    params = models.Policy(model_config, config.lora).trained.shapes
     optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, 1))
     state = jax.eval_shape(optimizer.init, params)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))

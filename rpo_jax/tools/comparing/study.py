@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from rpo_jax import models
 from rpo_jax.config import Config
 from rpo_jax.config.reading import load_config
 from rpo_jax.tasks.gold import GoldTask
@@ -87,7 +88,9 @@ class Cell:
     def config(self) -> Config:
         """Its training configuration without folders; ValueError for what cannot be trained so."""
         changes = {**(self.settings or self.start), "run.seed": self.seed}
-        return configured(changes)
+        config = configured(changes)
+        models.check_choices(config.model, config.lora)
+        return config
 
 
 def configured(settings: Mapping[str, Any]) -> Config:

@@ -20,7 +20,7 @@ from rpo_jax import models
 from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import REFINED, Batch, Side
 from rpo_jax.hosts import sharding
-from rpo_jax.models import ModelConfig, lora
+from rpo_jax.models import ModelConfig
 from rpo_jax.tools.planning.chips import CHIPS, TPUS, Chip
 from rpo_jax.tools.planning.workload import EMBEDDING_WIDTH, BatchShape
 from rpo_jax.training.step import Steps, build_steps
@@ -207,11 +207,7 @@ def _bytes(tree: Any) -> int:
 
 def _frozen(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
     """Shapes and places of LoRA's base, or of a reference of the policy's architecture."""
-    if config.lora.rank:
-        shapes = lora.abstract_base(model, config.lora.base_dtype)
-        axes = lora.base_axes(model, config.lora.base_dtype)
-    else:
-        shapes, axes = models.abstract_params(model), models.param_axes(model)
+    axes, shapes = models.Policy(model, config.lora).weights
     placed = sharding.parameter_shardings(mesh, axes, shapes)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed)
 

@@ -92,6 +92,7 @@ def read_request(arguments: Sequence[str]) -> tuple[Request, argparse.Namespace]
     """ValueError for whatever cannot be planned; nothing is compiled yet."""
     given, rest = _parser().parse_known_args(arguments)
     config = parse_config(rest)
+    models.check_choices(config.model, config.lora)
     if (given.topology is None) == (given.devices is None):
         raise ValueError("give one of --topology (TPUs) and --devices (GPUs).")
     if (given.rows is None) != (given.row_tokens is None) or min(given.rows or 1, given.row_tokens or 1) < 1:
@@ -115,7 +116,8 @@ def read_request(arguments: Sequence[str]) -> tuple[Request, argparse.Namespace]
 
 def _on_cpu(attention: str) -> str:
     """The attention to compile in place of a GPU's: its own, or for a kernel that needs a GPU one as sparing."""
-    return {"auto": "dense", "cudnn": "blockwise"}.get(attention, attention)
+    name = models.attention_name(attention, "gpu")
+    return models.ATTENTIONS[name].stand_in or name
 
 
 def _largest(request: Request, planned: Trial) -> tuple[str, list[Trial]]:
@@ -159,8 +161,7 @@ def _attention(request: Request) -> str:
     name = request.config.model.attention
     if name != "auto":
         return name
-    kind = models.attention_kind("auto", request.target.platform)
-    return next(key for key, value in models.ATTENTIONS.items() if value is kind) + ", the best for this platform"
+    return models.attention_name("auto", request.target.platform) + ", the best for this platform"
 
 
 def _write(path: Path, request: Request, trials: list[Trial], largest: str) -> None:

@@ -87,7 +87,7 @@ def planned_model(config: Config, name: str | None) -> tuple[ModelConfig, str]:
             raise ValueError(f"--model {name} is not known; use one of {', '.join(KNOWN_MODELS)}.")
         return models.new_config(**KNOWN_MODELS[name]), name
     if path is None:
-        model = models.from_scratch(config.model, config.model.vocab_size, config.data.max_tokens)
+        model = models.configured(config.model, config.model.vocab_size, config.data.max_tokens)
         return model, f"{config.model.family} of the configured sizes"
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
@@ -210,16 +210,16 @@ def necessary(model: ModelConfig, config: Config, lengths: Lengths, responses: t
 
 def step_sizes(config: Config, batch: BatchShape, platform: str, references: int) -> StepSizes:
     """What a step works on, for rpo_jax.tools.planning.arithmetic."""
-    skips = models.attention_kind(config.model.attention, platform).skips
+    attention = models.attention_kind(config.model.attention, platform)
     micro = min(config.batch.micro_rows or batch.rows, batch.rows)
     return StepSizes(
         rows=batch.rows,
         row_tokens=batch.row_tokens,
         scored_tokens=batch.scored_tokens,
-        seen_pairs=batch.visible if skips else batch.rows * batch.row_tokens**2,
+        seen_pairs=batch.visible if attention.skips else batch.rows * batch.row_tokens**2,
         micro_batches=batch.rows // micro,
         remat=config.model.remat,
-        fused_attention=skips or config.model.attention == "cudnn",
+        fused_attention=attention.fused,
         reference_passes=references,
         frozen=config.lora.rank > 0,
         compute_bytes=2 if config.model.compute_dtype == "bfloat16" else 4,

@@ -1,173 +1,20 @@
-"""Model families: how a Hugging Face configuration and its weights' names translate, one table entry each.
-
-A new family is one entry of FAMILIES, and a line of the parity test.
-"""
+"""The architecture of a Hugging Face folder: transformers' configuration read, checked, and written again."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from rpo_jax.config import PolicyConfig
 from rpo_jax.core.files import read_json
 from rpo_jax.models.architecture import ModelConfig
+from rpo_jax.models.families import FAMILIES, check_family
 from rpo_jax.models.rope import ROPE_KINDS, Rope, frequencies
-
-
-class WeightRule(NamedTuple):
-    """One tensor of a folder and the parameter that it fills; `{layer}` in the key indexes the first axis.
-
-    layout is a key of rpo_jax.models.layouts.LAYOUTS: how the file's array relates to the parameter's.
-    """
-
-    key: str
-    path: tuple[str, ...]
-    layout: str
-
-
-def _layer_rules() -> tuple[WeightRule, ...]:
-    linears = {
-        "self_attn.q_proj": (("attention", "query"), "linear"),
-        "self_attn.k_proj": (("attention", "key"), "linear"),
-        "self_attn.v_proj": (("attention", "value"), "linear"),
-        "self_attn.o_proj": (("attention", "output"), "joined_linear"),
-        "mlp.gate_proj": (("mlp", "gate"), "linear"),
-        "mlp.up_proj": (("mlp", "up"), "linear"),
-        "mlp.down_proj": (("mlp", "down"), "linear"),
-    }
-    norms = {
-        "input_layernorm": ("attention_norm",),
-        "post_attention_layernorm": ("mlp_norm",),
-        "self_attn.q_norm": ("attention", "query_norm"),
-        "self_attn.k_norm": ("attention", "key_norm"),
-    }
-    prefix = "model.layers.{layer}."
-    return (
-        *(
-            WeightRule(f"{prefix}{name}.weight", ("layers", *path, "kernel"), layout)
-            for name, (path, layout) in linears.items()
-        ),
-        *(
-            WeightRule(f"{prefix}{name}.bias", ("layers", *path, "bias"), "vector")
-            for name, (path, _) in linears.items()
-        ),
-        *(WeightRule(f"{prefix}{name}.weight", ("layers", *path, "scale"), "vector") for name, path in norms.items()),
-    )
-
-
-# Names that all four families share; a rule whose parameter a model does not have is not used.
-DECODER_WEIGHTS = (
-    WeightRule("model.embed_tokens.weight", ("embed",), "table"),
-    *_layer_rules(),
-    WeightRule("model.norm.weight", ("final_norm", "scale"), "vector"),
-    WeightRule("lm_head.weight", ("head",), "linear"),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One architecture; its key in FAMILIES is transformers' model_type.
-
-    Args:
-        architecture: transformers' model class.
-        config_class: transformers' configuration class.
-        read: the fields of ModelConfig that this family alone decides, from a transformers configuration.
-        write: the arguments of the configuration class that `read` came from.
-        weights: the tensors of a folder.
-    """
-
-    architecture: str
-    config_class: str
-    read: Callable[[Any], dict[str, Any]]
-    write: Callable[[ModelConfig], dict[str, Any]]
-    weights: tuple[WeightRule, ...] = DECODER_WEIGHTS
-
-
-def _read_llama(config: Any) -> dict[str, Any]:
-    return {
-        "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "qk_norm": False,
-        "sliding_windows": (None,) * config.num_hidden_layers,
-    }
-
-
-def _write_llama(model: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": model.qkv_bias, "mlp_bias": model.mlp_bias}
-
-
-def _read_mistral(config: Any) -> dict[str, Any]:
-    return {
-        "qkv_bias": False,
-        "output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "sliding_windows": (config.sliding_window,) * config.num_hidden_layers,
-    }
-
-
-def _write_mistral(model: ModelConfig) -> dict[str, Any]:
-    return {"sliding_window": model.sliding_windows[0]}
-
-
-def _qwen_windows(config: Any) -> tuple[int | None, ...]:
-    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
-    unknown = sorted(set(config.layer_types) - set(windows))
-    if unknown:
-        raise ValueError(f"layer_types {unknown} are not supported; known types: {', '.join(windows)}.")
-    return tuple(windows[layer_type] for layer_type in config.layer_types)
-
-
-def _write_qwen_windows(model: ModelConfig) -> dict[str, Any]:
-    windows = model.sliding_windows
-    sliding = [index for index, window in enumerate(windows) if window is not None]
-    return {
-        "use_sliding_window": bool(sliding),
-        "sliding_window": windows[sliding[0]] if sliding else None,
-        "max_window_layers": sliding[0] if sliding else model.num_layers,
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
-    }
-
-
-def _read_qwen2(config: Any) -> dict[str, Any]:
-    return {
-        "qkv_bias": True,
-        "output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "sliding_windows": _qwen_windows(config),
-    }
-
-
-def _read_qwen3(config: Any) -> dict[str, Any]:
-    return {
-        "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
-        "mlp_bias": False,
-        "qk_norm": True,
-        "sliding_windows": _qwen_windows(config),
-    }
-
-
-def _write_qwen3(model: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": model.qkv_bias, **_write_qwen_windows(model)}
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(architecture="LlamaForCausalLM", config_class="LlamaConfig", read=_read_llama, write=_write_llama),
-    "mistral": Family(
-        architecture="MistralForCausalLM", config_class="MistralConfig", read=_read_mistral, write=_write_mistral
-    ),
-    "qwen2": Family(
-        architecture="Qwen2ForCausalLM", config_class="Qwen2Config", read=_read_qwen2, write=_write_qwen_windows
-    ),
-    "qwen3": Family(architecture="Qwen3ForCausalLM", config_class="Qwen3Config", read=_read_qwen3, write=_write_qwen3),
-}
 
 # ModelConfig's name -> transformers' name, where the value is the same.
 _SAME_VALUE = {
@@ -197,6 +44,7 @@ _SIZES = (
 )
 MAX_SIZE = 1 << 24
 _LARGEST = {"num_hidden_layers": 4096, "head_dim": 1 << 16}
+VOCABULARY_MULTIPLE = 64
 
 
 def new_config(
@@ -216,7 +64,7 @@ def new_config(
     pad_token_id: int | None = None,
 ) -> ModelConfig:
     """Architecture of a model from scratch; what is not given here is as the family's transformers class has it."""
-    _check_family(family, f"model.family={family}")
+    check_family(family, f"model.family={family}")
     if hidden_size % num_heads:
         raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads}.")
     values = {
@@ -237,6 +85,19 @@ def new_config(
     return _from_transformers(family, _build(family, values), "float32")
 
 
+def configured(
+    sizes: PolicyConfig, vocab_size: int, max_position_embeddings: int, **token_ids: int | None
+) -> ModelConfig:
+    """Architecture of a model from scratch with a configuration's sizes; the vocabulary is rounded up, to be split.
+
+    Args:
+        token_ids: bos_token_id, eos_token_id and pad_token_id of the tokenizer, where there is one.
+    """
+    values = {name: getattr(sizes, name) for name in inspect.signature(new_config).parameters if hasattr(sizes, name)}
+    values["vocab_size"] = -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return new_config(**values, max_position_embeddings=max_position_embeddings, **token_ids)
+
+
 def read_config(folder: Path) -> ModelConfig:
     """The architecture that a folder's config.json describes; its dtype is what config.json says."""
     file = folder / "config.json"
@@ -248,7 +109,7 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ValueError(f"{file}: architectures must be a list of names, got {architectures!r}.")
     _check_sizes(file, values)
-    _check_family(family, f"the architecture {architectures[0]!r} in {file}")
+    check_family(family, f"the architecture {architectures[0]!r} in {file}")
     known = FAMILIES[family].architecture
     if values.get("architectures") and known not in architectures:
         raise ValueError(f"{file} describes a {architectures[0]}; only {known} of the {family} family is supported.")
@@ -306,12 +167,6 @@ def to_transformers(model: ModelConfig, dtype: str) -> Any:
     if _from_transformers(model.family, config, model.dtype) != model:
         raise ValueError(f"transformers' {family.config_class} cannot express this architecture: {model}.")
     return config
-
-
-def _check_family(family: str, what: str) -> None:
-    if family not in FAMILIES:
-        known = ", ".join(f"{name} ({entry.architecture})" for name, entry in FAMILIES.items())
-        raise ValueError(f"{what} is not supported; known families: {known}.")
 
 
 def _stored_dtype(values: Mapping[str, Any]) -> str:

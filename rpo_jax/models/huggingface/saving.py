@@ -12,10 +12,10 @@ import numpy as np
 
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params
-from rpo_jax.models.families import to_transformers
-from rpo_jax.models.folders import WEIGHTS, WEIGHTS_INDEX, copy_tokenizer, written_whole
-from rpo_jax.models.layouts import Tensor, flat_params, tensors_of
-from rpo_jax.models.loading import DTYPES, check_dtype
+from rpo_jax.models.huggingface.configuration import to_transformers
+from rpo_jax.models.huggingface.folders import WEIGHTS, WEIGHTS_INDEX, copy_tokenizer, written_whole
+from rpo_jax.models.huggingface.loading import DTYPES, check_dtype
+from rpo_jax.models.huggingface.tensors import TensorLayout, flat_params, tensors_of
 
 _STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -90,7 +90,7 @@ def _write_generation_config(folder: Path, model_config: ModelConfig, given: Any
     GenerationConfig(**(special | dict(given or {}))).save_pretrained(folder)
 
 
-def _shards(tensors: Mapping[str, Tensor], item_bytes: int, limit: int) -> Iterator[list[str]]:
+def _shards(tensors: Mapping[str, TensorLayout], item_bytes: int, limit: int) -> Iterator[list[str]]:
     """Keys of one file after another, in order, each file as full as `limit` bytes allow."""
     keys: list[str] = []
     size = 0
@@ -106,7 +106,7 @@ def _shards(tensors: Mapping[str, Tensor], item_bytes: int, limit: int) -> Itera
 
 def _write_shards(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, TensorLayout],
     flat: Mapping[tuple[str, ...], Any],
     dtype: str,
     max_shard_bytes: int,
@@ -124,7 +124,9 @@ def _write_shards(
         (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(file: Path, tensors: Mapping[str, Tensor], flat: Mapping[tuple[str, ...], Any], dtype: str) -> None:
+def _write_file(
+    file: Path, tensors: Mapping[str, TensorLayout], flat: Mapping[tuple[str, ...], Any], dtype: str
+) -> None:
     """Write a safetensors file tensor by tensor: the library's save_file wants all of them in memory at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

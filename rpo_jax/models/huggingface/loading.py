@@ -21,9 +21,10 @@ from jax.sharding import Sharding
 
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params
-from rpo_jax.models.families import read_config
-from rpo_jax.models.folders import resolve_folder, safetensors_files, some
-from rpo_jax.models.layouts import Index, Shape, Tensor, flat_params, tensors_of
+from rpo_jax.models.families import FAMILIES
+from rpo_jax.models.huggingface.configuration import read_config
+from rpo_jax.models.huggingface.folders import resolve_folder, safetensors_files, some
+from rpo_jax.models.huggingface.tensors import Index, Shape, TensorLayout, flat_params, tensors_of
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FILE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -56,27 +57,6 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[ModelConf
     return weights.model_config, unflatten_dict(filled)
 
 
-def load_sharded(path: str | Path, shardings: Any, dtype: str = "float32") -> Params:
-    """Parameters of a Hugging Face folder or hub name on devices; each process reads what its devices hold.
-
-    Args:
-        shardings: one for each parameter, in the parameters' tree; they may span several processes.
-        dtype: of the parameters.
-
-    Errors as check_pretrained's.
-    """
-    check_dtype(dtype)
-    weights = open_weights(path)
-    weights.check_tied()
-    shapes, places = flat_params(abstract_params(weights.model_config)), flat_params(shardings)
-    return unflatten_dict(
-        {
-            name: place(leaf.shape, places[name], lambda index, name=name: weights.read(name, index, dtype))
-            for name, leaf in shapes.items()
-        }
-    )
-
-
 def place(shape: Shape, sharding: Sharding, read: Callable[[Index], np.ndarray]) -> jax.Array:
     """A sharded array from a function of the part that a device holds, called once for each part of this process.
 
@@ -98,9 +78,10 @@ def place(shape: Shape, sharding: Sharding, read: Callable[[Index], np.ndarray])
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}.")
+def check_dtype(dtype: str, *more: str) -> None:
+    """Raise ValueError unless the dtype is one of DTYPES or of `more`."""
+    if dtype not in (*DTYPES, *more):
+        raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join((*DTYPES, *more))}.")
 
 
 class Weights(NamedTuple):
@@ -113,7 +94,7 @@ class Weights(NamedTuple):
 
     folder: Path
     model_config: ModelConfig
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, TensorLayout]
     files: Mapping[str, Path]
     keys: Mapping[tuple[str, ...], list[str]]
 
@@ -130,6 +111,10 @@ class Weights(NamedTuple):
         for number, key in enumerate(layers):
             self._read_tensor(key, index[1:], part[number])
         return part
+
+    def place(self, path: tuple[str, ...], like: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+        """A parameter on devices, in the dtype of `like`."""
+        return place(like.shape, sharding, lambda index: self.read(path, index, str(like.dtype)))
 
     def _read_tensor(self, key: str, index: Index, target: np.ndarray) -> None:
         tensor = self.tensors[key]
@@ -155,9 +140,9 @@ class Weights(NamedTuple):
 
     def check_tied(self) -> None:
         """ValueError where a folder holds a head of its own that its configuration says is the embedding."""
-        if not (self.model_config.tie_embeddings and "lm_head.weight" in self.files):
+        names = _tied_names(self.model_config)
+        if not names or names[0] not in self.files:
             return
-        names = ("lm_head.weight", "model.embed_tokens.weight")
         rows, columns = self.tensors[names[1]].file_shape
         step = max(1, READ_BYTES // (4 * columns))
         blocks = (slice(start, min(rows, start + step)) for start in range(0, rows, step))
@@ -165,8 +150,14 @@ class Weights(NamedTuple):
         if not same or any(len({self._read_block(name, (block,)).tobytes() for name in names}) > 1 for block in blocks):
             raise ValueError(
                 f"{self.folder / 'config.json'} ties the output head to the embedding (tie_word_embeddings), but "
-                "lm_head.weight differs from model.embed_tokens.weight; set tie_word_embeddings to false."
+                f"{names[0]} differs from {names[1]}; set tie_word_embeddings to false."
             )
+
+
+def _tied_names(model_config: ModelConfig) -> tuple[str, ...]:
+    """The tensors of output head and embedding where they are one; a folder may hold both."""
+    keys = {rule.path: rule.key for rule in FAMILIES[model_config.family].weights}
+    return (keys[("head",)], keys[("embed",)]) if model_config.tie_embeddings else ()
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -190,10 +181,10 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def _check_keys(
-    folder: Path, model_config: ModelConfig, tensors: Mapping[str, Tensor], files: Mapping[str, Path]
+    folder: Path, model_config: ModelConfig, tensors: Mapping[str, TensorLayout], files: Mapping[str, Path]
 ) -> None:
     missing = [key for key in tensors if key not in files]
-    tied = {"lm_head.weight"} if model_config.tie_embeddings else set()
+    tied = _tied_names(model_config)[:1]
     unexpected = [key for key in files if key not in tensors and key not in tied and not _DERIVED.fullmatch(key)]
     problems = [f"lacks {some(missing)}"] if missing else []
     problems += [f"holds {some(unexpected)}, which nothing uses"] if unexpected else []
@@ -213,7 +204,7 @@ def _stored(file: Path, key: str) -> tuple[Shape, str]:
         return tuple(view.get_shape()), view.get_dtype()
 
 
-def _check_contents(folder: Path, tensors: Mapping[str, Tensor], files: Mapping[str, Path]) -> set[str]:
+def _check_contents(folder: Path, tensors: Mapping[str, TensorLayout], files: Mapping[str, Path]) -> set[str]:
     """Check each tensor's shape and dtype before any is read; returns the dtypes found."""
     found: set[str] = set()
     for key, tensor in tensors.items():

@@ -14,7 +14,8 @@ from flax.traverse_util import flatten_dict
 
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params
-from rpo_jax.models.families import FAMILIES, WeightRule
+from rpo_jax.models.families import FAMILIES
+from rpo_jax.models.families.family import WeightRule
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -30,7 +31,7 @@ LAYOUTS: dict[str, Callable[[int], Groups]] = {
 }
 
 
-class Tensor(NamedTuple):
+class TensorLayout(NamedTuple):
     """One tensor of a folder: its rule, the layer where it belongs to one, and the parameter's shape there."""
 
     rule: WeightRule
@@ -79,7 +80,7 @@ def flat_params(params: Params) -> dict[tuple[str, ...], Any]:
     return dict(cast(Any, flatten_dict(params)))
 
 
-def tensors_of(model_config: ModelConfig) -> dict[str, Tensor]:
+def tensors_of(model_config: ModelConfig) -> dict[str, TensorLayout]:
     """Every tensor that a folder of this architecture must hold, in the order in which it is written."""
     parameters = flat_params(abstract_params(model_config))
     rules = [rule for rule in FAMILIES[model_config.family].weights if rule.path in parameters]
@@ -87,8 +88,8 @@ def tensors_of(model_config: ModelConfig) -> dict[str, Tensor]:
     assert len(rules) == len(parameters), "two rules fill one parameter"
     layered = [rule for rule in rules if "{layer}" in rule.key]
     first, *rest = (rule for rule in rules if rule not in layered)
-    tensors = {first.key: Tensor(first, None, parameters[first.path].shape)}
+    tensors = {first.key: TensorLayout(first, None, parameters[first.path].shape)}
     for layer in range(model_config.num_layers):
         for rule in layered:
-            tensors[rule.key.format(layer=layer)] = Tensor(rule, layer, parameters[rule.path].shape[1:])
-    return tensors | {rule.key: Tensor(rule, None, parameters[rule.path].shape) for rule in rest}
+            tensors[rule.key.format(layer=layer)] = TensorLayout(rule, layer, parameters[rule.path].shape[1:])
+    return tensors | {rule.key: TensorLayout(rule, None, parameters[rule.path].shape) for rule in rest}

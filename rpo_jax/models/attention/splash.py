@@ -4,11 +4,15 @@ The kernel keeps scores in a core's own memory and passes over blocks that see n
 a prompt is seen by all of its branches while they do not see each other, so each row brings its own mask, [T, T] of
 booleans once for all heads and layers, in the tiles that the forward and the backward kernels read.
 
+The kernel is experimental in JAX, and this module alone touches it and its inner parts (the mask's infos, the keyword
+arguments of its tree): pyproject.toml bounds JAX's version for that reason.
+
 Letters: R rows, T tokens, H query heads, G key-value heads, K head dimension.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +20,16 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 from jaxtyping import Array, Float
 
-from rpo_jax.models.attention import ATTENTION_OUTPUT, visible
-from rpo_jax.models.blockwise import Layout
+from rpo_jax.models.attention.kind import (
+    ATTENTION_OUTPUT,
+    ROW,
+    TOKEN_IDS_AXES,
+    Attend,
+    AttentionKind,
+    Split,
+    Windows,
+)
+from rpo_jax.models.attention.masking import TokenIds, visible
 
 LANES = 128  # the kernel's blocks are multiples of a TPU register's width
 MOST_TOKENS = 512  # of a block: large enough that its arithmetic, not the step from block to block, takes the time
@@ -34,15 +46,15 @@ def padding(tokens: int) -> int:
     return -tokens % block_tokens(tokens)
 
 
-def make_kernels(layout: Layout, window: int | None, interpret: bool = False) -> library.SplashAttentionKernel:
+def make_kernels(ids: TokenIds, window: int | None, interpret: bool = False) -> library.SplashAttentionKernel:
     """The kernel with the masks of all rows: a tree of arrays whose first axis is R.
 
     Args:
-        layout: T tokens, whole blocks.
+        ids: of T tokens, whole blocks.
         window: positions that a query sees back, its own included; None for all.
         interpret: run as plain JAX operations, on any backend.
     """
-    block = block_tokens(layout.segment_ids.shape[1])
+    block = block_tokens(ids.segment_ids.shape[1])
     sizes = library.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
@@ -56,7 +68,7 @@ def make_kernels(layout: Layout, window: int | None, interpret: bool = False) ->
         # The flag only names a scope in profiles, and one that is traced cannot be read.
         return type(kernel)(*(info._replace(is_dynamic_mask=None) for info in infos), **kernel.kwargs)
 
-    return jax.vmap(of_row)(visible(*layout, window))
+    return jax.vmap(of_row)(visible(*ids, window))
 
 
 def splash_attention(
@@ -69,3 +81,33 @@ def splash_attention(
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
     by_head = (x.swapaxes(1, 2) for x in (query, key, value))
     return jax.vmap(lambda kernel, *qkv: kernel(*qkv))(kernels, *by_head).swapaxes(1, 2)
+
+
+def make(ids: TokenIds, windows: Windows, split: Split, interpret: bool = False) -> Attend:
+    """AttentionKind.make; `interpret` as for make_kernels."""
+    pad = padding(ids.segment_ids.shape[1])
+    ids = ids.padded(pad)
+    # Once for all layers that share a window; every device makes the masks of its own rows, and all heads share them.
+    made = []
+    for window in windows:
+        kernels_of = partial(make_kernels, window=window, interpret=interpret)
+        made.append(split.per_shard(kernels_of, (TOKEN_IDS_AXES,), ROW)(ids))
+    kernels = jax.tree.map(lambda *parts: jnp.stack(parts), *made)
+
+    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+        kernel = jax.tree.map(lambda x: x[which if len(windows) > 1 else 0], kernels)
+        return split.attend(splash_attention, (query, key, value), (kernel,), (ROW,), pad)
+
+    return attend
+
+
+# That it is best on TPUs is a guess, timed on none: compiled for one, a step takes less memory than with dense
+# attention and about as much as with blockwise, whose blocks half fill a matrix unit.
+KIND = AttentionKind(
+    make,
+    "JAX's fused kernel, which passes over blocks that see nothing: TPUs",
+    auto=("tpu",),
+    skips=True,
+    fused=True,
+    platforms=("tpu",),
+)

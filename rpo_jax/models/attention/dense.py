@@ -1,0 +1,50 @@
+"""Grouped-query attention over all of a row: the definition that the other kinds are held to.
+
+Letters: B rows, T query tokens, S key tokens, H query heads, G key-value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from rpo_jax.models.attention.kind import ATTENTION_OUTPUT, Attend, AttentionKind, Split, Windows
+from rpo_jax.models.attention.masking import TokenIds, visible
+
+
+def dense_attention(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B S G K"],
+    value: Float[Array, "B S G K"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T H K"]:
+    """Grouped-query attention, softmax in float32.  softmax(q k^T / sqrt(K)) v.  Source: arXiv 2305.13245.
+
+    Query head h reads key-value head h // (H / G). Each query must see at least one key.
+    """
+    rows, tokens, heads, head_dim = query.shape
+    # Grouping the queries, rather than repeating keys and values, keeps the latter at G heads in memory.
+    grouped = query.reshape(rows, tokens, key.shape[2], -1, head_dim)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, key, preferred_element_type=jnp.float32)
+    # A finite minimum, not -inf: it keeps gradients finite where a whole row is masked.
+    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum("bgrts,bsgk->btgrk", weights, value).reshape(rows, tokens, heads, head_dim)
+    return checkpoint_name(out, ATTENTION_OUTPUT)
+
+
+def _make(ids: TokenIds, windows: Windows, split: Split) -> Attend:
+    masks = jnp.stack([visible(*ids, window) for window in windows])
+
+    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+        # A single mask is indexed statically, so that a scan over layers need not copy it in every one.
+        return dense_attention(query, key, value, masks[which if len(masks) > 1 else 0])
+
+    return attend
+
+
+KIND = AttentionKind(
+    _make, "all of a row against all of it: short rows; GPUs, where a loop over blocks waits", auto=("gpu",)
+)

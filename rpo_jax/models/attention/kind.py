@@ -1,0 +1,91 @@
+"""What an attention declares of itself, and how devices share its work.
+
+Letters: R rows, T tokens, H query heads, G key-value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from rpo_jax.models.attention.masking import TokenIds
+
+# What a backward pass keeps of attention under the `dots` policy: to run it again would cost more than all the rest.
+ATTENTION_OUTPUT = "attention output"
+# query, key, value, which of the layers' distinct windows
+Attend = Callable[[Array, Array, Array, Array], Array]
+Windows = tuple[int | None, ...]
+
+# Names of axes, as Split.per_shard takes them.
+ROW: Any = ("rows",)
+ROW_TOKENS: Any = ("rows", "tokens")
+TOKEN_IDS_AXES = TokenIds(ROW_TOKENS, ROW_TOKENS, ROW_TOKENS)
+
+
+class Split(NamedTuple):
+    """How devices share the work; by default there is one.
+
+    Attributes:
+        shards: number of devices among which an axis is split, by its name.
+        per_shard: (function, axes of its inputs, axes of its outputs) to the function that each device runs on its own
+            part; axes are tuples of names, one tuple per array.
+        gather: (parameter, names of its axes) to the parameter as every device that has rows of its own needs it.
+    """
+
+    shards: Callable[[str], int] = lambda axis: 1
+    per_shard: Callable[[Callable[..., Any], Any, Any], Callable[..., Any]] = lambda function, *axes: function
+    gather: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x
+
+    def attend(
+        self, function: Callable[..., Array], qkv: tuple[Array, Array, Array], more: Any, axes: Any, padding: int = 0
+    ) -> Array:
+        """function(query, key, value, *more) by each device on its own rows and heads; [R, T, H, K].
+
+        Args:
+            function: grouped-query attention of [R, T, H, K] and two [R, T, G, K].
+            more: further inputs, a tuple.
+            axes: names of their axes.
+            padding: tokens that `function` needs at the end of every row; they are cut off again.
+        """
+        query, key, value = qkv
+        tokens, heads, shards = query.shape[1], query.shape[2], self.shards("kv_heads")
+        if key.shape[2] % shards and heads % shards == 0:
+            # Too few to be split as the queries' heads are.
+            key, value = (jnp.repeat(x, heads // key.shape[2], axis=2) for x in (key, value))
+        # Heads that devices cannot share evenly are whole on each of them.
+        even = key.shape[2] % shards == 0 and heads % self.shards("heads") == 0
+        of_query, of_key = ((*ROW_TOKENS, name if even else None, None) for name in ("heads", "kv_heads"))
+        run = self.per_shard(function, (of_query, of_key, of_key, *axes), of_query)
+        if padding:
+            query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
+        return run(query, key, value, *more)[:, :tokens]
+
+
+ONE_DEVICE = Split()
+
+
+class AttentionKind(NamedTuple):
+    """One way to compute attention; its module's name is the value of model.attention that asks for it.
+
+    Attributes:
+        make: (tokens' ids, distinct windows, split) to the attention of a batch.
+        why: one line on where it is used.
+        auto: platforms on which `auto` picks it.
+        skips: whether keys that nothing in a block sees cost nothing: rows may then be long.
+        fused: whether the scores of a whole row are never in memory at once.
+        platforms: where it runs, if not everywhere.
+        needs: what it cannot do without, in words, and whether (compute dtype, head dimension, row tokens) fulfil it.
+        stand_in: the kind whose memory is planned for where this one cannot be compiled; itself where empty.
+    """
+
+    make: Callable[[TokenIds, Windows, Split], Attend]
+    why: str
+    auto: tuple[str, ...] = ()
+    skips: bool = False
+    fused: bool = False
+    platforms: tuple[str, ...] = ()
+    needs: tuple[tuple[str, Callable[[str, int, int | None], bool]], ...] = ()
+    stand_in: str = ""

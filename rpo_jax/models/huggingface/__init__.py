@@ -1,0 +1,1 @@
+"""Hugging Face folders in and out: configurations, weights by a table, files; nothing of one family alone."""

@@ -1,0 +1,210 @@
+"""A policy as training, sampling and exporting see it, whatever of it is trained: the one narrow interface to models.
+
+A policy's *weights* are what a model folder holds, as they are kept in memory. Either they are trained themselves, or
+they are *frozen* and adapters beside them are *trained* (LoRA). Where nothing is frozen, `frozen` is an empty tree, so
+that callers pass it on without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rpo_jax.config import LoraConfig, PolicyConfig
+from rpo_jax.models import lora as adapters
+from rpo_jax.models.architecture import ModelConfig
+from rpo_jax.models.attention.kind import ONE_DEVICE, Split
+from rpo_jax.models.attention.registry import check_attention, check_attention_name
+from rpo_jax.models.decoder import (
+    Constrain,
+    Params,
+    abstract_params,
+    count_params,
+    hidden_states,
+    init_params,
+    output_head,
+    param_axes,
+)
+from rpo_jax.models.families import FAMILIES, check_family
+from rpo_jax.models.huggingface.loading import load_pretrained
+from rpo_jax.models.huggingface.saving import save_pretrained
+
+
+class Parameters(NamedTuple):
+    """Parameters without values, in two trees of one structure.
+
+    Attributes:
+        axes: names of each parameter's axes, a tuple.
+        shapes: each parameter's shape and dtype, a jax.ShapeDtypeStruct.
+    """
+
+    axes: Params
+    shapes: Params
+
+
+class Execution(NamedTuple):
+    """How a decoder is run; the fields are the arguments of rpo_jax.models.hidden_states."""
+
+    compute_dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    attention: str = "auto"
+    platform: str | None = None
+    constrain: Constrain | None = None
+    split: Split = ONE_DEVICE
+
+
+class Outputs(NamedTuple):
+    """What a policy says of packed rows, before any log-prob is made of it.
+
+    Attributes:
+        hidden: of every token, in the compute dtype.
+        head: float32, whole over the devices that share rows; hidden times head gives the logits.
+    """
+
+    hidden: Float[Array, "B T D"]
+    head: Float[Array, "D V"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A decoder of which all weights are trained, or with `lora.rank` adapters beside frozen weights.
+
+    Hashable: it can be a static argument of a jitted function. ValueError for LoRA targets that the family has not.
+    """
+
+    model_config: ModelConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        if self.trains_adapters:
+            adapters.check_targets(self.lora.targets, tuple(FAMILIES[self.model_config.family].lora_targets))
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are trained, which mean nothing without the weights that they were trained on."""
+        return self.lora.rank > 0
+
+    @property
+    def stored_dtype(self) -> str:
+        """How the weights are kept in memory: float32, bfloat16 or int8."""
+        return self.lora.base_dtype
+
+    @property
+    def weights(self) -> Parameters:
+        """What `load` gives."""
+        dtype = self.stored_dtype
+        return Parameters(
+            adapters.base_axes(self.model_config, dtype), adapters.abstract_base(self.model_config, dtype)
+        )
+
+    @property
+    def trained(self) -> Parameters:
+        """What an optimizer changes and a checkpoint holds."""
+        if not self.trains_adapters:
+            return Parameters(param_axes(self.model_config), abstract_params(self.model_config))
+        arguments = self.model_config, self.lora
+        return Parameters(adapters.adapter_axes(*arguments), adapters.abstract_adapters(*arguments))
+
+    @property
+    def frozen(self) -> Parameters:
+        """The weights if adapters are trained, otherwise empty trees."""
+        return self.weights if self.trains_adapters else Parameters({}, {})
+
+    @property
+    def summary(self) -> str:
+        """One line on how many parameters there are, and of what family."""
+        count, family = f"{count_params(self.model_config):,} parameters", self.model_config.family
+        if not self.trains_adapters:
+            return f"{count}, {family}"
+        trained = sum(leaf.size for leaf in jax.tree.leaves(self.trained.shapes))
+        return f"{count} frozen in {self.stored_dtype}, {trained:,} trained, {family}"
+
+    def load(self, path: str | Path, shardings: Any) -> Params:
+        """The weights of a Hugging Face folder or hub name on devices; each process reads what its devices hold.
+
+        Args:
+            shardings: one for each parameter, in the tree of `weights`.
+
+        Errors as rpo_jax.models.check_pretrained's.
+        """
+        return adapters.load_sharded(path, shardings, self.stored_dtype)
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """New values of what is trained; new adapters change nothing yet.
+
+        A pure function: under jax.jit with out_shardings each device makes only its own part.
+        """
+        if self.trains_adapters:
+            return adapters.init_adapters(self.model_config, self.lora, key)
+        return init_params(self.model_config, key)
+
+    def begin(self, weights: Params, key: PRNGKeyArray, shardings: Any) -> tuple[Params, Params]:
+        """What is trained and what is frozen when training begins on these weights.
+
+        Args:
+            shardings: in the tree of `trained`.
+        """
+        if not self.trains_adapters:
+            return weights, {}
+        return jax.jit(self.init, out_shardings=shardings)(key), weights
+
+    def combine(self, trained: Params, frozen: Params) -> Params:
+        """The parameters that the decoder reads."""
+        return adapters.combine(frozen, trained, self.lora) if self.trains_adapters else trained
+
+    def check(self, how: Execution, row_tokens: int | None) -> None:
+        """Raise ValueError where the attention that is asked for cannot be had; row_tokens as for check_attention."""
+        platform, dtype = how.platform or jax.default_backend(), str(jnp.dtype(how.compute_dtype))
+        check_attention(how.attention, platform, dtype, self.model_config.head_dim, row_tokens)
+
+    def outputs(self, params: Params, rows: Mapping[str, Array], how: Execution) -> Outputs:
+        """Hidden states and head for packed rows.
+
+        Args:
+            params: as `combine` gives them, or weights.
+            rows: tokens, positions, segment_ids and branch_ids, each [B, T], as in core.records.Batch.
+        """
+        ids = (rows[name] for name in ("tokens", "positions", "segment_ids", "branch_ids"))
+        hidden = hidden_states(self.model_config, params, *ids, **how._asdict())
+        # Whole over fsdp before the chunks of a loss run, or each chunk would gather it again.
+        return Outputs(hidden, how.split.gather(output_head(self.model_config, params), ("embed", "vocab")))
+
+    def merged(self, trained: Params, folder: str | Path) -> Params:
+        """All parameters in float32, adapters added to the weights of the folder; what is trained, without adapters."""
+        if not self.trains_adapters:
+            return trained
+        return adapters.merge(self.model_config, load_pretrained(folder)[1], trained, self.lora)
+
+    def save(self, out: str | Path, trained: Params, weights: str | Path | None, **settings: Any) -> Path:
+        """Write a Hugging Face folder of the whole policy.
+
+        Args:
+            weights: folder of the weights that adapters were trained on; not read without adapters.
+            settings: of rpo_jax.models.save_pretrained.
+        """
+        return save_pretrained(out, self.model_config, self.merged(trained, weights or ""), **settings)
+
+    def save_adapter(self, out: str | Path, trained: Params, *, base: str, **settings: Any) -> Path:
+        """Write the adapters alone as a PEFT folder; the settings are those of rpo_jax.models.lora.save_adapter."""
+        assert self.trains_adapters
+        return adapters.save_adapter(out, self.model_config, trained, self.lora, base=base, **settings)
+
+
+def check_choices(model: PolicyConfig, lora: LoraConfig) -> None:
+    """Raise ValueError for names in a configuration that no registry has: family, attention, LoRA's targets.
+
+    The family of an existing folder is not known here: its targets are checked again with the Policy.
+    """
+    check_attention_name(model.attention)
+    if model.path is None:
+        check_family(model.family, f"model.family={model.family}")
+    if lora.rank:
+        names = [target for family in FAMILIES.values() for target in family.lora_targets]
+        adapters.check_targets(lora.targets, tuple(dict.fromkeys(names)))
