@@ -15,9 +15,8 @@ import pytest
 
 import rpo_jax
 from rpo_jax.config import ConfigError, DistributedConfig
-from rpo_jax.hosts import processes
 from rpo_jax.hosts.channel import PeerFailure
-from rpo_jax.hosts.processes import Cluster
+from rpo_jax.hosts.cluster import Cluster, find_cluster
 from rpo_jax.hosts.roll_call import roll_call
 from tests.processes import Processes, finished, free_port, slurm_environment, start
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
@@ -258,7 +257,7 @@ def clean(monkeypatch):
 
 
 def chosen(**flags):
-    return processes.find_cluster(DistributedConfig(**flags))
+    return find_cluster(DistributedConfig(**flags))
 
 
 def test_without_flags_and_cluster_there_is_one_process(clean):
@@ -348,7 +347,7 @@ def test_processes_exchange_arrays_and_lists_in_their_order():
 
 def test_what_one_process_refuses_stops_the_exchange_of_all():
     channels = met(f"127.0.0.1:{free_port()}", 3, [0, 1, 2])
-    channels[2].fail("rows.jsonl:7: empty prompt.", mendable=True)
+    channels[2].fail("rows.jsonl:7: empty prompt.", is_user_error=True)
     for channel in channels[:2]:
         with pytest.raises(PeerFailure, match=rf"process 2 \({HOST}\) stopped: rows.jsonl:7: empty prompt\."):
             channel.gather(1)
