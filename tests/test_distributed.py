@@ -3,11 +3,14 @@
 The fast ones run in CI; `pytest tests/test_distributed.py -m slow -s` runs the others and prints the elastic losses.
 """
 
+import contextlib
+import json
 import re
 import shutil
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,9 @@ import pytest
 
 import rpo_jax
 from rpo_jax.config import ConfigError, DistributedConfig
-from rpo_jax.hosts.channel import PeerFailure
+from rpo_jax.hosts.channel import MAGIC, PREFIX, PeerFailure
 from rpo_jax.hosts.cluster import Cluster, find_cluster
-from rpo_jax.hosts.roll_call import roll_call
+from rpo_jax.hosts.roll_call import listening_at, roll_call
 from tests.processes import Processes, finished, free_port, slurm_environment, start
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
 
@@ -301,8 +304,8 @@ def test_flags_that_do_not_go_together(flags, message):
         DistributedConfig(**flags)
 
 
-def met(address, count, process_ids, seconds=20):
-    """What each process of a roll call gets: a channel, or the reason why not."""
+def met(address, count, process_ids, seconds=20, meanwhile=lambda: None):
+    """What each process of a roll call gets: a channel, or the reason why not; `meanwhile` comes before the second."""
     results = {}
 
     def join(position, process_id):
@@ -312,7 +315,9 @@ def met(address, count, process_ids, seconds=20):
             results[position] = str(error)
 
     threads = [threading.Thread(target=join, args=item) for item in enumerate(process_ids)]
-    for thread in threads:
+    threads[0].start()
+    meanwhile()
+    for thread in threads[1:]:
         thread.start()
     for thread in threads:
         thread.join()
@@ -353,6 +358,81 @@ def test_what_one_process_refuses_stops_the_exchange_of_all():
             channel.gather(1)
     for channel in channels:
         channel.close()
+
+
+def test_a_process_that_has_left_ends_an_exchange():
+    first, second = met(f"127.0.0.1:{free_port()}", 2, [0, 1])
+    second.close()
+    with pytest.raises(ConnectionError, match=rf"process 1 \({HOST}\) has left the run already\."):
+        first.gather(1)
+    first.close()
+
+
+def frame(value, magic=MAGIC, header_bytes=None, body_bytes=0):
+    header = json.dumps(value).encode()
+    return PREFIX.pack(magic, len(header) if header_bytes is None else header_bytes, body_bytes) + header
+
+
+STRANGERS = {
+    "nothing": b"",
+    "half a hello": frame([1, 2, "b"])[:-3],
+    "a browser": b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
+    "another version": frame([1, 2, "b"], magic=b"rpo_jax1"),
+    "an endless header": frame([1, 2, "b"], header_bytes=2**32 - 1),
+    "an endless array": frame([1, 2, "b"], body_bytes=2**40),
+    "no hello": frame({}),
+    "an id that nobody has": frame([99, 2, "b"]),
+    "an id below zero": frame([-1, 2, "b"]),
+    "an id that is no number": frame(["1", 2, "b"]),
+    "a host that is no text": frame([1, 2, {}]),
+    "a host that colours the terminal": frame([1, 2, "\33[31m"]),
+    "brackets": PREFIX.pack(MAGIC, 4000, 0) + b"[" * 4000,
+    "an array": frame({"__array__": ["|u1", [2**60], 0]}),
+    "an array of objects": frame({"__array__": ["O", [0], 0]}),
+}
+
+
+@pytest.mark.parametrize("packet", STRANGERS.values(), ids=STRANGERS)
+def test_a_stranger_at_the_roll_call_is_dropped_and_the_start_goes_on(packet):
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+
+        def speak():
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                with contextlib.suppress(ConnectionRefusedError):
+                    stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+                    stranger.sendall(packet)
+                    return
+
+        before = time.monotonic()
+        channels = met(f"127.0.0.1:{port}", 2, [0, 1], meanwhile=speak)
+        assert time.monotonic() - before < 3, "nobody waits for a stranger to speak"
+    assert [channel.hosts for channel in channels] == [[HOST, HOST]] * 2
+    for channel in channels:
+        channel.close()
+
+
+def test_processes_on_loopback_listen_nowhere_else():
+    assert listening_at("localhost:1") == "127.0.0.1:1"
+    assert listening_at("127.0.0.2:1") == "127.0.0.2:1"
+    assert listening_at("[::1]:1") == "[::1]:1"
+    assert listening_at("10.0.0.1:1") is None
+    assert listening_at("node0:1") is None
+
+
+def test_another_program_at_the_coordinator_is_told_apart():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=answer).start()
+        (reason,) = met(f"127.0.0.1:{port}", 2, [1])
+    assert f"another program, or another version of this one, answers at the coordinator 127.0.0.1:{port}" in reason
 
 
 def test_two_processes_of_one_id_are_told_apart():

@@ -25,7 +25,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,7 @@ def _keep_alive(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def stop_process(failure: Failure) -> None:
+def _stop_process(failure: Failure) -> None:
     """End this process at once, whatever its other threads wait for: the devices' programs cannot be interrupted."""
     sys.stdout.flush()
     # Not through sys.stderr, whose lock another thread may hold.
@@ -138,18 +138,10 @@ class Channel:
     Args:
         connections: process id -> connection; process 0 has one to each, the others one to process 0.
         hosts: name of each process's host.
-        stop: what to do where the main thread does not take up a failure, or cannot.
     """
 
-    def __init__(
-        self,
-        process_id: int,
-        hosts: Sequence[str],
-        connections: dict[int, socket.socket],
-        stop: Callable[[Failure], None] = stop_process,
-    ) -> None:
-        self.process_id, self.hosts = process_id, list(hosts)
-        self._connections, self._stop = connections, stop
+    def __init__(self, process_id: int, hosts: Sequence[str], connections: dict[int, socket.socket]) -> None:
+        self.process_id, self.hosts, self._connections = process_id, list(hosts), connections
         self._arrived: dict[int, queue.Queue[dict[str, Any]]] = {peer: queue.Queue() for peer in connections}
         self._sending = {peer: threading.Lock() for peer in connections}
         self._left: set[int] = set()
@@ -226,7 +218,7 @@ class Channel:
             arrived.put({})  # wakes a gather, which looks at the failure first
         if not (failure.is_user_error and self._taken_up.wait(GRACE_SECONDS)):
             self.wait_for_others()
-            self._stop(failure)
+            _stop_process(failure)
 
     def wait_for_others(self) -> None:
         """On process 0, until the others are gone: jax aborts them where its service, which lives here, ends first."""
