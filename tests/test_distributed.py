@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 
 import rpo_jax
+from rpo_jax import train
 from rpo_jax.config import ConfigError, DistributedConfig
 from rpo_jax.hosts.channel import MAGIC, PREFIX, PeerFailure
 from rpo_jax.hosts.cluster import Cluster, find_cluster
 from rpo_jax.hosts.roll_call import listening_at, roll_call
+from rpo_jax.hosts.stopping import Stopping
 from tests.processes import Processes, finished, free_port, slurm_environment, start
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
 
@@ -171,6 +173,27 @@ def test_a_bad_row_of_one_process_stops_all_as_one_process_says_it(world):
     with pytest.raises(ValueError, match=r"bad.jsonl:71: empty chosen response\. 2 of 320 rows") as one:
         rpo_jax.run(configured(data, world.folder / "bad alone", world.cache, RUN))
     refused(world.processes("bad", 2, data=data), f"error: {one.value}")
+
+
+def test_what_stops_another_process_in_the_loop_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise PeerFailure("process 1 (b) stopped: No space left on device")
+
+    monkeypatch.setattr(Stopping, "requested", stopped)
+    changes = {"objective.name": "dpo", "train.steps": 2, "tracking.tensorboard": False}
+    wanted = settings(write_rows(tmp_path / "pairs.jsonl"), tmp_path / "run", tmp_path / "cache", changes)
+    assert train.main([f"--{setting}" for setting in wanted]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: process 1 (b) stopped: No space left on device"
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_process_in_the_loop_stops_all(world):
+    with world.processes("full", 2, changes={"objective.name": "dpo"}, module="tests.failing_process") as processes:
+        ended = processes.wait()
+    assert [process.status for process in ended] == [2, 2], [process.output for process in ended]
+    assert ended[0].output.splitlines()[-1] == f"error: process 1 ({HOST}) stopped: No space left on device"
+    assert "Traceback" not in ended[0].output
 
 
 @pytest.mark.slow
