@@ -47,19 +47,16 @@ def initialize(config: Config) -> str:
     """
     if _Run.cluster is None:
         _join(config)
-    elif config.distributed.num_processes is not None:
-        asked, joined = (
-            cluster.find_cluster(config.distributed),
-            dataclasses.replace(_Run.cluster, reason="as configured"),
-        )
-        if asked != joined:
+    else:
+        joined = dataclasses.replace(_Run.cluster, reason="as configured")
+        if config.distributed.num_processes is not None and cluster.find_cluster(config.distributed) != joined:
             raise ValueError(
                 f"this process is {joined.process_id} of {joined.num_processes} at {joined.coordinator} already, and "
                 "cannot join other ones; use the same distributed section, or another process."
             )
+        _compare(config)
     if _Run.cluster is None:
         return "1 process: distributed.* names no others, and no cluster was found"
-    _compare(config)
     found = _Run.cluster
     return (
         f"{found.num_processes} processes, {found.reason}: coordinator {found.coordinator}, this is process "
