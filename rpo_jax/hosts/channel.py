@@ -1,14 +1,14 @@
 """The connections between the processes of a run: exchanges of host data, and news of whoever stops or dies.
 
 A star: every process keeps one TCP connection to process 0, open as long as it lives. jax's coordination service cannot
-take its place. Measured with jax 0.10.2, three processes on one host:
+take its place. Measured with jax 0.10.2, two or three processes on one host:
 
 - A missing, repeated or unreachable process makes `jax.distributed.initialize` end every process with a C++ fatal error
   that names nobody, and two processes 0 share a port unnoticed. So the roll call comes first (roll_call.py).
 - A killed process ends the others by SIGABRT when its heartbeats have run out, or, if it was process 0, at once and
   without a name; a callback instead of the abort raises std::bad_cast. With `jax_enable_recoverability` they live on,
   but not when it was process 0. Here the kernel closes a killed process's connections, and all know its name at once.
-- 256 MB of token ids through its key-value store take 40 s, through a connection that is open anyway 3 s.
+- 256 MB of random bytes through its key-value store take 40 s, through a connection that is open anyway 3 s.
 
 There is no encryption and no password, as in jax's service: run on a private network.
 """
