@@ -3,22 +3,26 @@
 The fast ones run in CI; `pytest tests/test_distributed.py -m slow -s` runs the others and prints the elastic losses.
 """
 
+import contextlib
+import json
 import re
 import shutil
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import rpo_jax
+from rpo_jax import train
 from rpo_jax.config import ConfigError, DistributedConfig
-from rpo_jax.hosts import processes
-from rpo_jax.hosts.channel import PeerFailure
-from rpo_jax.hosts.processes import Cluster
-from rpo_jax.hosts.roll_call import roll_call
+from rpo_jax.hosts.channel import MAGIC, PREFIX, PeerFailure
+from rpo_jax.hosts.cluster import Cluster, find_cluster
+from rpo_jax.hosts.roll_call import listening_at, roll_call
+from rpo_jax.hosts.stopping import Stopping
 from tests.processes import Processes, finished, free_port, slurm_environment, start
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
 
@@ -171,6 +175,27 @@ def test_a_bad_row_of_one_process_stops_all_as_one_process_says_it(world):
     refused(world.processes("bad", 2, data=data), f"error: {one.value}")
 
 
+def test_what_stops_another_process_in_the_loop_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise PeerFailure("process 1 (b) stopped: No space left on device")
+
+    monkeypatch.setattr(Stopping, "requested", stopped)
+    changes = {"objective.name": "dpo", "train.steps": 2, "tracking.tensorboard": False}
+    wanted = settings(write_rows(tmp_path / "pairs.jsonl"), tmp_path / "run", tmp_path / "cache", changes)
+    assert train.main([f"--{setting}" for setting in wanted]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: process 1 (b) stopped: No space left on device"
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_process_in_the_loop_stops_all(world):
+    with world.processes("full", 2, changes={"objective.name": "dpo"}, module="tests.failing_process") as processes:
+        ended = processes.wait()
+    assert [process.status for process in ended] == [2, 2], [process.output for process in ended]
+    assert ended[0].output.splitlines()[-1] == f"error: process 1 ({HOST}) stopped: No space left on device"
+    assert "Traceback" not in ended[0].output
+
+
 @pytest.mark.slow
 def test_a_file_that_one_host_lacks_stops_all(world):
     homes = {i: {"HOME": str(world.folder / f"home {i}")} for i in range(2)}
@@ -258,7 +283,7 @@ def clean(monkeypatch):
 
 
 def chosen(**flags):
-    return processes.find_cluster(DistributedConfig(**flags))
+    return find_cluster(DistributedConfig(**flags))
 
 
 def test_without_flags_and_cluster_there_is_one_process(clean):
@@ -302,8 +327,8 @@ def test_flags_that_do_not_go_together(flags, message):
         DistributedConfig(**flags)
 
 
-def met(address, count, process_ids, seconds=20):
-    """What each process of a roll call gets: a channel, or the reason why not."""
+def met(address, count, process_ids, seconds=20, meanwhile=lambda: None):
+    """What each process of a roll call gets: a channel, or the reason why not; `meanwhile` comes before the second."""
     results = {}
 
     def join(position, process_id):
@@ -313,7 +338,9 @@ def met(address, count, process_ids, seconds=20):
             results[position] = str(error)
 
     threads = [threading.Thread(target=join, args=item) for item in enumerate(process_ids)]
-    for thread in threads:
+    threads[0].start()
+    meanwhile()
+    for thread in threads[1:]:
         thread.start()
     for thread in threads:
         thread.join()
@@ -348,12 +375,87 @@ def test_processes_exchange_arrays_and_lists_in_their_order():
 
 def test_what_one_process_refuses_stops_the_exchange_of_all():
     channels = met(f"127.0.0.1:{free_port()}", 3, [0, 1, 2])
-    channels[2].fail("rows.jsonl:7: empty prompt.", mendable=True)
+    channels[2].fail("rows.jsonl:7: empty prompt.", is_user_error=True)
     for channel in channels[:2]:
         with pytest.raises(PeerFailure, match=rf"process 2 \({HOST}\) stopped: rows.jsonl:7: empty prompt\."):
             channel.gather(1)
     for channel in channels:
         channel.close()
+
+
+def test_a_process_that_has_left_ends_an_exchange():
+    first, second = met(f"127.0.0.1:{free_port()}", 2, [0, 1])
+    second.close()
+    with pytest.raises(ConnectionError, match=rf"process 1 \({HOST}\) has left the run already\."):
+        first.gather(1)
+    first.close()
+
+
+def frame(value, magic=MAGIC, header_bytes=None, body_bytes=0):
+    header = json.dumps(value).encode()
+    return PREFIX.pack(magic, len(header) if header_bytes is None else header_bytes, body_bytes) + header
+
+
+STRANGERS = {
+    "nothing": b"",
+    "half a hello": frame([1, 2, "b"])[:-3],
+    "a browser": b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
+    "another version": frame([1, 2, "b"], magic=b"rpo_jax1"),
+    "an endless header": frame([1, 2, "b"], header_bytes=2**32 - 1),
+    "an endless array": frame([1, 2, "b"], body_bytes=2**40),
+    "no hello": frame({}),
+    "an id that nobody has": frame([99, 2, "b"]),
+    "an id below zero": frame([-1, 2, "b"]),
+    "an id that is no number": frame(["1", 2, "b"]),
+    "a host that is no text": frame([1, 2, {}]),
+    "a host that colours the terminal": frame([1, 2, "\33[31m"]),
+    "brackets": PREFIX.pack(MAGIC, 4000, 0) + b"[" * 4000,
+    "an array": frame({"__array__": ["|u1", [2**60], 0]}),
+    "an array of objects": frame({"__array__": ["O", [0], 0]}),
+}
+
+
+@pytest.mark.parametrize("packet", STRANGERS.values(), ids=STRANGERS)
+def test_a_stranger_at_the_roll_call_is_dropped_and_the_start_goes_on(packet):
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+
+        def speak():
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                with contextlib.suppress(ConnectionRefusedError):
+                    stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+                    stranger.sendall(packet)
+                    return
+
+        before = time.monotonic()
+        channels = met(f"127.0.0.1:{port}", 2, [0, 1], meanwhile=speak)
+        assert time.monotonic() - before < 3, "nobody waits for a stranger to speak"
+    assert [channel.hosts for channel in channels] == [[HOST, HOST]] * 2
+    for channel in channels:
+        channel.close()
+
+
+def test_processes_on_loopback_listen_nowhere_else():
+    assert listening_at("localhost:1") == "127.0.0.1:1"
+    assert listening_at("127.0.0.2:1") == "127.0.0.2:1"
+    assert listening_at("[::1]:1") == "[::1]:1"
+    assert listening_at("10.0.0.1:1") is None
+    assert listening_at("node0:1") is None
+
+
+def test_another_program_at_the_coordinator_is_told_apart():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=answer).start()
+        (reason,) = met(f"127.0.0.1:{port}", 2, [1])
+    assert f"another program, or another version of this one, answers at the coordinator 127.0.0.1:{port}" in reason
 
 
 def test_two_processes_of_one_id_are_told_apart():

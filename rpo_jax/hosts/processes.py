@@ -1,7 +1,6 @@
-"""Which processes a run has, how they find each other, and what they tell each other besides the devices' programs.
+"""How a run's processes meet, and what they exchange besides the devices' programs.
 
-A run's processes are those of the configuration, else of the cluster that jax recognises, else there is one. All that
-is here holds for one process too: it gathers what it gives.
+All that is here holds for one process too: it gathers what it gives.
 """
 
 from __future__ import annotations
@@ -15,84 +14,28 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
-from jax._src import clusters, xla_bridge  # jax has no public name for "what would initialize() choose?"
 
-from rpo_jax.config import Config, DistributedConfig
+from rpo_jax.config import Config
+from rpo_jax.hosts import cluster
 from rpo_jax.hosts.channel import Channel, PeerFailure
-from rpo_jax.hosts.roll_call import roll_call, split_address
+from rpo_jax.hosts.roll_call import listening_at, roll_call
 
 T = TypeVar("T")
 
-CLUSTERS = {
-    "slurm": "SLURM",
-    "ompi": "Open MPI",
-    "gketpu": "GKE TPU",
-    "gcetpu": "Cloud TPU",
-    "k8s": "Kubernetes",
-}
 OWN_KEYS = ("run.cache_dir",)  # settings that may differ from host to host
 NEWS_SECONDS = 5  # how long the news of a death may take, where a device's program fails of it first
 SHUTDOWN_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where a run's processes meet, and which of them this is.
-
-    Attributes:
-        reason: why it is this, for the user.
-        local_device_ids: the devices of this host that this process has; all where None.
-    """
-
-    coordinator: str
-    num_processes: int
-    process_id: int
-    reason: str
-    local_device_ids: Sequence[int] | None = None
 
 
 class _Run:
     """This process's place among the others; a process is in one run of processes from its first to its last."""
 
     channel = Channel(0, [socket.gethostname()], {})
-    cluster: Cluster | None = None
-
-
-def find_cluster(config: DistributedConfig) -> Cluster | None:
-    """The processes that the configuration names, else those of the cluster around; None where this one is alone."""
-    if config.num_processes is not None:
-        assert config.coordinator is not None, "checked with the configuration"
-        assert config.process_id is not None, "checked with the configuration"
-        if config.num_processes == 1:
-            return None
-        return Cluster(config.coordinator, config.num_processes, config.process_id, "as configured")
-    found = _detected()
-    if found is None:
-        return None
-    coordinator, num_processes, process_id, local = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, None, config.timeout_seconds
-    )
-    if num_processes == 1 or None in (coordinator, num_processes, process_id):
-        return None
-    assert coordinator is not None
-    assert num_processes is not None
-    assert process_id is not None
-    if "JAX_LOCAL_DEVICE_IDS" in os.environ:  # jax reads it where it is told nothing
-        local = None
-    return Cluster(coordinator, num_processes, process_id, f"found {CLUSTERS.get(found, found)}", local)
-
-
-def _detected() -> str | None:
-    """The first cluster that jax recognises, in the order in which jax asks."""
-    for kind in clusters.ClusterEnv._cluster_types:
-        if not kind.opt_in_only_method and kind.is_env_present():
-            return kind.name
-    return None
+    cluster: cluster.Cluster | None = None
 
 
 def initialize(config: Config) -> str:
@@ -104,16 +47,16 @@ def initialize(config: Config) -> str:
     """
     if _Run.cluster is None:
         _join(config)
-    elif config.distributed.num_processes is not None:
-        asked, joined = find_cluster(config.distributed), dataclasses.replace(_Run.cluster, reason="as configured")
-        if asked != joined:
+    else:
+        joined = dataclasses.replace(_Run.cluster, reason="as configured")
+        if config.distributed.num_processes is not None and cluster.find_cluster(config.distributed) != joined:
             raise ValueError(
                 f"this process is {joined.process_id} of {joined.num_processes} at {joined.coordinator} already, and "
                 "cannot join other ones; use the same distributed section, or another process."
             )
+        _compare(config)
     if _Run.cluster is None:
         return "1 process: distributed.* names no others, and no cluster was found"
-    _compare(config)
     found = _Run.cluster
     return (
         f"{found.num_processes} processes, {found.reason}: coordinator {found.coordinator}, this is process "
@@ -124,28 +67,27 @@ def initialize(config: Config) -> str:
 def _join(config: Config) -> None:
     if jax.distributed.is_initialized():
         raise ValueError("jax.distributed.initialize() was called before; leave it to rpo_jax (distributed.*).")
-    cluster = find_cluster(config.distributed)
-    if cluster is None:
+    found = cluster.find_cluster(config.distributed)
+    if found is None:
         return
-    if xla_bridge.backends_are_initialized():
+    if cluster.has_backends():
         raise ValueError("jax is in use already, so this process can join no others; start the run in a new process.")
     seconds = config.distributed.timeout_seconds
-    _Run.channel = roll_call(cluster.coordinator, cluster.num_processes, cluster.process_id, seconds)
-    _Run.cluster = cluster
+    _Run.channel = roll_call(found.coordinator, found.num_processes, found.process_id, seconds)
+    _Run.cluster = found
     with stopping_together():
         # Before jax starts: from then on all must stay together.
         _compare(config)
-        host, port = split_address(cluster.coordinator)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
-            cluster.coordinator,
-            cluster.num_processes,
-            cluster.process_id,
-            cluster.local_device_ids,
+            found.coordinator,
+            found.num_processes,
+            found.process_id,
+            found.local_device_ids,
             cluster_detection_method="deactivate",
             initialization_timeout=seconds,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            coordinator_bind_address=f"{host}:{port}" if host in ("127.0.0.1", "localhost") else None,
+            coordinator_bind_address=listening_at(found.coordinator),
         )
     atexit.register(_Run.channel.close)  # before jax's own way out, which was registered earlier
 
@@ -190,7 +132,7 @@ def name(process_id: int) -> str:
 def gather(mine: Any) -> list[Any]:
     """What every process gives, in the order of their ids; every process must call this, in the same order.
 
-    Takes dicts, lists, strings, numbers, None and NumPy arrays. Raises ValueError where another process has stopped
+    Takes dicts, lists, strings, numbers, None and NumPy arrays. Raises PeerFailure where another process has stopped
     because of something that its user can mend.
     """
     return _Run.channel.gather(mine)
@@ -207,7 +149,7 @@ class Agreed(RuntimeError):
 
 def stop_others(reason: str) -> None:
     """Tell the other processes that this one stops, and why: they stop too."""
-    _Run.channel.fail(reason, mendable=True)
+    _Run.channel.fail(reason, is_user_error=True)
 
 
 def from_main(make: Callable[[], T]) -> T:
@@ -223,23 +165,19 @@ def stopping_together() -> Iterator[None]:
     except (PeerFailure, Agreed):
         raise
     except (ValueError, OSError) as error:
-        _Run.channel.fail(str(error), mendable=True)
+        _Run.channel.fail(str(error), is_user_error=True)
         raise
     except Exception as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and num_processes() > 1:
             time.sleep(NEWS_SECONDS)  # if it is because another one died, its name comes now, and ends this process
-        _Run.channel.fail(f"{type(error).__name__}: {error}", mendable=False)
+        _Run.channel.fail(f"{type(error).__name__}: {error}", is_user_error=False)
         raise
 
 
 def leave(status: int) -> int:
     """Leave after a failure: alone through the interpreter, with others at once, as jax would wait for them."""
-    if num_processes() > 1:
-        _leave_now(status)
-    return status
-
-
-def _leave_now(status: int) -> NoReturn:
+    if num_processes() == 1:
+        return status
     if sys.exc_info()[0] is not None and status == 1:
         traceback.print_exc()
     sys.stdout.flush()

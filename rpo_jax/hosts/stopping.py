@@ -22,7 +22,7 @@ from rpo_jax.hosts import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TIME_LIMIT = "train.max_minutes"
-# `timeout` and some schedulers send a signal to the process and to its group: that is one request, told twice.
+# `timeout` and some schedulers send a signal to the process and to its group: that is one request, sent twice.
 REPEAT_SECONDS = 0.5
 EXCHANGE_SECONDS = 1.0  # how long a request may stay unknown to the other processes, besides a step
 
@@ -132,9 +132,9 @@ class Stopping:
         # NaN the first time: then the next call exchanges again.
         per_call = (now - pace.since) / pace.calls
         wanted = int(EXCHANGE_SECONDS / per_call) if per_call > 0 else 1
-        told = processes.gather([mine, max(1, min(wanted, 2 * pace.every))])
-        pace.calls, pace.every, pace.since = 0, told[0][1], now
-        self.reason = next((reason for reason, _ in told if reason is not None), None)
+        requests = processes.gather([mine, max(1, min(wanted, 2 * pace.every))])
+        pace.calls, pace.every, pace.since = 0, requests[0][1], now
+        self.reason = next((reason for reason, _ in requests if reason is not None), None)
         return self.reason
 
 

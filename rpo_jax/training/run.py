@@ -70,6 +70,7 @@ def run(config: Config) -> RunResult:
     Raises:
         ValueError: for anything in the configuration, the data or the model folder that cannot be used, on every
             process; nothing has been compiled then, and no run folder made.
+        PeerFailure: an OSError, where something of that kind stopped another process, at whatever time.
         Diverged: for numbers that go wrong too often (the guard section); its message is a report.
         Stopped: a KeyboardInterrupt, for a run that is asked to stop before its first step.
     """
