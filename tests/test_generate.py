@@ -120,7 +120,7 @@ def test_a_half_done_file_is_completed(world, sampled, capsys):
 def test_what_a_killed_start_wrote_is_used(world, sampled, monkeypatch):
     """Batches are on disk as they come: the second start does the rest only."""
     asked = []
-    answers = generate.Answering.answers
+    answers = generate.Answerer.answers
 
     def dying(self, prompts, seeds, limits, wanted):
         asked.append(len(wanted))
@@ -129,7 +129,7 @@ def test_what_a_killed_start_wrote_is_used(world, sampled, monkeypatch):
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(generate.Answering, "answers", dying)
+    monkeypatch.setattr(generate.Answerer, "answers", dying)
     config = world.config("killed", sampling=WARM)
     with pytest.raises(KeyboardInterrupt):
         generate.generate(config)

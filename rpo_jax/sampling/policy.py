@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,8 @@ from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.models.folders import folder_fingerprint
 from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
-from rpo_jax.runs.folder import CHECKPOINTS, GENERATION_CONFIG, MODEL
+from rpo_jax.runs.folder import CHECKPOINTS, MODEL
+from rpo_jax.sampling.end_tokens import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ def find_policy(path: str, *, checkpoint: str | None = None, base: str | None = 
     folder = models.resolve_folder(path)
     model_config = models.check_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    ends = _end_ids(folder, model_config, tokenizer)
+    ends = end_tokens(folder, model_config, tokenizer)
     return Policy(path, model_config, tokenizer, ends, None, "float32", folder)
 
 
@@ -111,7 +111,7 @@ def _of_run(run_dir: Path, path: str, checkpoint: str, base: str | None) -> Poli
         raise ValueError(f"base={base} is for LoRA runs, and {path} trained all weights; leave it out.")
     folder = checked_base(base, record["base"], run_dir) if config.lora.rank else None
     tokenizer = load_tokenizer(run_dir / MODEL)
-    ends = _end_ids(run_dir / MODEL, model_config, tokenizer)
+    ends = end_tokens(run_dir / MODEL, model_config, tokenizer)
     name, dtype = f"{path}@{step}", config.model.compute_dtype
     return Policy(name, model_config, tokenizer, ends, config.data.template, dtype, folder, run_dir, step, config.lora)
 
@@ -149,17 +149,3 @@ def checked_base(given: str | None, recorded: dict[str, str], run_dir: Path) -> 
             "--base."
         )
     return folder
-
-
-def _end_ids(folder: Path, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    file, told = folder / GENERATION_CONFIG, None
-    if file.is_file():
-        try:
-            told = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file} is not a JSON object ({error}); copy it again, or remove it.") from None
-    return frozenset(_ids(told) | _ids(model_config.eos_token_id) | _ids(tokenizer.eos_token_id))
-
-
-def _ids(value: Any) -> set[int]:
-    return set() if value is None else {value} if isinstance(value, int) else set(value)
