@@ -112,9 +112,7 @@ class Reporter:
             task = bar.add_task(name, total=total, completed=start, shown="")
 
             def update(done: int, metrics: Mapping[str, float]) -> None:
-                bar.update(task, completed=done)
-                if metrics:
-                    bar.update(task, shown=summary(metrics))
+                bar.update(task, completed=done, **({"shown": summary(metrics)} if metrics else {}))
 
             yield update
 

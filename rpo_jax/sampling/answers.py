@@ -57,7 +57,7 @@ class Answerer:
     """Answers prompts.
 
     Args:
-        params: as rpo_jax.models.cached.unstack_layers gives them, on the decoder's mesh.
+        params: as rpo_jax.sampling.kv_cache.unstack_layers gives them, on the decoder's mesh.
         end_ids: tokens that end an answer.
         stop: texts that end an answer, and are no part of it.
         rows: of a batch.

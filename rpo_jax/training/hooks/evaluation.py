@@ -10,7 +10,7 @@ from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import processes
 from rpo_jax.objectives import metrics as means
 from rpo_jax.runs.tracking import Reporter
-from rpo_jax.training.hooks.guard import FILE, Guard, row_ids, some_rows
+from rpo_jax.training.hooks.guard import FILE, Guard, row_ids, some
 from rpo_jax.training.hooks.hook import Hook, Training
 from rpo_jax.training.loop import Programs
 from rpo_jax.training.step import Means
@@ -76,4 +76,4 @@ class Evaluation(Hook):
             if not all(math.isfinite(value) for value in values):
                 rows += row_ids(batch, self.held_out.data)
         self.guard.write({"step": run.step, "reason": f"{', '.join(names)} not finite", "rows": rows})
-        self.reporter.say(f"step {run.step}  not finite: {', '.join(names)}; rows {some_rows(rows)}, all in {FILE}")
+        self.reporter.say(f"step {run.step}  not finite: {', '.join(names)}; rows {some(rows)}, all in {FILE}")

@@ -44,9 +44,10 @@ def row_ids(batch: Batch, data: PreferenceData) -> list[str]:
     return [data.examples[number].row_id for number in dict.fromkeys(index.tolist())]
 
 
-def some_rows(rows: list[str]) -> str:
-    more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-    return ", ".join(rows[:SHOWN_ROWS]) + more
+def some(names: list[str], shown: int = SHOWN_ROWS) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 class Guard:
@@ -140,7 +141,7 @@ class Guarding(Hook):
         rows = functools.partial(row_ids, finished.batch, self.data)
         skipped = self.guard.record(finished.step, finished.report, finished.limit, rows)
         if skipped is not None:
-            self.reporter.say(f"step {finished.step}  skipped: {skipped}; rows {some_rows(rows())}, all in {FILE}")
+            self.reporter.say(f"step {finished.step}  skipped: {skipped}; rows {some(rows())}, all in {FILE}")
 
     def at_end(self, run: Training) -> None:
         if self.guard.bad_steps and run.step >= run.first_step:

@@ -94,10 +94,10 @@ class Training:
 class Hook:
     """Something that a run does besides its steps; override what is needed, the rest does nothing.
 
-    A run calls its hooks one after another at each event, on every process, in one order (that of rpo_jax/training/run.py): hooks given
-    to `rpo_jax.run` come after those that log and evaluate, in the order given, and before the one that saves. What a hook
-    wrote for a step is therefore there once that step's checkpoint is, and a resumed run goes on after both. An
-    exception ends the run.
+    A run calls its hooks one after another at each event, on every process, in the order that training/run.py lists:
+    hooks given to `rpo_jax.run` come after those that log and evaluate, in the order given, and before the one that
+    saves. What a hook wrote for a step is therefore there once that step's checkpoint is, and a resumed run goes on
+    after both. An exception ends the run.
 
         class StopWhenLearned(rpo_jax.Hook):
             def after_evaluation(self, run, metrics):

@@ -9,7 +9,7 @@ from typing import Any
 
 from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.tracking import MetricsLog, Reporter
-from rpo_jax.training.hooks.guard import FILE, Diverged, Guard, row_ids, some_rows
+from rpo_jax.training.hooks.guard import FILE, Diverged, Guard, row_ids, some
 from rpo_jax.training.hooks.hook import FinishedStep, Hook, Metrics, Training
 from rpo_jax.training.loop import Programs
 
@@ -81,5 +81,5 @@ class Saving(Hook):
         saved = self.checkpoints.latest_step()
         self.guard.write({"step": self._newest.step, "reason": why, "found": reasons, "rows": rows})
         kept = "no checkpoint was saved before" if saved is None else f"the checkpoint of step {saved} is whole"
-        lines = [f"training stopped: {why}; {kept}", f"rows of that step: {some_rows(rows)}; all in {FILE}", *reasons]
+        lines = [f"training stopped: {why}; {kept}", f"rows of that step: {some(rows)}; all in {FILE}", *reasons]
         return Diverged("\n  ".join(lines))
