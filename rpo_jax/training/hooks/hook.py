@@ -29,7 +29,7 @@ class FinishedStep:
         packing_efficiency: share of the batch's positions that hold a token.
         limit: of the gradient's norm; None where there was none.
         report: the step's metrics on the devices; `metrics` has them as floats.
-        seconds: that the step took, what hooks did between two steps left out.
+        seconds: that the step took; pauses before it are left out.
     """
 
     step: int
