@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from rpo_jax import models, objectives
     from rpo_jax.config import Config
     from rpo_jax.config.reading import load_config
+    from rpo_jax.training.hooks.hook import Hook
     from rpo_jax.training.run import RunResult, run
 
-__all__ = ["Config", "RunResult", "load_config", "models", "objectives", "run"]
+__all__ = ["Config", "Hook", "RunResult", "load_config", "models", "objectives", "run"]
 
 _HOMES = {
     "Config": "rpo_jax.config",
+    "Hook": "rpo_jax.training.hooks.hook",
     "RunResult": "rpo_jax.training.run",
     "load_config": "rpo_jax.config.reading",
     "run": "rpo_jax.training.run",

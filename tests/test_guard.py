@@ -17,9 +17,10 @@ from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
 from rpo_jax.runs.checkpoints import Checkpoints
+from rpo_jax.runs.folder import CHECKPOINTS
 from rpo_jax.training import step
 from rpo_jax.training.diagnosis import Diagnosis
-from rpo_jax.training.guard import FEWEST_NORMS, FILE, NORMS, Guard
+from rpo_jax.training.hooks.guard import FEWEST_NORMS, FILE, NORMS, Guard
 from rpo_jax.training.reference import FOLDER, write_cache
 from rpo_jax.training.step import build_steps, put_batch
 from tests.runs import configured, metric_lines, settings, without_timings, write_rows
@@ -147,7 +148,7 @@ def _placed(small, state):
 def test_where_nothing_is_wrong_the_guard_changes_no_bit(optim, monkeypatch):
     guarded = Small((2, 2, 2), optim=optim)
     with_guard = guarded.run(guarded.state(), guarded.batches(), range(4))
-    monkeypatch.setattr(step, "kept_unless", lambda _good, new, _old: new)
+    monkeypatch.setattr(step, "accept_if", lambda _good, new, _old: new)
     bare = Small((2, 2, 2), optim=optim)
     assert_equal(with_guard, bare.run(bare.state(), bare.batches(), range(4)))
 
@@ -250,12 +251,12 @@ def test_the_median_of_earlier_norms_sets_the_limit():
         known = norms[: number - 1][-NORMS:]
         expected = 3.0 * np.median(known) if len(known) >= FEWEST_NORMS else np.inf
         np.testing.assert_allclose(limit, expected, rtol=1e-6)
-        assert guard.see(number, {"skipped": 0.0, "grad_norm": norm, "loss": 1.0}, limit, list) is None
+        assert guard.record(number, {"skipped": 0.0, "grad_norm": norm, "loss": 1.0}, limit, list) is None
     # A resumed run has read every step, and yet asks of no more than the first part had.
-    resumed = Guard(GuardConfig(max_grad_norm_ratio=3.0), record=json.loads(json.dumps(guard.record())))
+    resumed = Guard(GuardConfig(max_grad_norm_ratio=3.0), memory=json.loads(json.dumps(guard.memory())))
     assert resumed.limit(len(norms) + 1) == guard.limit(len(norms) + 1)
     report = {"skipped": 1.0, "grad_norm": np.float32(9.0), "loss": np.float32(1.0)}
-    assert "the norm of its gradient is 9, over the limit of 4" in str(guard.see(99, report, np.float32(4), list))
+    assert "the norm of its gradient is 9, over the limit of 4" in str(guard.record(99, report, np.float32(4), list))
 
 
 # Whole runs.
@@ -289,7 +290,7 @@ class World:
         return [json.loads(line) for line in lines]
 
     def steps(self, name):
-        checkpoints = Checkpoints(self.folder / name / train.CHECKPOINTS, read_only=True)
+        checkpoints = Checkpoints(self.folder / name / CHECKPOINTS, read_only=True)
         steps = checkpoints.steps()
         checkpoints.close()
         return steps
@@ -401,7 +402,7 @@ def test_a_learning_rate_that_overflows_leaves_the_last_good_checkpoint(world, c
 
 
 def test_a_spike_of_the_gradient_is_skipped_and_its_limit_told(world, capsys, monkeypatch):
-    monkeypatch.setattr("rpo_jax.training.guard.FEWEST_NORMS", 2)
+    monkeypatch.setattr("rpo_jax.training.hooks.guard.FEWEST_NORMS", 2)
     changes = {"guard__max_grad_norm_ratio": 1.0001, "train__steps": 12, "guard__max_bad_steps": 20}
     rpo_jax.run(world.configured("tight", **changes))
     told = world.told("tight")

@@ -36,7 +36,8 @@ def test_a_resume_drops_what_will_be_logged_again(tmp_path):
     write(tmp_path, told)
     resumed = write(tmp_path, [{"step": 5, "loss": 50.0}], start_step=4)
     assert lines(tmp_path) == [*told[:5], {"step": 5, "loss": 50.0}]
-    assert resumed.earlier == told[:5]
+    assert resumed.initial == told[0] == resumed.held_out
+    assert resumed.training == {"step": 5, "loss": 50.0}
 
 
 def test_a_start_from_nothing_keeps_nothing(tmp_path):
@@ -44,7 +45,7 @@ def test_a_start_from_nothing_keeps_nothing(tmp_path):
     write(tmp_path, [{"step": 0, "eval_loss": 9.0}, {"step": 1, "loss": 1.0}])
     fresh = write(tmp_path, [{"step": 0, "eval_loss": 9.0}])
     assert lines(tmp_path) == [{"step": 0, "eval_loss": 9.0}]
-    assert fresh.earlier == []
+    assert fresh.training == {}
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 2, "loss": 2.0}'])
@@ -59,7 +60,8 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
 def test_a_number_that_is_not_finite_still_gives_lines_that_can_be_read(tmp_path):
     write(tmp_path, [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}])
     resumed = write(tmp_path, [], start_step=2)
-    assert [line["step"] for line in resumed.earlier] == [1, 2]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert resumed.training == {"step": 2, "loss": 1.0}
 
 
 def test_tensorboard_holds_every_number(tmp_path):

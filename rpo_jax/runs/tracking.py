@@ -13,21 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
-from rich.text import Text
 
 from rpo_jax.config import TrackingConfig
-from rpo_jax.core.files import replace_durably
 from rpo_jax.runs.notebook import NotebookProgress, in_notebook
+from rpo_jax.runs.step_lines import lines_before, replace_lines
 
 FIRST_STEP = "first step"  # its key in phase_seconds
 
@@ -47,13 +38,6 @@ _SHOWN = (
 def summary(metrics: Mapping[str, float]) -> str:
     """The key metrics in one short line."""
     return "  ".join(f"{label} {form.format(metrics[key])}" for key, label, form in _SHOWN if key in metrics)
-
-
-class _ShownColumn(ProgressColumn):
-    """A task's key metrics, cut where the line ends."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["shown"], no_wrap=True, overflow="ellipsis")
 
 
 class Reporter:
@@ -115,24 +99,20 @@ class Reporter:
             yield plain
             return
 
-        def whole() -> Column:
-            return Column(no_wrap=True)
-
-        columns = (
-            TextColumn("{task.description}", table_column=whole()),
-            BarColumn(bar_width=16, table_column=whole()),
-            MofNCompleteColumn(table_column=whole()),
-            TimeRemainingColumn(table_column=whole()),
-            TextColumn("left", table_column=whole()),
-            _ShownColumn(),  # the one that a narrow terminal cuts
+        fixed = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16, table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left"),
         )
-        with Progress(*columns, console=self._console) as bar:
+        # What a narrow terminal cuts.
+        shown = TextColumn("{task.fields[shown]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        with Progress(*fixed, shown, console=self._console) as bar:
             task = bar.add_task(name, total=total, completed=start, shown="")
 
             def update(done: int, metrics: Mapping[str, float]) -> None:
-                bar.update(task, completed=done)
-                if metrics:
-                    bar.update(task, shown=summary(metrics))
+                bar.update(task, completed=done, **({"shown": summary(metrics)} if metrics else {}))
 
             yield update
 
@@ -153,7 +133,9 @@ class MetricsLog:
         run_id: the same for all parts of a run, so that a resumed one goes on in the same chart.
 
     Attributes:
-        earlier: what the earlier parts of the run logged.
+        initial: the evaluation before the run's first step; empty where there is none so far, as the next two.
+        training: the newest line of a training step.
+        held_out: the newest line of an evaluation.
     """
 
     def __init__(
@@ -169,14 +151,16 @@ class MetricsLog:
         path = run_dir / "metrics.jsonl"
         # A run that starts over evaluates before its first step again, so even that line goes.
         first_step = start_step + 1 if start_step else 0
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < first_step]
-        self.earlier: list[dict[str, float]] = [json.loads(line) for line in kept]
+        self.initial: dict[str, float] = {}
+        self.training: dict[str, float] = {}
+        self.held_out: dict[str, float] = {}
+        kept = lines_before(path, first_step)
+        for line in kept:
+            self._note(json.loads(line))
         self._file = self._tensorboard = self._wandb = None
         if not writing:
             return
-        beside = path.with_suffix(".jsonl.tmp")
-        beside.write_text("".join(kept), encoding="utf-8")
-        replace_durably(beside, path)
+        replace_lines(path, kept)
         self._file = path.open("a", encoding="utf-8")
         if config.tensorboard:
             from tensorboardX import SummaryWriter
@@ -189,6 +173,7 @@ class MetricsLog:
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Log one step; `metrics` holds `step`."""
+        self._note(dict(metrics))
         if self._file is None:
             return
         self._file.write(json.dumps(dict(metrics)) + "\n")
@@ -200,6 +185,14 @@ class MetricsLog:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
+
+    def _note(self, line: dict[str, float]) -> None:
+        if line["step"] == 0:
+            self.initial = line
+        if "loss" in line:
+            self.training = line
+        if "eval_loss" in line:
+            self.held_out = line
 
     def sync(self) -> None:
         """Have all lines on disk, before a checkpoint that counts on them."""
@@ -213,10 +206,3 @@ class MetricsLog:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of an earlier part of the run; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

@@ -53,7 +53,7 @@ def batch_rows(batch_size: int, prompts: int, shards: int) -> int:
 
 
 @dataclass(frozen=True)
-class Answering:
+class Answerer:
     """Answers prompts.
 
     Args:

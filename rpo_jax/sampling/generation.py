@@ -27,7 +27,7 @@ from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
 from rpo_jax.data.tokenize import TEMPLATES, cut_prompt, encode_prompts, render_prompt
 from rpo_jax.hosts import sharding
 from rpo_jax.runs.tracking import Reporter
-from rpo_jax.sampling.answers import Answer, Answering, batch_rows, prompt_seeds
+from rpo_jax.sampling.answers import Answer, Answerer, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Decoder, Sampling
 from rpo_jax.sampling.kv_cache import to_decode_layout
 from rpo_jax.sampling.policy import DTYPES, StoredPolicy, find_policy
@@ -163,8 +163,8 @@ def generate(config: GenerateConfig) -> Path:
                 compute_dtype=dtype,
             )
             size = batch_rows(config.batch_size, len(rows), sharding.row_shards(mesh))
-            answering = Answering(decoder, params, policy.tokenizer, policy.end_ids, config.stop, size)
-            _write_answers(out, rows, done, answering.answers(prompts, seeds, limits, wanted), reporter)
+            answerer = Answerer(decoder, params, policy.tokenizer, policy.end_ids, config.stop, size)
+            _write_answers(out, rows, done, answerer.answers(prompts, seeds, limits, wanted), reporter)
     _write_whole(out, "".join(_line(done[index]) for index in range(len(rows))))
     if config.alpaca_eval:
         return _write_alpaca_eval(out.with_suffix(".json"), asked.rows, done, config.generator or _name(policy))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
-from rpo_jax.runs.folder import CHECKPOINTS, GENERATION_CONFIG, MODEL
+from rpo_jax.runs.folder import CHECKPOINTS, MODEL
+from rpo_jax.sampling.end_tokens import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def find_policy(path: str, *, checkpoint: str | None = None, base: str | None = 
     folder = models.resolve_folder(path)
     policy = models.Policy(models.check_pretrained(folder))
     tokenizer = load_tokenizer(folder)
-    ends = _end_ids(folder, policy.model_config, tokenizer)
+    ends = end_tokens(folder, policy.model_config, tokenizer)
     return StoredPolicy(path, policy, tokenizer, ends, None, "float32", folder)
 
 
@@ -98,7 +98,7 @@ def _of_run(run_dir: Path, path: str, checkpoint: str, base: str | None) -> Stor
         raise ValueError(f"base={base} is for LoRA runs, and {path} trained all weights; leave it out.")
     folder = checked_base(base, record["base"], run_dir) if policy.trains_adapters else None
     tokenizer = load_tokenizer(run_dir / MODEL)
-    ends = _end_ids(run_dir / MODEL, policy.model_config, tokenizer)
+    ends = end_tokens(run_dir / MODEL, policy.model_config, tokenizer)
     name, dtype = f"{path}@{step}", config.model.compute_dtype
     return StoredPolicy(name, policy, tokenizer, ends, config.data.template, dtype, folder, run_dir, step)
 
@@ -166,17 +166,3 @@ def checked_base(
             f"--base{instead}."
         )
     return folder
-
-
-def _end_ids(folder: Path, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    file, told = folder / GENERATION_CONFIG, None
-    if file.is_file():
-        try:
-            told = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file} is not a JSON object ({error}); copy it again, or remove it.") from None
-    return frozenset(_ids(told) | _ids(model_config.eos_token_id) | _ids(tokenizer.eos_token_id))
-
-
-def _ids(value: Any) -> set[int]:
-    return set() if value is None else {value} if isinstance(value, int) else set(value)

@@ -19,13 +19,14 @@ from rpo_jax.core.records import Batch, PreferenceData
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.objectives import heads
+from rpo_jax.training.hooks.guard import some
 from rpo_jax.training.micro_batches import all_log_probs
 from rpo_jax.training.step import Params, Steps, make_log_probs
 
 SHOWN = 6  # of a kind
 
 
-class _Found(NamedTuple):
+class _Finite(NamedTuple):
     loss: Bool[Array, ""]
     reference: Bool[Array, "P"]
     gradient: Params  # of every array whether it is finite, of a stacked one for every layer
@@ -50,10 +51,10 @@ class Diagnosis:
             model = params if base is None else lora.combine(base, params, config.lora)
             return jnp.isfinite(all_log_probs(forward, micro_rows, _cut(model, self._layers, depth), batch).log_prob)
 
-        def differentiate(params: Params, batch: Batch, reference: Params | None, base: Params | None) -> _Found:
+        def differentiate(params: Params, batch: Batch, reference: Params | None, base: Params | None) -> _Finite:
             loss, _, gradient, batch = steps.gradient(params, batch, reference, base)
             known = [jnp.isfinite(side.reference_log_prob) | ~side.valid for side in batch.sides]
-            return _Found(jnp.isfinite(loss), jnp.concatenate(known), _finite(gradient))
+            return _Finite(jnp.isfinite(loss), jnp.concatenate(known), _finite(gradient))
 
         self._log_probs = jax.jit(log_probs, out_shardings=whole)
         self._differentiate = jax.jit(differentiate, out_shardings=whole)
@@ -65,31 +66,35 @@ class Diagnosis:
 
     def explain(self, params: Params, reference: Params | None, batch: Batch, data: PreferenceData) -> list[str]:
         """What is not finite where this batch, which is on the devices, is trained on; a line for each finding."""
-        found: _Found = jax.device_get(self._differentiate(params, batch, reference, self._base))
+        finite: _Finite = jax.device_get(self._differentiate(params, batch, reference, self._base))
         slots = jax.device_get(batch.sides)
         index = np.concatenate([side.example_index for side in slots])
         valid = np.concatenate([side.valid for side in slots])
         rows = [data.examples[number].row_id if used else "" for number, used in zip(index, valid, strict=True)]
 
-        told = []
+        lines = []
         if names := self.parameters(params):
-            told.append(f"parameters that are not finite: {_some(names)}")
+            lines.append(f"parameters that are not finite: {some(names, SHOWN)}")
         if self._base is not None and (names := self.parameters(self._base)):
-            told.append(f"parameters of the base that are not finite: {_some(names)}")
-        if not found.reference.all():
-            told.append(f"reference log-probs that are not finite: those of {_rows(rows, valid & ~found.reference)}")
+            lines.append(f"parameters of the base that are not finite: {some(names, SHOWN)}")
+        if not finite.reference.all():
+            lines.append(f"reference log-probs that are not finite: those of {_rows(rows, valid & ~finite.reference)}")
         embedded = np.concatenate([np.isfinite(side.embedding).all(axis=-1) for side in slots[:2]])
         if not embedded.all():
-            told.append(f"embeddings that are not finite: those of {_rows(rows, ~embedded)}")
+            lines.append(f"embeddings that are not finite: those of {_rows(rows, ~embedded)}")
 
         depth, wrong = self._first_depth(params, batch, valid)
         if depth is not None:
-            told.append(f"first not finite in the forward pass: {_place(depth, self._layers)}, of {_rows(rows, wrong)}")
-        elif not found.loss:
-            told.append("every log-prob of the policy is finite, the loss of them is not")
-        elif names := _names(found.gradient):
-            told.append(f"the loss is finite, its gradient is not; the first, backwards: {_some(_backwards(names))}")
-        return told or ["on the parameters as they are now, every number of this batch is finite"]
+            lines.append(
+                f"first not finite in the forward pass: {_place(depth, self._layers)}, of {_rows(rows, wrong)}"
+            )
+        elif not finite.loss:
+            lines.append("every log-prob of the policy is finite, the loss of them is not")
+        elif names := _names(finite.gradient):
+            lines.append(
+                f"the loss is finite, its gradient is not; the first, backwards: {some(_backwards(names), SHOWN)}"
+            )
+        return lines or ["on the parameters as they are now, every number of this batch is finite"]
 
     def _first_depth(self, params: Params, batch: Batch, valid: np.ndarray) -> tuple[int | None, np.ndarray]:
         """The least depth at which a response's log-prob is not finite, and which are not there; None if all are.
@@ -106,8 +111,8 @@ class Diagnosis:
             return None, at
         while low < high:
             middle = (low + high) // 2
-            if (there := wrong(middle)).any():
-                high, at = middle, there
+            if (at_middle := wrong(middle)).any():
+                high, at = middle, at_middle
             else:
                 low = middle + 1
         return high, at
@@ -124,8 +129,8 @@ def _cut(params: Params, num_layers: int, depth: Int[Array, ""]) -> Params:
 
     def within(path: Sequence[Any], leaf: Array) -> Array:
         mlp = path[0].key in ("mlp", "mlp_norm")
-        there = 2 * number + int(mlp) < depth
-        return jnp.where(there.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
+        included = 2 * number + int(mlp) < depth
+        return jnp.where(included.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
 
     cut = {**params, "layers": jax.tree.map_with_path(within, params["layers"])}
     norm = params["final_norm"]
@@ -172,14 +177,10 @@ def _backwards(names: list[str]) -> list[str]:
     return sorted(names, key=order)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
 def _rows(rows: list[str], which: np.ndarray) -> str:
     """The rows of some slots; `which` may leave out the last sides' slots."""
     held = dict.fromkeys(row for row in rows if row)
     named = dict.fromkeys(rows[slot] for slot in np.flatnonzero(which) if rows[slot])
     if len(named) == len(held) > 1:
         return f"all {len(held)} rows of the batch"
-    return _some(list(named))
+    return some(list(named), SHOWN)

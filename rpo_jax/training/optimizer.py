@@ -56,7 +56,7 @@ def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTra
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
 
 
-def kept_unless(good: Bool[Array, ""], new: Any, old: Any) -> Any:
+def accept_if(good: Bool[Array, ""], new: Any, old: Any) -> Any:
     """The new parameters and optimizer state, or the old ones; the learning rate's count of steps always goes on.
 
     Each array is chosen as it is made, so that it can take the place of the old one.

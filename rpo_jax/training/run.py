@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -33,9 +34,14 @@ from rpo_jax.runs.folder import (
 )
 from rpo_jax.runs.tracking import MetricsLog, Reporter, check_tracking, summary
 from rpo_jax.runs.versions import installed_versions
-from rpo_jax.training.guard import FILE as GUARD_FILE
-from rpo_jax.training.guard import Diverged, Guard
-from rpo_jax.training.loop import TrainingLoop
+from rpo_jax.training.hooks.evaluation import Evaluation
+from rpo_jax.training.hooks.guard import FILE as GUARD_FILE
+from rpo_jax.training.hooks.guard import Diverged, Guard, Guarding
+from rpo_jax.training.hooks.hook import Hook, Training
+from rpo_jax.training.hooks.logging import Logging
+from rpo_jax.training.hooks.saving import Saving
+from rpo_jax.training.hooks.stopping import StopRequests
+from rpo_jax.training.loop import Programs, train
 from rpo_jax.training.prepare import prepare
 from rpo_jax.training.setup import Start, make_start, policy_config
 
@@ -61,11 +67,28 @@ class RunResult:
     stopped: str | None = None
 
 
-def run(config: Config) -> RunResult:
+@dataclass(frozen=True)
+class _Asked:
+    """What a run was asked for, and where it says how it gets on."""
+
+    config: Config
+    hooks: Sequence[Hook]
+    reporter: Reporter
+    stopping: Stopping
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run.dir).expanduser()
+
+
+def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     """Train as configured and return where the result is; every process of a run calls this.
 
     In a main thread, SIGTERM and SIGINT, which is what interrupts a notebook's cell, save and return early; a second
     one ends the process at once, or, in a notebook, the cell.
+
+    Args:
+        hooks: called while the run trains, besides its own; their order is that of rpo_jax.Hook.
 
     Raises:
         ValueError: for anything in the configuration, the data or the model folder that cannot be used, on every
@@ -82,14 +105,14 @@ def run(config: Config) -> RunResult:
         reporter = Reporter(silent=not processes.is_main())
         reporter.say(chosen)
         try:
-            return _run(config, reporter, stopping)
+            return _run(_Asked(config, hooks, reporter, stopping))
         except Stopped as stopped:
             reporter.say(f"{stopped}; to go on: {resume_command(config, stopping.started)}")
             raise
 
 
-def _run(config: Config, reporter: Reporter, stopping: Stopping) -> RunResult:
-    run_dir = Path(config.run.dir).expanduser()
+def _run(asked: _Asked) -> RunResult:
+    config, reporter, stopping, run_dir = asked.config, asked.reporter, asked.stopping, asked.run_dir
     if config.run.resume == "auto" and processes.is_main():
         set_aside_damaged(run_dir / CHECKPOINTS, reporter.say)
     resuming = stopping.started = check_run_folder(config, run_dir)
@@ -97,7 +120,7 @@ def _run(config: Config, reporter: Reporter, stopping: Stopping) -> RunResult:
     sharding.check_batch(config.batch.pairs, config.batch.micro_rows, mesh)
     trim_after_compiling()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # jax's own setting goes before ours
-        jax.config.update("jax_compilation_cache_dir", str(_cache_dir(config) / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.run.cache_dir).expanduser() / "compiled"))
 
     reporter.say(f"{config.objective.name} on {_describe(mesh)}, run folder {run_dir}")
     loaded = None if config.model.path is None else models.check_pretrained(config.model.path)
@@ -123,7 +146,7 @@ def _run(config: Config, reporter: Reporter, stopping: Stopping) -> RunResult:
             make_run_folder(config, model_config, prepared.tokenizer, run_dir)
         check_shared(run_dir)
         stopping.started = True
-        result = _train(config, start, mesh, run_dir, record, reporter, stopping)
+        result = _train(asked, start, mesh, record)
     if result.stopped is None:
         return result
     reporter.say(f"stopped by {result.stopped}; saved in {result.checkpoint}")
@@ -131,61 +154,48 @@ def _run(config: Config, reporter: Reporter, stopping: Stopping) -> RunResult:
     return result
 
 
-def _cache_dir(config: Config) -> Path:
-    return Path(config.run.cache_dir).expanduser()
-
-
 def _describe(mesh: Mesh) -> str:
     kind = mesh.devices.flat[0].device_kind
     return f"{mesh.size} x {kind} (" + ", ".join(f"{name} {size}" for name, size in mesh.shape.items()) + ")"
 
 
-def _train(
-    config: Config,
-    start: Start,
-    mesh: Mesh,
-    run_dir: Path,
-    record: dict[str, Any],
-    reporter: Reporter,
-    stopping: Stopping,
-) -> RunResult:
+def _train(asked: _Asked, start: Start, mesh: Mesh, record: dict[str, Any]) -> RunResult:
+    config, reporter, stopping, run_dir = asked.config, asked.reporter, asked.stopping, asked.run_dir
+    settings = config.train
     checkpoints = Checkpoints(
-        run_dir / CHECKPOINTS,
-        keep_last=config.train.keep_last,
-        keep_best=config.train.keep_best,
-        warn=reporter.say,
+        run_dir / CHECKPOINTS, keep_last=settings.keep_last, keep_best=settings.keep_best, warn=reporter.say
     )
-    state, first_step, num_tokens, guarded = start.state, 0, 0, {}
+    state, first_step = start.state, 0
+    saved: dict[str, Any] = {"num_tokens": 0}
     newest = checkpoints.latest_step()
     if newest is not None:
-        state, first_step = checkpoints.restore(newest, state), newest
-        told = checkpoints.record(newest)
-        num_tokens, guarded = told["num_tokens"], told.get("guard", {})  # absent from older checkpoints
+        state, first_step, saved = checkpoints.restore(newest, state), newest, checkpoints.record(newest)
         reporter.say(f"resuming after step {newest} of {start.total_steps}")
     run_id = (run_dir / RUN_ID).read_text(encoding="utf-8")
     log = MetricsLog(run_dir, config.tracking, first_step, run_id, record["config"], writing=processes.is_main())
     bad_steps = run_dir / GUARD_FILE if processes.is_main() else None
-    loop = TrainingLoop(
-        config=config.train,
-        steps=start.steps,
-        mesh=mesh,
-        batches=start.batches,
-        held_out=start.held_out,
-        reference=start.live_reference,
-        checkpoints=checkpoints,
-        log=log,
-        reporter=reporter,
-        record=record,
-        total_steps=start.total_steps,
-        guard=Guard(config.guard, bad_steps, first_step, guarded),
-        diagnosis=start.diagnosis,
-        stopping=stopping,
-        sampler=start.sampler,
-    )
+    guard = Guard(config.guard, bad_steps, first_step, saved.get("guard", {}))  # absent from older checkpoints
     stopping.defer()
+    programs = Programs(start.steps, mesh, start.live_reference, start.diagnosis, start.batches.data)
+    # A checkpoint is ranked by an evaluation of its own.
+    evaluations = (settings.eval_every, settings.save_every if settings.keep_best else 0)
     try:
-        with reporter.phase("train and evaluate"):
-            initial, last = loop.run(state, first_step, num_tokens)
+        with reporter.phase("train and evaluate"), contextlib.ExitStack() as closing:
+            # The order is part of an exact resume: a skipped step is counted before its line has the count, an
+            # evaluation is sampled, made, logged and heard of before the checkpoint that it ranks, and a checkpoint is
+            # the last of its step: all else of that step is on disk before a run can go on after it.
+            hooks = [
+                Guarding(guard, programs.data, reporter),
+                StopRequests(checkpoints),
+                *([] if start.sampler is None else [start.sampler]),
+                Evaluation(evaluations, start.held_out, programs, log.held_out.get("step"), guard, reporter),
+                Logging(settings.log_every, log, reporter, guard, closing),
+                *asked.hooks,
+                Saving(settings.save_every, checkpoints, record, programs, guard, log, reporter),
+            ]
+            epoch = start.batches.steps_per_epoch
+            progress = Training(state, first_step, saved["num_tokens"], start.total_steps, epoch, stopping, hooks)
+            train(progress, start.batches, programs, guard.limit)
         newest = checkpoints.latest_step()
         assert newest is not None, "the last step is saved"
         newest_path = checkpoints.path(newest)
@@ -195,7 +205,8 @@ def _train(
     finally:
         log.close()
         checkpoints.close()
-    return RunResult(run_dir, newest_path, last, initial, reporter.phase_seconds, stopping.reason)
+    metrics = {**log.training, **log.held_out}
+    return RunResult(run_dir, newest_path, metrics, log.initial, reporter.phase_seconds, stopping.reason)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

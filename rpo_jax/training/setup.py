@@ -24,11 +24,13 @@ from rpo_jax.hosts import processes, sharding
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.objectives.methods.mrpo import mixed_reference
+from rpo_jax.runs.folder import MODEL
 from rpo_jax.runs.tracking import Reporter
+from rpo_jax.sampling.end_tokens import end_tokens
 from rpo_jax.training.diagnosis import Diagnosis
+from rpo_jax.training.hooks.samples import Sampler
 from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_sweep, sweep_of
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, params_fingerprint
-from rpo_jax.training.samples import Sampler
 from rpo_jax.training.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 
 if TYPE_CHECKING:
@@ -325,6 +327,9 @@ def make_start(
     held_out = prepared.held_out and sweep_of(config, prepared.held_out, prepared.eval_responses, *rows)
     sampler = None
     if config.train.sample_prompts:
-        examples = (prepared.held_out or prepared.train).examples
-        sampler = Sampler(config, model_config, prepared.tokenizer, examples, mesh, base)
+        folder = Path(config.run.dir).expanduser() / MODEL if resuming else None
+        if folder is None and config.model.path is not None:
+            folder = models.resolve_folder(config.model.path)
+        end_ids = end_tokens(folder, model_config, prepared.tokenizer)
+        sampler = Sampler(config, model_config, prepared, end_ids, mesh, base)
     return Start(steps, state, live, batches, held_out, total_steps, diagnosis, sampler)

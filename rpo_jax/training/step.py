@@ -34,7 +34,7 @@ from rpo_jax.training.micro_batches import (
     all_log_probs,
     make_loss_and_gradient,
 )
-from rpo_jax.training.optimizer import kept_unless, learning_rate_schedule, make_optimizer
+from rpo_jax.training.optimizer import accept_if, learning_rate_schedule, make_optimizer
 
 Params = Any
 Means = dict[str, metrics.Mean]  # they combine over batches
@@ -307,7 +307,7 @@ def build_steps(
             "loss": value,
             "skipped": 1.0 - good.astype(jnp.float32),
         }
-        kept = kept_unless(good, (params, opt_state), (state.params, state.opt_state))
+        kept = accept_if(good, (params, opt_state), (state.params, state.opt_state))
         return TrainState(state.step + 1, *kept), report
 
     def evaluate(params: Params, batch: Batch, reference: Params | None, base: Params | None = None) -> Means:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rpo_jax.config import Config
 from rpo_jax.config.reading import load_config
-from rpo_jax.training.samples import SAMPLES
+from rpo_jax.training.hooks.samples import SAMPLES
 
 METRICS = "metrics.jsonl"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,26 +10,28 @@ import jax
 from jax.sharding import Mesh
 
 from rpo_jax.config import Config
-from rpo_jax.core.files import replace_durably
 from rpo_jax.core.records import TokenizedExample
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
-from rpo_jax.sampling.answers import Answering, batch_rows, prompt_seeds
+from rpo_jax.runs.step_lines import lines_before, replace_lines
+from rpo_jax.sampling.answers import Answerer, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Decoder, Sampling
 from rpo_jax.sampling.kv_cache import to_decode_layout
+from rpo_jax.training.hooks.hook import Hook, Training
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from rpo_jax.training.prepare import Prepared
 
 Params = Any
 SAMPLES = "samples.jsonl"
 BATCH_PROMPTS = 32
 
 
-class Sampler:
-    """Greedy answers to the first prompts, each prompt once.
+class Sampler(Hook):
+    """Greedy answers to the first prompts, each prompt once; held-out ones where there are any.
 
     Args:
+        end_ids: tokens that end an answer.
         base: the frozen weights beside which LoRA's adapters are trained.
     """
 
@@ -38,8 +39,8 @@ class Sampler:
         self,
         config: Config,
         model_config: ModelConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        examples: Sequence[TokenizedExample],
+        prepared: Prepared,
+        end_ids: frozenset[int],
         mesh: Mesh,
         base: Params | None,
     ) -> None:
@@ -49,21 +50,16 @@ class Sampler:
                 "and sample the checkpoints with rpo_jax.generate."
             )
         self._file = Path(config.run.dir).expanduser() / SAMPLES
-        self._tokenizer = tokenizer
+        self._tokenizer, self._end_ids = prepared.tokenizer, end_ids
         once: dict[int, TokenizedExample] = {}
-        for example in examples:
+        for example in (prepared.held_out or prepared.train).examples:
             once.setdefault(example.prompt_id, example)
         self._examples = list(once.values())[: config.train.sample_prompts]
         self._prompts = [example.prompt_ids for example in self._examples]
         room = (model_config.max_position_embeddings - len(ids) for ids in self._prompts)
         self._limits = [max(0, min(config.train.sample_tokens, left)) for left in room]
-        eos = model_config.eos_token_id
-        ends = [tokenizer.eos_token_id, *(eos if isinstance(eos, tuple) else (eos,))]
         dtype = config.model.compute_dtype
-        self._ends = frozenset(token for token in ends if isinstance(token, int))
-        self._decoder = Decoder(
-            model_config, mesh, sampling=Sampling(), end_ids=sorted(self._ends), compute_dtype=dtype
-        )
+        self._decoder = Decoder(model_config, mesh, sampling=Sampling(), end_ids=sorted(end_ids), compute_dtype=dtype)
         self._rows = batch_rows(BATCH_PROMPTS, len(self._prompts), sharding.row_shards(mesh))
         self._base = base
 
@@ -73,30 +69,26 @@ class Sampler:
 
         self._readable = jax.jit(readable)
 
-    def __call__(self, trained: Params, step: int) -> None:
+    def before_evaluation(self, run: Training) -> None:
         """Sample, and write the rows in place of those that an earlier part of the run wrote from this step on."""
-        answering = Answering(
-            self._decoder, self._readable(trained, self._base), self._tokenizer, self._ends, (), self._rows
+        params = self._readable(run.state.params, self._base)
+        answerer = Answerer(self._decoder, params, self._tokenizer, self._end_ids, (), self._rows)
+        batches = answerer.answers(
+            self._prompts, prompt_seeds(self._prompts, 0), self._limits, range(len(self._prompts))
         )
-        seeds = prompt_seeds(self._prompts, 0)
-        wanted = range(len(self._prompts))
-        found = [answer for batch in answering.answers(self._prompts, seeds, self._limits, wanted) for answer in batch]
-        kept = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
-        lines = [line for line in kept if json.loads(line)["step"] < step]
-        for answer in sorted(found, key=lambda answer: answer.index):
+        rows = []
+        for answer in sorted((answer for batch in batches for answer in batch), key=lambda answer: answer.index):
             example = self._examples[answer.index]
             row = {
-                "step": step,
+                "step": run.step,
                 "row_id": example.row_id,
                 "prompt": self._shown(example.prompt_ids.tolist()),
                 "response": answer.text,
                 "finish_reason": answer.finish_reason,
                 "tokens": answer.tokens,
             }
-            lines.append(json.dumps(row))
-        beside = self._file.with_suffix(".jsonl.tmp")
-        beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        replace_durably(beside, self._file)
+            rows.append(json.dumps(row) + "\n")
+        replace_lines(self._file, [*lines_before(self._file, run.step), *rows])
 
     def _shown(self, prompt_ids: list[int]) -> str:
         """A prompt as text, with the tags that tell whose turn is whose, but without BOS."""

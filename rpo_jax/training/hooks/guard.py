@@ -1,4 +1,4 @@
-"""Steps whose numbers go wrong: counted, told with their rows, and the end of a run that has too many in a row.
+"""Steps whose numbers go wrong: counted, and logged with their rows in bad_steps.jsonl.
 
 The step itself skips what is not finite, on all devices alike. What is kept here, on the host, follows from what every
 process reads of a step, so all come to the same end. It is in each checkpoint's record, not in the training state:
@@ -7,10 +7,12 @@ checkpoints of runs without it stay readable, and a median costs no memory on th
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,9 +20,11 @@ from typing import Any
 import numpy as np
 
 from rpo_jax.config import GuardConfig
-from rpo_jax.core.files import replace_durably
 from rpo_jax.core.records import Batch, PreferenceData
 from rpo_jax.hosts.processes import Agreed
+from rpo_jax.runs.step_lines import lines_before, replace_lines
+from rpo_jax.runs.tracking import Reporter
+from rpo_jax.training.hooks.hook import FinishedStep, Hook, Training
 
 FILE = "bad_steps.jsonl"
 NORMS = 64  # steps whose gradient norms the median is taken of
@@ -40,9 +44,10 @@ def row_ids(batch: Batch, data: PreferenceData) -> list[str]:
     return [data.examples[number].row_id for number in dict.fromkeys(index.tolist())]
 
 
-def some_rows(rows: list[str]) -> str:
-    more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-    return ", ".join(rows[:SHOWN_ROWS]) + more
+def some(names: list[str], shown: int = SHOWN_ROWS) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 class Guard:
@@ -51,7 +56,7 @@ class Guard:
     Args:
         file: where skipped steps are written; None where another process does.
         start_step: steps done when this part of the run begins; later lines of the file are dropped.
-        record: what `record` gave for the checkpoint of that step; empty for a new run.
+        memory: what `memory` gave for the checkpoint of that step; empty for a new run.
 
     Attributes:
         bad_steps: skipped so far.
@@ -59,19 +64,16 @@ class Guard:
     """
 
     def __init__(
-        self, config: GuardConfig, file: Path | None = None, start_step: int = 0, record: Mapping[str, Any] = {}
+        self, config: GuardConfig, file: Path | None = None, start_step: int = 0, memory: Mapping[str, Any] = {}
     ) -> None:
         self._config, self._file = config, file
-        self.bad_steps: int = record.get("bad_steps", 0)
-        self.in_a_row: int = record.get("in_a_row", 0)
-        self._norms: deque[tuple[int, float]] = deque(map(tuple, record.get("norms", ())), NORMS + LAG)
+        self.bad_steps: int = memory.get("bad_steps", 0)
+        self.in_a_row: int = memory.get("in_a_row", 0)
+        self._norms: deque[tuple[int, float]] = deque(map(tuple, memory.get("norms", ())), NORMS + LAG)
         if file is not None and file.exists():
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
-            beside = file.with_suffix(".jsonl.tmp")
-            beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= start_step), "utf-8")
-            replace_durably(beside, file)
+            replace_lines(file, lines_before(file, start_step + 1))
 
-    def record(self) -> dict[str, Any]:
+    def memory(self) -> dict[str, Any]:
         """What a checkpoint keeps of this."""
         return {"bad_steps": self.bad_steps, "in_a_row": self.in_a_row, "norms": [list(pair) for pair in self._norms]}
 
@@ -86,7 +88,7 @@ class Guard:
         known = [norm for number, norm in self._norms if number <= step - LAG][-NORMS:]
         return np.float32(ratio * median(known) if len(known) >= FEWEST_NORMS else math.inf)
 
-    def see(
+    def record(
         self, step: int, report: Mapping[str, Any], limit: np.float32 | None, rows: Callable[[], list[str]]
     ) -> str | None:
         """Take note of a finished step; why it was skipped, None where it was not."""
@@ -113,10 +115,34 @@ class Guard:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def start_again(self) -> None:
+    def reset(self) -> None:
         """What is saved now has the bad steps behind it: a run that resumes from it counts anew."""
         self.in_a_row = 0
 
     @property
-    def gives_up(self) -> bool:
+    def exceeded(self) -> bool:
+        """Whether so many steps in a row were skipped that the run is to end."""
         return self.in_a_row >= self._config.max_bad_steps
+
+
+@dataclass
+class Guarding(Hook):
+    """Has the guard take note of every step, and says which were skipped.
+
+    Args:
+        data: what the batches' examples are.
+    """
+
+    guard: Guard
+    data: PreferenceData
+    reporter: Reporter
+
+    def after_step(self, run: Training, finished: FinishedStep) -> None:
+        rows = functools.partial(row_ids, finished.batch, self.data)
+        skipped = self.guard.record(finished.step, finished.report, finished.limit, rows)
+        if skipped is not None:
+            self.reporter.say(f"step {finished.step}  skipped: {skipped}; rows {some(rows())}, all in {FILE}")
+
+    def at_end(self, run: Training) -> None:
+        if self.guard.bad_steps and run.step >= run.first_step:
+            self.reporter.say(f"{self.guard.bad_steps} steps of this run were skipped; {FILE} has their rows")

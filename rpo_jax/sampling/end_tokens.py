@@ -1,0 +1,34 @@
+"""The tokens that end an answer: one rule for `generate` and for the samples of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rpo_jax.models import ModelConfig
+from rpo_jax.runs.folder import GENERATION_CONFIG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def end_tokens(folder: Path | None, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The end tokens of the model, of its folder's generation_config.json and of the tokenizer, all together.
+
+    Args:
+        folder: of the model; None where it has none yet.
+
+    Raises ValueError for a generation_config.json that is not a JSON object.
+    """
+    file, generation = folder and folder / GENERATION_CONFIG, {}
+    if file is not None and file.is_file():
+        try:
+            generation = json.loads(file.read_text(encoding="utf-8"))
+            generation.get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file} is not a JSON object ({error}); copy it again, or remove it.") from None
+    ends: set[Any] = set()
+    for ids in (generation.get("eos_token_id"), model_config.eos_token_id, tokenizer.eos_token_id):
+        ends |= set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+    return frozenset(ends)
