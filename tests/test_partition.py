@@ -20,6 +20,7 @@ from rpo_jax.config import (
     ObjectiveConfig,
     OptimConfig,
     PolicyConfig,
+    resolve,
 )
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
@@ -248,13 +249,17 @@ def test_a_run_resumes_with_it_and_exports_without(tmp_path):
 @pytest.mark.parametrize("name", ["kto", "sft", "slic"])
 def test_objectives_without_rewards_of_several_prompts_refuse_it(name):
     with pytest.raises(ValueError, match=f"objective.partition=learned .* objective '{name}' does not; .* rpo, dpo"):
-        losses.objective_named(name, partition="learned")
+        Config(objective=ObjectiveConfig(name=name, partition="learned"))
 
 
 def test_a_pairs_own_contrast_refuses_it():
-    assert losses.objective_named("dpo", weights="uniform", partition="learned")
+    def learned(name, weights):
+        objective = ObjectiveConfig(name=name, partition="learned")
+        return resolve(Config(objective=objective, contrast=ContrastConfig(weights=weights)))
+
+    assert learned("dpo", "uniform").learns_partition
     for name, weights in (("dpo", None), ("rpo", "pair")):
         with pytest.raises(ValueError, match=r"objective\.partition=learned does nothing with contrast\.weights=pair"):
-            losses.objective_named(name, weights=weights, partition="learned")
+            learned(name, weights)
     with pytest.raises(ConfigError, match=r"objective\.partition=learned does nothing with contrast\.group=1"):
         configured(group=1)

@@ -98,7 +98,8 @@ def _run(config: Config, reporter: Reporter, stopping: Stopping) -> RunResult:
         jax.config.update("jax_compilation_cache_dir", str(_cache_dir(config) / "compiled"))
 
     reporter.say(f"{config.objective.name} on {_describe(mesh)}, run folder {run_dir}")
-    reporter.say(f"objective {config.objective.name}: {options_taken(config)}")
+    if taken := options_taken(config):
+        reporter.say(f"objective {config.objective.name}: {taken}")
     loaded = None if config.model.path is None else models.check_pretrained(config.model.path)
     prepared = prepare(config, reporter, run_dir / MODEL if resuming else None)
     model_config = policy_config(config, prepared, loaded, reporter)
