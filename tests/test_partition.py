@@ -25,7 +25,7 @@ from rpo_jax.config import (
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
-from rpo_jax.objectives import losses, partition
+from rpo_jax.objectives import heads, losses, partition
 from rpo_jax.training.micro_batches import make_loss_and_gradient
 from rpo_jax.training.step import build_steps, make_log_probs, put_batch
 from tests.objectives import oracle
@@ -205,7 +205,8 @@ def test_micro_batches_are_exact():
     weights = jnp.linspace(-1, 1, 2 * PAIRS)
 
     def of_trained(trained, rows, num_responses):
-        params, head = partition.split(trained)
+        params, beside = heads.split(trained)
+        head = beside[partition.NAME]["kernel"]
         return forward(params, rows, num_responses, head)
 
     def loss(log_probs):
