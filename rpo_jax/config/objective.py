@@ -17,8 +17,7 @@ class _SharedOptions:
 
     Args:
         name: a name in rpo_jax.objectives.losses.OBJECTIVES.
-        beta: inverse temperature of the implicit reward, 1/nats; the objective's own where not given (simpo: 2,
-            alpha_dpo: 2.5, others: 0.1).
+        beta: inverse temperature of the implicit reward, 1/nats; the objective's own where not given: {betas}.
         link: overrides the objective's link on the contrast matrix: logistic, smoothed, squared, hinge, robust or exo.
         label_smoothing: probability that a label is flipped (epsilon of the links smoothed, robust and exo); the
             objective's own, 0.1, where not given.
@@ -89,15 +88,16 @@ def _means_nothing(objective: str, key: str, value: Any, usable: list[str]) -> C
 
 
 def _with_options(shared: type) -> Any:
-    """The section's class: the shared options, and those that single objectives have in the table."""
+    """The section's class: the shared options, and those of single objectives in the registry."""
     fields: list[Any] = []
-    lines = ""
+    betas = [f"{name} {named.beta:g}" for name, named in OBJECTIVES.items() if named.beta != Objective.beta]
+    lines, doc = "", str(shared.__doc__).replace("{betas}", ", ".join([*betas, f"others {Objective.beta:g}"]))
     for name, option in OPTIONS.items():
         kind: Any = Literal[option.choices] if option.choices else type(option.default)  # pyright: ignore
         fields.append((name, kind, field(default=option.default)))
         lines += f"        {name}: {option.doc}\n"
     made = make_dataclass("ObjectiveConfig", fields, bases=(shared,), frozen=True, kw_only=True)
-    made.__module__, made.__doc__ = __name__, f"{(shared.__doc__ or '').rstrip()}\n{lines}    "
+    made.__module__, made.__doc__ = __name__, f"{doc.rstrip()}\n{lines}    "
     return made
 
 
