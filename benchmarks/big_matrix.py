@@ -36,7 +36,7 @@ def measure(size: int, weighting: str, block: str, repeats: int) -> dict[str, An
     from rpo_jax.core.records import Batch, Side
     from rpo_jax.hosts.sharding import make_mesh
     from rpo_jax.training.micro_batches import ROW_FIELDS, LogProbs
-    from rpo_jax.training.step import make_scores
+    from rpo_jax.training.scoring import make_scores
 
     rng = np.random.default_rng(0)
     # Clusters, so that the nearest prompts are near and the rest is not.
@@ -59,7 +59,7 @@ def measure(size: int, weighting: str, block: str, repeats: int) -> dict[str, An
 
     def loss(log_prob, batch):
         scores, means = scores_of(LogProbs(log_prob, jnp.ones(2 * size, jnp.int32)), batch, True)
-        return method.objective.compute(scores, config.objective), means
+        return method.objective.loss(scores), means
 
     function = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(log_prob, batch).compile()
     jax.block_until_ready(batch)

@@ -94,7 +94,7 @@ def measure(
         mask = jnp.ones((group, group), bool)
         matrix = contrast.make_weights("embedding", rows, rows, mask, alpha=0.0, **settings)
         cosine = contrast.cosine(rows, rows)
-        means = metrics.contrast_metrics(*matrix, cosine, ids, ids, paired=True)
+        means = metrics.contrast_metrics(matrix, cosine, ids, ids, paired=True)
         return metrics.finalize(means), _related_prompts(cosine, ids[:, None] != ids[None, :])
 
     found: list[dict[str, float]] = []

@@ -24,7 +24,8 @@ from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.objectives import blocked, losses, metrics
 from rpo_jax.training.micro_batches import LogProbs
-from rpo_jax.training.step import build_steps, make_scores, put_batch
+from rpo_jax.training.scoring import make_scores
+from rpo_jax.training.step import build_steps, put_batch
 from tests.worlds import random_data, small_model
 
 M, GROUPED = 21, 24  # neither a multiple of the rows of a block, nor of 8 devices; 24 falls into 3 groups
@@ -81,8 +82,8 @@ def everything(config, mesh, batch, log_probs, paired=True):
 
     def loss(log_prob):
         scores, means = scores_of(log_probs._replace(log_prob=log_prob), batch, paired)
-        assert isinstance(scores.weights, blocked.Blocks) == (config.contrast.block != "dense")
-        value = objective.compute(scores, config.objective, weights_on=method.weights_on)
+        assert isinstance(scores.matrix, blocked.BlockedMatrix) == (config.contrast.block != "dense")
+        value = objective.loss(scores)
         return value, (metrics.finalize(means), objective.count(scores))
 
     with jax.set_mesh(mesh):
@@ -127,7 +128,9 @@ def test_blocks_give_what_the_whole_matrix_gives(name):
     assert ("contrast/temperature" in got) == (WEIGHTINGS[name]["weights"] == "embedding")
 
 
-MATRIX_LOSSES = [name for name, row in losses.OBJECTIVES.items() if row.weights is not None and row.link is None]
+MATRIX_LOSSES = [
+    name for name, row in losses.OBJECTIVES.items() if row.weights is not None and "link" not in row.options()
+]
 
 
 @pytest.mark.parametrize(
@@ -172,22 +175,22 @@ def test_a_nan_in_a_valid_slot_surfaces_from_blocks():
     config = Config(contrast=ContrastConfig(weights="uniform", block=8))
     contrast = config.contrast
     scores, _ = make_scores(resolve(config), contrast.alpha, contrast.block, make_mesh(1, 1, 1))(log_probs, batch, True)
-    assert np.isnan(resolve(config).objective.compute(scores, config.objective))
+    assert np.isnan(resolve(config).objective.loss(scores))
 
 
 def test_large_matrices_are_taken_in_blocks_and_ordinary_ones_whole():
-    assert not blocked.is_large(4096 * 4096, "auto")
-    assert blocked.is_large(4096 * 4096 + 1, "auto")
-    assert not blocked.is_large(10**12, "dense")
-    assert blocked.is_large(1, 64)
+    assert not blocked.needs_blocks(4096 * 4096, "auto")
+    assert blocked.needs_blocks(4096 * 4096 + 1, "auto")
+    assert not blocked.needs_blocks(10**12, "dense")
+    assert blocked.needs_blocks(1, 64)
 
 
 def test_a_block_has_no_more_entries_than_its_square_and_devices_have_equal_shares():
     unused: Any = None
     for rows, columns, block, devices in ((65_536, 65_536, 2048, 8), (100, 7, 3, 8), (5, 1000, 2, 1), (1, 1, 64, 8)):
         mesh = None if devices == 1 else make_mesh(devices, 1, 1)
-        layout = blocked.Layout(unused, block, mesh)
-        shards, count, size = layout.cut(rows, columns)
+        row_blocks = blocked.RowBlocks(unused, block, mesh)
+        shards, count, size = row_blocks.cut(rows, columns)
         assert shards == devices
         assert size == 1 or size * columns <= block**2
         assert rows <= shards * count * size < rows + shards * count

@@ -20,11 +20,12 @@ from rpo_jax.config import (
     ObjectiveConfig,
     OptimConfig,
     PolicyConfig,
+    resolve,
 )
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
-from rpo_jax.objectives import losses, partition
+from rpo_jax.objectives import heads, losses, partition
 from rpo_jax.training.micro_batches import make_loss_and_gradient
 from rpo_jax.training.step import build_steps, make_log_probs, put_batch
 from tests.objectives import oracle
@@ -204,7 +205,8 @@ def test_micro_batches_are_exact():
     weights = jnp.linspace(-1, 1, 2 * PAIRS)
 
     def of_trained(trained, rows, num_responses):
-        params, head = partition.split(trained)
+        params, beside = heads.split(trained)
+        head = beside[partition.NAME]["kernel"]
         return forward(params, rows, num_responses, head)
 
     def loss(log_probs):
@@ -248,13 +250,17 @@ def test_a_run_resumes_with_it_and_exports_without(tmp_path):
 @pytest.mark.parametrize("name", ["kto", "sft", "slic"])
 def test_objectives_without_rewards_of_several_prompts_refuse_it(name):
     with pytest.raises(ValueError, match=f"objective.partition=learned .* objective '{name}' does not; .* rpo, dpo"):
-        losses.objective_named(name, partition="learned")
+        Config(objective=ObjectiveConfig(name=name, partition="learned"))
 
 
 def test_a_pairs_own_contrast_refuses_it():
-    assert losses.objective_named("dpo", weights="uniform", partition="learned")
+    def learned(name, weights):
+        objective = ObjectiveConfig(name=name, partition="learned")
+        return resolve(Config(objective=objective, contrast=ContrastConfig(weights=weights)))
+
+    assert learned("dpo", "uniform").learns_partition
     for name, weights in (("dpo", None), ("rpo", "pair")):
         with pytest.raises(ValueError, match=r"objective\.partition=learned does nothing with contrast\.weights=pair"):
-            losses.objective_named(name, weights=weights, partition="learned")
+            learned(name, weights)
     with pytest.raises(ConfigError, match=r"objective\.partition=learned does nothing with contrast\.group=1"):
         configured(group=1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, make_dataclass
+import difflib
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rpo_jax.config.checks import ConfigError, in_range, positive
-from rpo_jax.objectives.losses import OPTIONS, check_options
+from rpo_jax.objectives.losses import OBJECTIVES, OPTIONS, Objective
+from rpo_jax.objectives.pairwise import LinkObjective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +17,10 @@ class _SharedOptions:
 
     Args:
         name: a name in rpo_jax.objectives.losses.OBJECTIVES.
-        beta: inverse temperature of the implicit reward, 1/nats.
+        beta: inverse temperature of the implicit reward, 1/nats; the objective's own where not given: {betas}.
         link: overrides the objective's link on the contrast matrix: logistic, smoothed, squared, hinge, robust or exo.
-        label_smoothing: probability that a label is flipped (epsilon of the links smoothed, robust and exo).
+        label_smoothing: probability that a label is flipped (epsilon of the links smoothed, robust and exo); the
+            objective's own, 0.1, where not given.
         average_log_prob: divide each response's log-prob by its number of scored tokens.
         nll_weight: weight of the chosen responses' negative log-likelihood per token beside a pairwise objective.
         partition: `learned` trains a head that predicts log Z(x) of the prompt, whose differences between prompts
@@ -26,33 +29,75 @@ class _SharedOptions:
     """
 
     name: str = "rpo"
-    beta: float = 0.1
+    beta: float | None = None
     link: Literal["logistic", "smoothed", "squared", "hinge", "robust", "exo"] | None = None
-    label_smoothing: float = 0.1
+    label_smoothing: float | None = None
     average_log_prob: bool = False
     nll_weight: float = 0.0
     partition: Literal["none", "learned"] = "none"
 
     def __post_init__(self) -> None:
         positive("objective", beta=self.beta)
-        in_range("objective", "label_smoothing", self.label_smoothing, 0.0, 0.5)
+        if self.label_smoothing is not None:
+            in_range("objective", "label_smoothing", self.label_smoothing, 0.0, 0.5)
         if not self.nll_weight >= 0:
             raise ConfigError(f"objective.nll_weight={self.nll_weight} must be at least 0.")
-        defaults = {name: entry.default for name, entry in type(self).__dataclass_fields__.items()}
-        if fault := check_options(self, defaults):
-            raise ConfigError(fault)
+        self.build()
+
+    def build(self) -> Objective:
+        """The objective that is named, with its own default of every option that is not given.
+
+        Raises ConfigError for an unknown name, and for an option that is out of range or means nothing to it.
+        """
+        name = self.name
+        if name not in OBJECTIVES:
+            nearest = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"unknown objective {name!r}; did you mean {nearest!r}? There are {', '.join(OBJECTIVES)}."
+            )
+        own = OBJECTIVES[name].options()
+        defaults = {key: entry.default for key, entry in type(self).__dataclass_fields__.items()}
+        given = {key: getattr(self, key) for key in defaults if getattr(self, key) != defaults[key]}
+        smoothing = given.pop("label_smoothing", None)
+        for key in (key for key in given if key not in (*own, "name", "partition")):
+            usable = [other for other, objective in OBJECTIVES.items() if key in objective.options()]
+            if key != "link":
+                raise _means_nothing(name, key, given[key], usable)
+            raise ConfigError(
+                f"objective {name!r} takes no link, but got link={self.link!r}; leave it out, or use one of the "
+                f"objectives {', '.join(usable)}."
+            )
+        try:
+            objective = replace(OBJECTIVES[name], **{key: given[key] for key in own if key in given})
+            if smoothing is not None and "label_smoothing" in objective.options_in_use():
+                return replace(objective, label_smoothing=smoothing)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        # Configurations of earlier runs name the default for every objective.
+        if smoothing not in (None, LinkObjective.label_smoothing):
+            usable = [other for other, named in OBJECTIVES.items() if "label_smoothing" in named.options_in_use()]
+            raise _means_nothing(name, "label_smoothing", smoothing, usable)
+        return objective
+
+
+def _means_nothing(objective: str, key: str, value: Any, usable: list[str]) -> ConfigError:
+    return ConfigError(
+        f"objective.{key}={value} means nothing to objective.name={objective}; leave it out, or use one of the "
+        f"objectives {', '.join(usable)}."
+    )
 
 
 def _with_options(shared: type) -> Any:
-    """The section's class: the shared options, and those that single objectives have in the table."""
+    """The section's class: the shared options, and those of single objectives in the registry."""
     fields: list[Any] = []
-    lines = ""
+    betas = [f"{name} {named.beta:g}" for name, named in OBJECTIVES.items() if named.beta != Objective.beta]
+    lines, doc = "", str(shared.__doc__).replace("{betas}", ", ".join([*betas, f"others {Objective.beta:g}"]))
     for name, option in OPTIONS.items():
         kind: Any = Literal[option.choices] if option.choices else type(option.default)  # pyright: ignore
         fields.append((name, kind, field(default=option.default)))
         lines += f"        {name}: {option.doc}\n"
     made = make_dataclass("ObjectiveConfig", fields, bases=(shared,), frozen=True, kw_only=True)
-    made.__module__, made.__doc__ = __name__, f"{(shared.__doc__ or '').rstrip()}\n{lines}    "
+    made.__module__, made.__doc__ = __name__, f"{doc.rstrip()}\n{lines}    "
     return made
 
 

@@ -5,12 +5,14 @@ Below it functions take values; nothing else asks what `global`, an absent weigh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import TYPE_CHECKING, Literal
 
 from rpo_jax.config.checks import ConfigError
 from rpo_jax.objectives.contrast import WEIGHTS
-from rpo_jax.objectives.losses import Objective, objective_named
+from rpo_jax.objectives.losses import OBJECTIVES, Objective
+from rpo_jax.objectives.pairwise import LinkObjective
 
 if TYPE_CHECKING:
     from rpo_jax.config import Config
@@ -23,7 +25,7 @@ class Method:
     """What a configuration trains.
 
     Attributes:
-        objective: what is minimised.
+        objective: what is minimised, with the values of all its options.
         weights: name of the contrast weighting, in contrast.WEIGHTS; None without a contrast matrix.
         group: pairs of a contrast group; a batch of no more is one matrix.
         temperature: fixed tau of the embedding weights; None where each row's is solved for `perplexity`.
@@ -62,13 +64,10 @@ class Method:
 def resolve(config: Config) -> Method:
     """What a configuration trains.
 
-    Raises ConfigError, and ValueError for an unknown objective or an override that means nothing to it, where two of
-    its keys do not fit together.
+    Raises ConfigError where two of its keys do not fit together.
     """
-    settings, contrast = config.objective, config.contrast
-    objective = objective_named(
-        settings.name, link=settings.link, weights=contrast.weights, partition=settings.partition
-    )
+    objective, contrast = config.objective.build(), config.contrast
+    _check_matrix(config, objective)
     _check_batch(config)
     _check_reference(config, objective)
     weights = contrast.weights or objective.weights
@@ -87,8 +86,49 @@ def resolve(config: Config) -> Method:
         reference=mode if objective.uses_reference and mode != "none" else None,
         embeds_all=weighed,
         embeds_training=weighed or config.batch.order == "related",
-        learns_partition=settings.partition == "learned",
+        learns_partition=config.objective.partition == "learned",
     )
+
+
+def options_taken(config: Config) -> str:
+    """The objective's options that the configuration leaves to it, with their values; those that are off left out."""
+    given, default = config.objective, type(config.objective)()
+    options = given.build().options_in_use()
+    taken = {key: value for key, value in options.items() if value and getattr(given, key) == getattr(default, key)}
+    return ", ".join(f"{key} {shorten(str(value), 40)}" for key, value in taken.items())
+
+
+def with_defaults_taken(config: Config) -> Config:
+    """The configuration with the objective's own defaults in it, as records of a run have it."""
+    objective = config.objective.build()
+    smoothing = getattr(objective, "label_smoothing", LinkObjective.label_smoothing)
+    return replace(config, objective=replace(config.objective, beta=objective.beta, label_smoothing=smoothing))
+
+
+def _check_matrix(config: Config, objective: Objective) -> None:
+    name, weights = config.objective.name, config.contrast.weights
+    if weights is not None and weights not in WEIGHTS:
+        raise ConfigError(f"unknown weights {weights!r}; use one of {', '.join(WEIGHTS)}.")
+    if weights is not None and objective.weights is None:
+        usable = ", ".join(other for other, named in OBJECTIVES.items() if named.weights is not None)
+        raise ConfigError(
+            f"objective {name!r} takes no weights, but got weights={weights!r}; leave it out, or use one of the "
+            f"objectives {usable}."
+        )
+    if config.objective.partition != "learned":
+        return
+    if not objective.compares_prompts:
+        usable = ", ".join(other for other, named in OBJECTIVES.items() if named.compares_prompts)
+        raise ConfigError(
+            f"objective.partition=learned compares the rewards of different prompts, which objective {name!r} does "
+            f"not; set objective.partition=none, or use one of the objectives {usable}."
+        )
+    if (weights or objective.weights) == "pair":
+        raise ConfigError(
+            f"objective.partition=learned does nothing with contrast.weights=pair ({name!r} has it unless told "
+            "otherwise): log Z is the same for both responses of a pair; set objective.partition=none, or "
+            "contrast.weights to embedding, uniform or diagonal."
+        )
 
 
 def _check_batch(config: Config) -> None:

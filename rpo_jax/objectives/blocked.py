@@ -23,33 +23,30 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from rpo_jax.core.records import Side
-from rpo_jax.objectives.contrast import Contrast
+from rpo_jax.objectives.contrast import ContrastWeights
+from rpo_jax.objectives.matrix import ContrastMatrix, RowsLoss, WeightsOn
 
 # Entries of a matrix that is still held whole, 4,096 by 4,096: up to there a float32 array of it takes 64 MiB.
 DENSE_ENTRIES = 4096**2
 BLOCK = 1024  # a float32 array of such a block takes 4 MiB: on a CPU it stays in the cache, and larger ones are slower
 
 
-class Fill(Protocol):
+class FillRows(Protocol):
     """Some rows of a matrix and their statistics, which add up over rows; in float32 or as Means of it.
 
-    own: which entries are a row's own pair. temperature: each row's tau where it is known already.
+    is_own_pair: which entries are a row's own pair. temperature: each row's tau where it is known already.
     """
 
     def __call__(
-        self, chosen: Side, rejected: Side, own: Bool[Array, "B N"], temperature: Float[Array, "B"] | None
-    ) -> tuple[Contrast, Any]: ...
-
-
-# From a block's chosen and all rejected scores (trees of arrays), weights and mask to the sum of its entries' losses.
-Total = Callable[[Any, Any, Array, Array], Array]
+        self, chosen: Side, rejected: Side, is_own_pair: Bool[Array, "B N"], temperature: Float[Array, "B"] | None
+    ) -> tuple[ContrastWeights, Any]: ...
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowBlocks:
     """What fills the matrix, the edge of its blocks, and the devices that share its rows; none: one does it all."""
 
-    fill: Fill
+    fill: FillRows
     block: int
     mesh: Mesh | None
 
@@ -62,33 +59,41 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A contrast matrix as the recipe of its rows; it stands where weights stand.
+class BlockedMatrix(ContrastMatrix):
+    """A contrast matrix as the recipe of its rows.
 
     temperature: each row's tau, where the weights have one. entries: valid entries in all, float32 because there may
     be more than int32 counts. valid_rows: rows with a valid entry.
     """
 
-    layout: Layout
+    blocks: RowBlocks
     chosen: Side
     rejected: Side
     temperature: Float[Array, "*G M"] | None
     entries: Float[Array, ""]
     valid_rows: Float[Array, ""]
 
-    def total(self, total: Total, chosen: Any, rejected: Any) -> Float[Array, ""]:
-        """The sum over all blocks of `total`, differentiable by the scores: float32 trees of [*G, M] and [*G, N]."""
-        return _total((self.layout, total), chosen, rejected, self.chosen, self.rejected, self.temperature)
+    def counts(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        return self.entries, self.valid_rows
+
+    def sum(self, rows_loss: RowsLoss, chosen: Any, rejected: Any) -> Float[Array, ""]:
+        sides = self.chosen, self.rejected, self.temperature
+        return _sum_over_blocks((self.blocks, rows_loss), chosen, rejected, *sides)
 
 
-def is_large(entries: int, block: str | int) -> bool:
+def needs_blocks(entries: int, block: str | int) -> bool:
     """Whether a matrix of so many entries is to be taken in blocks; `block` is auto, dense or a block's edge."""
     return entries > DENSE_ENTRIES if block == "auto" else block != "dense"
 
 
-def survey(
-    fill: Fill, chosen: Side, rejected: Side, block: str | int = "auto", mesh: Mesh | None = None
-) -> tuple[Blocks, Any]:
+def scan_rows(
+    fill: FillRows,
+    chosen: Side,
+    rejected: Side,
+    block: str | int = "auto",
+    mesh: Mesh | None = None,
+    weights_on: WeightsOn = "score",
+) -> tuple[BlockedMatrix, Any]:
     """The matrix of these responses in blocks, and its statistics, summed over all rows.
 
     Args:
@@ -96,59 +101,62 @@ def survey(
         chosen, rejected: all responses, [M] and [N], or [G, M] and [G, N] in groups.
         block: edge of a block, whose entries are at most its square (but a row at least); auto for BLOCK.
         mesh: devices to share the rows among, all of them evenly; none: on one device.
+        weights_on: as ContrastMatrix.weights_on.
     """
-    layout = Layout(fill, BLOCK if isinstance(block, str) else block, mesh)
+    blocks = RowBlocks(fill, BLOCK if isinstance(block, str) else block, mesh)
 
-    def look(rows: tuple[Side], columns: tuple[Side], own: Bool[Array, "B N"]) -> tuple[Any, Any]:
-        matrix, statistics = fill(*rows, *columns, own, None)
+    def look(rows: tuple[Side], columns: tuple[Side], is_own_pair: Bool[Array, "B N"]) -> tuple[Any, Any]:
+        matrix, statistics = fill(*rows, *columns, is_own_pair, None)
         counts = (jnp.sum(matrix.mask, dtype=jnp.float32), jnp.sum(jnp.any(matrix.mask, axis=-1), dtype=jnp.float32))
         return (statistics, counts), matrix.temperature
 
-    sums, temperature = _over_rows(layout, look, (chosen,), (rejected,))
+    sums, temperature = _over_rows(blocks, look, (chosen,), (rejected,))
     statistics, counts = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
     temperature = None if temperature is None else temperature.reshape(chosen.valid.shape)
-    return Blocks(layout, chosen, rejected, temperature, *counts), statistics
+    return BlockedMatrix(blocks, chosen, rejected, temperature, *counts, weights_on=weights_on), statistics
 
 
-def _evaluated(settings: tuple[Layout, Total], inputs: tuple[Any, ...], function: Callable[..., Any]) -> Any:
-    """`function`, of what Total takes, over all rows."""
-    layout, total = settings
+def _evaluated(settings: tuple[RowBlocks, RowsLoss], inputs: tuple[Any, ...], function: Callable[..., Any]) -> Any:
+    """`function`, of the loss and what it takes, over all rows."""
+    blocks, rows_loss = settings
     chosen, rejected, chosen_side, rejected_side, temperature = inputs
 
-    def body(rows: tuple[Side, Any, Any], columns: tuple[Side, Any], own: Bool[Array, "B N"]) -> tuple[Any, Any]:
-        matrix, _ = layout.fill(rows[0], columns[0], own, rows[2])
-        return function(total, rows[1], columns[1], matrix.weights, matrix.mask)
+    def body(
+        rows: tuple[Side, Any, Any], columns: tuple[Side, Any], is_own_pair: Bool[Array, "B N"]
+    ) -> tuple[Any, Any]:
+        matrix, _ = blocks.fill(rows[0], columns[0], is_own_pair, rows[2])
+        return function(rows_loss, rows[1], columns[1], matrix.weights, matrix.mask)
 
-    return _over_rows(layout, body, (chosen_side, chosen, temperature), (rejected_side, rejected))
+    return _over_rows(blocks, body, (chosen_side, chosen, temperature), (rejected_side, rejected))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(settings: tuple[Layout, Total], *inputs: Any) -> Float[Array, ""]:
+def _sum_over_blocks(settings: tuple[RowBlocks, RowsLoss], *inputs: Any) -> Float[Array, ""]:
     """Inputs are the chosen and rejected scores, the two sides, and the rows' temperatures."""
-    return jnp.sum(_evaluated(settings, inputs, lambda total, *block: (total(*block), None))[0])
+    return jnp.sum(_evaluated(settings, inputs, lambda rows_loss, *block: (rows_loss(*block), None))[0])
 
 
-def _forward(settings: tuple[Layout, Total], *inputs: Any) -> tuple[Array, tuple[Any, Any]]:
+def _forward(settings: tuple[RowBlocks, RowsLoss], *inputs: Any) -> tuple[Array, tuple[Any, Any]]:
     """Value and derivatives in one pass, so that the backward pass has no block to compute again."""
 
-    def both(total: Total, *block: Any) -> tuple[Any, Any]:
-        value, (by_chosen, by_rejected) = jax.value_and_grad(total, (0, 1))(*block)
+    def both(rows_loss: RowsLoss, *block: Any) -> tuple[Any, Any]:
+        value, (by_chosen, by_rejected) = jax.value_and_grad(rows_loss, (0, 1))(*block)
         return (value, by_rejected), by_chosen
 
     (values, by_rejected), by_chosen = _evaluated(settings, inputs, both)
     return jnp.sum(values), jax.tree.map(lambda x, like: x.reshape(like.shape), (by_chosen, by_rejected), inputs[:2])
 
 
-def _backward(settings: tuple[Layout, Total], derivatives: tuple[Any, Any], cotangent: Array) -> tuple[Any, ...]:
+def _backward(settings: tuple[RowBlocks, RowsLoss], derivatives: tuple[Any, Any], cotangent: Array) -> tuple[Any, ...]:
     # Embeddings, masks and temperatures are data.
     return *jax.tree.map(lambda derivative: cotangent * derivative, derivatives), None, None, None
 
 
-_total.defvjp(_forward, _backward)
+_sum_over_blocks.defvjp(_forward, _backward)
 
 
-def _over_rows(layout: Layout, body: Callable[..., tuple[Any, Any]], rows: Any, columns: Any) -> tuple[Any, Any]:
-    """Run body(a block's rows, all columns, own pairs) -> (sums, values per row) over all rows of all groups.
+def _over_rows(row_blocks: RowBlocks, body: Callable[..., tuple[Any, Any]], rows: Any, columns: Any) -> tuple[Any, Any]:
+    """Run body(a block's rows, all columns, is_own_pair) -> (sums, values per row) over all rows of all groups.
 
     Args:
         rows, columns: tuples of a Side and arrays beside it, [M, ...] and [N, ...] or with groups in front.
@@ -159,7 +167,7 @@ def _over_rows(layout: Layout, body: Callable[..., tuple[Any, Any]], rows: Any, 
     if rows[0].valid.ndim == 1:  # one group
         rows, columns = jax.tree.map(lambda x: x[None], (rows, columns))
     num_rows = rows[0].valid.shape[1]
-    shards, count, size = layout.cut(num_rows, columns[0].valid.shape[1])
+    shards, count, size = row_blocks.cut(num_rows, columns[0].valid.shape[1])
     padding = shards * count * size - num_rows  # of rows that are not valid
     rows = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))), rows)
 
@@ -172,13 +180,13 @@ def _over_rows(layout: Layout, body: Callable[..., tuple[Any, Any]], rows: Any, 
             return sums, jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:]), values)
 
         sums, values = lax.map(group, (rows, columns))
-        return (sums if layout.mesh is None else lax.psum(sums, layout.mesh.axis_names)), values
+        return (sums if row_blocks.mesh is None else lax.psum(sums, row_blocks.mesh.axis_names)), values
 
-    if layout.mesh is not None:
-        whole, of_index = PartitionSpec(), PartitionSpec(layout.mesh.axis_names)
-        of_rows = PartitionSpec(None, layout.mesh.axis_names)
+    if row_blocks.mesh is not None:
+        whole, of_index = PartitionSpec(), PartitionSpec(row_blocks.mesh.axis_names)
+        of_rows = PartitionSpec(None, row_blocks.mesh.axis_names)
         specs = {"in_specs": (of_rows, of_index, whole), "out_specs": (whole, of_rows)}
-        share = jax.shard_map(share, mesh=layout.mesh, check_vma=False, **specs)
+        share = jax.shard_map(share, mesh=row_blocks.mesh, check_vma=False, **specs)
     sums, values = share(rows, jnp.arange(num_rows + padding), columns)
     return sums, jax.tree.map(lambda x: x[:, :num_rows], values)
 

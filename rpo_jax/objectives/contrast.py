@@ -7,8 +7,6 @@ Source of the equations: Relative Preference Optimization, arXiv 2402.10958.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -182,7 +180,7 @@ def diagonal_weights(
     m: int,
     alpha: float = 0.8,
     mask: Bool[Array, "*G B M"] | None = None,
-    own: Bool[Array, "B M"] | None = None,
+    is_own_pair: Bool[Array, "B M"] | None = None,
 ) -> Float[Array, "*G B M"]:
     """Emphasis on a pair's own entry.  w_ij = alpha if i = j, else (1 - alpha) / (M - 1).  Eq. 13.
 
@@ -193,17 +191,18 @@ def diagonal_weights(
         m: pairs in a group.
         alpha: weight of the diagonal, 0 to 1.
         mask: valid entries, [*G, m, m]; all of them where not given.
-        own: which entries are on the diagonal, where the mask is that of some rows only.
+        is_own_pair: which entries are on the diagonal, where the mask is that of some rows only.
 
     Raises:
         ValueError: a mask that is not m by m.
     """
     mask = jnp.ones((m, m), bool) if mask is None else mask
-    own = _diagonal(mask, "diagonal") if own is None else own
-    if own.shape[-1] != m:
+    is_own_pair = _diagonal(mask, "diagonal") if is_own_pair is None else is_own_pair
+    if is_own_pair.shape[-1] != m:
         raise ValueError(f"diagonal weights for m={m} pairs got a mask of {mask.shape[-2]} by {mask.shape[-1]}.")
-    others = jnp.sum(mask & ~own, axis=-1, keepdims=True)
-    return jnp.where(mask, jnp.where(own, alpha, (1.0 - alpha) / jnp.maximum(others, 1)), 0.0).astype(jnp.float32)
+    others = jnp.sum(mask & ~is_own_pair, axis=-1, keepdims=True)
+    weights = jnp.where(is_own_pair, alpha, (1.0 - alpha) / jnp.maximum(others, 1))
+    return jnp.where(mask, weights, 0.0).astype(jnp.float32)
 
 
 def pair_mask(mask: Bool[Array, "*G M M"]) -> Bool[Array, "*G M M"]:
@@ -216,20 +215,26 @@ def pair_weights(mask: Bool[Array, "*G M M"]) -> Float[Array, "*G M M"]:
     return pair_mask(mask).astype(jnp.float32)
 
 
-class Contrast(NamedTuple):
-    """A contrast matrix: its weights, its valid entries, and each row's tau where the weights have one.
+class ContrastWeights(NamedTuple):
+    """Weights of a contrast matrix or of some of its rows, its valid entries, and each row's tau where there is one.
 
-    missed_by: each row's perplexity minus the one asked for, 0 where it was reached: below 0 a row has fewer valid
-    entries, above 0 more that are tied for its nearest. None where no perplexity was asked for.
+    perplexity_error: each row's perplexity minus the one asked for, 0 where it was reached: below 0 a row has fewer
+    valid entries, above 0 more that are tied for its nearest. None where no perplexity was asked for.
     """
 
     weights: Float[Array, "*G M N"]
     mask: Bool[Array, "*G M N"]
-    temperature: Float[Array, "*G M"] | None
-    missed_by: Float[Array, "*G M"] | None = None
+    temperature: Float[Array, "*G M"] | None = None
+    perplexity_error: Float[Array, "*G M"] | None = None
 
 
-def _embedding_contrast(chosen_emb, rejected_emb, mask, temperature, perplexity, alpha, own) -> Contrast:
+def _by_embedding(
+    chosen_emb: Float[Array, "*G M E"],
+    rejected_emb: Float[Array, "*G N E"],
+    mask: Bool[Array, "*G M N"],
+    temperature: Float[Array, "*G M"] | float | None,
+    perplexity: float | None,
+) -> ContrastWeights:
     if (temperature is None) == (perplexity is None):
         raise ValueError(
             f"embedding weights need a temperature or a perplexity to solve one for, and not both; "
@@ -237,44 +242,31 @@ def _embedding_contrast(chosen_emb, rejected_emb, mask, temperature, perplexity,
         )
     distance = cosine_distance(chosen_emb, rejected_emb)
     if perplexity is None:
+        assert temperature is not None
         row_temperature = _row_temperature(temperature, distance.ndim)
     else:
         row_temperature = calibrated_temperature(distance, mask, perplexity)[..., None]
     weights, *parts = _softmax(distance, row_temperature, mask)
     row_temperature = jnp.broadcast_to(row_temperature, (*distance.shape[:-1], 1))[..., 0]
     if perplexity is None:
-        return Contrast(weights, mask, row_temperature)
-    missed_by = perplexity * jnp.expm1(_log_ratio_to(perplexity, *parts))
-    missed = jnp.any(mask, axis=-1) & (jnp.abs(missed_by) > max(_TOLERANCE, _RELATIVE_TOLERANCE * perplexity))
-    return Contrast(weights, mask, row_temperature, jnp.where(missed, missed_by, 0.0))
+        return ContrastWeights(weights, mask, row_temperature)
+    error = perplexity * jnp.expm1(_log_ratio_to(perplexity, *parts))
+    missed = jnp.any(mask, axis=-1) & (jnp.abs(error) > max(_TOLERANCE, _RELATIVE_TOLERANCE * perplexity))
+    return ContrastWeights(weights, mask, row_temperature, jnp.where(missed, error, 0.0))
 
 
-def _uniform_contrast(chosen_emb, rejected_emb, mask, temperature, perplexity, alpha, own) -> Contrast:
-    return Contrast(uniform_weights(mask), mask, None)
+class Weighting(NamedTuple):
+    """What one way to fill the contrast matrix asks of the data."""
 
-
-def _diagonal_contrast(chosen_emb, rejected_emb, mask, temperature, perplexity, alpha, own) -> Contrast:
-    return Contrast(diagonal_weights(mask.shape[-1], alpha, mask, own), mask, None)
-
-
-def _pair_contrast(chosen_emb, rejected_emb, mask, temperature, perplexity, alpha, own) -> Contrast:
-    return Contrast(pair_weights(mask), pair_mask(mask), None)
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """One way to fill the contrast matrix, and what it asks of the data."""
-
-    make: Callable[..., Contrast]
     needs_embeddings: bool = False
     needs_pairs: bool = False
 
 
 WEIGHTS = {
-    "embedding": Weighting(_embedding_contrast, needs_embeddings=True),
-    "uniform": Weighting(_uniform_contrast),
-    "diagonal": Weighting(_diagonal_contrast, needs_pairs=True),
-    "pair": Weighting(_pair_contrast, needs_pairs=True),
+    "embedding": Weighting(needs_embeddings=True),
+    "uniform": Weighting(),
+    "diagonal": Weighting(needs_pairs=True),
+    "pair": Weighting(needs_pairs=True),
 }
 
 
@@ -287,8 +279,8 @@ def make_weights(
     temperature: Float[Array, "*G M"] | float | None,
     perplexity: float | None,
     alpha: float,
-    own: Bool[Array, "M N"] | None = None,
-) -> Contrast:
+    is_own_pair: Bool[Array, "M N"] | None = None,
+) -> ContrastWeights:
     """The contrast matrix of a weighting by name: its weights, valid entries and temperatures.
 
     Args:
@@ -297,11 +289,17 @@ def make_weights(
         temperature: fixed tau of `embedding`; None to solve it for `perplexity`.
         perplexity: effective contrasts per row of `embedding`; None with a fixed temperature.
         alpha: weight on the diagonal, for `diagonal`.
-        own: which entries are a row's own pair, where the rows are not all of the matrix.
+        is_own_pair: which entries are a row's own pair, where the rows are not all of the matrix.
 
     Raises:
         ValueError: an unknown kind, both or neither of temperature and perplexity, or pairs where there are none.
     """
-    if kind not in WEIGHTS:
-        raise ValueError(f"unknown contrast weights {kind!r}; use one of {', '.join(WEIGHTS)}.")
-    return WEIGHTS[kind].make(chosen_emb, rejected_emb, mask, temperature, perplexity, alpha, own)
+    if kind == "embedding":
+        return _by_embedding(chosen_emb, rejected_emb, mask, temperature, perplexity)
+    if kind == "uniform":
+        return ContrastWeights(uniform_weights(mask), mask)
+    if kind == "diagonal":
+        return ContrastWeights(diagonal_weights(mask.shape[-1], alpha, mask, is_own_pair), mask)
+    if kind == "pair":
+        return ContrastWeights(pair_weights(mask), pair_mask(mask))
+    raise ValueError(f"unknown contrast weights {kind!r}; use one of {', '.join(WEIGHTS)}.")

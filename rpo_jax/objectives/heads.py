@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+
+import jax.numpy as jnp
 
 from rpo_jax.objectives import partition, value
 
-
-class Head(NamedTuple):
-    init: Callable[[int], dict[str, Any]]  # from the model's hidden size
-    axes: dict[str, Any]  # names of its parameters' axes
-
-
-HEADS = {
-    partition.NAME: Head(partition.init_head, partition.AXES),
-    value.NAME: Head(value.init_head, value.AXES),
-}
+HEADS: dict[str, dict[str, Any]] = {**partition.AXES, **value.AXES}  # names of their parameters' axes
 
 
 def init(names: tuple[str, ...], hidden_size: int) -> dict[str, Any]:
-    """Fresh heads of these names."""
-    return {key: part for name in names for key, part in HEADS[name].init(hidden_size).items()}
+    """Fresh heads of these names: they start at zero, and training as it would without them."""
+    return {
+        name: {part: jnp.zeros((hidden_size,) * len(axes), jnp.float32) for part, axes in HEADS[name].items()}
+        for name in names
+    }
 
 
 def axes(names: tuple[str, ...]) -> dict[str, Any]:
-    return {key: part for name in names for key, part in HEADS[name].axes.items()}
+    return {name: HEADS[name] for name in names}
 
 
 def split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

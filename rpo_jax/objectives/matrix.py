@@ -1,138 +1,112 @@
-"""Link functions, and their mean or weighted mean over a contrast matrix, held whole or in blocks.
+"""The contrast matrix behind one interface: the mean loss of its entries. Held whole here, in blocks in `blocked`.
 
-Letters: M chosen and N rejected responses of a contrast group, S entries, *G leading group dimensions.
+Letters: M chosen and N rejected responses of a contrast group, *G leading group dimensions.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from rpo_jax.objectives.blocked import Blocks
-from rpo_jax.objectives.scores import at_least_float32, keep
+from rpo_jax.objectives.scores import at_least_float32, zero_where_invalid
 
 WeightsOn = Literal["score", "loss"]
 
-# From u = w_ij (rho_chosen,i - rho_rejected,j), beta and label smoothing to a loss per entry.
-Link = Callable[[Float[Array, "*S"], float, float], Float[Array, "*S"]]
+# From the scores of rows and columns (trees of arrays), weights and valid entries to the sum of the entries' losses.
+RowsLoss = Callable[[Any, Any, Array, Array], Array]
 
 
-def _logistic(u, beta, label_smoothing):
-    return jax.nn.softplus(-beta * u)
+class EntryContext(NamedTuple):
+    """What a loss of entries may look at besides the weighted differences: of a matrix, or of some whole rows of one.
 
-
-def _smoothed(u, beta, label_smoothing):
-    return (1 - label_smoothing) * jax.nn.softplus(-beta * u) + label_smoothing * jax.nn.softplus(beta * u)
-
-
-def _squared(u, beta, label_smoothing):
-    return jnp.square(u - 1 / (2 * beta))
-
-
-def _hinge(u, beta, label_smoothing):
-    return jnp.maximum(0.0, 1 - beta * u)
-
-
-def _robust(u, beta, label_smoothing):
-    """Unbiased under flipped labels: the mean over the flips is the logistic link's."""
-    kept, flipped = jax.nn.softplus(-beta * u), jax.nn.softplus(beta * u)
-    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
-
-
-def _exo(u, beta, label_smoothing):
-    """KL of the policy's choice between both responses from the labels' (1 - eps, eps)."""
-    kept, flipped = -jax.nn.softplus(-beta * u), -jax.nn.softplus(beta * u)
-    # exp of a log-probability: a sigmoid's own derivative loses its digits in the upper tail.
-    return jnp.exp(kept) * (kept - jnp.log1p(-label_smoothing)) + jnp.exp(flipped) * (
-        flipped - jnp.log(label_smoothing)
-    )
-
-
-LINKS: dict[str, Link] = {
-    "logistic": _logistic,
-    "smoothed": _smoothed,
-    "squared": _squared,
-    "hinge": _hinge,
-    "robust": _robust,
-    "exo": _exo,
-}
-
-# What label smoothing may be for the links that have one, in words and as a test.
-SMOOTHING: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "smoothed": ("between 0 and 0.5", lambda eps: 0 <= eps <= 0.5),
-    "robust": ("at least 0 and below 0.5", lambda eps: 0 <= eps < 0.5),
-    "exo": ("above 0 and at most 0.5", lambda eps: 0 < eps <= 0.5),
-}
-
-
-class Entries(NamedTuple):
-    """What a loss of entries may look at besides the weighted differences: a matrix, or some whole rows of one.
-
-    weights: on the scores; 1 where they are on the losses. context: further values of the responses, such as scores
-    of the data, each as [*G, M, N] of the chosen ones and of the rejected ones; 0 where the entry is not valid.
+    weights: on the scores; 1 where they are on the losses. values: further values of the responses, such as scores of
+    the data, each as [*G, M, N] of the chosen ones and of the rejected ones; 0 where the entry is not valid.
     """
 
     weights: Float[Array, "*G M N"]
     mask: Bool[Array, "*G M N"]
-    context: tuple[tuple[Float[Array, "*G M N"], Float[Array, "*G M N"]], ...]
+    values: tuple[tuple[Float[Array, "*G M N"], Float[Array, "*G M N"]], ...]
 
+
+# Values of the chosen and of the rejected responses, as many as there are.
+BothSides = tuple[tuple[Float[Array, "*G M"], Float[Array, "*G N"]], ...]
 
 # From weighted differences and the rest of the entries to a loss per entry.
-EntryLoss = Callable[[Float[Array, "*G M N"], Entries], Float[Array, "*G M N"]]
+EntryLoss = Callable[[Float[Array, "*G M N"], EntryContext], Float[Array, "*G M N"]]
 
 
-def matrix_loss(
-    chosen: tuple[Float[Array, "*G M"], ...],
-    rejected: tuple[Float[Array, "*G N"], ...],
-    weights: Float[Array, "*G M N"] | float | Blocks,
-    link: EntryLoss,
-    mask: Bool[Array, "*G M N"] | None,
-    weights_on: WeightsOn,
-    context: tuple[tuple[Float[Array, "*G M"], Float[Array, "*G N"]], ...] = (),
-) -> Float[Array, ""]:
-    """Mean of the link of weighted score differences over valid entries, or weighted mean of the differences' links.
+@dataclass(frozen=True)
+class ContrastMatrix(ABC):
+    """Weights and valid entries of all contrasts of a batch.
 
-    Args:
-        chosen, rejected: the terms of the scores; a score is their sum, a difference is taken term by term.
-        link: what it closes over must not be traced: a matrix in blocks is differentiated by its arguments alone.
-        weights, mask, weights_on: as in losses.pairwise_loss.
-        context: values of the chosen and of the rejected responses that the link looks at as Entries.context.
+    weights_on: whether weights multiply scores (Eq. 13) or losses (the authors' release).
     """
-    if weights_on not in ("score", "loss"):
-        raise ValueError(f"weights_on={weights_on!r} must be 'score' or 'loss'.")
-    rows = tuple(map(at_least_float32, chosen)), tuple(at_least_float32(values) for values, _ in context)
-    columns = tuple(map(at_least_float32, rejected)), tuple(at_least_float32(values) for _, values in context)
 
-    def total(rows, columns, weights, mask):
-        """The sum over a matrix, or over a block of its rows.
+    weights_on: WeightsOn = field(default="score", kw_only=True)
 
-        Each term's difference is taken first: what is the same for both drops out of the score exactly.
+    @abstractmethod
+    def counts(self) -> tuple[Int[Array, ""] | Float[Array, ""], Int[Array, ""] | Float[Array, ""]]:
+        """Valid entries, and rows with a valid entry."""
+
+    @abstractmethod
+    def sum(self, rows_loss: RowsLoss, chosen: Any, rejected: Any) -> Float[Array, ""]:
+        """The sum over all rows, differentiable by the scores: float32 trees of [*G, M] and [*G, N]."""
+
+    def mean(self, terms: BothSides, entry_loss: EntryLoss, context: BothSides = ()) -> Float[Array, ""]:
+        """Mean over valid entries of the loss of weighted differences, or weighted mean of the differences' losses.
+
+        Args:
+            terms: of the responses' scores; a score is their sum, a difference is taken term by term.
+            entry_loss: what it closes over must not be traced: blocks are differentiated by the arguments alone.
+            context: values that the loss sees as EntryContext.values.
         """
-        (chosen, beside_chosen), (rejected, beside_rejected) = rows, columns
-        # Masked before the difference as well as after the link: a gradient through 0 * nan is nan.
-        difference, *others = (
-            keep(c[..., :, None], mask) - keep(r[..., None, :], mask) for c, r in zip(chosen, rejected, strict=True)
+        entries, valid_rows = self.counts()
+        rows, columns = (
+            tuple(tuple(at_least_float32(x[k]) for x in part) for part in (terms, context)) for k in (0, 1)
         )
-        for other in others:
-            difference = difference + other
-        weights = keep(weights, mask)
-        beside = tuple(
-            (keep(c[..., :, None], mask), keep(r[..., None, :], mask))
-            for c, r in zip(beside_chosen, beside_rejected, strict=True)
-        )
-        if weights_on == "score":
-            return jnp.sum(keep(link(weights * difference, Entries(weights, mask, beside)), mask))
-        return jnp.sum(weights * keep(link(difference, Entries(jnp.ones_like(weights), mask, beside)), mask))
+        total = self.sum(partial(_loss_of_rows, entry_loss, self.weights_on), rows, columns)
+        return total / jnp.maximum(entries if self.weights_on == "score" else valid_rows, 1)
 
-    if isinstance(weights, Blocks):
-        assert mask is None, "blocks bring their own"
-        count = weights.entries if weights_on == "score" else weights.valid_rows
-        return weights.total(total, rows, columns) / jnp.maximum(count, 1)
-    shape = (*chosen[0].shape, rejected[0].shape[-1])
-    mask = jnp.ones(shape, bool) if mask is None else jnp.broadcast_to(mask, shape)
-    count = jnp.sum(mask) if weights_on == "score" else jnp.sum(jnp.any(mask, axis=-1))
-    return total(rows, columns, jnp.broadcast_to(weights, shape), mask) / jnp.maximum(count, 1)
+
+@dataclass(frozen=True)
+class WholeMatrix(ContrastMatrix):
+    """All of it in memory."""
+
+    weights: Float[Array, "*G M N"]
+    mask: Bool[Array, "*G M N"]
+
+    def counts(self) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        return jnp.sum(self.mask), jnp.sum(jnp.any(self.mask, axis=-1))
+
+    def sum(self, rows_loss: RowsLoss, chosen: Any, rejected: Any) -> Float[Array, ""]:
+        return rows_loss(chosen, rejected, self.weights, self.mask)
+
+
+def _loss_of_rows(
+    entry_loss: EntryLoss, weights_on: WeightsOn, rows: Any, columns: Any, weights: Array, mask: Array
+) -> Float[Array, ""]:
+    """The sum over a matrix, or over a block of its rows.
+
+    Each term's difference is taken first: what is the same for both drops out of the score exactly.
+    """
+    (chosen, chosen_values), (rejected, rejected_values) = rows, columns
+
+    def sides(of_chosen: Array, of_rejected: Array) -> tuple[Array, Array]:
+        # Masked before the difference as well as after the loss: a gradient through 0 * nan is nan.
+        return zero_where_invalid(of_chosen[..., :, None], mask), zero_where_invalid(of_rejected[..., None, :], mask)
+
+    first, *others = (c - r for c, r in map(sides, chosen, rejected))
+    difference = sum(others, start=first)
+    weights = zero_where_invalid(weights, mask)
+    values = tuple(map(sides, chosen_values, rejected_values))
+    if weights_on == "score":
+        losses = entry_loss(weights * difference, EntryContext(weights, mask, values))
+        return jnp.sum(zero_where_invalid(losses, mask))
+    losses = entry_loss(difference, EntryContext(jnp.ones_like(weights), mask, values))
+    return jnp.sum(weights * zero_where_invalid(losses, mask))

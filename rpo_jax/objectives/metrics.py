@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rpo_jax.objectives.contrast import row_perplexity
+from rpo_jax.objectives.contrast import ContrastWeights, row_perplexity
 from rpo_jax.objectives.losses import kl_estimate
-from rpo_jax.objectives.scores import Scores, keep, masked_mean
+from rpo_jax.objectives.scores import Scores, masked_mean, zero_where_invalid
 
 _PER_BATCH = ("contrast/uncalibrated_rows", "contrast/tied_rows")  # numbers of rows, not means over rows
 # Two programs round one log-prob to 1e-6 and more of its hundreds of nats: without a gap, a policy that is its own
@@ -49,7 +49,7 @@ def finalize(means: dict[str, Mean]) -> dict[str, Float[Array, ""]]:
 
 def masked(x: Float[Array, "*S"] | Bool[Array, "*S"], mask: Bool[Array, "*S"]) -> Mean:
     """The mean of x over valid entries."""
-    return Mean(jnp.sum(keep(x, mask)), jnp.sum(mask).astype(jnp.float32))
+    return Mean(jnp.sum(zero_where_invalid(x, mask)), jnp.sum(mask).astype(jnp.float32))
 
 
 def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, Mean]:
@@ -60,47 +60,52 @@ def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, M
     rewards/accuracies: share of same pairs whose chosen log-ratio is higher by more than TIE_NATS; logps/accuracies
     the same of the policy's own log-probs; both only if paired. logps/*: summed log-probs, nats. kl: KTO's estimate,
     in nats, where there are mismatched responses. partition/variance: of the learned log Z within a batch, nats^2,
-    over chosen and rejected responses. A side without slots has no statistics.
+    over chosen and rejected responses. A kind that the batch does not hold has no statistics.
     """
-    sides = {"chosen": scores.chosen, "rejected": scores.rejected}
+    sides = {kind: scores[kind] for kind in ("chosen", "rejected") if kind in scores.responses}
     rewards = {name: beta * side.log_ratio() for name, side in sides.items()}
     metrics = {}
     for name, side in sides.items():
-        if side.valid.size:
-            metrics[f"rewards/{name}"] = masked(rewards[name], side.valid)
-            metrics[f"logps/{name}"] = masked(side.log_prob, side.valid)
-    if len(metrics) == 4 and paired:
-        both = scores.chosen.valid & scores.rejected.valid
-        margin = scores.chosen.log_ratio() - scores.rejected.log_ratio()
+        metrics[f"rewards/{name}"] = masked(rewards[name], side.valid)
+        metrics[f"logps/{name}"] = masked(side.log_prob, side.valid)
+    if len(sides) == 2:
+        metrics |= _comparisons(scores, rewards, paired)
+    if "mismatched" in scores.responses:
+        valid = scores["mismatched"].valid
+        count = jnp.sum(valid).astype(jnp.float32)
+        metrics["kl"] = Mean(kl_estimate(scores["mismatched"].log_ratio(), valid) * count, count)
+    return metrics
+
+
+def _comparisons(scores: Scores, rewards: dict[str, Float[Array, "*G S"]], paired: bool) -> dict[str, Mean]:
+    """What `preference_metrics` says of chosen and rejected responses together."""
+    sides = chosen, rejected = scores["chosen"], scores["rejected"]
+    metrics = {}
+    if paired:
+        both = chosen.valid & rejected.valid
+        margin = chosen.log_ratio() - rejected.log_ratio()
         metrics["rewards/margins"] = masked(rewards["chosen"] - rewards["rejected"], both)
         metrics["rewards/accuracies"] = masked(margin > TIE_NATS, both)
-        metrics["logps/accuracies"] = masked(scores.chosen.log_prob - scores.rejected.log_prob > TIE_NATS, both)
-    elif len(metrics) == 4:
-        num_chosen, num_rejected = (jnp.sum(side.valid, axis=-1) for side in sides.values())
+        metrics["logps/accuracies"] = masked(chosen.log_prob - rejected.log_prob > TIE_NATS, both)
+    else:
+        num_chosen, num_rejected = (jnp.sum(side.valid, axis=-1) for side in sides)
         total = jnp.sum(rewards["chosen"], axis=-1) * num_rejected - jnp.sum(rewards["rejected"], axis=-1) * num_chosen
         metrics["rewards/margins"] = Mean(jnp.sum(total), jnp.sum(num_chosen * num_rejected).astype(jnp.float32))
-    if scores.chosen.log_partition is not None and scores.rejected.log_partition is not None:
-        valid = jnp.concatenate([side.valid.ravel() for side in sides.values()])
-        value = jnp.concatenate([scores.chosen.log_partition.ravel(), scores.rejected.log_partition.ravel()])
+    if chosen.log_partition is not None and rejected.log_partition is not None:
+        valid = jnp.concatenate([side.valid.ravel() for side in sides])
+        value = jnp.concatenate([chosen.log_partition.ravel(), rejected.log_partition.ravel()])
         metrics["partition/variance"] = masked(jnp.square(value - masked_mean(value, valid)), valid)
-    if scores.mismatched.valid.size:
-        valid = scores.mismatched.valid
-        count = jnp.sum(valid).astype(jnp.float32)
-        metrics["kl"] = Mean(kl_estimate(scores.mismatched.log_ratio(), valid) * count, count)
     return metrics
 
 
 def contrast_metrics(
-    weights: Float[Array, "*G M N"],
-    mask: Bool[Array, "*G M N"],
-    temperature: Float[Array, "*G M"] | None,
-    missed_by: Float[Array, "*G M"] | None,
+    matrix: ContrastWeights,
     cosine: Float[Array, "*G M N"] | None,
     chosen_prompt_id: Int[Array, "*G M"],
     rejected_prompt_id: Int[Array, "*G N"],
     *,
     paired: bool,
-    own: Bool[Array, "M N"] | None = None,
+    is_own_pair: Bool[Array, "M N"] | None = None,
 ) -> dict[str, Mean]:
     """What the contrast matrix contrasts; means over the rows with a valid entry.
 
@@ -111,21 +116,23 @@ def contrast_metrics(
     contrast/related_weight: weight on other prompts (another prompt id) with a cosine similarity above
     RELATED_COSINE, where prompts are embedded.
     """
+    mask, error = matrix.mask, matrix.perplexity_error
     rows = jnp.any(mask, axis=-1)
-    weights = keep(weights, mask)
+    weights = zero_where_invalid(matrix.weights, mask)
     metrics = {"contrast/perplexity": masked(row_perplexity(weights, mask), rows)}
     if paired:
-        own = jnp.eye(*mask.shape[-2:], dtype=bool) if own is None else own
-        metrics["contrast/diagonal_weight"] = masked(jnp.sum(keep(weights, own & mask), axis=-1), rows)
-    if temperature is not None:
+        is_own_pair = jnp.eye(*mask.shape[-2:], dtype=bool) if is_own_pair is None else is_own_pair
+        own_weight = jnp.sum(zero_where_invalid(weights, is_own_pair & mask), axis=-1)
+        metrics["contrast/diagonal_weight"] = masked(own_weight, rows)
+    if matrix.temperature is not None:
         # A row that cannot be calibrated has its temperature at a bound, which would outweigh all others'.
-        metrics["contrast/temperature"] = masked(temperature, rows if missed_by is None else rows & (missed_by == 0))
-    if missed_by is not None:
+        metrics["contrast/temperature"] = masked(matrix.temperature, rows if error is None else rows & (error == 0))
+    if error is not None:
         one_batch = jnp.ones((), jnp.float32)
-        for name, missed in (("uncalibrated_rows", missed_by != 0), ("tied_rows", missed_by > 0)):
+        for name, missed in (("uncalibrated_rows", error != 0), ("tied_rows", error > 0)):
             metrics[f"contrast/{name}"] = Mean(jnp.sum(missed & rows).astype(jnp.float32), one_batch)
     if cosine is not None:
         other_prompt = chosen_prompt_id[..., :, None] != rejected_prompt_id[..., None, :]
         related = mask & other_prompt & (cosine > RELATED_COSINE)
-        metrics["contrast/related_weight"] = masked(jnp.sum(keep(weights, related), axis=-1), rows)
+        metrics["contrast/related_weight"] = masked(jnp.sum(zero_where_invalid(weights, related), axis=-1), rows)
     return metrics

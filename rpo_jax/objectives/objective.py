@@ -1,17 +1,15 @@
-"""What an objective is: a row of the table, which says what to compute, what to prepare for it, and its own options."""
+"""What an objective is: a small frozen class whose fields are its options, and the loss of a batch's scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from rpo_jax.objectives.blocked import Blocks
-from rpo_jax.objectives.matrix import WeightsOn
-from rpo_jax.objectives.scores import Scores
+from rpo_jax.objectives.scores import Responses, Scores, masked_mean, zero_where_invalid
 
 
 @dataclass(frozen=True)
@@ -44,49 +42,99 @@ class Option:
         return f"must lie between {self.low:g} and {self.high:g}{', both excluded' if self.open else ''}"
 
 
-class Compute(Protocol):
-    """The loss of a batch's scores; `options` is any record with beta, link and the like and the objective's own."""
-
-    def __call__(self, scores: Scores, options: Any, *, weights_on: WeightsOn = "score") -> Float[Array, ""]: ...
-
-
-def count_entries(scores: Scores) -> Int[Array, ""] | Float[Array, ""]:
-    if isinstance(scores.weights, Blocks):
-        return scores.weights.entries
-    assert scores.mask is not None
-    return jnp.sum(scores.mask)
+def option(default: Any, doc: str, **limits: Any) -> Any:
+    """The field of an Option; `limits` are its low, high, open and choices."""
+    return field(default=default, metadata={"option": Option(default, doc, **limits)})
 
 
-def count_responses(scores: Scores) -> Int[Array, ""]:
-    return jnp.sum(scores.chosen.valid) + jnp.sum(scores.rejected.valid)
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What an objective is, and what must be prepared for it, whatever its options.
 
-
-def count_chosen_tokens(scores: Scores) -> Int[Array, ""]:
-    return jnp.sum(jnp.where(scores.chosen.valid, scores.chosen.num_tokens, 0))
-
-
-@dataclass(frozen=True)
-class Objective:
-    """One row of the table: what to compute, and what to prepare for it.
-
-    responses: the kinds of response that must be scored. count: what the loss is a mean over, so that the means of
-    batches of different size combine. weights: the contrast weights by default, a name in contrast.WEIGHTS; None
-    without a contrast matrix. link: the default link on it; None where it is not exchangeable. averages: whether it
-    reads average_log_prob. uses_scores: whether the data must score the responses. uses_tokens: whether it sees every
-    token, with a value that a head predicts, instead of the sums over responses alone. mixes_references: whether it
-    needs more references than one. options: its own settings.
+    responses: the kinds of response that must be scored. weights: the contrast weights by default, a name in
+    contrast.WEIGHTS; None without a contrast matrix. uses_scores: whether the data must score the responses.
+    uses_tokens: whether it sees every token, with a value that a head predicts, instead of the sums over responses
+    alone. mixes_references: whether it needs more references than one.
     """
 
-    compute: Compute
     description: str
     source: str
     responses: tuple[str, ...] = ("chosen", "rejected")
-    count: Callable[[Scores], Int[Array, ""] | Float[Array, ""]] = count_entries
     weights: str | None = None
-    link: str | None = None
     uses_reference: bool = True
-    averages: bool = True
     uses_scores: bool = False
     uses_tokens: bool = False
     mixes_references: bool = False
-    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Traits, ABC):
+    """What training minimises. The fields that a subclass adds are its options, with its own defaults.
+
+    beta: inverse temperature of the implicit reward, 1/nats.
+    """
+
+    beta: float = 0.1
+    compares_prompts: ClassVar[bool] = False  # rewards of different prompts, so that a learned log Z enters
+
+    def __post_init__(self) -> None:
+        """ValueError for an option out of its range."""
+        for entry in fields(self):
+            if "option" in entry.metadata and (fault := entry.metadata["option"].fault(getattr(self, entry.name))):
+                raise ValueError(f"objective.{entry.name}={getattr(self, entry.name)} {fault}.")
+
+    @abstractmethod
+    def loss(self, scores: Scores) -> Float[Array, ""]: ...
+
+    def total_loss(self, scores: Scores) -> Float[Array, ""]:
+        """What is minimised: the loss, and what the options add to it."""
+        return self.loss(scores)
+
+    @abstractmethod
+    def count(self, scores: Scores) -> Int[Array, ""] | Float[Array, ""]:
+        """What the loss is a mean over, so that the means of batches of different size combine."""
+
+    def options(self) -> dict[str, Any]:
+        """Its options with their values."""
+        traits = {entry.name for entry in fields(Traits)}
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in traits}
+
+    def options_in_use(self) -> dict[str, Any]:
+        """Those that have a say in the loss as the others are."""
+        return self.options()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixObjective(Objective):
+    """A mean over the entries of the contrast matrix.
+
+    nll_weight: weight of the chosen responses' negative log-likelihood per token beside it.
+    """
+
+    weights: str | None = "pair"
+    nll_weight: float = 0.0
+
+    def total_loss(self, scores: Scores) -> Float[Array, ""]:
+        loss = self.loss(scores)
+        return loss + self.nll_weight * nll_loss(*likelihood_of(scores["chosen"])) if self.nll_weight else loss
+
+    def count(self, scores: Scores) -> Int[Array, ""] | Float[Array, ""]:
+        return scores.contrasts.counts()[0]
+
+
+def nll_loss(
+    chosen_log_prob: Float[Array, "*G M"],
+    chosen_num_tokens: Int[Array, "*G M"],
+    mask: Bool[Array, "*G M"] | None = None,
+) -> Float[Array, ""]:
+    """Mean over the chosen responses of their negative log-likelihood per token.  L = 1/M sum_i -log pi(y_i) / |y_i|.
+
+    Source: Pang et al. 2024, arXiv 2404.19733, the term beside DPO. Each response counts alike, which `sft_loss`'s
+    tokens do.
+    """
+    return masked_mean(-zero_where_invalid(chosen_log_prob, mask) / jnp.maximum(chosen_num_tokens, 1), mask)
+
+
+def likelihood_of(responses: Responses) -> tuple[Float[Array, "*G S"], Int[Array, "*G S"], Bool[Array, "*G S"]]:
+    """What `nll_loss` and `sft_loss` take."""
+    return responses.log_prob, responses.num_tokens, responses.valid

@@ -1,22 +1,86 @@
 """Every pairwise loss: a choice of weights, valid entries and link function on one contrast matrix.
 
-Letters: M chosen and N rejected responses of a contrast group, *G leading group dimensions; a mean is over the valid
-entries of all groups together. Quantities are in nats.
+Letters: M chosen and N rejected responses of a contrast group, S entries, *G leading group dimensions; a mean is over
+the valid entries of all groups together. Quantities are in nats.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rpo_jax.objectives.blocked import Blocks
-from rpo_jax.objectives.matrix import LINKS, WeightsOn, matrix_loss
-from rpo_jax.objectives.objective import Compute, Objective
+from rpo_jax.objectives.matrix import BothSides, ContrastMatrix, WeightsOn, WholeMatrix
+from rpo_jax.objectives.objective import MatrixObjective
+from rpo_jax.objectives.scores import Scores
+
+# From u = w_ij (rho_chosen,i - rho_rejected,j), beta and label smoothing to a loss per entry.
+Link = Callable[[Float[Array, "*S"], float, float], Float[Array, "*S"]]
+
+
+def _logistic(u, beta, label_smoothing):
+    return jax.nn.softplus(-beta * u)
+
+
+def _smoothed(u, beta, label_smoothing):
+    return (1 - label_smoothing) * jax.nn.softplus(-beta * u) + label_smoothing * jax.nn.softplus(beta * u)
+
+
+def _squared(u, beta, label_smoothing):
+    return jnp.square(u - 1 / (2 * beta))
+
+
+def _hinge(u, beta, label_smoothing):
+    return jnp.maximum(0.0, 1 - beta * u)
+
+
+def _robust(u, beta, label_smoothing):
+    """Unbiased under flipped labels: the mean over the flips is the logistic link's."""
+    kept, flipped = jax.nn.softplus(-beta * u), jax.nn.softplus(beta * u)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def _exo(u, beta, label_smoothing):
+    """KL of the policy's choice between both responses from the labels' (1 - eps, eps)."""
+    kept, flipped = -jax.nn.softplus(-beta * u), -jax.nn.softplus(beta * u)
+    # exp of a log-probability: a sigmoid's own derivative loses its digits in the upper tail.
+    return jnp.exp(kept) * (kept - jnp.log1p(-label_smoothing)) + jnp.exp(flipped) * (
+        flipped - jnp.log(label_smoothing)
+    )
+
+
+LINKS: dict[str, Link] = {
+    "logistic": _logistic,
+    "smoothed": _smoothed,
+    "squared": _squared,
+    "hinge": _hinge,
+    "robust": _robust,
+    "exo": _exo,
+}
+
+# What label smoothing may be for the links that have one, in words and as a test.
+SMOOTHING: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "smoothed": ("between 0 and 0.5", lambda eps: 0 <= eps <= 0.5),
+    "robust": ("at least 0 and below 0.5", lambda eps: 0 <= eps < 0.5),
+    "exo": ("above 0 and at most 0.5", lambda eps: 0 < eps <= 0.5),
+}
+
+
+def linked_mean(
+    matrix: ContrastMatrix, terms: BothSides, link: str, beta: float, label_smoothing: float = 0.1
+) -> Float[Array, ""]:
+    """`pairwise_loss` on a matrix in either form; `terms` of the responses' scores as in ContrastMatrix.mean."""
+    return matrix.mean(terms, lambda u, _: LINKS[link](u, beta, label_smoothing))
 
 
 def pairwise_loss(
     chosen_log_ratio: Float[Array, "*G M"],
     rejected_log_ratio: Float[Array, "*G N"],
-    weights: Float[Array, "*G M N"] | float | Blocks,
+    weights: Float[Array, "*G M N"] | float,
     beta: float = 0.1,
     link: str = "logistic",
     mask: Bool[Array, "*G M N"] | None = None,
@@ -36,11 +100,11 @@ def pairwise_loss(
 
     Args:
         chosen_log_ratio, rejected_log_ratio: log pi_policy - log pi_reference of each response, nats.
-        weights: w, from rpo_jax.objectives.contrast; or a matrix in blocks, which brings its mask.
+        weights: w, from rpo_jax.objectives.contrast.
         beta: inverse temperature of the implicit reward, 1/nats.
         link: a name in LINKS.
         mask: valid entries; all of them where not given.
-        label_smoothing: eps, the probability that a label is flipped; as matrix.SMOOTHING says.
+        label_smoothing: eps, the probability that a label is flipped; as SMOOTHING says.
         weights_on: `score` as above. `loss` is the authors' release for the diagonal weighting: weights multiply the
             losses instead, L = 1/rows sum_i sum_j w_ij link(rho_chosen,i - rho_rejected,j), over rows with a valid
             entry. Rows of weights sum to 1, so this is the mean of their weighted averages: N times less diluted
@@ -57,36 +121,44 @@ def pairwise_loss(
     """
     if link not in LINKS:
         raise ValueError(f"unknown link {link!r}; use one of {', '.join(LINKS)}.")
-
-    def entry_loss(u, _):
-        return LINKS[link](u, beta, label_smoothing)
-
-    chosen_z, rejected_z = ((), ()) if log_partition is None else ((log_partition[0],), (log_partition[1],))
-    chosen, rejected = (chosen_log_ratio, *chosen_z), (rejected_log_ratio, *rejected_z)
-    return matrix_loss(chosen, rejected, weights, entry_loss, mask, weights_on)
-
-
-def pairwise(link: str) -> Compute:
-    """The pairwise loss with this link where the options name no other."""
-
-    def compute(scores, options, *, weights_on: WeightsOn = "score"):
-        assert scores.weights is not None
-        log_z = scores.chosen.log_partition, scores.rejected.log_partition
-        return pairwise_loss(
-            scores.chosen.log_ratio(options.average_log_prob),
-            scores.rejected.log_ratio(options.average_log_prob),
-            scores.weights,
-            options.beta,
-            options.link or link,
-            scores.mask,
-            label_smoothing=options.label_smoothing,
-            weights_on=weights_on,
-            log_partition=None if log_z[0] is None or log_z[1] is None else (log_z[0], log_z[1]),
-        )
-
-    return compute
+    if weights_on not in ("score", "loss"):
+        raise ValueError(f"weights_on={weights_on!r} must be 'score' or 'loss'.")
+    shape = (*jnp.shape(chosen_log_ratio), jnp.shape(rejected_log_ratio)[-1])
+    mask = jnp.ones(shape, bool) if mask is None else jnp.broadcast_to(mask, shape)
+    matrix = WholeMatrix(jnp.broadcast_to(weights, shape), mask, weights_on=weights_on)
+    terms = ((chosen_log_ratio, rejected_log_ratio), *(() if log_partition is None else (log_partition,)))
+    return linked_mean(matrix, terms, link, beta, label_smoothing)
 
 
-def on_matrix(link: str, weights: str, description: str, source: str, *, mixes_references: bool = False) -> Objective:
-    """The row of an objective that is a link on a weighting."""
-    return Objective(pairwise(link), description, source, weights=weights, link=link, mixes_references=mixes_references)
+@dataclass(frozen=True, kw_only=True)
+class LinkObjective(MatrixObjective):
+    """`pairwise_loss` with a link and a weighting of its own; both can be exchanged.
+
+    link: a name in LINKS. label_smoothing: probability that a label is flipped, of the links that have one.
+    average_log_prob: divide each response's log-ratio by its number of tokens.
+    """
+
+    link: str = "logistic"
+    label_smoothing: float = 0.1
+    average_log_prob: bool = False
+    compares_prompts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.link not in LINKS:
+            raise ValueError(f"unknown link {self.link!r}; use one of {', '.join(LINKS)}.")
+        bounds, inside = SMOOTHING.get(self.link, ("", lambda _: True))
+        if not inside(self.label_smoothing):
+            raise ValueError(
+                f"objective.label_smoothing={self.label_smoothing} must be {bounds} for the link {self.link}."
+            )
+
+    def options_in_use(self) -> dict[str, Any]:
+        options = self.options()
+        return options if self.link in SMOOTHING else {k: v for k, v in options.items() if k != "label_smoothing"}
+
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        log_z = scores["chosen"].log_partition, scores["rejected"].log_partition
+        learned = () if log_z[0] is None or log_z[1] is None else ((log_z[0], log_z[1]),)
+        terms = (scores.log_ratios(self.average_log_prob), *learned)
+        return linked_mean(scores.contrasts, terms, self.link, self.beta, self.label_smoothing)

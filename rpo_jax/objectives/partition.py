@@ -13,24 +13,12 @@ Letters: R rows and T tokens of a packed batch, D hidden width, P responses.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 NAME = "partition"  # of the head among the trained parameters
 AXES = {NAME: {"kernel": ("embed",)}}
-
-
-def init_head(hidden_size: int) -> dict[str, dict[str, Float[Array, "D"]]]:
-    return {NAME: {"kernel": jnp.zeros(hidden_size, jnp.float32)}}
-
-
-def split(params: dict[str, Any]) -> tuple[dict[str, Any], Float[Array, "D"] | None]:
-    """Trained parameters without the head, and the head; None where there is none."""
-    head = params.get(NAME)
-    return {name: part for name, part in params.items() if name != NAME}, None if head is None else head["kernel"]
 
 
 def log_partition(

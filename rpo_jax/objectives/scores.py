@@ -1,14 +1,19 @@
 """What an objective sees of the model, and masked sums over it.
 
-Letters: S response slots of one kind (M chosen, N rejected or K mismatched), *G leading group dimensions.
+Letters: S response slots of one kind, *G leading group dimensions.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    from rpo_jax.objectives.matrix import ContrastMatrix
 
 
 def at_least_float32(x: Float[Array, "..."] | Int[Array, "..."] | float) -> Float[Array, "..."]:
@@ -16,7 +21,7 @@ def at_least_float32(x: Float[Array, "..."] | Int[Array, "..."] | float) -> Floa
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def keep(x: Float[Array, "*S"] | Int[Array, "*S"], mask: Bool[Array, "*S"] | None) -> Float[Array, "*S"]:
+def zero_where_invalid(x: Float[Array, "*S"] | Int[Array, "*S"], mask: Bool[Array, "*S"] | None) -> Float[Array, "*S"]:
     """x where valid, 0 elsewhere, whatever is there; without a mask everything is valid."""
     x = at_least_float32(x)
     return x if mask is None else jnp.where(mask, x, 0.0)
@@ -25,7 +30,7 @@ def keep(x: Float[Array, "*S"] | Int[Array, "*S"], mask: Bool[Array, "*S"] | Non
 def masked_mean(x: Float[Array, "*S"], mask: Bool[Array, "*S"] | None) -> Float[Array, ""]:
     """Mean over the valid entries; 0 where there are none."""
     count = x.size if mask is None else jnp.sum(mask)
-    return jnp.sum(keep(x, mask)) / jnp.maximum(count, 1)
+    return jnp.sum(zero_where_invalid(x, mask)) / jnp.maximum(count, 1)
 
 
 class Responses(NamedTuple):
@@ -40,12 +45,12 @@ class Responses(NamedTuple):
 
     def policy_score(self, average: bool) -> Float[Array, "*G S"]:
         """Log-prob of valid slots, 0 elsewhere; divided by the number of tokens if `average`."""
-        return self._per_token(keep(self.log_prob, self.valid), average)
+        return self._per_token(zero_where_invalid(self.log_prob, self.valid), average)
 
     def log_ratio(self, average: bool = False) -> Float[Array, "*G S"]:
         """rho = log pi_policy - log pi_reference of valid slots, 0 elsewhere; per token if `average`."""
-        difference = keep(self.log_prob, self.valid) - keep(self.reference_log_prob, self.valid)
-        return self._per_token(difference, average)
+        policy, reference = (zero_where_invalid(x, self.valid) for x in (self.log_prob, self.reference_log_prob))
+        return self._per_token(policy - reference, average)
 
     def _per_token(self, score: Float[Array, "*G S"], average: bool) -> Float[Array, "*G S"]:
         return score / jnp.maximum(self.num_tokens, 1) if average else score
@@ -57,20 +62,34 @@ class Tokens(NamedTuple):
     log_prob: Float[Array, "R T"]  # the policy's, nats
     value: Float[Array, "R T"]  # what the value head expects of the rest of the response
     reference_log_prob: Float[Array, "R T"]
-    response_ids: Int[Array, "R T"]  # slot of the token's response: chosen first, then rejected; -1 elsewhere
+    response_ids: Int[Array, "R T"]  # slot of the token's response, kinds in the order of records.KINDS; -1 elsewhere
 
 
-class Scores(NamedTuple):
-    """Everything an objective sees of a batch; weights and mask are None for objectives without a matrix.
+@dataclass(frozen=True)
+class Scores:
+    """Everything that an objective sees of a batch.
 
-    A matrix in blocks (blocked.Blocks) stands in place of its weights and brings its mask. Only objectives that say so
-    see tokens. Refined are chosen and rejected once more, under refined prompts, for objectives that ask for them.
+    responses: by kind (records.KINDS), those that the objective asked for. matrix: None for objectives without one.
+    tokens: only for objectives that say that they need them.
     """
 
-    chosen: Responses
-    rejected: Responses
-    mismatched: Responses
-    weights: Float[Array, "*G M N"] | Any | None = None
-    mask: Bool[Array, "*G M N"] | None = None
+    responses: Mapping[str, Responses]
+    matrix: ContrastMatrix | None = None
     tokens: Tokens | None = None
-    refined: tuple[Responses, ...] = ()
+
+    def __getitem__(self, kind: str) -> Responses:
+        return self.responses[kind]
+
+    @property
+    def contrasts(self) -> ContrastMatrix:
+        """The matrix of an objective that has one."""
+        assert self.matrix is not None, "whoever has contrast weights gets a matrix"
+        return self.matrix
+
+    def log_ratios(self, average: bool = False) -> tuple[Float[Array, "*G M"], Float[Array, "*G N"]]:
+        """rho of chosen and rejected responses, as Responses.log_ratio."""
+        return self["chosen"].log_ratio(average), self["rejected"].log_ratio(average)
+
+    def policy_scores(self, average: bool) -> tuple[Float[Array, "*G M"], Float[Array, "*G N"]]:
+        """The policy's log-probs of chosen and rejected responses, as Responses.policy_score."""
+        return self["chosen"].policy_score(average), self["rejected"].policy_score(average)

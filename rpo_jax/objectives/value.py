@@ -17,10 +17,6 @@ NAME = "value"  # of the head among the trained parameters
 AXES: dict[str, Any] = {NAME: {"kernel": ("embed",), "bias": ()}}
 
 
-def init_head(hidden_size: int) -> dict[str, dict[str, Array]]:
-    return {NAME: {"kernel": jnp.zeros(hidden_size, jnp.float32), "bias": jnp.zeros((), jnp.float32)}}
-
-
 def token_values(
     hidden: Float[Array, "R T D"],
     head: dict[str, Array],

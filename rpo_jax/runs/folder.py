@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpo_jax import models
-from rpo_jax.config import Config, DistributedConfig
+from rpo_jax.config import Config, DistributedConfig, with_defaults_taken
 from rpo_jax.config.reading import dump_config, load_config
 from rpo_jax.hosts import processes
 from rpo_jax.models import ModelConfig
@@ -177,7 +177,7 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
 
     Where, how long and on what a run goes on is left out: it may change without changing what its steps compute.
     """
-    defaults = comparable(Config())
+    defaults = comparable(with_defaults_taken(Config()))
     return {
         f"{section}.{key}": (before, now)
         for section, values in current.items()

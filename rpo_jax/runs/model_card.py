@@ -146,8 +146,7 @@ def _hyperparameters(config: Config, step: int) -> list[tuple[str, str]]:
     method, contrast, optim = resolve(config), config.contrast, config.optim
     chosen: dict[str, Any] = {
         "objective.name": config.objective.name,
-        "objective.beta": config.objective.beta,
-        "objective.link": config.objective.link or method.objective.link,
+        **{f"objective.{name}": value for name, value in method.objective.options_in_use().items()},
         "contrast.weights": method.weights,
     }
     if chosen["contrast.weights"] == "embedding":

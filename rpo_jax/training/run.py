@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from rpo_jax import models
-from rpo_jax.config import Config
+from rpo_jax.config import Config, options_taken, with_defaults_taken
 from rpo_jax.config.reading import parse_config
 from rpo_jax.hosts import processes, sharding
 from rpo_jax.hosts.memory import trim_after_compiling
@@ -123,13 +123,15 @@ def _run(asked: _Asked) -> RunResult:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.run.cache_dir).expanduser() / "compiled"))
 
     reporter.say(f"{config.objective.name} on {_describe(mesh)}, run folder {run_dir}")
+    if taken := options_taken(config):
+        reporter.say(f"objective {config.objective.name}: {taken}")
     loaded = None if config.model.path is None else models.check_pretrained(config.model.path)
     prepared = prepare(config, reporter, run_dir / MODEL if resuming else None)
     model_config = policy_config(config, prepared, loaded, reporter)
     base = base_record(config)
     record = {
         "model": comparable(model_config),
-        "config": comparable(config),
+        "config": comparable(with_defaults_taken(config)),
         "base": base,
         "versions": installed_versions(),
     }

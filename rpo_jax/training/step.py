@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +18,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from rpo_jax import models
-from rpo_jax.config import Config, Method, resolve
-from rpo_jax.core.records import Batch, Side
+from rpo_jax.config import Config, resolve
+from rpo_jax.core.records import Batch
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
-from rpo_jax.objectives import blocked, contrast, heads, losses, metrics, partition, value
-from rpo_jax.objectives.scores import Responses, Scores, Tokens
+from rpo_jax.objectives import heads, metrics, partition, value
+from rpo_jax.objectives.losses import Objective
 from rpo_jax.training.forward import make_log_probs
 from rpo_jax.training.micro_batches import (
     ROW_FIELDS,
@@ -35,9 +34,9 @@ from rpo_jax.training.micro_batches import (
     make_loss_and_gradient,
 )
 from rpo_jax.training.optimizer import accept_if, learning_rate_schedule, make_optimizer
+from rpo_jax.training.scoring import Means, make_loss
 
 Params = Any
-Means = dict[str, metrics.Mean]  # they combine over batches
 
 
 class TrainState(NamedTuple):
@@ -65,7 +64,7 @@ class Steps:
     """The compiled functions of a run.
 
     Attributes:
-        objective: the row of the table of objectives that the run minimises.
+        objective: what the run minimises.
         init: the model's parameters (with LoRA the adapters) to a fresh TrainState, which has the heads
             besides; the parameters are given up.
         train: (state, batch, live reference's parameters or None) to (state, metrics); the state is given up. A step
@@ -78,7 +77,7 @@ class Steps:
         abstract_state: shapes, dtypes and shardings of the state, to restore a checkpoint into.
     """
 
-    objective: losses.Objective
+    objective: Objective
     init: Callable[[Params], TrainState]
     train: Callable[..., tuple[TrainState, dict[str, Array]]]
     evaluate: Callable[..., Means]
@@ -94,86 +93,6 @@ class Steps:
     def on(self, base: Params) -> Steps:
         """The same with the frozen base that LoRA's adapters are trained on; it stays the caller's."""
         return replace(self, train=partial(self.train, base=base), evaluate=partial(self.evaluate, base=base))
-
-
-def make_scores(
-    method: Method, alpha: float, block: int | str, mesh: Mesh
-) -> Callable[[LogProbs, Batch, bool], tuple[Scores, Means]]:
-    """Function from log-probs, batch and whether it is of pairs to what an objective sees, and the contrast metrics.
-
-    Args:
-        alpha: of the diagonal weighting.
-        block: as contrast.block.
-    """
-    kind, size = method.weights, method.matrix_group
-
-    def grouped(x: Array) -> Array:
-        # Spelt out, because embeddings that nothing needs have width 0, which leaves a -1 undetermined.
-        return x if x.shape[0] <= size > 1 else x.reshape(x.shape[0] // size, size, *x.shape[1:])
-
-    def responses(side: Side, log_probs: LogProbs, start: int) -> Responses:
-        slots = slice(start, start + side.valid.shape[0])
-        log_prob, num_tokens, log_z = jax.tree.map(lambda x: x[slots], log_probs[:3])
-        parts = (log_prob, side.reference_log_prob, num_tokens, side.valid, log_z, side.score)
-        return jax.tree.map(grouped, Responses(*parts))
-
-    def fill(
-        chosen: Side, rejected: Side, own: Array | None = None, temperature: Array | None = None, *, paired: bool
-    ) -> tuple[contrast.Contrast, Means]:
-        """A matrix or some of its rows; `own` and `temperature` are as in blocked.Fill."""
-        mask = contrast.valid_entries(
-            chosen.valid, rejected.valid, chosen.prompt_id, rejected.prompt_id, chosen.text_id, rejected.text_id
-        )
-        matrix = contrast.make_weights(
-            str(kind),
-            chosen.embedding,
-            rejected.embedding,
-            mask,
-            temperature=method.temperature if temperature is None else temperature,
-            perplexity=method.perplexity if temperature is None else None,
-            alpha=alpha,
-            own=own,
-        )
-        embedded = chosen.embedding.shape[-1] > 0
-        means = metrics.contrast_metrics(
-            *matrix,
-            contrast.cosine(chosen.embedding, rejected.embedding) if embedded else None,
-            chosen.prompt_id,
-            rejected.prompt_id,
-            paired=paired,
-            own=own,
-        )
-        return matrix, means
-
-    def scores(log_probs: LogProbs, batch: Batch, paired: bool) -> tuple[Scores, Means]:
-        if log_probs.log_partition is not None:
-            ids, valid = (
-                jnp.concatenate([getattr(side, name) for side in batch.sides]) for name in ("prompt_id", "valid")
-            )
-            log_z = partition.per_prompt(log_probs.log_partition, ids, valid)
-            log_probs = log_probs._replace(log_partition=log_z)
-        starts = accumulate((side.valid.shape[0] for side in batch.sides), initial=0)
-        sides = (responses(side, log_probs, start) for side, start in zip(batch.sides, starts, strict=False))
-        chosen, rejected, mismatched, *refined = sides
-        found = Scores(chosen, rejected, mismatched, refined=tuple(refined))
-        if kind is None:
-            return found, {}
-        chosen, rejected = jax.tree.map(grouped, (batch.chosen, batch.rejected))
-        entries = chosen.valid.size * rejected.valid.shape[-1]
-        if kind != "pair" and blocked.is_large(entries, block):
-            matrix, means = blocked.survey(partial(fill, paired=paired), chosen, rejected, block, mesh)
-            return found._replace(weights=matrix), metrics.of_one_batch(means)
-        matrix, means = fill(chosen, rejected, paired=paired)
-        return found._replace(weights=matrix.weights, mask=matrix.mask), means
-
-    return scores
-
-
-def _with_tokens(scores: Scores, policy: TokenScores, reference: TokenScores | None, batch: Batch) -> Scores:
-    """The scores with every scored token's."""
-    assert policy.value is not None, "the objective has a value head"
-    assert reference is not None, "checked with the configuration: a cache knows no tokens"
-    return scores._replace(tokens=Tokens(policy.log_prob, policy.value, reference.log_prob, batch.response_ids))
 
 
 def _with_reference(batch: Batch, log_probs: LogProbs) -> Batch:
@@ -200,11 +119,6 @@ def build_log_probs(
 
     shapes, axes = models.abstract_params(model_config), models.param_axes(model_config)
     return jax.jit(log_probs, out_shardings=sharding.replicated(mesh)), sharding.parameter_shardings(mesh, axes, shapes)
-
-
-def _head_names(method: Method) -> tuple[str, ...]:
-    learned = (partition.NAME,) if method.learns_partition else ()
-    return (*learned, value.NAME) if method.objective.uses_tokens else learned
 
 
 def _trained(config: Config, model_config: ModelConfig, head_names: tuple[str, ...]) -> tuple[Params, Any]:
@@ -240,22 +154,12 @@ def build_steps(
     objective = method.objective
     schedule = learning_rate_schedule(config.optim, total_steps)
     optimizer = make_optimizer(config.optim, schedule)
-    head_names = _head_names(method)
+    wanted = ((partition.NAME, method.learns_partition), (value.NAME, objective.uses_tokens))
+    head_names = tuple(name for name, is_wanted in wanted if is_wanted)
     forward = make_log_probs(config, model_config, mesh, tokens=objective.uses_tokens)
     reference_forward = make_log_probs(config, reference_config or model_config, mesh, tokens=objective.uses_tokens)
-    scores_of = make_scores(method, config.contrast.alpha, config.contrast.block, mesh)
+    scored = make_loss(method, config.contrast.alpha, config.contrast.block, mesh)
     micro_rows, micro_keep = config.batch.micro_rows, config.batch.micro_keep
-
-    def scored(batch: Batch, reference: TokenScores | None, paired: bool, log_probs: LogProbs) -> tuple[Array, Means]:
-        scores, means = scores_of(log_probs, batch, paired)
-        if log_probs.tokens is not None:
-            scores = _with_tokens(scores, log_probs.tokens, reference, batch)
-        value = losses.minimised(objective, scores, config.objective, weights_on=method.weights_on)
-        told = metrics.preference_metrics(scores, config.objective.beta, paired)
-        if not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
-            told = {name: mean for name, mean in told.items() if not name.startswith("rewards/")}
-        count = objective.count(scores).astype(jnp.float32)
-        return value, {"loss": metrics.Mean(value * count, count), **means, **told}
 
     def policy(base: Params | None) -> Forward:
         """The forward pass as a function of what is trained."""

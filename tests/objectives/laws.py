@@ -6,7 +6,7 @@ The equation is a test's own function in float64 NumPy with plain loops; derivat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpo_jax.objectives import contrast
-from rpo_jax.objectives.methods import OPTIONS
+from rpo_jax.objectives.matrix import WholeMatrix
+from rpo_jax.objectives.methods import OBJECTIVES
 from rpo_jax.objectives.scores import Responses, Scores
 from tests.objectives import oracle
 
@@ -101,12 +102,40 @@ def _check_masked(compiled: Any, chosen: Values, rejected: Values, inputs: Any, 
     assert np.isnan(compiled(wrong, rejected, *inputs)[0]), "a NaN in a valid slot surfaces"
 
 
-def settings(**changes: Any) -> Any:
-    """Options as the configuration's section has them."""
-    values = {"beta": 0.2, "link": None, "label_smoothing": 0.1, "average_log_prob": False, "nll_weight": 0.0}
-    values |= {name: option.default for name, option in OPTIONS.items()} | changes
-    made = dataclass(type("Settings", (), {"__annotations__": dict.fromkeys(values, Any), **values}))
-    return made()
+def named(name: str, **options: Any) -> Any:
+    """The objective of that name with these options, beta 0.2 where not given."""
+    return replace(OBJECTIVES[name], **{"beta": 0.2, **options})
+
+
+def scores_of(chosen: Any, rejected: Any, weights: Any, mask: Any, **values: tuple[Any, Any]) -> Scores:
+    """Scores of responses of one token whose log-probs and log-ratios are these, on this matrix.
+
+    Args:
+        values: what is known of chosen and rejected responses besides: other fields of Responses, or the log-ratio
+            `refined` under refined prompts.
+    """
+    if mask is None:
+        mask = jnp.ones((len(chosen), len(rejected)), bool)
+    valid = {"chosen": jnp.any(mask, axis=1), "rejected": jnp.any(mask, axis=0)}
+    refined = dict(zip(valid, values.pop("refined", (None, None)), strict=True))
+    responses = {}
+    for number, (kind, log_prob) in enumerate((("chosen", chosen), ("rejected", rejected))):
+        zeros, ones = jnp.zeros(len(log_prob)), jnp.ones(len(log_prob), int)
+        responses[kind] = Responses(log_prob, zeros, ones, valid[kind])
+        responses[kind] = responses[kind]._replace(**{name: both[number] for name, both in values.items()})
+        if refined[kind] is not None:
+            responses[f"refined_{kind}"] = Responses(refined[kind], zeros, ones, valid[kind])
+    return Scores(responses, WholeMatrix(jnp.asarray(weights), jnp.asarray(mask)))
+
+
+def sides_of(scores: Scores) -> tuple[Responses, Responses]:
+    return scores["chosen"], scores["rejected"]
+
+
+def matrix_of(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and valid entries."""
+    assert isinstance(scores.matrix, WholeMatrix)
+    return np.asarray(scores.matrix.weights), np.asarray(scores.matrix.mask)
 
 
 def draw_scores(seed: int, fill: float = 0.0, size: int = 5) -> Scores:
@@ -121,4 +150,5 @@ def draw_scores(seed: int, fill: float = 0.0, size: int = 5) -> Scores:
         return Responses(*jnp.asarray(log_probs), num_tokens, jnp.asarray(valid), score=jnp.asarray(score))
 
     mask = jnp.asarray(valid[:, None] & valid[None, :])
-    return Scores(side(1), side(0), side(0), contrast.uniform_weights(mask), mask)
+    responses = {kind: side(quality) for kind, quality in (("chosen", 1), ("rejected", 0), ("mismatched", 0))}
+    return Scores(responses, WholeMatrix(contrast.uniform_weights(mask), mask))

@@ -3,11 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.methods.alpha_dpo import alpha_dpo_loss
-from rpo_jax.objectives.methods.simpo import simpo_loss
 from tests.objectives import laws, oracle
 
 BETA, MARGIN, ALPHA = 2.0, 0.4, 0.3
+OBJECTIVE = laws.named("alpha_dpo", beta=BETA, alpha_dpo_margin=MARGIN, alpha_dpo_alpha=ALPHA)
 
 
 def equation(chosen, rejected, weights, mask, frozen):
@@ -25,7 +24,9 @@ def equation(chosen, rejected, weights, mask, frozen):
 
 
 def loss(chosen, rejected, weights, mask):
-    return alpha_dpo_loss(chosen[0], rejected[0], chosen[1], rejected[1], weights, BETA, MARGIN, ALPHA, mask)
+    reference = chosen[0] - chosen[1], rejected[0] - rejected[1]
+    scores = laws.scores_of(chosen[0], rejected[0], weights, mask, reference_log_prob=reference)
+    return OBJECTIVE.loss(scores)
 
 
 def test_alpha_dpo_is_its_equation():
@@ -46,16 +47,21 @@ def test_a_policy_that_is_its_reference_has_simpos_loss():
     chosen, rejected = jnp.asarray(rng.uniform(-3, 0, 3)), jnp.asarray(rng.uniform(-3, 0, 4))
     zeros = jnp.zeros(3), jnp.zeros(4)
     got = loss((chosen, zeros[0]), (rejected, zeros[1]), jnp.ones((3, 4)), None)
-    np.testing.assert_allclose(got, simpo_loss(chosen, rejected, jnp.ones((3, 4)), BETA, BETA * MARGIN), rtol=1e-6)
+    simpo = laws.named("simpo", beta=BETA, simpo_margin=BETA * MARGIN)
+    np.testing.assert_allclose(got, simpo.loss(laws.scores_of(chosen, rejected, jnp.ones((3, 4)), None)), rtol=1e-6)
 
 
 def test_the_row_divides_by_lengths():
     scores = laws.draw_scores(3, fill=np.nan)
-    options = laws.settings(beta=BETA, alpha_dpo_margin=MARGIN, alpha_dpo_alpha=ALPHA)
-    got = losses.OBJECTIVES["alpha_dpo"].compute(scores, options)
+    got = OBJECTIVE.loss(scores)
     sides = [
         tuple(np.asarray(x, np.float64) / s.num_tokens for x in (s.log_prob, s.log_prob - s.reference_log_prob))
-        for s in (scores.chosen, scores.rejected)
+        for s in laws.sides_of(scores)
     ]
-    expected = equation(*sides, np.asarray(scores.weights), np.asarray(scores.mask), sides)
+    expected = equation(*sides, *laws.matrix_of(scores), sides)
     np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_its_own_defaults_are_its_authors():
+    objective = losses.OBJECTIVES["alpha_dpo"]
+    assert objective.options() == {"beta": 2.5, "nll_weight": 0.0, "alpha_dpo_margin": 0.6, "alpha_dpo_alpha": 0.2}

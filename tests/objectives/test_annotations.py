@@ -41,10 +41,10 @@ def test_contrast_and_losses_keep_their_shapes(groups):
         valid = (jnp.any(mask, axis=-1), jnp.any(mask, axis=-2))
         checked(contrast.valid_entries)(*valid, ids(M), ids(N), ids(M), ids(N))
         checked(losses.pairwise_loss)(normal(M), normal(N), weights, mask=mask)
-        checked(losses.slic_loss)(normal(M), normal(N), ids(M), weights, mask=mask)
         checked(losses.sft_loss)(normal(M), ids(M))
         checked(losses.kto_loss)(normal(M), normal(N), jnp.ones(K))
-        checked(metrics.contrast_metrics)(weights, mask, temperature, None, 1 - distance, ids(M), ids(N), paired=False)
+        matrix = contrast.ContrastWeights(weights, mask, temperature)
+        checked(metrics.contrast_metrics)(matrix, 1 - distance, ids(M), ids(N), paired=False)
 
     jax.eval_shape(call_all)
 

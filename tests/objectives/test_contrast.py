@@ -134,7 +134,7 @@ def test_hard_rows_are_calibrated_to_a_thousandth(perplexity, seed):
     weights = np.asarray(matrix.weights, np.float64)[:, 0]
     exact = [oracle.row_perplexity(row / row.sum()) for row in weights]
     np.testing.assert_allclose(exact, perplexity, rtol=1e-5, atol=1e-3, err_msg=str(list(rows)))
-    np.testing.assert_array_equal(matrix.missed_by, 0)
+    np.testing.assert_array_equal(matrix.perplexity_error, 0)
 
 
 def test_a_row_that_cannot_reach_the_perplexity_takes_the_nearest_that_it_can_and_says_by_how_much():
@@ -146,13 +146,13 @@ def test_a_row_that_cannot_reach_the_perplexity_takes_the_nearest_that_it_can_an
         2.0: ([[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0], [0] * 4], [1, 1, -1, 0]),
         10.0: ([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0], [0] * 4], [-6, -7, -9, 0]),
     }
-    for perplexity, (alike, missed_by) in expected.items():
+    for perplexity, (alike, error) in expected.items():
         matrix = contrast.make_weights(
             "embedding", chosen, rejected, mask, temperature=None, perplexity=perplexity, alpha=0.8
         )
         alike = np.array(alike)[:, None] / np.maximum(np.sum(alike, axis=1), 1)[:, None, None]
         np.testing.assert_allclose(matrix.weights, alike, atol=1e-3)
-        np.testing.assert_allclose(matrix.missed_by[:, 0], missed_by, atol=1e-3)
+        np.testing.assert_allclose(matrix.perplexity_error[:, 0], error, atol=1e-3)
         assert np.all((matrix.temperature >= low * 0.999) & (matrix.temperature <= high * 1.001))
 
 
@@ -162,7 +162,7 @@ def test_a_row_with_just_as_many_entries_as_wanted_is_calibrated():
         "embedding", chosen, rejected, jnp.ones((2, 1, 4), bool), temperature=None, perplexity=4.0, alpha=0.8
     )
     np.testing.assert_allclose(matrix.weights, 0.25, atol=1e-3)
-    np.testing.assert_array_equal(matrix.missed_by, 0)
+    np.testing.assert_array_equal(matrix.perplexity_error, 0)
 
 
 def test_solving_for_a_temperature_leaves_the_loss_and_its_gradient_to_the_weights_alone():

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.methods.lipo import lambda_weights, lipo_loss
+from rpo_jax.objectives.methods.lipo import lambda_weights
 from tests.objectives import laws, oracle
 
 BETA = 0.3
@@ -31,7 +31,7 @@ def equation(chosen, rejected, weights, mask, frozen):
 
 def test_lipo_is_its_equation():
     def loss(chosen, rejected, weights, mask):
-        return lipo_loss(chosen[0], rejected[0], weights, BETA, mask)
+        return laws.named("lipo", beta=BETA).loss(laws.scores_of(chosen[0], rejected[0], weights, mask))
 
     laws.check_law(loss, equation, lambda rng, size: (rng.normal(0, 5, size),))
 
@@ -41,7 +41,8 @@ def test_a_list_of_two_is_dpo_times_what_an_exchange_changes():
     chosen, rejected = (rng.normal(size=6).astype(np.float32) for _ in range(2))
     own = np.eye(6, dtype=bool)
     change = 1 / math.log(2) - 1 / math.log(3)
-    got = lipo_loss(chosen, rejected, own.astype(np.float32), BETA, jnp.asarray(own))
+    scores = laws.scores_of(chosen, rejected, own.astype(np.float32), own)
+    got = laws.named("lipo", beta=BETA).loss(scores)
     dpo = losses.pairwise_loss(chosen, rejected, own.astype(np.float32), BETA, mask=jnp.asarray(own))
     np.testing.assert_allclose(got, change * dpo, rtol=1e-5)
 
@@ -54,7 +55,7 @@ def test_equal_scores_rank_the_chosen_response_first_then_by_column():
 
 def test_the_row_computes_it():
     scores = laws.draw_scores(5, fill=np.nan)
-    got = losses.OBJECTIVES["lipo"].compute(scores, laws.settings(beta=BETA))
-    sides = [(np.asarray(s.log_ratio(), np.float64),) for s in (scores.chosen, scores.rejected)]
-    expected = equation(*sides, np.asarray(scores.weights), np.asarray(scores.mask), sides)
+    got = laws.named("lipo", beta=BETA).loss(scores)
+    sides = [(np.asarray(s.log_ratio(), np.float64),) for s in laws.sides_of(scores)]
+    expected = equation(*sides, *laws.matrix_of(scores), sides)
     np.testing.assert_allclose(got, expected, rtol=1e-5)

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rpo_jax.config import Config, ContrastConfig, ObjectiveConfig
+from rpo_jax.core.records import RESPONSES
 from rpo_jax.objectives import contrast, losses
-from rpo_jax.objectives.scores import Responses, Scores
-from tests.objectives import oracle
+from tests.objectives import laws, oracle
 
 M, N = 5, 5
 SCALES = {"small": 3.0, "large": 500.0, "extreme": 1e4}
@@ -219,7 +220,8 @@ def test_sft_and_slic_agree_with_the_oracle():
         weights = oracle.embedding_weights(*emb, 0.5, mask).astype(np.float32)
 
         def loss(c, r, weights=weights, num_tokens=num_tokens, mask=mask):
-            return losses.slic_loss(c, r, num_tokens, weights, 1.5, 0.3, mask)
+            scores = laws.scores_of(c, r, weights, mask, num_tokens=(num_tokens, num_tokens))
+            return laws.named("slic", slic_margin=1.5, slic_nll_weight=0.3).loss(scores)
 
         value, gradients = jax.value_and_grad(loss, (0, 1))(chosen, rejected)
         assert_agree((value, *gradients), oracle.slic(chosen, rejected, num_tokens, weights, mask, 1.5, 0.3))
@@ -247,31 +249,6 @@ def test_ktos_reference_point_is_never_negative():
     np.testing.assert_array_equal(losses.kl_estimate(jnp.array([-1.0, 5.0])), 2.0)
 
 
-@dataclass(frozen=True)
-class Settings:
-    beta: float = 0.2
-    link: str | None = None
-    label_smoothing: float = 0.1
-    average_log_prob: bool = False
-    slic_margin: float = 1.0
-    slic_nll_weight: float = 0.5
-    kto_desirable_weight: float = 1.0
-    kto_undesirable_weight: float = 1.0
-
-
-def draw_scores(seed, fill=0.0):
-    """Scores of five slots a side, the last of each padded with `fill`."""
-    rng = np.random.default_rng(seed)
-    valid = np.arange(M) < M - 1
-
-    def side():
-        log_probs = np.where(valid, rng.normal(-30, 5, (2, M)), fill).astype(np.float32)
-        return Responses(*jnp.asarray(log_probs), jnp.asarray(rng.integers(3, 9, M)), jnp.asarray(valid))
-
-    mask = jnp.asarray(valid[:, None] & valid[None, :])
-    return Scores(side(), side(), side(), contrast.uniform_weights(mask), mask)
-
-
 ROW_LINKS = {
     "rpo": "logistic",
     "dpo": "logistic",
@@ -283,38 +260,41 @@ ROW_LINKS = {
 }
 
 
-def expected_objective(name, scores, settings):
-    sides = [side._replace(**{f: np.asarray(getattr(side, f)) for f in side._fields}) for side in scores[:3]]
+def expected_objective(name, scores, average=False, link=None):
+    """Of the options that are tested: beta 0.2, and half the weight of SLiC's likelihood."""
+    sides = [scores[kind] for kind in RESPONSES]
+    sides = [side._replace(**{f: np.asarray(getattr(side, f)) for f in side._fields}) for side in sides]
     ratios = [s.log_prob.astype(np.float64) - s.reference_log_prob for s in sides]
-    if settings.average_log_prob:
+    if average:
         ratios = [ratio / s.num_tokens for ratio, s in zip(ratios, sides, strict=True)]
-    weights, mask = np.asarray(scores.weights), np.asarray(scores.mask)
+    weights, mask = laws.matrix_of(scores)
     masks = tuple(s.valid for s in sides)
     if name in ROW_LINKS:
-        link = settings.link or ROW_LINKS[name]
+        link = link or ROW_LINKS[name]
         return oracle.pairwise(*ratios[:2], weights, mask, 0.2, link, 0.1)[0]
     if name == "kto":
         return oracle.kto(*ratios, 0.2, masks, 1.0, 1.0)[0]
     nll = oracle.sft(sides[0].log_prob, sides[0].num_tokens, masks[0])[0]
     if name == "sft":
         return nll
-    scored = [s.log_prob / (s.num_tokens if settings.average_log_prob else 1) for s in sides]
+    scored = [s.log_prob / (s.num_tokens if average else 1) for s in sides]
     return oracle.slic(scored[0], scored[1], sides[0].num_tokens, weights, mask, 1.0, 0.0)[0] + 0.5 * nll
 
 
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("name", [*ROW_LINKS, "slic", "kto", "sft"])
 def test_the_objectives_of_the_table_compute_their_losses(name, average):
-    settings = Settings(average_log_prob=average)
-    expected = expected_objective(name, draw_scores(0), settings)
-    compute = losses.objective_named(name).compute
-    np.testing.assert_allclose(compute(draw_scores(0), settings), expected, rtol=1e-5)
-    dirty = draw_scores(0, fill=np.nan)
+    expected = expected_objective(name, laws.draw_scores(0), average)
+    options = {} if name == "sft" else {"average_log_prob": average}
+    objective = laws.named(name, **options, **({"slic_nll_weight": 0.5} if name == "slic" else {}))
+    np.testing.assert_allclose(objective.loss(laws.draw_scores(0)), expected, rtol=1e-5)
+    dirty = laws.draw_scores(0, fill=np.nan)
 
     def loss(log_prob):
-        return compute(dirty._replace(chosen=dirty.chosen._replace(log_prob=log_prob)), settings)
+        chosen = dirty["chosen"]._replace(log_prob=log_prob)
+        return objective.loss(replace(dirty, responses={**dirty.responses, "chosen": chosen}))
 
-    value, gradient = jax.value_and_grad(loss)(dirty.chosen.log_prob)
+    value, gradient = jax.value_and_grad(loss)(dirty["chosen"].log_prob)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert np.all(np.isfinite(gradient))
     assert gradient[-1] == 0
@@ -342,15 +322,15 @@ def test_exo_is_least_where_the_policy_chooses_as_the_labels_do():
 
 
 def test_a_link_from_the_settings_overrides_the_objectives_own():
-    settings = Settings(link="hinge")
-    got = losses.objective_named("rpo", link="hinge").compute(draw_scores(1), settings)
-    np.testing.assert_allclose(got, expected_objective("rpo", draw_scores(1), settings), rtol=1e-5)
+    objective = ObjectiveConfig(link="hinge", beta=0.2).build()
+    expected = expected_objective("rpo", laws.draw_scores(1), link="hinge")
+    np.testing.assert_allclose(objective.loss(laws.draw_scores(1)), expected, rtol=1e-5)
 
 
 def test_objectives_name_what_they_prepare():
     for name, objective in losses.OBJECTIVES.items():
         assert objective.weights is None or objective.weights in contrast.WEIGHTS, name
-        assert objective.link is None or objective.link in losses.LINKS, name
+        assert objective.options().get("link") in (None, *losses.LINKS), name
     assert losses.OBJECTIVES["kto"].responses == ("chosen", "rejected", "mismatched")
     assert not losses.OBJECTIVES["sft"].uses_reference
 
@@ -358,10 +338,14 @@ def test_objectives_name_what_they_prepare():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: losses.objective_named("dop"), "did you mean 'dpo'"),
-        (lambda: losses.objective_named("kto", link="hinge"), "'kto' takes no link"),
-        (lambda: losses.objective_named("sft", weights="uniform"), "'sft' takes no weights"),
-        (lambda: losses.objective_named("rpo", link="log"), "unknown link 'log'"),
+        (lambda: ObjectiveConfig(name="dop"), "did you mean 'dpo'"),
+        (lambda: ObjectiveConfig(name="kto", link="hinge"), "'kto' takes no link"),
+        (
+            lambda: Config(objective=ObjectiveConfig(name="sft"), contrast=ContrastConfig(weights="uniform")),
+            "'sft' takes no weights",
+        ),
+        (lambda: ObjectiveConfig(link="log"), "unknown link 'log'"),  # pyright: ignore
+        (lambda: Config(contrast=ContrastConfig(weights="log")), "unknown weights 'log'"),  # pyright: ignore
         (lambda: losses.pairwise_loss(jnp.zeros(2), jnp.zeros(2), 1.0, link="log"), "unknown link 'log'"),
         (lambda: losses.pairwise_loss(jnp.zeros(2), jnp.zeros(2), 1.0, weights_on="sum"), "'score' or 'loss'"),  # pyright: ignore
     ],

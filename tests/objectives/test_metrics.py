@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rpo_jax.core.records import RESPONSES
 from rpo_jax.objectives import contrast, metrics
 from rpo_jax.objectives.scores import Responses, Scores
 
@@ -19,12 +20,16 @@ def responses(log_prob, reference, valid):
     )
 
 
+def scores_of(*sides):
+    return Scores(dict(zip(RESPONSES, sides, strict=False)))
+
+
 def draw(seed=0, size=5):
     rng = np.random.default_rng(seed)
     chosen_valid, rejected_valid = rng.random((2, size)) > 0.3
     chosen_valid[0] = rejected_valid[0] = True
     side = [rng.normal(-20, 5, (2, size)) for _ in range(3)]
-    return Scores(
+    return scores_of(
         responses(*np.where(chosen_valid, side[0], np.nan), chosen_valid),
         responses(*np.where(rejected_valid, side[1], np.inf), rejected_valid),
         responses(*side[2], np.ones(size, bool)),
@@ -39,19 +44,19 @@ def valid_rewards(side, beta):
 def test_rewards_and_log_probs_are_means_over_valid_responses():
     scores = draw()
     got = metrics.finalize(metrics.preference_metrics(scores, 0.1, paired=True))
-    both = np.asarray(scores.chosen.valid & scores.rejected.valid)
-    pairs = [side._replace(valid=both) for side in scores[:2]]
+    both = np.asarray(scores["chosen"].valid & scores["rejected"].valid)
+    pairs = [side._replace(valid=both) for side in (scores["chosen"], scores["rejected"])]
     margins = valid_rewards(pairs[0], 0.1) - valid_rewards(pairs[1], 0.1)
     log_probs = [np.asarray(side.log_prob)[both] for side in pairs]
     expected = {
-        "rewards/chosen": valid_rewards(scores.chosen, 0.1).mean(),
-        "rewards/rejected": valid_rewards(scores.rejected, 0.1).mean(),
+        "rewards/chosen": valid_rewards(scores["chosen"], 0.1).mean(),
+        "rewards/rejected": valid_rewards(scores["rejected"], 0.1).mean(),
         "rewards/margins": margins.mean(),
         "rewards/accuracies": (margins > 0.1 * metrics.TIE_NATS).mean(),
-        "logps/chosen": np.asarray(scores.chosen.log_prob)[np.asarray(scores.chosen.valid)].mean(),
-        "logps/rejected": np.asarray(scores.rejected.log_prob)[np.asarray(scores.rejected.valid)].mean(),
+        "logps/chosen": np.asarray(scores["chosen"].log_prob)[np.asarray(scores["chosen"].valid)].mean(),
+        "logps/rejected": np.asarray(scores["rejected"].log_prob)[np.asarray(scores["rejected"].valid)].mean(),
         "logps/accuracies": (log_probs[0] - log_probs[1] > metrics.TIE_NATS).mean(),
-        "kl": max(0.0, valid_rewards(scores.mismatched, 1.0).mean()),
+        "kl": max(0.0, valid_rewards(scores["mismatched"], 1.0).mean()),
     }
     assert got.keys() == expected.keys()
     for name, value in expected.items():
@@ -60,7 +65,7 @@ def test_rewards_and_log_probs_are_means_over_valid_responses():
 
 def test_a_tie_is_no_success():
     side = responses([-3.0, -3.0], [-3.0, -3.0], [True, True])
-    got = metrics.finalize(metrics.preference_metrics(Scores(side, side, side), 0.1, paired=True))
+    got = metrics.finalize(metrics.preference_metrics(scores_of(side, side, side), 0.1, paired=True))
     assert got["rewards/accuracies"] == got["logps/accuracies"] == 0
 
 
@@ -69,27 +74,27 @@ def test_a_difference_of_rounding_is_a_tie_whatever_beta(difference, accuracy):
     chosen = responses([-3.0 + difference], [-3.0], [True])
     rejected = responses([-3.0], [-3.0], [True])
     for beta in (0.01, 0.1, 10.0):
-        got = metrics.finalize(metrics.preference_metrics(Scores(chosen, rejected, chosen), beta, paired=True))
+        got = metrics.finalize(metrics.preference_metrics(scores_of(chosen, rejected, chosen), beta, paired=True))
         assert got["rewards/accuracies"] == got["logps/accuracies"] == accuracy
 
 
 def test_unpaired_margins_compare_all_couples():
     scores = draw(1)
     got = metrics.finalize(metrics.preference_metrics(scores, 0.1, paired=False))
-    chosen, rejected = valid_rewards(scores.chosen, 0.1), valid_rewards(scores.rejected, 0.1)
+    chosen, rejected = valid_rewards(scores["chosen"], 0.1), valid_rewards(scores["rejected"], 0.1)
     np.testing.assert_allclose(got["rewards/margins"], (chosen[:, None] - rejected[None, :]).mean(), rtol=1e-5)
     assert "rewards/accuracies" not in got
 
 
-def test_a_side_without_slots_has_no_statistics():
-    nothing = responses([], [], np.zeros(0, bool))
-    got = metrics.preference_metrics(Scores(draw().chosen, nothing, nothing), 0.1, paired=True)
+def test_a_kind_that_is_not_there_has_no_statistics():
+    got = metrics.preference_metrics(scores_of(draw()["chosen"]), 0.1, paired=True)
     assert got.keys() == {"rewards/chosen", "logps/chosen"}
 
 
 def test_batches_combine_to_the_mean_over_all_of_them():
     batches = [draw(seed, size) for seed, size in ((2, 3), (3, 6), (4, 1))]
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
+    sides = [[batch[kind] for batch in batches] for kind in RESPONSES]
+    joined = scores_of(*(jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) for parts in sides))
     parts = [metrics.preference_metrics(batch, 0.1, paired=True) for batch in batches]
     got = metrics.finalize(reduce(metrics.combine, parts))
     expected = metrics.finalize(metrics.preference_metrics(joined, 0.1, paired=True))
@@ -99,7 +104,7 @@ def test_batches_combine_to_the_mean_over_all_of_them():
 
 def test_nothing_valid_is_zero():
     empty = responses([np.nan], [np.nan], [False])
-    got = metrics.finalize(metrics.preference_metrics(Scores(empty, empty, empty), 0.1, paired=True))
+    got = metrics.finalize(metrics.preference_metrics(scores_of(empty, empty, empty), 0.1, paired=True))
     assert got
     assert all(value == 0 for value in got.values())
 
@@ -109,10 +114,7 @@ def test_contrast_metrics_describe_the_rows_with_a_contrast():
     mask = jnp.array([[1, 1, 1], [1, 1, 0], [0, 0, 0]], bool)
     cosine = jnp.array([[1.0, 0.6, 0.4], [0.6, 1.0, 0.9], [1.0, 1.0, 1.0]])
     described = metrics.contrast_metrics(
-        weights,
-        mask,
-        jnp.array([0.5, 0.7, 99.0]),
-        None,
+        contrast.ContrastWeights(weights, mask, jnp.array([0.5, 0.7, 99.0])),
         cosine,
         jnp.array([1, 2, 3]),
         jnp.array([1, 2, 3]),
@@ -132,20 +134,20 @@ def test_contrast_metrics_describe_the_rows_with_a_contrast():
 
 def test_contrast_metrics_leave_out_what_a_weighting_lacks():
     mask, ids = jnp.ones((2, 3), bool), jnp.arange(3)
-    got = metrics.contrast_metrics(contrast.uniform_weights(mask), mask, None, None, None, ids[:2], ids, paired=False)
+    got = metrics.contrast_metrics(
+        contrast.ContrastWeights(contrast.uniform_weights(mask), mask), None, ids[:2], ids, paired=False
+    )
     assert got.keys() == {"contrast/perplexity"}
     np.testing.assert_allclose(metrics.finalize(got)["contrast/perplexity"], 3, rtol=1e-6)
 
 
 def test_rows_that_miss_their_perplexity_are_counted_and_left_out_of_the_mean_temperature():
     mask = jnp.array([[1, 1, 1], [1, 1, 0], [1, 1, 1], [0, 0, 0]], bool)
-    missed_by = jnp.array([0.0, -4.0, 1.0, 7.0])  # the last row has no contrast at all
+    temperatures = jnp.array([0.4, 1e3, 1e-5, 9.0])
+    perplexity_error = jnp.array([0.0, -4.0, 1.0, 7.0])  # the last row has no contrast at all
     ids = jnp.arange(4)
     described = metrics.contrast_metrics(
-        contrast.uniform_weights(mask),
-        mask,
-        jnp.array([0.4, 1e3, 1e-5, 9.0]),
-        missed_by,
+        contrast.ContrastWeights(contrast.uniform_weights(mask), mask, temperatures, perplexity_error),
         None,
         ids,
         ids[:3],

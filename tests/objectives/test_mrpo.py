@@ -45,7 +45,7 @@ def test_references_that_agree_are_one_and_what_is_missing_stays_so():
 
 def test_the_row_is_dpo_on_it():
     row, dpo = losses.OBJECTIVES["mrpo"], losses.OBJECTIVES["dpo"]
-    assert (row.link, row.weights, row.uses_reference) == (dpo.link, dpo.weights, True)
+    assert (row.options(), row.weights, row.uses_reference) == (dpo.options(), "pair", True)
     assert row.mixes_references
     assert not dpo.mixes_references
 

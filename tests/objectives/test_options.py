@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from rpo_jax import train
-from rpo_jax.config import Config, ConfigError, ObjectiveConfig
+from rpo_jax.config import Config, ConfigError, ObjectiveConfig, options_taken, resolve, with_defaults_taken
 from rpo_jax.config.reading import dump_config, known_keys, load_config, parse_config
 from rpo_jax.objectives import losses, methods
-from rpo_jax.objectives.objective import Option
+from rpo_jax.objectives.objective import Option, likelihood_of
 from tests.objectives import laws
 
 
@@ -52,6 +52,37 @@ def test_options_that_mean_nothing_are_refused(changes, message):
         ObjectiveConfig(**changes)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["name=simpo"], "beta 2.0, simpo_margin 0.5"),
+        (["name=simpo", "beta=0.1"], "simpo_margin 0.5"),
+        (["name=alpha_dpo", "alpha_dpo_alpha=0.3"], "beta 2.5, alpha_dpo_margin 0.6"),
+        (["name=dpo"], "beta 0.1, link logistic"),
+        (["name=cdpo", "beta=1"], "link smoothed, label_smoothing 0.1"),
+    ],
+)
+def test_what_is_not_given_is_the_objectives_own_and_is_said(arguments, options, tmp_path):
+    config = load_config(None, [f"objective.{argument}" for argument in arguments])
+    assert options_taken(config) == options
+    assert resolve(config).objective == config.objective.build()
+    recorded = with_defaults_taken(config).objective
+    assert recorded.beta == resolve(config).objective.beta
+    assert recorded.label_smoothing == 0.1
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_the_help_has_the_defaults_that_are_an_objectives_own():
+    assert "the objective's own where not given: alpha_dpo 2.5, simpo 2, others 0.1." in (ObjectiveConfig.__doc__ or "")
+
+
+def test_configurations_of_earlier_runs_which_name_every_default_are_read():
+    for name in losses.OBJECTIVES:
+        config = ObjectiveConfig(name=name, beta=0.1, label_smoothing=0.1, slic_margin=1.0)  # pyright: ignore
+        assert config.build().beta == 0.1
+
+
 def test_options_that_mean_something_are_not():
     ObjectiveConfig(link="robust", label_smoothing=0.3)
     ObjectiveConfig(name="slic", slic_margin=2.0, average_log_prob=True)
@@ -76,17 +107,18 @@ def test_bounds_say_what_they_are():
 
 
 def test_two_families_do_not_share_an_option_by_accident():
-    owners = [name for row in losses.OBJECTIVES.values() for name in row.options]
-    assert set(owners) == set(losses.OPTIONS)
+    owners = [name for objective in losses.OBJECTIVES.values() for name in objective.options()]
+    shared = {"beta", "link", "label_smoothing", "average_log_prob", "nll_weight"}
+    assert set(owners) - shared == set(losses.OPTIONS)
     assert methods.OBJECTIVES is losses.OBJECTIVES
 
 
 @pytest.mark.parametrize("name", ["rpo", "simpo", "exo"])
 def test_the_chosen_responses_nll_comes_beside_any_pairwise_objective(name):
     """Mean over responses of -log pi / length: arXiv 2404.19733."""
-    scores, row = laws.draw_scores(6, fill=np.nan), losses.OBJECTIVES[name]
-    alone = losses.minimised(row, scores, laws.settings())
-    valid = np.asarray(scores.chosen.valid)
-    nll = np.mean((-np.asarray(scores.chosen.log_prob, np.float64) / np.asarray(scores.chosen.num_tokens))[valid])
-    got = losses.minimised(row, scores, laws.settings(nll_weight=0.25))
+    scores = laws.draw_scores(6, fill=np.nan)
+    alone = laws.named(name).total_loss(scores)
+    log_prob, num_tokens, valid = (np.asarray(x) for x in likelihood_of(scores["chosen"]))
+    nll = np.mean((-log_prob.astype(np.float64) / num_tokens)[valid])
+    got = laws.named(name, nll_weight=0.25).total_loss(scores)
     np.testing.assert_allclose(got, alone + 0.25 * nll, rtol=1e-6)

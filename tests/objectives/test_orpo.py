@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpo_jax.objectives import losses
-from rpo_jax.objectives.methods.orpo import log_odds, odds_ratio_loss
+from rpo_jax.objectives.methods.orpo import log_odds
 from tests.objectives import laws, oracle
 
 
@@ -24,7 +23,7 @@ def equation(chosen, rejected, weights, mask, _):
 
 def test_the_odds_ratios_loss_is_its_equation():
     def loss(chosen, rejected, weights, mask):
-        return odds_ratio_loss(chosen[0], rejected[0], weights, mask)
+        return laws.named("orpo").odds_ratio_loss(laws.scores_of(chosen[0], rejected[0], weights, mask))
 
     laws.check_law(loss, equation, lambda rng, size: (rng.uniform(-4, -0.1, size),))
 
@@ -39,8 +38,8 @@ def test_odds_stay_finite_at_certainty_and_keep_their_digits_near_it():
 
 def test_the_row_is_supervised_fine_tuning_and_the_penalty():
     scores = laws.draw_scores(1, fill=np.nan)
-    got = losses.OBJECTIVES["orpo"].compute(scores, laws.settings(orpo_weight=0.3))
-    sides = [(np.asarray(s.log_prob, np.float64) / s.num_tokens,) for s in (scores.chosen, scores.rejected)]
-    nll = oracle.sft(scores.chosen.log_prob, scores.chosen.num_tokens, np.asarray(scores.chosen.valid))[0]
-    penalty = equation(*sides, np.asarray(scores.weights), np.asarray(scores.mask), None)
+    got = laws.named("orpo", orpo_weight=0.3).loss(scores)
+    sides = [(np.asarray(s.log_prob, np.float64) / s.num_tokens,) for s in laws.sides_of(scores)]
+    nll = oracle.sft(scores["chosen"].log_prob, scores["chosen"].num_tokens, np.asarray(scores["chosen"].valid))[0]
+    penalty = equation(*sides, *laws.matrix_of(scores), None)
     np.testing.assert_allclose(got, nll + 0.3 * penalty, rtol=1e-5)

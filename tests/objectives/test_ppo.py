@@ -1,6 +1,7 @@
 """PPO's loss against the release's own order of computation, response by response."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -107,14 +108,11 @@ def test_a_token_that_became_far_likelier_has_a_finite_derivative():
 def test_the_row_rewards_chosen_responses_and_punishes_rejected_ones():
     log_prob, value, reference = (jnp.asarray(x) for x in draw(1))
     two, none = jnp.ones(2), jnp.zeros(0)
-    sides = [Responses(n, n, n.astype(int), n.astype(bool)) for n in (two, two, none)]
-    scores = Scores(*sides, tokens=Tokens(log_prob, value, reference, jnp.asarray(RESPONSE_IDS)))
+    kinds = {"chosen": two, "rejected": two, "mismatched": none}
+    sides = {kind: Responses(n, n, n.astype(int), n.astype(bool)) for kind, n in kinds.items()}
+    scores = Scores(sides, tokens=Tokens(log_prob, value, reference, jnp.asarray(RESPONSE_IDS)))
     row = losses.OBJECTIVES["ppo"]
-
-    class Options:
-        ppo_clip, ppo_gamma, ppo_lambda, ppo_critic_weight, ppo_kl_weight = 0.5, GAMMA, LAMBDA, 0.01, 0.1
-
-    np.testing.assert_allclose(row.compute(scores, Options), ours(log_prob, value, reference), rtol=1e-6)
+    ours_of_batch = replace(row, ppo_gamma=GAMMA, ppo_lambda=LAMBDA).loss(scores)  # pyright: ignore[reportCallIssue]
+    np.testing.assert_allclose(ours_of_batch, ours(log_prob, value, reference), rtol=1e-6)
     assert row.count(scores) == 10
-    defaults = {name: option.default for name, option in row.options.items()}
-    assert list(defaults.values()) == [0.5, 0.99, 0.95, 0.01, 0.1], "the release's"
+    assert list(row.options().values())[1:] == [0.5, 0.99, 0.95, 0.01, 0.1], "the release's"

@@ -1,10 +1,11 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.methods.self_refined import self_refined_loss
 from tests.objectives import laws, oracle
 
 BETA, LAMBDA = 0.3, 0.6
@@ -24,30 +25,31 @@ def equation(chosen, rejected, weights, mask, fixed, link):
     return total / mask.sum()
 
 
-@pytest.mark.parametrize("link", NAMES.values())
-def test_it_is_its_equation(link):
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_its_equation(name):
     def loss(chosen, rejected, weights, mask):
-        return self_refined_loss(chosen[0], rejected[0], chosen[1], rejected[1], weights, BETA, LAMBDA, link, mask)
+        scores = laws.scores_of(chosen[0], rejected[0], weights, mask, refined=(chosen[1], rejected[1]))
+        return laws.named(name, beta=BETA, sr_lambda=LAMBDA).loss(scores)
 
     def expected(*values):
-        return equation(*values, link)
+        return equation(*values, NAMES[name])
 
     laws.check_law(loss, expected, lambda rng, size: (rng.normal(0, 5, size), rng.normal(0, 5, size)))
 
 
-@pytest.mark.parametrize("link", NAMES.values())
-def test_the_refinement_has_no_gradient_and_without_it_the_loss_is_dpo_or_ipo(link):
+@pytest.mark.parametrize("name", NAMES)
+def test_the_refinement_has_no_gradient_and_without_it_the_loss_is_dpo_or_ipo(name):
     rng = np.random.default_rng(0)
     chosen, rejected, refined = (rng.normal(size=4).astype(np.float32) for _ in range(3))
 
     def loss(chosen_refined, rejected_refined, lam):
-        return self_refined_loss(
-            chosen, rejected, chosen_refined, rejected_refined, jnp.eye(4), BETA, lam, link, jnp.eye(4, dtype=bool)
-        )
+        refined = chosen_refined, rejected_refined
+        scores = laws.scores_of(chosen, rejected, jnp.eye(4), jnp.eye(4, dtype=bool), refined=refined)
+        return laws.named(name, beta=BETA, sr_lambda=lam).loss(scores)
 
     for slope in jax.grad(loss, (0, 1))(refined, -refined, LAMBDA):
         np.testing.assert_array_equal(slope, 0)
-    plain = losses.pairwise_loss(chosen, rejected, jnp.eye(4), BETA, link, jnp.eye(4, dtype=bool))
+    plain = losses.pairwise_loss(chosen, rejected, jnp.eye(4), BETA, NAMES[name], jnp.eye(4, dtype=bool))
     np.testing.assert_array_equal(loss(refined, -refined, 0.0), plain)
     assert abs(loss(refined, -refined, LAMBDA) - plain) > 0.01
 
@@ -56,12 +58,12 @@ def test_the_refinement_has_no_gradient_and_without_it_the_loss_is_dpo_or_ipo(li
 def test_the_rows_read_the_refined_responses(name):
     scores = laws.draw_scores(3, fill=np.nan)
     other = laws.draw_scores(5, fill=np.nan)
-    scores = scores._replace(refined=(other.chosen, other.rejected))
-    row, options = losses.OBJECTIVES[name], laws.settings(beta=BETA, sr_lambda=LAMBDA)
+    refined = {"refined_chosen": other["chosen"], "refined_rejected": other["rejected"]}
+    scores = replace(scores, responses={**scores.responses, **refined})
     sides = [
         tuple(np.asarray(s.log_ratio(), np.float64) for s in both)
-        for both in ((scores.chosen, other.chosen), (scores.rejected, other.rejected))
+        for both in ((scores[kind], other[kind]) for kind in ("chosen", "rejected"))
     ]
-    expected = equation(*sides, np.asarray(scores.weights), np.asarray(scores.mask), sides, NAMES[name])
-    np.testing.assert_allclose(row.compute(scores, options), expected, rtol=1e-5)
-    assert row.responses == ("chosen", "rejected", "refined_chosen", "refined_rejected")
+    expected = equation(*sides, *laws.matrix_of(scores), sides, NAMES[name])
+    np.testing.assert_allclose(laws.named(name, beta=BETA, sr_lambda=LAMBDA).loss(scores), expected, rtol=1e-5)
+    assert losses.OBJECTIVES[name].responses == ("chosen", "rejected", "refined_chosen", "refined_rejected")

@@ -1,7 +1,6 @@
 import numpy as np
 
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.methods.simpo import simpo_loss
 from tests.objectives import laws, oracle
 
 
@@ -16,14 +15,20 @@ def equation(chosen, rejected, weights, mask, _):
 
 def test_simpo_is_its_equation():
     def loss(chosen, rejected, weights, mask):
-        return simpo_loss(chosen[0], rejected[0], weights, 2.0, 0.7, mask)
+        objective = laws.named("simpo", beta=2.0, simpo_margin=0.7)
+        return objective.loss(laws.scores_of(chosen[0], rejected[0], weights, mask))
 
     laws.check_law(loss, equation, lambda rng, size: (rng.uniform(-3, 0, size),))
 
 
 def test_the_row_divides_by_lengths_and_needs_no_reference():
     scores = laws.draw_scores(0, fill=np.nan)
-    got = losses.OBJECTIVES["simpo"].compute(scores, laws.settings(beta=2.0, simpo_margin=0.7))
-    sides = [(np.asarray(s.log_prob, np.float64) / s.num_tokens,) for s in (scores.chosen, scores.rejected)]
-    np.testing.assert_allclose(got, equation(*sides, np.asarray(scores.weights), scores.mask, None), rtol=1e-5)
+    got = laws.named("simpo", beta=2.0, simpo_margin=0.7).loss(scores)
+    sides = [(np.asarray(s.log_prob, np.float64) / s.num_tokens,) for s in laws.sides_of(scores)]
+    np.testing.assert_allclose(got, equation(*sides, *laws.matrix_of(scores), None), rtol=1e-5)
     assert not losses.OBJECTIVES["simpo"].uses_reference
+
+
+def test_its_own_defaults_are_its_authors():
+    objective = losses.OBJECTIVES["simpo"]
+    assert (objective.beta, objective.options()["simpo_margin"]) == (2.0, 0.5)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from rpo_jax.objectives.matrix import WeightsOn
-from rpo_jax.objectives.objective import Objective, Option, count_responses
-from rpo_jax.objectives.scores import keep, masked_mean
+from rpo_jax.objectives.objective import Objective, option
+from rpo_jax.objectives.scores import Scores, masked_mean, zero_where_invalid
 
 
 def kl_estimate(
@@ -42,42 +43,46 @@ def kto_loss(
         A scalar between 0 and the larger weight; it has no unit.
     """
     kl = kl_estimate(mismatched_log_ratio, mismatched_mask)
-    chosen, rejected = keep(chosen_log_ratio, chosen_mask), keep(rejected_log_ratio, rejected_mask)
+    chosen, rejected = (
+        zero_where_invalid(chosen_log_ratio, chosen_mask),
+        zero_where_invalid(rejected_log_ratio, rejected_mask),
+    )
     # 1 - sigmoid(x) = exp(-softplus(x)): both it and its derivative keep their digits in either tail.
     chosen_losses = desirable_weight * jnp.exp(-jax.nn.softplus(beta * (chosen - kl)))
     rejected_losses = undesirable_weight * jnp.exp(-jax.nn.softplus(beta * (kl - rejected)))
-    total = jnp.sum(keep(chosen_losses, chosen_mask)) + jnp.sum(keep(rejected_losses, rejected_mask))
+    total = jnp.sum(zero_where_invalid(chosen_losses, chosen_mask)) + jnp.sum(
+        zero_where_invalid(rejected_losses, rejected_mask)
+    )
     count = sum(
         x.size if mask is None else jnp.sum(mask) for x, mask in ((chosen, chosen_mask), (rejected, rejected_mask))
     )
     return total / jnp.maximum(count, 1)
 
 
-def _kto(scores, options, *, weights_on: WeightsOn = "score"):
-    chosen, rejected, mismatched = scores.chosen, scores.rejected, scores.mismatched
-    return kto_loss(
-        chosen.log_ratio(options.average_log_prob),
-        rejected.log_ratio(options.average_log_prob),
-        mismatched.log_ratio(options.average_log_prob),
-        options.beta,
-        chosen.valid,
-        rejected.valid,
-        mismatched.valid,
-        desirable_weight=options.kto_desirable_weight,
-        undesirable_weight=options.kto_undesirable_weight,
-    )
+@dataclass(frozen=True, kw_only=True)
+class KTO(Objective):
+    """`kto_loss` of a batch."""
+
+    responses: tuple[str, ...] = ("chosen", "rejected", "mismatched")
+    average_log_prob: bool = False
+    kto_desirable_weight: float = option(1.0, "KTO's weight of chosen responses.", low=0)
+    kto_undesirable_weight: float = option(1.0, "KTO's weight of rejected responses.", low=0)
+
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        mismatched = scores["mismatched"]
+        return kto_loss(
+            *scores.log_ratios(self.average_log_prob),
+            mismatched.log_ratio(self.average_log_prob),
+            self.beta,
+            scores["chosen"].valid,
+            scores["rejected"].valid,
+            mismatched.valid,
+            desirable_weight=self.kto_desirable_weight,
+            undesirable_weight=self.kto_undesirable_weight,
+        )
+
+    def count(self, scores: Scores) -> Int[Array, ""]:
+        return jnp.sum(scores["chosen"].valid) + jnp.sum(scores["rejected"].valid)
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "kto": Objective(
-        _kto,
-        "Kahneman-Tversky Optimization",
-        "arXiv 2402.01306",
-        responses=("chosen", "rejected", "mismatched"),
-        count=count_responses,
-        options={
-            "kto_desirable_weight": Option(1.0, "KTO's weight of chosen responses.", low=0),
-            "kto_undesirable_weight": Option(1.0, "KTO's weight of rejected responses.", low=0),
-        },
-    )
-}
+OBJECTIVES = {"kto": KTO(description="Kahneman-Tversky Optimization", source="arXiv 2402.01306")}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rpo_jax.objectives.blocked import Blocks
-from rpo_jax.objectives.matrix import WeightsOn, matrix_loss
-from rpo_jax.objectives.objective import Objective
+from rpo_jax.objectives.objective import MatrixObjective
+from rpo_jax.objectives.scores import Scores
 
 
 def lambda_weights(difference: Float[Array, "*G M N"], mask: Bool[Array, "*G M N"]) -> Float[Array, "*G M N"]:
@@ -30,46 +31,28 @@ def lambda_weights(difference: Float[Array, "*G M N"], mask: Bool[Array, "*G M N
     return jnp.abs(1 / jnp.log1p(chosen_rank) - 1 / jnp.log1p(rejected_rank))
 
 
-def lipo_loss(
-    chosen_log_ratio: Float[Array, "*G M"],
-    rejected_log_ratio: Float[Array, "*G N"],
-    weights: Float[Array, "*G M N"] | float | Blocks,
-    beta: float = 0.1,
-    mask: Bool[Array, "*G M N"] | None = None,
-    *,
-    weights_on: WeightsOn = "score",
-) -> Float[Array, ""]:
+@dataclass(frozen=True, kw_only=True)
+class LiPO(MatrixObjective):
     """LambdaLoss of every row's list: its chosen response, labelled 1, and its valid rejected ones, labelled 0.
 
     L = 1/|P| sum_P Delta_ij log(1 + exp(-beta w_ij (rho_chosen,i - rho_rejected,j))), Delta as in `lambda_weights`,
     without gradient, of the ranks by rho.  Source: Liu et al. 2024, arXiv 2402.01878, Eq. 8, with weights and with
     lists across prompts; its sum over the pairs of a list is a mean here. Uniform weights on rows of N valid entries
     are its scores with beta / N.
-
-    Args: as in `pairwise_loss`.
     """
 
-    def entry_loss(u, at):
-        ((chosen, rejected),) = at.context
-        return lambda_weights(chosen - rejected, at.mask) * jax.nn.softplus(-beta * u)
+    weights: str | None = "uniform"
+    average_log_prob: bool = False
 
-    ratios = jax.lax.stop_gradient((chosen_log_ratio, rejected_log_ratio))
-    return matrix_loss((chosen_log_ratio,), (rejected_log_ratio,), weights, entry_loss, mask, weights_on, (ratios,))
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        def entry_loss(u, at):
+            ((chosen, rejected),) = at.values
+            return lambda_weights(chosen - rejected, at.mask) * jax.nn.softplus(-self.beta * u)
 
-
-def _lipo(scores, options, *, weights_on: WeightsOn = "score"):
-    return lipo_loss(
-        scores.chosen.log_ratio(options.average_log_prob),
-        scores.rejected.log_ratio(options.average_log_prob),
-        scores.weights,
-        options.beta,
-        scores.mask,
-        weights_on=weights_on,
-    )
+        ratios = scores.log_ratios(self.average_log_prob)
+        return scores.contrasts.mean((ratios,), entry_loss, (jax.lax.stop_gradient(ratios),))
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "lipo": Objective(
-        _lipo, "listwise preference optimization, LiPO-lambda", "arXiv 2402.01878, Eq. 8", weights="uniform"
-    )
+OBJECTIVES = {
+    "lipo": LiPO(description="listwise preference optimization, LiPO-lambda", source="arXiv 2402.01878, Eq. 8")
 }

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rpo_jax.objectives.objective import Objective
-from rpo_jax.objectives.pairwise import on_matrix
+from rpo_jax.objectives.pairwise import LinkObjective
 
 
 def mixed_reference(
@@ -35,12 +34,8 @@ def mixed_reference(
     return -jax.nn.logsumexp(alpha - jnp.concatenate([first, held]), axis=0)
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "mrpo": on_matrix(
-        "logistic",
-        "pair",
-        "Multi-Reference Preference Optimization",
-        "arXiv 2405.16388, Eq. 7",
-        mixes_references=True,
+OBJECTIVES = {
+    "mrpo": LinkObjective(
+        description="Multi-Reference Preference Optimization", source="arXiv 2405.16388, Eq. 7", mixes_references=True
     )
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from rpo_jax.objectives.blocked import Blocks
-from rpo_jax.objectives.matrix import WeightsOn, matrix_loss
-from rpo_jax.objectives.objective import Objective, Option
+from rpo_jax.objectives.objective import MatrixObjective, option
+from rpo_jax.objectives.scores import Scores
 
 # From differences of scores to offsets. The log of what is not positive is minus infinity, its limit: a rejected
 # response that the data scores no lower asks nothing of the policy.
@@ -18,66 +19,31 @@ SCALES = {
 }
 
 
-def odpo_loss(
-    chosen_log_ratio: Float[Array, "*G M"],
-    rejected_log_ratio: Float[Array, "*G N"],
-    chosen_score: Float[Array, "*G M"],
-    rejected_score: Float[Array, "*G N"],
-    weights: Float[Array, "*G M N"] | float | Blocks,
-    beta: float = 0.1,
-    alpha: float = 1.0,
-    scale: str = "log",
-    mask: Bool[Array, "*G M N"] | None = None,
-    *,
-    weights_on: WeightsOn = "score",
-) -> Float[Array, ""]:
+@dataclass(frozen=True, kw_only=True)
+class ODPO(MatrixObjective):
     """DPO that asks for a difference of rewards of at least an offset.
 
     L = 1/|P| sum_P -log sigmoid(beta w_ij (rho_chosen,i - rho_rejected,j) - alpha f(score_i - score_j)).
     Source: Amini, Vieira and Cotterell 2024, arXiv 2402.10571, with pair weights; f is the log in its experiments.
-
-    Args:
-        chosen_score, rejected_score: how good the data says that each response is.
-        alpha: 0 is DPO, but for pairs whose difference has no log.
-        scale: f, a name in SCALES.
-        others: as in `pairwise_loss`.
+    With alpha 0 it is DPO, but for pairs whose difference has no log.
     """
 
-    def entry_loss(u, at):
-        ((chosen, rejected),) = at.context
-        offset = alpha * SCALES[scale](chosen - rejected) if alpha else 0.0
-        return jax.nn.softplus(offset - beta * u)
+    uses_scores: bool = True
+    average_log_prob: bool = False
+    odpo_alpha: float = option(1.0, "ODPO's alpha, the weight of the offset.", low=0)
+    odpo_scale: str = option("log", "ODPO's f of the scores' difference: log or linear.", choices=tuple(SCALES))
 
-    context = ((chosen_score, rejected_score),)
-    return matrix_loss((chosen_log_ratio,), (rejected_log_ratio,), weights, entry_loss, mask, weights_on, context)
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        chosen, rejected = scores["chosen"].score, scores["rejected"].score
+        assert chosen is not None, "it uses scores"
+        assert rejected is not None, "it uses scores"
 
+        def entry_loss(u, at):
+            ((chosen, rejected),) = at.values
+            offset = self.odpo_alpha * SCALES[self.odpo_scale](chosen - rejected) if self.odpo_alpha else 0.0
+            return jax.nn.softplus(offset - self.beta * u)
 
-def _odpo(scores, options, *, weights_on: WeightsOn = "score"):
-    chosen, rejected = scores.chosen, scores.rejected
-    return odpo_loss(
-        chosen.log_ratio(options.average_log_prob),
-        rejected.log_ratio(options.average_log_prob),
-        chosen.score,
-        rejected.score,
-        scores.weights,
-        options.beta,
-        options.odpo_alpha,
-        options.odpo_scale,
-        scores.mask,
-        weights_on=weights_on,
-    )
+        return scores.contrasts.mean((scores.log_ratios(self.average_log_prob),), entry_loss, ((chosen, rejected),))
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "odpo": Objective(
-        _odpo,
-        "DPO with an offset",
-        "arXiv 2402.10571",
-        weights="pair",
-        uses_scores=True,
-        options={
-            "odpo_alpha": Option(1.0, "ODPO's alpha, the weight of the offset.", low=0),
-            "odpo_scale": Option("log", "ODPO's f of the scores' difference: log or linear.", choices=tuple(SCALES)),
-        },
-    )
-}
+OBJECTIVES = {"odpo": ODPO(description="DPO with an offset", source="arXiv 2402.10571")}

@@ -5,13 +5,15 @@ Letters: R rows and T tokens of a packed batch, P responses.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rpo_jax.objectives.matrix import WeightsOn
-from rpo_jax.objectives.objective import Objective, Option
-from rpo_jax.objectives.scores import Scores, keep, masked_mean
+from rpo_jax.core.records import KINDS
+from rpo_jax.objectives.objective import Objective, option
+from rpo_jax.objectives.scores import Scores, masked_mean, zero_where_invalid
 
 LEAST_VARIANCE = 1e-8  # of the advantages
 LARGEST_LOG_RATIO = 60.0  # nats; exp of more has a derivative that is not finite, even where the clip leaves it out
@@ -41,14 +43,14 @@ def advantages(
     Source: Schulman et al. 2015, arXiv 1506.02438, Eq. 16, and the authors' release.
     """
     scored = response_ids >= 0
-    value = keep(value, scored)
+    value = zero_where_invalid(value, scored)
     following = jnp.concatenate([response_ids[:, 1:], jnp.full_like(response_ids[:, :1], -1)], axis=1)
     goes_on = (scored & (following == response_ids)).astype(value.dtype)
 
     def next_of(x):
         return goes_on * jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
 
-    reward = keep((1 - goes_on) * rewards[jnp.maximum(response_ids, 0)], scored)
+    reward = zero_where_invalid((1 - goes_on) * rewards[jnp.maximum(response_ids, 0)], scored)
     delta = reward + gamma * next_of(value) - value
     return _discounted(delta, gamma * lam * goes_on), next_of(_discounted(reward, gamma * goes_on))
 
@@ -81,9 +83,9 @@ def ppo_loss(
         clip: c, between 0 and 1.
     """
     scored = response_ids >= 0
-    log_prob, value, reference_log_prob = (keep(x, scored) for x in (log_prob, value, reference_log_prob))
+    log_prob, value, reference_log_prob = (zero_where_invalid(x, scored) for x in (log_prob, value, reference_log_prob))
     advantage, target = advantages(jax.lax.stop_gradient(value), response_ids, rewards, gamma, lam)
-    centred = keep(advantage - masked_mean(advantage, scored), scored)
+    centred = zero_where_invalid(advantage - masked_mean(advantage, scored), scored)
     advantage = centred * jax.lax.rsqrt(masked_mean(jnp.square(centred), scored) + LEAST_VARIANCE)
     ratio = jnp.exp(jnp.minimum(log_prob - reference_log_prob, LARGEST_LOG_RATIO))
     policy = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, clip, 1 / clip))
@@ -92,46 +94,40 @@ def ppo_loss(
     return masked_mean(losses, scored)
 
 
-def _ppo(scores: Scores, options, *, weights_on: WeightsOn = "score"):
-    tokens = scores.tokens
-    assert tokens is not None
-    sizes = (side.valid.size for side in (scores.chosen, scores.rejected, scores.mismatched))
-    rewards = jnp.concatenate(
-        [jnp.full(size, reward, jnp.float32) for size, reward in zip(sizes, (1, -1, 0), strict=True)]
-    )
-    return ppo_loss(
-        tokens.log_prob,
-        tokens.value,
-        tokens.reference_log_prob,
-        tokens.response_ids,
-        rewards,
-        clip=options.ppo_clip,
-        gamma=options.ppo_gamma,
-        lam=options.ppo_lambda,
-        critic_weight=options.ppo_critic_weight,
-        kl_weight=options.ppo_kl_weight,
-    )
+@dataclass(frozen=True, kw_only=True)
+class PPO(Objective):
+    """`ppo_loss` of a batch: the reward of a chosen response is 1, of a rejected one -1, of others 0."""
+
+    uses_tokens: bool = True
+    ppo_clip: float = option(0.5, "PPO's clip c: ratios are held between c and 1/c.", low=0, high=1, open=True)
+    ppo_gamma: float = option(0.99, "PPO's discount of a later token's reward.", low=0, high=1)
+    ppo_lambda: float = option(0.95, "PPO's lambda of the generalised advantage estimate.", low=0, high=1)
+    ppo_critic_weight: float = option(0.01, "PPO's weight of the values' squared error.", low=0)
+    ppo_kl_weight: float = option(0.1, "PPO's weight of the distance from the reference.", low=0)
+
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        assert scores.tokens is not None, "it uses tokens"
+        reward = {"chosen": 1, "rejected": -1}
+        kinds = [kind for kind in KINDS if kind in scores.responses]  # in the order of their slots
+        rewards = [jnp.full(scores[kind].valid.size, reward.get(kind, 0), jnp.float32) for kind in kinds]
+        return ppo_loss(
+            *scores.tokens,
+            jnp.concatenate(rewards),
+            clip=self.ppo_clip,
+            gamma=self.ppo_gamma,
+            lam=self.ppo_lambda,
+            critic_weight=self.ppo_critic_weight,
+            kl_weight=self.ppo_kl_weight,
+        )
+
+    def count(self, scores: Scores) -> Int[Array, ""]:
+        assert scores.tokens is not None, "it uses tokens"
+        return jnp.sum(scores.tokens.response_ids >= 0)
 
 
-def _count_tokens(scores: Scores) -> Int[Array, ""]:
-    assert scores.tokens is not None
-    return jnp.sum(scores.tokens.response_ids >= 0)
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "ppo": Objective(
-        _ppo,
-        "one-step, offline PPO with a value head",
-        "the authors' release of arXiv 2402.10958; arXiv 1707.06347, Eq. 7",
-        count=_count_tokens,
-        averages=False,
-        uses_tokens=True,
-        options={
-            "ppo_clip": Option(0.5, "PPO's clip c: ratios are held between c and 1/c.", low=0, high=1, open=True),
-            "ppo_gamma": Option(0.99, "PPO's discount of a later token's reward.", low=0, high=1),
-            "ppo_lambda": Option(0.95, "PPO's lambda of the generalised advantage estimate.", low=0, high=1),
-            "ppo_critic_weight": Option(0.01, "PPO's weight of the values' squared error.", low=0),
-            "ppo_kl_weight": Option(0.1, "PPO's weight of the distance from the reference.", low=0),
-        },
+OBJECTIVES = {
+    "ppo": PPO(
+        description="one-step, offline PPO with a value head",
+        source="the authors' release of arXiv 2402.10958; arXiv 1707.06347, Eq. 7",
     )
 }

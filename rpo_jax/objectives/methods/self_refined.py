@@ -6,13 +6,14 @@ the reference, is taken off the difference of rewards that it still has to learn
 
 from __future__ import annotations
 
-import jax
-from jaxtyping import Array, Bool, Float
+from dataclasses import dataclass
 
-from rpo_jax.objectives.blocked import Blocks
-from rpo_jax.objectives.matrix import WeightsOn
-from rpo_jax.objectives.objective import Objective, Option
-from rpo_jax.objectives.pairwise import pairwise_loss
+import jax
+from jaxtyping import Array, Float
+
+from rpo_jax.objectives.objective import MatrixObjective, option
+from rpo_jax.objectives.pairwise import linked_mean
+from rpo_jax.objectives.scores import Scores
 
 PROMPT = (  # the paper's
     "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
@@ -21,78 +22,47 @@ PROMPT = (  # the paper's
 )
 
 
-def self_refined_loss(
-    chosen_log_ratio: Float[Array, "*G M"],
-    rejected_log_ratio: Float[Array, "*G N"],
-    chosen_refined: Float[Array, "*G M"],
-    rejected_refined: Float[Array, "*G N"],
-    weights: Float[Array, "*G M N"] | float | Blocks,
-    beta: float = 0.1,
-    lam: float = 0.3,
-    link: str = "logistic",
-    mask: Bool[Array, "*G M N"] | None = None,
-    *,
-    weights_on: WeightsOn = "score",
-) -> Float[Array, ""]:
-    """DPO (link logistic) or IPO (squared) with a refinement Delta of each pair, which has no gradient.
+@dataclass(frozen=True, kw_only=True)
+class SrDPO(MatrixObjective):
+    """DPO with a refinement Delta of each pair, which has no gradient.
 
+    L = 1/|P| sum_P -log sigmoid(w_ij (beta (rho_chosen,i - rho_rejected,j) - lambda Delta_ij)) (Eq. 13),
     Delta_ij = beta (d_chosen,i - d_rejected,j), d the log-ratio under the refined prompt (Eq. 12).
-    Sr-DPO: L = 1/|P| sum_P -log sigmoid(w_ij (beta (rho_chosen,i - rho_rejected,j) - lambda Delta_ij)) (Eq. 13).
-    Sr-IPO: L = 1/|P| sum_P (w_ij (rho_chosen,i - rho_rejected,j - lambda Delta_ij) - 1 / (2 beta))^2 (Eq. 15).
     Source: Yu et al. 2024, arXiv 2405.21040, with pair weights.
-
-    Args:
-        chosen_refined, rejected_refined: d of each response, nats.
-        lam: lambda; 0 is DPO or IPO.
-        others: as in `pairwise_loss`.
     """
-    # Delta is a difference of the responses' own numbers, so each one's share moves its own log-ratio.
-    share = lam if link == "logistic" else lam * beta
-    chosen = chosen_log_ratio - share * jax.lax.stop_gradient(chosen_refined)
-    rejected = rejected_log_ratio - share * jax.lax.stop_gradient(rejected_refined)
-    return pairwise_loss(chosen, rejected, weights, beta, link, mask, weights_on=weights_on)
 
+    responses: tuple[str, ...] = ("chosen", "rejected", "refined_chosen", "refined_rejected")
+    average_log_prob: bool = False
+    sr_lambda: float = option(0.3, "Sr-DPO's and Sr-IPO's lambda, the weight of the refinement.", low=0)
+    sr_prompt: str = option(
+        PROMPT, "the text before every prompt under which Sr-DPO and Sr-IPO judge a pair's quality."
+    )
 
-def _self_refined(link: str):
-    def compute(scores, options, *, weights_on: WeightsOn = "score"):
-        chosen, rejected = scores.refined
-        return self_refined_loss(
-            scores.chosen.log_ratio(options.average_log_prob),
-            scores.rejected.log_ratio(options.average_log_prob),
-            chosen.log_ratio(options.average_log_prob),
-            rejected.log_ratio(options.average_log_prob),
-            scores.weights,
-            options.beta,
-            options.sr_lambda,
-            link,
-            scores.mask,
-            weights_on=weights_on,
+    def refined_loss(self, scores: Scores, link: str, share: float) -> Float[Array, ""]:
+        """Delta is a difference of the responses' own numbers: a share of each one's moves its own log-ratio."""
+        chosen, rejected = (
+            scores[kind].log_ratio(self.average_log_prob)
+            - share * jax.lax.stop_gradient(scores[f"refined_{kind}"].log_ratio(self.average_log_prob))
+            for kind in ("chosen", "rejected")
         )
+        return linked_mean(scores.contrasts, ((chosen, rejected),), link, self.beta)
 
-    return compute
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        return self.refined_loss(scores, "logistic", self.sr_lambda)
 
 
-RESPONSES = ("chosen", "rejected", "refined_chosen", "refined_rejected")
-SHARED = {
-    "sr_lambda": Option(0.3, "Sr-DPO's and Sr-IPO's lambda, the weight of the refinement.", low=0),
-    "sr_prompt": Option(PROMPT, "the text before every prompt under which Sr-DPO and Sr-IPO judge a pair's quality."),
-}
+@dataclass(frozen=True, kw_only=True)
+class SrIPO(SrDPO):
+    """IPO with the same refinement.
 
-OBJECTIVES: dict[str, Objective] = {
-    "sr_dpo": Objective(
-        _self_refined("logistic"),
-        "DPO with quality-aware self-refinement",
-        "arXiv 2405.21040, Eqs. 12 and 13",
-        responses=RESPONSES,
-        weights="pair",
-        options=SHARED,
-    ),
-    "sr_ipo": Objective(
-        _self_refined("squared"),
-        "IPO with quality-aware self-refinement",
-        "arXiv 2405.21040, Eqs. 12 and 15",
-        responses=RESPONSES,
-        weights="pair",
-        options=SHARED,
-    ),
+    L = 1/|P| sum_P (w_ij (rho_chosen,i - rho_rejected,j - lambda Delta_ij) - 1 / (2 beta))^2 (Eq. 15).
+    """
+
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        return self.refined_loss(scores, "squared", self.sr_lambda * self.beta)
+
+
+OBJECTIVES = {
+    "sr_dpo": SrDPO(description="DPO with quality-aware self-refinement", source="arXiv 2405.21040, Eqs. 12 and 13"),
+    "sr_ipo": SrIPO(description="IPO with quality-aware self-refinement", source="arXiv 2405.21040, Eqs. 12 and 15"),
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rpo_jax.objectives.matrix import WeightsOn
-from rpo_jax.objectives.objective import Objective, count_chosen_tokens
-from rpo_jax.objectives.scores import Scores, keep
+from rpo_jax.objectives.objective import Objective, likelihood_of
+from rpo_jax.objectives.scores import Scores, zero_where_invalid
 
 
 def sft_loss(
@@ -19,22 +20,22 @@ def sft_loss(
 
     The mean is over the tokens of the whole batch, so a long response counts for more than a short one.
     """
-    num_tokens = jnp.sum(keep(chosen_num_tokens, mask))
-    return -jnp.sum(keep(chosen_log_prob, mask)) / jnp.maximum(num_tokens, 1)
+    num_tokens = jnp.sum(zero_where_invalid(chosen_num_tokens, mask))
+    return -jnp.sum(zero_where_invalid(chosen_log_prob, mask)) / jnp.maximum(num_tokens, 1)
 
 
-def sft(scores: Scores, options, *, weights_on: WeightsOn = "score") -> Float[Array, ""]:
-    return sft_loss(scores.chosen.log_prob, scores.chosen.num_tokens, scores.chosen.valid)
+@dataclass(frozen=True, kw_only=True)
+class SFT(Objective):
+    """`sft_loss` of a batch."""
+
+    responses: tuple[str, ...] = ("chosen",)
+    uses_reference: bool = False
+
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        return sft_loss(*likelihood_of(scores["chosen"]))
+
+    def count(self, scores: Scores) -> Int[Array, ""]:
+        return jnp.sum(jnp.where(scores["chosen"].valid, scores["chosen"].num_tokens, 0))
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "sft": Objective(
-        sft,
-        "supervised fine-tuning on chosen responses",
-        "-",
-        responses=("chosen",),
-        count=count_chosen_tokens,
-        uses_reference=False,
-        averages=False,
-    )
-}
+OBJECTIVES = {"sft": SFT(description="supervised fine-tuning on chosen responses", source="-")}

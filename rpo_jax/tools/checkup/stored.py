@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rpo_jax.config import Config
+from rpo_jax.config import Config, with_defaults_taken
 from rpo_jax.data.embeddings import embedding_file_fault
 from rpo_jax.runs.checkpoints import Checkpoints, comparable, step_fault
 from rpo_jax.runs.folder import CHECKPOINTS, changed_settings
@@ -92,7 +92,7 @@ def read_state(folder: Path) -> tuple[int, int]:
 
 def _check_settings(config: Config, record: dict[str, Any]) -> list[Finding]:
     """What differs between the configuration and the one that the checkpoint was made with."""
-    changed = changed_settings(record["config"], comparable(config))
+    changed = changed_settings(record["config"], comparable(with_defaults_taken(config)))
     sizes = [f"model.{name}" for name in MODEL_SIZES] if config.model.path is None else []
     decisive = [key for key in changed if key == "optim.name" or key.startswith("lora.") or key in sizes]
     found = []

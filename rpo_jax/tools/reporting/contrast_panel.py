@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -16,6 +17,7 @@ from rpo_jax.config import Config, Method, resolve
 from rpo_jax.core.records import Batch
 from rpo_jax.objectives import contrast
 from rpo_jax.training.prepare import Prepared, batches_of
+from rpo_jax.training.scoring import sides_of, weigh
 
 MAX_SHOWN = 96  # rows and columns of a report's heat map: more cannot be told apart on a screen
 MAX_CHARACTERS = 320  # of a prompt
@@ -84,26 +86,12 @@ def _weights(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """Weights and valid entries of the whole batch, nothing across groups; each row's temperature and perplexity."""
     pairs, size = batch.chosen.valid.shape[0], method.group
-    of_chosen, of_rejected = (
-        {
-            name: jnp.asarray(value.reshape(pairs // size, size, *value.shape[1:]))
-            for name in ("valid", "prompt_id", "text_id", "embedding")
-            for value in (getattr(side, name),)
-        }
-        for side in (batch.chosen, batch.rejected)
+    sides = sides_of(batch)
+    chosen, rejected = (
+        jax.tree.map(lambda x: jnp.asarray(x.reshape(pairs // size, size, *x.shape[1:])), sides[kind])
+        for kind in ("chosen", "rejected")
     )
-    mask = contrast.valid_entries(
-        *(side[name] for name in ("valid", "prompt_id", "text_id") for side in (of_chosen, of_rejected))
-    )
-    matrix = contrast.make_weights(
-        str(method.weights),
-        of_chosen["embedding"],
-        of_rejected["embedding"],
-        mask,
-        temperature=method.temperature,
-        perplexity=method.perplexity,
-        alpha=alpha,
-    )
+    matrix = weigh(method, alpha, chosen, rejected)
     temperature = None if matrix.temperature is None else np.asarray(matrix.temperature).reshape(pairs)
     perplexity = np.asarray(contrast.row_perplexity(matrix.weights, matrix.mask)).reshape(pairs)
     return _on_diagonal(np.asarray(matrix.weights)), _on_diagonal(np.asarray(matrix.mask)), temperature, perplexity

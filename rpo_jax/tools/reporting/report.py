@@ -97,8 +97,8 @@ def _rewards(record: RunRecord, prepared: Prepared, reporter: Reporter, base: st
         found, step = rewards_panel.held_out_scores(record.folder, record.config, prepared, reporter, own_base)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} (with --no-rewards the report does without)") from None
-    has_reference = resolve(record.config).reference is not None
-    return rewards_panel.for_page(found, step, record.config.objective.beta if has_reference else None)
+    method = resolve(record.config)
+    return rewards_panel.for_page(found, step, None if method.reference is None else method.objective.beta)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -76,7 +76,7 @@ def held_out_scores(
         assert start.held_out is not None, "there is held-out data"
         log_probs, _ = build_log_probs(settings, model_config, mesh)
         params = policy.load(mesh)
-        of_reward = resolve(settings).reference is not None
+        method = resolve(settings)
         scores = {name: np.full(len(prepared.held_out.examples), np.nan) for name in SIDES}
         for index in range(start.held_out.steps_per_epoch):
             batch = start.held_out.batch_at(index)
@@ -86,8 +86,8 @@ def held_out_scores(
                 side = getattr(batch, name)
                 values = found[first : first + len(side.valid)]
                 first += len(side.valid)
-                if of_reward:
-                    values = config.objective.beta * (values - side.reference_log_prob)
+                if method.reference is not None:
+                    values = method.objective.beta * (values - side.reference_log_prob)
                 scores[name][side.example_index[side.valid]] = values[side.valid]
     return scores, policy.step
 

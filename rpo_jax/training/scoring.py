@@ -1,0 +1,150 @@
+"""From log-probs of a batch's responses to what an objective sees, its loss, and the metrics of a step.
+
+Letters: P response slots, kinds side by side in the order of records.KINDS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from rpo_jax.config import Method
+from rpo_jax.core.records import KINDS, Batch, Side
+from rpo_jax.objectives import blocked, contrast, metrics, partition
+from rpo_jax.objectives.matrix import ContrastMatrix, WholeMatrix
+from rpo_jax.objectives.scores import Responses, Scores, Tokens
+from rpo_jax.training.micro_batches import LogProbs, TokenScores
+
+Means = dict[str, metrics.Mean]  # they combine over batches
+
+# From log-probs, batch, whether it is of pairs, and what a reference says of every token.
+ScoresOf = Callable[[LogProbs, Batch, bool, TokenScores | None], tuple[Scores, Means]]
+
+
+def sides_of(batch: Batch) -> dict[str, Side]:
+    """The batch's responses by kind, in the order of their slots."""
+    return dict(zip(KINDS, batch.sides, strict=False))
+
+
+def weigh(
+    method: Method,
+    alpha: float,
+    chosen: Side,
+    rejected: Side,
+    is_own_pair: Bool[Array, "B N"] | None = None,
+    temperature: Float[Array, "B"] | None = None,
+) -> contrast.ContrastWeights:
+    """The contrast weights of these responses, which may be some rows of a matrix.
+
+    Args:
+        alpha: of the diagonal weighting.
+        is_own_pair, temperature: as in blocked.FillRows.
+    """
+    mask = contrast.valid_entries(
+        chosen.valid, rejected.valid, chosen.prompt_id, rejected.prompt_id, chosen.text_id, rejected.text_id
+    )
+    return contrast.make_weights(
+        str(method.weights),
+        chosen.embedding,
+        rejected.embedding,
+        mask,
+        temperature=method.temperature if temperature is None else temperature,
+        perplexity=method.perplexity if temperature is None else None,
+        alpha=alpha,
+        is_own_pair=is_own_pair,
+    )
+
+
+def make_scores(method: Method, alpha: float, block: int | str, mesh: Mesh) -> ScoresOf:
+    """Function to what an objective sees of a batch, and the contrast metrics.
+
+    Args:
+        alpha: of the diagonal weighting.
+        block: as contrast.block.
+    """
+    size = method.matrix_group
+
+    def grouped(x: Array) -> Array:
+        # Spelt out, because embeddings that nothing needs have width 0, which leaves a -1 undetermined.
+        return x if x.shape[0] <= size > 1 else x.reshape(x.shape[0] // size, size, *x.shape[1:])
+
+    def fill(
+        chosen: Side,
+        rejected: Side,
+        is_own_pair: Array | None = None,
+        temperature: Array | None = None,
+        *,
+        paired: bool,
+    ) -> tuple[contrast.ContrastWeights, Means]:
+        """A matrix or some of its rows, as blocked.FillRows."""
+        weights = weigh(method, alpha, chosen, rejected, is_own_pair, temperature)
+        embedded = chosen.embedding.shape[-1] > 0
+        cosine = contrast.cosine(chosen.embedding, rejected.embedding) if embedded else None
+        ids = chosen.prompt_id, rejected.prompt_id
+        return weights, metrics.contrast_metrics(weights, cosine, *ids, paired=paired, is_own_pair=is_own_pair)
+
+    def matrix_of(sides: dict[str, Side], paired: bool) -> tuple[ContrastMatrix | None, Means]:
+        if method.weights is None:
+            return None, {}
+        chosen, rejected = (jax.tree.map(grouped, sides[kind]) for kind in ("chosen", "rejected"))
+        entries = chosen.valid.size * rejected.valid.shape[-1]
+        filled = partial(fill, paired=paired)
+        if method.weights != "pair" and blocked.needs_blocks(entries, block):
+            matrix, means = blocked.scan_rows(filled, chosen, rejected, block, mesh, method.weights_on)
+            return matrix, metrics.of_one_batch(means)
+        weights, means = filled(chosen, rejected)
+        return WholeMatrix(weights.weights, weights.mask, weights_on=method.weights_on), means
+
+    def scores_of(
+        log_probs: LogProbs, batch: Batch, paired: bool, reference: TokenScores | None = None
+    ) -> tuple[Scores, Means]:
+        sides, log_z = sides_of(batch), log_probs.log_partition
+        if log_z is not None:
+            ids = jnp.concatenate([side.prompt_id for side in sides.values()])
+            valid = jnp.concatenate([side.valid for side in sides.values()])
+            log_z = partition.per_prompt(log_z, ids, valid)
+        responses, start = {}, 0
+        for kind, side in sides.items():
+            first, start = start, start + side.valid.shape[0]
+            if start > first:
+                log_prob, num_tokens = log_probs.log_prob[first:start], log_probs.num_tokens[first:start]
+                z = None if log_z is None else log_z[first:start]
+                found = Responses(log_prob, side.reference_log_prob, num_tokens, side.valid, z, side.score)
+                responses[kind] = jax.tree.map(grouped, found)
+        matrix, means = matrix_of(sides, paired)
+        return Scores(responses, matrix, _tokens(log_probs.tokens, reference, batch)), means
+
+    return scores_of
+
+
+def _tokens(policy: TokenScores | None, reference: TokenScores | None, batch: Batch) -> Tokens | None:
+    if policy is None:
+        return None
+    assert policy.value is not None, "the objective has a value head"
+    assert reference is not None, "checked with the configuration: a cache knows no tokens"
+    return Tokens(policy.log_prob, policy.value, reference.log_prob, batch.response_ids)
+
+
+def make_loss(
+    method: Method, alpha: float, block: int | str, mesh: Mesh
+) -> Callable[[Batch, TokenScores | None, bool, LogProbs], tuple[Array, Means]]:
+    """Function from batch, what a reference says of its tokens, whether it is of pairs, and log-probs to the loss.
+
+    With it come the metrics of the batch; arguments are `make_scores`'.
+    """
+    objective, scores_of = method.objective, make_scores(method, alpha, block, mesh)
+
+    def loss(batch: Batch, reference: TokenScores | None, paired: bool, log_probs: LogProbs) -> tuple[Array, Means]:
+        scores, means = scores_of(log_probs, batch, paired, reference)
+        value, count = objective.total_loss(scores), objective.count(scores).astype(jnp.float32)
+        preferences = metrics.preference_metrics(scores, objective.beta, paired)
+        if not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
+            preferences = {name: mean for name, mean in preferences.items() if not name.startswith("rewards/")}
+        return value, {"loss": metrics.Mean(value * count, count), **means, **preferences}
+
+    return loss
