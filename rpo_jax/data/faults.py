@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -68,19 +67,6 @@ class Faults:
             self.firsts[kind] = row
         if len(self.found) < NAMED_ROWS:
             self.found.append(row)
-
-    def merged(self, gather: Callable[[Any], list[Any]]) -> Faults:
-        """The faults of all processes, each of which found some."""
-        whole, found = Faults(), []
-        for part in gather({"counts": self.counts, "firsts": list(self.firsts.values()), "found": self.found}):
-            for row in (BadRow(*values) for values in part["firsts"]):
-                if row.kind not in whole.firsts or row.place < whole.firsts[row.kind].place:
-                    whole.firsts[row.kind] = row
-            for kind, count in part["counts"].items():
-                whole.counts[kind] = whole.counts.get(kind, 0) + count
-            found += [BadRow(*values) for values in part["found"]]
-        whole.found = sorted(found, key=lambda row: row.place)[:NAMED_ROWS]
-        return whole
 
     def __bool__(self) -> bool:
         return bool(self.counts)

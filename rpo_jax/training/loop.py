@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rpo_jax.config import TrainConfig
 from rpo_jax.core.records import Batch
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.data.packing import Plan
+from rpo_jax.data.packing import PackingPlan
 from rpo_jax.hosts import processes
 from rpo_jax.hosts.stopping import Stopped, Stopping
 from rpo_jax.objectives import metrics as means
@@ -39,7 +39,7 @@ class _Step:
     num_tokens: int
     report: dict[str, Any]  # jax.Arrays, which say whether they are ready
     batch: Batch
-    plan: Plan
+    plan: PackingPlan
     limit: np.float32 | None = None  # of its gradient's norm
     finished: float | None = None
 
@@ -69,7 +69,7 @@ class _Window:
         seconds = finished - (self.last or self.since)
         self.last = finished
         self.steps += 1
-        self.pairs += int(np.sum(done.batch.chosen.valid))
+        self.pairs += int(np.sum(done.batch.sides["chosen"].valid))
         self.tokens += done.plan.num_tokens
         return seconds
 
@@ -197,7 +197,7 @@ class TrainingLoop:
         seconds = 2 * self.checkpoints.longest_save(default=self._guessed_save)
         self.stopping.requested("steps", seconds + 2 * self._longest_step)
 
-    def _placed(self, step: int) -> tuple[Batch, Plan, Batch]:
+    def _placed(self, step: int) -> tuple[Batch, PackingPlan, Batch]:
         """The batch of this step, its plan, and the same on the devices: the transfer overlaps with the step before."""
         batch = self.batches.batch_at(step)
         return batch, self.batches.plan_at(step), put_batch(self.mesh, batch)

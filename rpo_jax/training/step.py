@@ -1,6 +1,6 @@
 """The sharded training step: log-probs of all responses, one loss on their contrast matrix, exact micro-batches.
 
-Letters: R rows and T tokens of a packed batch; P = M + N + K response slots.
+Letters: R rows and T tokens of a packed batch; P response slots of all kinds.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from rpo_jax import models
 from rpo_jax.config import Config, Method, resolve
-from rpo_jax.core.records import Batch, Side
+from rpo_jax.core.records import KINDS, Batch, Side
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.objectives import blocked, contrast, heads, losses, metrics, partition, value
@@ -111,8 +110,7 @@ def make_scores(
         # Spelt out, because embeddings that nothing needs have width 0, which leaves a -1 undetermined.
         return x if x.shape[0] <= size > 1 else x.reshape(x.shape[0] // size, size, *x.shape[1:])
 
-    def responses(side: Side, log_probs: LogProbs, start: int) -> Responses:
-        slots = slice(start, start + side.valid.shape[0])
+    def responses(side: Side, log_probs: LogProbs, slots: slice) -> Responses:
         log_prob, num_tokens, log_z = jax.tree.map(lambda x: x[slots], log_probs[:3])
         parts = (log_prob, side.reference_log_prob, num_tokens, side.valid, log_z, side.score)
         return jax.tree.map(grouped, Responses(*parts))
@@ -147,18 +145,17 @@ def make_scores(
 
     def scores(log_probs: LogProbs, batch: Batch, paired: bool) -> tuple[Scores, Means]:
         if log_probs.log_partition is not None:
-            ids, valid = (
-                jnp.concatenate([getattr(side, name) for side in batch.sides]) for name in ("prompt_id", "valid")
-            )
+            ids, valid = (jnp.concatenate(batch.joined(name)) for name in ("prompt_id", "valid"))
             log_z = partition.per_prompt(log_probs.log_partition, ids, valid)
             log_probs = log_probs._replace(log_partition=log_z)
-        starts = accumulate((side.valid.shape[0] for side in batch.sides), initial=0)
-        sides = (responses(side, log_probs, start) for side, start in zip(batch.sides, starts, strict=False))
-        chosen, rejected, mismatched, *refined = sides
+        none = jax.tree.map(lambda x: x[:0], batch.sides["chosen"])
+        sides = {**dict.fromkeys(("chosen", "rejected", "mismatched"), none), **batch.sides}
+        slots = {kind: batch.slots().get(kind, slice(0, 0)) for kind in KINDS if kind in sides}
+        chosen, rejected, mismatched, *refined = (responses(sides[kind], log_probs, slots[kind]) for kind in slots)
         found = Scores(chosen, rejected, mismatched, refined=tuple(refined))
         if kind is None:
             return found, {}
-        chosen, rejected = jax.tree.map(grouped, (batch.chosen, batch.rejected))
+        chosen, rejected = jax.tree.map(grouped, (batch.sides["chosen"], batch.sides["rejected"]))
         entries = chosen.valid.size * rejected.valid.shape[-1]
         if kind != "pair" and blocked.is_large(entries, block):
             matrix, means = blocked.survey(partial(fill, paired=paired), chosen, rejected, block, mesh)
@@ -178,12 +175,11 @@ def _with_tokens(scores: Scores, policy: TokenScores, reference: TokenScores | N
 
 def _with_reference(batch: Batch, log_probs: LogProbs) -> Batch:
     """The batch with the reference's log-probs filled in."""
-    sides, start = [], 0
-    for side in batch.sides:
-        size = side.valid.shape[0]
-        sides.append(side._replace(reference_log_prob=log_probs.log_prob[start : start + size]))
-        start += size
-    return batch.with_sides(sides)
+    filled = {
+        kind: batch.sides[kind]._replace(reference_log_prob=log_probs.log_prob[at])
+        for kind, at in batch.slots().items()
+    }
+    return batch._replace(sides=filled)
 
 
 def build_log_probs(
@@ -362,8 +358,5 @@ def put_batch(mesh: Mesh, batch: Batch) -> Batch:
 
     return Batch(
         **{name: place(rows, getattr(batch, name)) for name in ROW_FIELDS},
-        **{
-            name: jax.tree.map(partial(place, whole), getattr(batch, name))
-            for name in ("chosen", "rejected", "mismatched", "refined")
-        },
+        sides=jax.tree.map(partial(place, whole), batch.sides),
     )

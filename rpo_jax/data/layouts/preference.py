@@ -14,6 +14,7 @@ from rpo_jax.data.layouts.layout import (
     common_prefix,
     field,
     messages_field,
+    pair,
     per_row,
     reply_field,
     shared_conversation,
@@ -32,19 +33,19 @@ def parse(values: Mapping[str, Any]) -> Parts:
     if "prompt" not in values:
         if isinstance(field(values, "chosen"), str):
             return _shared_words(text_field(values, "chosen"), text_field(values, "rejected"))
-        return Parts(*shared_conversation(values))
+        return shared_conversation(values)
     prompt = field(values, "prompt")
     if not isinstance(prompt, str):
         prompt = messages_field(values, "prompt")
     if _is_longer_conversation(values):
-        shared, chosen, rejected = shared_conversation(values)
-        if not _repeats(prompt, shared):
+        parts = shared_conversation(values)
+        if not _repeats(prompt, parts.prompt):
             raise Unusable("no shared prompt: the column 'prompt' is not what both conversations begin with")
-        return Parts(shared, chosen, rejected)
+        return parts
     chosen, rejected = reply_field(values, "chosen"), reply_field(values, "rejected")
     if isinstance(prompt, str) and not isinstance(values["chosen"], str):
         prompt = (Message("user", prompt),)  # an assistant's message answers a user's
-    return Parts(prompt, chosen, rejected)
+    return pair(prompt, chosen, rejected)
 
 
 def _is_longer_conversation(values: Mapping[str, Any]) -> bool:
@@ -52,9 +53,9 @@ def _is_longer_conversation(values: Mapping[str, Any]) -> bool:
     return isinstance(chosen, list) and len(chosen) > 1
 
 
-def _repeats(prompt: str | tuple[Message, ...], shared: tuple[Message, ...]) -> bool:
+def _repeats(prompt: str | tuple[Message, ...], shared: str | tuple[Message, ...]) -> bool:
     if isinstance(prompt, str):
-        return any(prompt == message.content for message in shared)
+        return any(prompt == message.content for message in shared if isinstance(message, Message))
     return prompt == shared[: len(prompt)]
 
 
@@ -66,7 +67,7 @@ def _shared_words(chosen: str, rejected: str) -> Parts:
         cut = last_word.start() if last_word else 0
     if not chosen[:cut].strip():
         raise Unusable("no shared prompt: chosen and rejected do not begin with the same words")
-    return Parts(chosen[:cut], chosen[cut:], rejected[cut:])
+    return pair(chosen[:cut], chosen[cut:], rejected[cut:])
 
 
 LAYOUT = Layout(

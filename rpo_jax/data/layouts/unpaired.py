@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rpo_jax.core.records import Message
+from rpo_jax.core.records import Message, Response
 from rpo_jax.data.faults import shown
 from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, field, messages_field, per_row, reply_field
 
@@ -21,7 +21,7 @@ def parse(values: Mapping[str, Any]) -> Parts:
         prompt = messages_field(values, "prompt")
     elif not isinstance(values["completion"], str):  # an assistant's message answers a user's
         prompt = (Message("user", prompt),)
-    return Parts(prompt, completion, None) if label else Parts(prompt, None, completion)
+    return Parts(prompt, (Response("chosen" if label else "rejected", completion),))
 
 
 LAYOUT = Layout(
