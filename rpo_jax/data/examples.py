@@ -32,22 +32,6 @@ class ExampleSet:
     num_rows: int
 
 
-class _Readable:
-    """The readable rows of a stream; `count` is of all that were seen, the others are among `faults`."""
-
-    def __init__(self, rows: Iterable[Row | BadRow], faults: Faults) -> None:
-        self.count = 0
-        self._rows, self._faults = rows, faults
-
-    def __iter__(self) -> Iterator[Row]:
-        for row in self._rows:
-            self.count += 1
-            if isinstance(row, Row):
-                yield row
-            else:
-                self._faults.add(*row)
-
-
 def make_examples(
     rows: Iterable[Row | BadRow],
     layout: str = "auto",
@@ -68,9 +52,18 @@ def make_examples(
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"data.on_bad_row is '{on_bad_row}'; use 'error' or 'skip'.")
-    faults = Faults()
-    readable = _Readable(rows, faults)
-    stream = iter(readable)
+    faults, num_rows = Faults(), 0
+
+    def readable() -> Iterator[Row]:
+        nonlocal num_rows
+        for row in rows:
+            num_rows += 1
+            if isinstance(row, Row):
+                yield row
+            else:
+                faults.add(*row)
+
+    stream = readable()
     start = deque(islice(stream, _DETECTION_ROWS))
     name = detect_layout(start) if layout == "auto" and start else layout
     if name not in LAYOUTS and (start or name != "auto"):
@@ -89,13 +82,15 @@ def make_examples(
         else:
             faults.add(*outcome)
     if faults and (on_bad_row == "error" or not examples):
-        _refuse(faults, readable.count, on_bad_row)
+        raise faults.error(
+            f"{num_rows} rows cannot be used", on_bad_row, "none is left, so check the data or data.layout"
+        )
     if not examples:
         raise ValueError(
-            f"no preference found: none of the {readable.count} rows gave an example in the layout '{name}' "
+            f"no preference found: none of the {num_rows} rows gave an example in the layout '{name}' "
             f"({LAYOUTS[name].description}); check the data or data.layout."
         )
-    return ExampleSet(tuple(examples), name, LAYOUTS[name].truncation_side, faults, readable.count)
+    return ExampleSet(tuple(examples), name, LAYOUTS[name].truncation_side, faults, num_rows)
 
 
 def _read(layout: str, rows: Iterable[Row], scores: Mapping[str, str] | None) -> Iterator[PreferenceExample | BadRow]:
@@ -115,18 +110,6 @@ def _scored(example: PreferenceExample, row: Row, columns: Mapping[str, str]) ->
     except Unusable as reason:
         return BadRow(example.row_id, f"{reason} (data.chosen_score and data.rejected_score name the columns)")
     return replace(example, responses=tuple(responses))
-
-
-def _refuse(faults: Faults, rows: int, on_bad_row: str) -> None:
-    advice = (
-        "fix them, or set data.on_bad_row: skip to leave them out"
-        if on_bad_row == "error"
-        else "none is left, so check the data or data.layout"
-    )
-    first = faults.first
-    raise ValueError(
-        f"{first.row_id}: {first.reason}. {faults.total} of {rows} rows cannot be used ({faults.counted()}); {advice}."
-    )
 
 
 def detect_layout(rows: Iterable[Row]) -> str:

@@ -94,6 +94,13 @@ class Faults:
         """Each kind with its number, in one line: for an error."""
         return ", ".join(f"{kind}: {count}" for kind, count in self.by_kind.items())
 
+    def error(self, of_what: str, on_bad_row: str, none_left: str) -> ValueError:
+        """What ends a run: the first row, how many there are of each kind, and what to do about them."""
+        fix = "fix them, or set data.on_bad_row: skip to leave them out" if on_bad_row == "error" else none_left
+        return ValueError(
+            f"{self.first.row_id}: {self.first.reason}. {self.total} of {of_what} ({self.counted()}); {fix}."
+        )
+
     def report(self) -> str:
         """Each kind with its number and its first row, a line for each."""
         width = len(str(max(self.counts.values(), default=0)))

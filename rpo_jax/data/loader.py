@@ -23,7 +23,6 @@ from rpo_jax.data.packing import (
     longest_of,
     pack,
     plan_batch,
-    segments_by,
     segments_of,
     share_prompts,
 )
@@ -53,10 +52,12 @@ class _Pool:
     def __init__(self, data: PreferenceData, draws: dict[str, Int[np.ndarray, "d"]]) -> None:
         self.draws, self.size = draws, len(next(iter(draws.values())))
         tokens: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(self.size, np.int64))
-        places = (((draw,), index, 0) for of_kind in draws.values() for draw, index in enumerate(of_kind.tolist()))
-        for (prompt, (draw,), _), segment in segments_by(data, places).items():
-            tokens[prompt][draw] = segment.num_tokens
-        self.tokens = list(tokens.values())
+        for numbers in draws.values():
+            for draw, index in enumerate(numbers.tolist()):
+                response = data.responses[index]
+                tokens[response.prompt][draw] += len(response.ids)
+        examples = [data.examples[i] for i in data.example_index[next(iter(draws.values()))]]
+        self.tokens = [count + [len(e.prompts[prompt]) for e in examples] for prompt, count in tokens.items()]
 
     def take(self, draws: Int[np.ndarray, "S"]) -> Draws:
         """The responses of these draws; none where a draw is NO_RESPONSE."""
@@ -227,8 +228,8 @@ class PreferenceBatches:
     def _build_pools(self) -> dict[str, _Pool]:
         """A pool for the pairs, or one for each kind that others go with; by the name of the first of its kinds."""
         found: dict[tuple[str, int], list[int]] = {}
-        for index, response in enumerate(self.data.responses):
-            found.setdefault((response.kind, int(self.data.example_index[index])), []).append(index)
+        for index, example in enumerate(self.data.example_index.tolist()):
+            found.setdefault((self.data.responses[index].kind, example), []).append(index)
         examples, pools = range(len(self.data.examples)), {}
         for name in ["chosen"] if self.paired else [name for name in self.responses if KINDS[name].slot_of == name]:
             kinds = [kind for kind in self.responses if self.paired or KINDS[kind].slot_of == name]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rpo_jax.core.records import Message, Response, Row
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.faults import BadRow
-from rpo_jax.data.layouts.layout import Parts, Unusable, field, finish, messages_field, text_field
+from rpo_jax.data.layouts.layout import Parts, Unusable, finish, messages_field, prompt_field, text_field
 from rpo_jax.data.sources import read_rows
 
 TEXT_SUFFIX = ".txt"
@@ -85,11 +85,6 @@ def _prompt_row(row: Row) -> PromptRow:
     return PromptRow(row.row_id, prompt, row.values)
 
 
-def _read_prompt(values: Mapping[str, Any]) -> str | tuple[Message, ...]:
-    prompt = field(values, "prompt")
-    return prompt if isinstance(prompt, str) else messages_field(values, "prompt")
-
-
 def _read_messages(values: Mapping[str, Any]) -> tuple[Message, ...]:
     messages = messages_field(values, "messages")
     return messages[:-1] if messages and messages[-1].role == "assistant" else messages
@@ -100,4 +95,4 @@ def _read_instruction(values: Mapping[str, Any]) -> tuple[Message, ...]:
     return (Message("user", "\n\n".join(part for part in parts if part)),)
 
 
-_READERS = {"prompt": _read_prompt, "messages": _read_messages, "instruction": _read_instruction}
+_READERS = {"prompt": prompt_field, "messages": _read_messages, "instruction": _read_instruction}

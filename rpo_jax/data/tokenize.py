@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from rpo_jax.core.records import Message, PreferenceExample, TokenizedExample, TokenizedResponse
 from rpo_jax.data.chat_template import TemplateError, render_messages
+from rpo_jax.data.faults import Faults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,8 +57,8 @@ def tokenize_examples(
     limits: TokenLimits,
     *,
     mismatched: bool = False,
-) -> tuple[list[TokenizedExample], list[tuple[str, str]]]:
-    """Tokenise examples in order; returns them, and (row_id, reason) of every row that cannot be used.
+) -> tuple[list[TokenizedExample], Faults]:
+    """Tokenise examples in order; returns them, and the rows that cannot be used.
 
     Prompt and responses are tokenised apart, so no token straddles their boundary. With `mismatched`, each example also
     gets the response to the next different prompt of the data, cyclically.
@@ -105,9 +106,12 @@ def join_encoded(
     limits: TokenLimits,
     *,
     mismatched: bool = False,
-) -> tuple[list[TokenizedExample], list[tuple[str, str]]]:
+) -> tuple[list[TokenizedExample], Faults]:
     """What `encode_examples` made of all of a data set, as tokenize_examples returns it."""
-    faults = [(e.row_id, found["fault"]) for e, found in zip(examples, encoded, strict=True) if found["fault"]]
+    faults = Faults()
+    for example, found in zip(examples, encoded, strict=True):
+        if found["fault"]:
+            faults.add(example.row_id, found["fault"])
     usable = [(e, found) for e, found in zip(examples, encoded, strict=True) if not found["fault"]]
     prompt_ids: dict[str, int] = {}
     text_ids: dict[str, int] = {}

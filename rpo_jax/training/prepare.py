@@ -24,7 +24,6 @@ from rpo_jax.config.reading import parse_config
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample
 from rpo_jax.data.embeddings import embed_texts
 from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, prompt_text
-from rpo_jax.data.faults import Faults
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.data.refine import refined
@@ -237,19 +236,13 @@ def _tokenized(
 ) -> list[TokenizedExample]:
     examples = part.found.examples
     encoded = shared(examples, partial(encode_examples, tokenizer=tokenizer, limits=part.limits))
-    tokenized, bad = join_encoded(examples, encoded, part.limits, mismatched="mismatched" in responses)
+    tokenized, faults = join_encoded(examples, encoded, part.limits, mismatched="mismatched" in responses)
     if REFINED[0] in responses:
         settings: Any = config.objective  # options come from the table
         tokenized = refined(tokenized, settings.sr_prompt, tokenizer, config.data.max_tokens)
-    faults = Faults()
-    for row_id, reason in bad:
-        faults.add(row_id, reason)
     if faults and (config.data.on_bad_row == "error" or not tokenized):
-        advice = "fix them, or set data.on_bad_row: skip to leave them out" if tokenized else "none is left"
-        raise ValueError(
-            f"{faults.first.row_id}: {faults.first.reason}. {faults.total} of {len(examples)} examples cannot be "
-            f"tokenised ({faults.counted()}); {advice}."
-        )
+        on_bad_row = config.data.on_bad_row if tokenized else "skip"
+        raise faults.error(f"{len(examples)} examples cannot be tokenised", on_bad_row, "none is left")
     if faults:
         reporter.say(f"{faults.total} examples that cannot be tokenised skipped\n{faults.report()}")
     return tokenized

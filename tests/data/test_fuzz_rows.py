@@ -65,7 +65,7 @@ def feed(path, layout, tokenizer):
         assert text_of(example, "chosen") != text_of(example, "rejected")
         embedding_text(example, "prompt_response", text_of(example, "chosen") or "").encode()
     tokenized, bad = tokenize_examples(found.examples, tokenizer, TokenLimits(40, 60, found.truncation_side))
-    assert [example.row_id for example in tokenized] + [row_id for row_id, _ in bad] == [
+    assert [example.row_id for example in tokenized] + [row.row_id for row in bad.rows] == [
         example.row_id for example in found.examples
     ]
     assert all(0 < len(response.ids) < 60 for e in tokenized for response in e.responses)

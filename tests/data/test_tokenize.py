@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rpo_jax.core.records import Message, PreferenceExample, Response
+from rpo_jax.data.faults import Faults
 from rpo_jax.data.tokenize import (
     TokenLimits,
     encode_examples,
@@ -164,8 +165,8 @@ def test_rows_that_cannot_be_used_are_reported_and_left_out(tokenizer):
         examples, strict, max_prompt_tokens=99, max_tokens=100, truncation_side="keep_end"
     )
     assert [(e.row_id, e.prompt_id, text_id_of(e, "chosen")) for e in tokenized] == [("file:2", 0, 0)]
-    assert [row_id for row_id, _ in bad_rows] == ["file:1"]
-    assert "roles system, user: roles must alternate" in bad_rows[0][1]
+    assert [row.row_id for row in bad_rows.rows] == ["file:1"]
+    assert "roles system, user: roles must alternate" in bad_rows.first.reason
 
 
 def test_an_empty_prompt_needs_a_bos():
@@ -173,7 +174,7 @@ def test_an_empty_prompt_needs_a_bos():
     examples = [pair("", "w3", "w4")]
     tokenized, bad_rows = tokenized_with(examples, words_tokenizer(eos_token="</s>"), **arguments)
     assert not tokenized
-    assert bad_rows == [("file:1", "the prompt is empty, and the tokenizer has no BOS to stand for it")]
+    assert bad_rows.rows == [("file:1", "the prompt is empty, and the tokenizer has no BOS to stand for it")]
     tokenized, bad_rows = tokenized_with(examples, words_tokenizer(bos_token="<s>", eos_token="</s>"), **arguments)
     assert tokenized[0].prompt_ids.tolist() == [BOS]
     assert not bad_rows
@@ -252,7 +253,7 @@ def test_a_tokenizer_without_eos_is_refused():
 
 def test_no_examples_give_none(tokenizer):
     arguments = {"max_prompt_tokens": 4, "max_tokens": 10, "truncation_side": "keep_end", "mismatched": True}
-    assert tokenized_with([], tokenizer, **arguments) == ([], [])
+    assert tokenized_with([], tokenizer, **arguments) == ([], Faults())
 
 
 def test_any_number_of_responses_of_one_kind_follow_one_prompt():
@@ -275,4 +276,4 @@ def test_what_an_example_is_in_tokens_does_not_depend_on_what_it_comes_with():
     parts = [encode_examples(examples[first : first + 7], tokenizer, limits) for first in range(0, 30, 7)]
     joined = join_encoded(examples, [found for part in parts for found in part], limits, mismatched=True)
     assert repr(joined) == repr(tokenize_examples(examples, tokenizer, limits, mismatched=True))
-    assert joined[1] == [("file:4", "the prompt is empty, and the tokenizer has no BOS to stand for it")]
+    assert joined[1].rows == [("file:4", "the prompt is empty, and the tokenizer has no BOS to stand for it")]

@@ -162,6 +162,17 @@ def messages_field(values: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     return tuple(_message(item, name) for item in items)
 
 
+def prompt_field(values: Mapping[str, Any]) -> str | tuple[Message, ...]:
+    """The column `prompt`: text as it is, or messages."""
+    prompt = field(values, "prompt")
+    return prompt if isinstance(prompt, str) else messages_field(values, "prompt")
+
+
+def as_answered(prompt: str | tuple[Message, ...], response: Any) -> str | tuple[Message, ...]:
+    """The prompt of a response column: an assistant's message answers a user's, so a text before it is one."""
+    return prompt if isinstance(response, str) or not isinstance(prompt, str) else (Message("user", prompt),)
+
+
 def _message(item: Any, name: str) -> Message:
     if not isinstance(item, Mapping):
         raise _wrong_type(name, "messages", item)

@@ -11,11 +11,12 @@ from rpo_jax.data.layouts.layout import (
     Layout,
     Parts,
     Unusable,
+    as_answered,
     common_prefix,
     field,
-    messages_field,
     pair,
     per_row,
+    prompt_field,
     reply_field,
     shared_conversation,
     text_field,
@@ -34,18 +35,14 @@ def parse(values: Mapping[str, Any]) -> Parts:
         if isinstance(field(values, "chosen"), str):
             return _shared_words(text_field(values, "chosen"), text_field(values, "rejected"))
         return shared_conversation(values)
-    prompt = field(values, "prompt")
-    if not isinstance(prompt, str):
-        prompt = messages_field(values, "prompt")
+    prompt = prompt_field(values)
     if _is_longer_conversation(values):
         parts = shared_conversation(values)
         if not _repeats(prompt, parts.prompt):
             raise Unusable("no shared prompt: the column 'prompt' is not what both conversations begin with")
         return parts
     chosen, rejected = reply_field(values, "chosen"), reply_field(values, "rejected")
-    if isinstance(prompt, str) and not isinstance(values["chosen"], str):
-        prompt = (Message("user", prompt),)  # an assistant's message answers a user's
-    return pair(prompt, chosen, rejected)
+    return pair(as_answered(prompt, values["chosen"]), chosen, rejected)
 
 
 def _is_longer_conversation(values: Mapping[str, Any]) -> bool:
