@@ -21,10 +21,9 @@ from rpo_jax.data.packing import (
     by_prompt,
     fill_batch,
     longest_of,
-    pack,
+    pack_groups,
     plan_batch,
     segments_of,
-    share_prompts,
 )
 from rpo_jax.data.related import Points, related_order, whole_points
 from rpo_jax.data.shapes import PackedShape, choose_shapes, row_lengths
@@ -217,7 +216,9 @@ class PreferenceBatches:
         points = {}
         for name, pool in self._pools.items():
             rows = [row[responses] for kind, responses in pool.draws.items() if KINDS[kind].made_by is None]
-            if all(np.array_equal(embeddings[rows[0]], embeddings[other]) for other in rows[1:]):
+            if not any(
+                (rows[0] != other).any() and (embeddings[rows[0]] != embeddings[other]).any() for other in rows[1:]
+            ):
                 rows = rows[:1]  # where prompts alone are embedded
             points[name] = whole_points(embeddings, *rows)
         return points
@@ -271,12 +272,7 @@ class PreferenceBatches:
         """Rows of this step's batch at each row length; 0 where one of its segments is longer."""
         segments = segments_of(self.data, self._draws(step))
         groups, longest = by_prompt(segments), longest_of(segments)
-        return [
-            pack([segment.num_tokens for segment in share_prompts(groups, tokens)], tokens)[2]
-            if tokens >= longest
-            else 0
-            for tokens in self._row_lengths
-        ]
+        return [pack_groups(groups, tokens)[-1] if tokens >= longest else 0 for tokens in self._row_lengths]
 
 
 def _check_arguments(

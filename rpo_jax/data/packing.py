@@ -83,6 +83,14 @@ def share_prompts(groups: Sequence[Sequence[Segment]], row_tokens: int) -> list[
     return shared
 
 
+def pack_groups(
+    groups: Sequence[Sequence[Segment]], row_tokens: int
+) -> tuple[list[Segment], Int[np.ndarray, "n"], Int[np.ndarray, "n"], int]:
+    """What `by_prompt` grouped, joined as share_prompts does, and where `pack` puts each of the segments."""
+    shared = share_prompts(groups, row_tokens)
+    return shared, *pack([segment.num_tokens for segment in shared], row_tokens)
+
+
 class PackingPlan(NamedTuple):
     """Which segment of a batch goes where: the same on every process, from the segments' lengths alone."""
 
@@ -122,10 +130,7 @@ def plan_batch(data: PreferenceData, draws: Sequence[Draws], shapes: Sequence[Pa
                 f"row_tokens={row_tokens}; raise batch.row_tokens or lower data.max_tokens."
             )
     groups = by_prompt(segments)
-    packed = {}
-    for tokens in {shape.tokens for shape in shapes if shape.tokens >= longest}:
-        shared = share_prompts(groups, tokens)
-        packed[tokens] = shared, *pack([segment.num_tokens for segment in shared], tokens)
+    packed = {tokens: pack_groups(groups, tokens) for tokens in {s.tokens for s in shapes if s.tokens >= longest}}
     holding = [shape for shape in shapes if shape.tokens in packed and packed[shape.tokens][-1] <= shape.rows]
     assert holding, "the last shape holds any batch"
     shape = min(holding, key=lambda shape: (shape.size, shape.tokens))

@@ -16,9 +16,8 @@ from rpo_jax.data.packing import (
     Segment,
     by_prompt,
     longest_of,
-    pack,
+    pack_groups,
     segments_by,
-    share_prompts,
     token_arrays,
 )
 from rpo_jax.data.shapes import PackedShape
@@ -101,8 +100,7 @@ def _segments(data: PreferenceData, kinds: Sequence[str], row_tokens: int | None
 
 
 def _rows(alone: Sequence[Segment], row_tokens: int) -> list[list[Segment]]:
-    shared = share_prompts(by_prompt(alone), row_tokens)
-    rows, starts, num_rows = pack([segment.num_tokens for segment in shared], row_tokens)
+    shared, rows, starts, num_rows = pack_groups(by_prompt(alone), row_tokens)
     held: list[list[Segment]] = [[] for _ in range(num_rows)]
     for index in np.lexsort((starts, rows)).tolist():
         held[rows[index]].append(shared[index])
