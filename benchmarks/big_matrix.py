@@ -48,9 +48,8 @@ def measure(size: int, weighting: str, block: str, repeats: int) -> dict[str, An
     def side(text: int) -> Side:
         return Side(one, jnp.zeros(size), jnp.asarray(embedding), number, 2 * number + text, number)
 
-    none: Any = jax.tree.map(lambda x: x[:0], side(0))
     rows: Any = dict.fromkeys(ROW_FIELDS, jnp.zeros((1, 1), jnp.int32))
-    batch = Batch(**rows, chosen=side(0), rejected=side(1), mismatched=none)
+    batch = Batch(**rows, sides={"chosen": side(0), "rejected": side(1)})
     log_prob = jnp.asarray(rng.normal(0, 10, 2 * size), jnp.float32)
     settings: dict[str, Any] = {"block": int(block) if block.isdigit() else block, **WEIGHTINGS[weighting]}
     config = Config(contrast=ContrastConfig(weights="embedding", **settings), batch=BatchConfig(pairs=size))

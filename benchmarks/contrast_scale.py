@@ -61,7 +61,7 @@ TEXTS: dict[str, Callable[[PreferenceExample], str]] = {
 def read_prompts(file: str, text: str, cache_dir: Path) -> tuple[Float[np.ndarray, "n E"], Int[np.ndarray, "n"]]:
     """Embeddings of all usable prompts of a file, and a number for each distinct prompt."""
     examples = make_examples(read_rows(file), on_bad_row="skip").examples
-    texts = [TEXTS[text](example) for example in examples if example is not None]
+    texts = [TEXTS[text](example) for example in examples]
     embeddings = embed_texts(texts, EmbeddingConfig().encoder, cache_dir)
     return embeddings, np.unique(texts, return_inverse=True)[1]
 

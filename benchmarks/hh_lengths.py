@@ -18,7 +18,7 @@ from benchmarks.workloads import HH_LENGTHS
 from rpo_jax.config import DataConfig
 from rpo_jax.data.examples import make_examples, prompt_text
 from rpo_jax.data.sources import read_rows
-from rpo_jax.data.tokenize import tokenize_examples
+from rpo_jax.data.tokenize import TokenLimits, tokenize_examples
 from rpo_jax.data.tokenizer import train_tokenizer
 
 HH_FILE = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-base-test.jsonl.gz"
@@ -27,20 +27,15 @@ HH_FILE = Path(__file__).parents[2] / "shared" / "data" / "hh-harmless-base-test
 def token_lengths(file: Path) -> list[list[int]]:
     """[prompt, chosen, rejected] of every usable pair, in file order."""
     found = make_examples(read_rows(str(file)), on_bad_row="skip")
-    texts = [text for example in found.own for text in (prompt_text(example), example.chosen, example.rejected) if text]
+    texts = [text for e in found.examples for text in (prompt_text(e), *(response.text for response in e.responses))]
     defaults = DataConfig()
     with tempfile.TemporaryDirectory() as folder:
         tokenized, _ = tokenize_examples(
             found.examples,
             train_tokenizer(texts, MODELS["small"].vocab_size, folder),
-            max_prompt_tokens=defaults.max_prompt_tokens,
-            max_tokens=defaults.max_tokens,
-            truncation_side="keep_end",
+            TokenLimits(defaults.max_prompt_tokens, defaults.max_tokens, "keep_end"),
         )
-    return [
-        [len(ids) for ids in (example.prompt_ids, example.chosen_ids, example.rejected_ids) if ids is not None]
-        for example in tokenized
-    ]
+    return [[len(e.prompt_ids), *(len(response.ids) for response in e.responses)] for e in tokenized]
 
 
 def main() -> None:

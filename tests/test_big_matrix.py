@@ -56,22 +56,23 @@ def side(rng, slots, offset, width=6):
 def world(num_chosen, num_rejected):
     """Both sides of a batch, without its rows, and the policy's log-probs, which are NaN where nothing is."""
     rng = np.random.default_rng(0)
-    chosen, rejected, none = side(rng, num_chosen, 0), side(rng, num_rejected, 10), side(rng, 0, 0)
-    sides: Any = jax.tree.map(jnp.asarray, (chosen, rejected, none))
+    chosen, rejected = side(rng, num_chosen, 0), side(rng, num_rejected, 10)
+    sides: Any = jax.tree.map(jnp.asarray, {"chosen": chosen, "rejected": rejected})
     valid = np.concatenate([chosen.valid, rejected.valid])
     log_prob = np.where(valid, rng.normal(-20, 8, valid.size), np.nan).astype(np.float32)
     log_probs = LogProbs(jnp.asarray(log_prob), jnp.asarray(rng.integers(1, 9, valid.size), jnp.int32))
     rows: Any = [jnp.zeros((1, 1), jnp.int32)] * 6
-    return Batch(*rows, *sides), log_probs
+    return Batch(*rows, sides), log_probs
 
 
 def refined(batch, log_probs):
     """The batch with its responses once more, which other log-probs belong to."""
     log_prob = jnp.concatenate([log_probs.log_prob, 0.9 * log_probs.log_prob[::-1]])
-    valid = jnp.concatenate([batch.chosen.valid, batch.rejected.valid])
+    valid = jnp.concatenate([batch.sides["chosen"].valid, batch.sides["rejected"].valid])
     log_prob = log_prob.at[valid.size :].set(jnp.where(valid, jnp.nan_to_num(log_prob[valid.size :]), jnp.nan))
     num_tokens = jnp.concatenate([log_probs.num_tokens] * 2)
-    return batch._replace(refined=(batch.chosen, batch.rejected)), LogProbs(log_prob, num_tokens)
+    again = {f"refined_{kind}": batch.sides[kind] for kind in ("chosen", "rejected")}
+    return batch._replace(sides={**batch.sides, **again}), LogProbs(log_prob, num_tokens)
 
 
 def everything(config, mesh, batch, log_probs, paired=True):
@@ -161,16 +162,16 @@ def test_groups_work_in_blocks_of_any_size(name, block):
 
 def test_nothing_valid_is_zero_in_blocks():
     batch, log_probs = world(M, M)
-    empty = batch.chosen._replace(valid=jnp.zeros(M, bool))
+    empty = batch.sides["chosen"]._replace(valid=jnp.zeros(M, bool))
     config = Config(contrast=ContrastConfig(weights="embedding", block=8))
-    got = everything(config, make_mesh(2, 1, 1), batch._replace(chosen=empty), log_probs)
+    got = everything(config, make_mesh(2, 1, 1), batch._replace(sides={**batch.sides, "chosen": empty}), log_probs)
     assert got["loss"] == got["count"] == 0
     assert not got["derivative"].any()
 
 
 def test_a_nan_in_a_valid_slot_surfaces_from_blocks():
     batch, log_probs = world(M, M)
-    slot = int(jnp.argmax(batch.chosen.valid))
+    slot = int(jnp.argmax(batch.sides["chosen"].valid))
     log_probs = log_probs._replace(log_prob=log_probs.log_prob.at[slot].set(jnp.nan))
     config = Config(contrast=ContrastConfig(weights="uniform", block=8))
     contrast = config.contrast

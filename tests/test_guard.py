@@ -63,7 +63,7 @@ class Small:
         data = random_data(32)
         if spoil:
             log_probs = data.reference_log_probs.copy()
-            log_probs[BAD_ROW, 0] = np.inf
+            log_probs[data.of_kind("chosen")[BAD_ROW]] = np.inf
             data = dataclasses.replace(data, reference_log_probs=log_probs)
         return PreferenceBatches(
             data,

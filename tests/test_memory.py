@@ -26,7 +26,7 @@ def abstract_batch(pairs: int) -> Batch:
         embedding = jax.ShapeDtypeStruct((slots, 8), jnp.float32)
         return Side(per_slot(bool), per_slot(jnp.float32), embedding, *(per_slot(jnp.int32),) * 3)
 
-    return Batch(rows, rows, rows, rows, rows, rows, side(pairs), side(pairs), side(0))
+    return Batch(rows, rows, rows, rows, rows, rows, {"chosen": side(pairs), "rejected": side(pairs)})
 
 
 def step_bytes(pairs: int, micro_rows: int | None, **contrast) -> int:

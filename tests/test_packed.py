@@ -9,12 +9,12 @@ import pytest
 
 from rpo_jax import models
 from rpo_jax.config import BatchConfig, Config, MeshConfig, PolicyConfig
-from rpo_jax.core.records import RESPONSES
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
-from rpo_jax.training.prepare import reference_sweep
+from rpo_jax.training.prepare import reference_pass
 from rpo_jax.training.reference import compute_log_probs
 from rpo_jax.training.step import build_log_probs, put_batch
+from tests.data.ragged import RESPONSES, ids_of
 from tests.worlds import random_data, small_model
 
 MODEL = small_model()
@@ -33,12 +33,11 @@ def packed_log_probs(params, batches, step, attention="auto"):
     with jax.set_mesh(mesh):
         log_probs, _ = build_log_probs(Config(model=PolicyConfig(attention=attention)), MODEL, mesh)
         values = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob)
-    found, first = [], 0
-    for name in RESPONSES:
-        side = getattr(batch, name)
+    found = []
+    for name, slots in batch.slots().items():
+        side = batch.sides[name]
         for slot in np.flatnonzero(side.valid):
-            found.append((batches.data.examples[side.example_index[slot]], name, values[first + slot]))
-        first += len(side.valid)
+            found.append((batches.data.examples[side.example_index[slot]], name, values[slots.start + slot]))
     return found, batch
 
 
@@ -57,7 +56,7 @@ def data_with_shared_prompts(examples_a_prompt):
     data = random_data(24, mismatched=True)
     first = [data.examples[i - i % examples_a_prompt] for i in range(24)]
     examples = [
-        dataclasses.replace(e, prompt_ids=f.prompt_ids, prompt_id=f.prompt_id)
+        dataclasses.replace(e, prompts=f.prompts, prompt_id=f.prompt_id)
         for e, f in zip(data.examples, first, strict=True)
     ]
     return dataclasses.replace(data, examples=examples)
@@ -73,7 +72,7 @@ def test_packed_equals_padded(params, pairing, responses, examples_a_prompt):
     found, batch = packed_log_probs(params, batches, 0)
     assert len(found) == PAIRS * len(responses)
     for example, name, log_prob in found:
-        response_ids = getattr(example, f"{name}_ids")
+        response_ids = ids_of(example, name)
         expected = padded_log_prob(params, example.prompt_ids, response_ids)
         assert log_prob == pytest.approx(expected, rel=0, abs=1e-5 * len(response_ids)), (example.row_id, name)
     if examples_a_prompt == 24:
@@ -83,7 +82,7 @@ def test_packed_equals_padded(params, pairing, responses, examples_a_prompt):
 def test_attention_by_blocks_over_long_rows_equals_padded(params):
     batches = PreferenceBatches(data_with_shared_prompts(4), pairs=PAIRS, responses=RESPONSES, seed=0, row_tokens=320)
     for example, name, log_prob in packed_log_probs(params, batches, 0, "blockwise")[0]:
-        response_ids = getattr(example, f"{name}_ids")
+        response_ids = ids_of(example, name)
         expected = padded_log_prob(params, example.prompt_ids, response_ids)
         assert log_prob == pytest.approx(expected, rel=0, abs=1e-5 * len(response_ids)), (example.row_id, name)
 
@@ -94,14 +93,12 @@ def test_the_reference_s_sweep_equals_padded(params, micro_rows, examples_a_prom
     data = data_with_shared_prompts(examples_a_prompt)
     config = Config(batch=BatchConfig(pairs=PAIRS, micro_rows=micro_rows, row_tokens=64))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    sweep = reference_sweep(config, data, RESPONSES, row_shards=1)
+    sweep = reference_pass(config, data, RESPONSES, row_shards=1)
     assert len(sweep) > 1
     assert sweep.shape.rows % (micro_rows or 1) == 0
     with jax.set_mesh(mesh):
         log_probs, _ = build_log_probs(config, MODEL, mesh)
-        table = compute_log_probs(sweep, lambda batch: log_probs(params, put_batch(mesh, batch)), lambda *_: None)
-    for row, example in zip(table, data.examples, strict=True):
-        for value, name in zip(row[: len(RESPONSES)], RESPONSES, strict=True):
-            response_ids = getattr(example, f"{name}_ids")
-            expected = padded_log_prob(params, example.prompt_ids, response_ids)
-            assert value == pytest.approx(expected, rel=0, abs=1e-5 * len(response_ids)), (example.row_id, name)
+        found = compute_log_probs(sweep, lambda batch: log_probs(params, put_batch(mesh, batch)), lambda *_: None)
+    for number, (value, response) in enumerate(zip(found, data.responses, strict=True)):
+        expected = padded_log_prob(params, data.example_of(number).prompt_ids, response.ids)
+        assert value == pytest.approx(expected, rel=0, abs=1e-5 * len(response.ids)), (number, response.kind)

@@ -6,12 +6,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from rpo_jax.core.records import KINDS, RESPONSES, PreferenceData
-from rpo_jax.data.sweep import Sweep
+from rpo_jax.core.records import PreferenceData
+from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.training import reference
 from rpo_jax.training.micro_batches import LogProbs
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, read_cache, tokens_fingerprint, write_cache
+from tests.data.ragged import RESPONSES, changed, ids_of, table_of
 from tests.worlds import random_data
 
 PARTS = {
@@ -29,11 +30,10 @@ BOTH = ("chosen", "rejected")
 
 def made_up(data, names):
     """Log-probs that say which example and response they are of."""
-    table = np.full((len(data.examples), len(KINDS)), np.nan, np.float32)
+    values = np.full(len(data.responses), np.nan, np.float32)
     for name in names:
-        column = RESPONSES.index(name)
-        table[:, column] = -100.0 * column - np.arange(len(data.examples))
-    return table
+        values[data.of_kind(name)] = -100.0 * RESPONSES.index(name) - data.example_index[data.of_kind(name)]
+    return values
 
 
 def refuse(_missing):
@@ -97,7 +97,7 @@ def test_another_objective_computes_only_the_responses_it_adds(cache, data):
 
 def slot_values(batch) -> LogProbs:
     """For each slot the first token of its response; slots without one hold what must not be stored."""
-    values = np.full(len(batch.chosen.valid), 9e9, np.float32)
+    values = np.full(len(batch.sides["chosen"].valid), 9e9, np.float32)
     rows, columns = np.nonzero(batch.response_ids >= 0)
     for row, column in zip(rows[::-1], columns[::-1], strict=True):
         values[batch.response_ids[row, column]] = batch.tokens[row, column]
@@ -107,10 +107,10 @@ def slot_values(batch) -> LogProbs:
 @pytest.mark.parametrize("responses", [("chosen",), BOTH, RESPONSES])
 def test_every_response_gets_its_own_log_prob(data, responses):
     seen = []
-    sweep = Sweep(data, responses, batch_pairs=4, row_tokens=64)
-    table = compute_log_probs(sweep, slot_values, lambda done, _: seen.append(done))
+    sweep = ReferencePass(data, responses, batch_pairs=4, row_tokens=64)
+    table = table_of(data, compute_log_probs(sweep, slot_values, lambda done, _: seen.append(done)))
     for name in RESPONSES:
-        expected = [getattr(e, f"{name}_ids")[0] if name in responses else np.nan for e in data.examples]
+        expected = [ids_of(e, name)[0] if name in responses else np.nan for e in data.examples]
         np.testing.assert_array_equal(table[:, RESPONSES.index(name)], expected)
     assert seen == list(range(1, len(sweep) + 1))
     assert len(sweep) > 2
@@ -118,8 +118,8 @@ def test_every_response_gets_its_own_log_prob(data, responses):
 
 def with_example(data: PreferenceData, index: int, **changes) -> PreferenceData:
     examples = list(data.examples)
-    examples[index] = dataclasses.replace(examples[index], **changes)
-    return dataclasses.replace(data, examples=examples)
+    examples[index] = changed(examples[index], **changes)
+    return PreferenceData(examples)
 
 
 def one_more(ids: np.ndarray) -> np.ndarray:
@@ -127,18 +127,18 @@ def one_more(ids: np.ndarray) -> np.ndarray:
 
 
 CHANGES = {
-    "a prompt token": lambda d: with_example(d, 3, prompt_ids=one_more(d.examples[3].prompt_ids)),
-    "a chosen token": lambda d: with_example(d, 3, chosen_ids=one_more(d.examples[3].chosen_ids)),
-    "a rejected token": lambda d: with_example(d, 3, rejected_ids=one_more(d.examples[3].rejected_ids)),
+    "a prompt token": lambda d: with_example(d, 3, prompt=one_more(d.examples[3].prompt_ids)),
+    "a chosen token": lambda d: with_example(d, 3, chosen=one_more(ids_of(d.examples[3], "chosen"))),
+    "a rejected token": lambda d: with_example(d, 3, rejected=one_more(ids_of(d.examples[3], "rejected"))),
     "a token moved from prompt to response": lambda d: with_example(
         d,
         3,
-        prompt_ids=d.examples[3].prompt_ids[:-1],
-        chosen_ids=np.concatenate([d.examples[3].prompt_ids[-1:], d.examples[3].chosen_ids]),
+        prompt=d.examples[3].prompt_ids[:-1],
+        chosen=np.concatenate([d.examples[3].prompt_ids[-1:], ids_of(d.examples[3], "chosen")]),
     ),
     "the order": lambda d: dataclasses.replace(d, examples=list(d.examples[::-1])),
     "the number": lambda d: random_data(19, mismatched=True),
-    "a response that is missing": lambda d: with_example(d, 3, rejected_ids=None),
+    "a response that is missing": lambda d: with_example(d, 3, rejected=None),
 }
 
 
@@ -149,7 +149,8 @@ def test_other_data_has_another_fingerprint(data, change):
 
 
 def test_what_is_not_scored_is_not_in_the_fingerprint(data):
-    other = with_example(data, 3, mismatched_ids=one_more(data.examples[3].mismatched_ids), row_id="elsewhere:1")
+    other = with_example(data, 3, mismatched=one_more(ids_of(data.examples[3], "mismatched")))
+    other.examples[3] = dataclasses.replace(other.examples[3], row_id="elsewhere:1")
     for response in BOTH:
         assert tokens_fingerprint(other, response) == tokens_fingerprint(data, response)
     assert tokens_fingerprint(other, "mismatched") != tokens_fingerprint(data, "mismatched")
@@ -296,10 +297,10 @@ def test_a_cache_folder_that_cannot_be_written_to_is_told_before_anything_is_com
 
 
 def test_a_log_prob_that_is_no_number_is_refused_and_not_kept(tmp_path, data):
-    table = np.zeros((len(data.examples), 3), np.float32)
-    table[2, 0] = np.nan
+    values = np.zeros(len(data.responses), np.float32)
+    values[data.of_kind("chosen")[2]] = np.nan
     with pytest.raises(ValueError, match=r"made.jsonl:3 a chosen log-prob of nan"):
-        cached_log_probs(data, ("chosen",), PARTS, tmp_path, lambda _: table, print)
+        cached_log_probs(data, ("chosen",), PARTS, tmp_path, lambda _: values, print)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -131,7 +131,7 @@ def test_prompts_stand_at_their_rows_and_columns(prepared):
     config, data = prepared
     found = contrast_panel.batch_contrast(config, data)
     batch = batches_of(config, data.train, data.responses, 1).batch_at(0)
-    lines = [int(data.train.examples[i].row_id.rpartition(":")[2]) for i in batch.chosen.example_index]
+    lines = [int(data.train.examples[i].row_id.rpartition(":")[2]) for i in batch.sides["chosen"].example_index]
     assert sorted(found.chosen_prompts) == sorted(preference_rows()[line - 1]["prompt"] for line in lines)
     assert found.chosen_prompts == found.rejected_prompts
     assert found.cosine is not None

@@ -9,10 +9,11 @@ from rpo_jax.core.records import Row
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.faults import BadRow
 from rpo_jax.data.loader import PreferenceBatches
+from tests.data.ragged import embedded, embeddings_of
 from tests.runs import configured, metric_lines, preference_rows, settings, write_rows
 from tests.worlds import random_data
 
-COLUMNS = ("score_chosen", "score_rejected")
+COLUMNS = {"chosen": "score_chosen", "rejected": "score_rejected"}
 
 
 def scored_rows():
@@ -25,10 +26,14 @@ def rows_of(values):
     return [Row(row, "made.jsonl", i + 1) for i, row in enumerate(values)]
 
 
+def scores_of(example):
+    return [response.score for response in example.responses]
+
+
 def test_a_rows_columns_become_its_responses_scores():
-    found = make_examples(rows_of(scored_rows()), scores=COLUMNS).own
-    assert [example.scores for example in found[:3]] == [(5.0, 1.0), (6.0, 2.0), (7.0, 1.0)]
-    assert make_examples(rows_of(scored_rows())).own[0].scores == (None, None)
+    found = make_examples(rows_of(scored_rows()), scores=COLUMNS).examples
+    assert [scores_of(example) for example in found[:3]] == [[5.0, 1.0], [6.0, 2.0], [7.0, 1.0]]
+    assert make_examples(rows_of(scored_rows())).examples[0].responses[0].score is None
 
 
 def test_a_response_of_its_own_needs_its_own_score_alone():
@@ -36,8 +41,8 @@ def test_a_response_of_its_own_needs_its_own_score_alone():
         {"prompt": "a?", "completion": "b", "label": True, "score": 2.5},
         {"prompt": "a?", "completion": "c", "label": False, "score": -1},
     ]
-    found = make_examples(rows_of(labelled), scores=("score", "score")).own
-    assert [example.scores for example in found] == [(2.5, None), (None, -1.0)]
+    found = make_examples(rows_of(labelled), scores=dict.fromkeys(COLUMNS, "score")).examples
+    assert [scores_of(example) for example in found] == [[2.5], [-1.0]]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +60,9 @@ def test_what_is_no_score_makes_the_row_unusable(value, reason):
     with pytest.raises(ValueError, match=r"made\.jsonl:5: .*1 of 32 rows") as told:
         make_examples(rows_of(rows), scores=COLUMNS)
     assert reason in str(told.value)
-    assert len(make_examples(rows_of(rows), on_bad_row="skip", scores=COLUMNS).own) == 31
+    assert len(make_examples(rows_of(rows), on_bad_row="skip", scores=COLUMNS).examples) == 31
     unreadable = [*rows_of(rows[:4]), BadRow("made.jsonl:9", "not JSON"), *rows_of(rows[5:])]
-    assert len(make_examples(unreadable, on_bad_row="skip", scores=COLUMNS).own) == 31
+    assert len(make_examples(unreadable, on_bad_row="skip", scores=COLUMNS).examples) == 31
 
 
 def test_rows_that_are_joined_have_no_scores():
@@ -70,13 +75,12 @@ def test_rows_that_are_joined_have_no_scores():
 def test_every_slot_of_a_batch_has_its_responses_score(pairing):
     data = random_data(10)
     scores = np.arange(20, dtype=np.float32).reshape(10, 2)
-    data = type(data)(data.examples, data.chosen_embeddings, data.rejected_embeddings, scores=scores)
+    data = embedded(data.examples, embeddings_of(data, "chosen"), scores=scores)
     batch = PreferenceBatches(data, pairs=8, pairing=pairing, seed=0).batch_at(1)
-    for column, side in enumerate((batch.chosen, batch.rejected)):
+    for column, side in enumerate((batch.sides["chosen"], batch.sides["rejected"])):
         assert not side.valid.all(), "the epoch's last batch is not full"
         expected = np.where(side.valid, scores[side.example_index, column], 0)
         np.testing.assert_array_equal(side.score, expected)
-    assert batch.mismatched.score is None
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Sr-DPO and Sr-IPO in the trainer: pairs scored twice, on any mesh, in micro-batches, with a cached reference."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -12,12 +10,13 @@ from rpo_jax import models, train
 from rpo_jax.config import BatchConfig, Config, ContrastConfig, DataConfig, MeshConfig, ObjectiveConfig
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.data.sweep import Sweep
+from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.hosts import sharding
 from rpo_jax.objectives.losses import OBJECTIVES
 from rpo_jax.tools.planning.workload import assumed_lengths, planned_batch
 from rpo_jax.training.reference import FOLDER, compute_log_probs
 from rpo_jax.training.step import build_log_probs, build_steps, put_batch
+from tests.data.ragged import changed, embedded, embeddings_of, ids_of, table_of
 from tests.runs import configured, metric_lines, settings, write_rows
 from tests.worlds import VOCAB, random_data, small_model
 
@@ -28,26 +27,26 @@ MODEL = small_model()
 def refined_data():
     data, rng = random_data(), np.random.default_rng(3)
     examples = [
-        dataclasses.replace(
+        changed(
             example,
-            refined_prompt_ids=np.concatenate([rng.integers(3, VOCAB, 4).astype(np.int32), example.prompt_ids]),
-            refined_chosen_ids=example.chosen_ids,
-            refined_rejected_ids=example.rejected_ids,
+            refined_prompt=np.concatenate([rng.integers(3, VOCAB, 4).astype(np.int32), example.prompt_ids]),
+            refined_chosen=ids_of(example, "chosen"),
+            refined_rejected=ids_of(example, "rejected"),
         )
         for example in data.examples
     ]
     reference = (-30 + 9 * rng.normal(size=(len(examples), len(KINDS)))).astype(np.float32)
-    return PreferenceData(examples, data.chosen_embeddings, data.rejected_embeddings, reference)
+    return embedded(examples, embeddings_of(data, "chosen"), reference=reference)
 
 
 def scored_plainly(params, mesh, examples):
     """Log-probs of chosen and rejected responses under their own prompts."""
-    nothing = np.zeros((len(examples), 0), np.float32)
-    sweep = Sweep(PreferenceData(examples, nothing, nothing), ("chosen", "rejected"), batch_pairs=PAIRS)
+    data = PreferenceData(examples)
+    sweep = ReferencePass(data, ("chosen", "rejected"), batch_pairs=PAIRS)
     with jax.set_mesh(mesh):
         log_probs, _ = build_log_probs(Config(), MODEL, mesh)
         found = compute_log_probs(sweep, lambda batch: log_probs(params, put_batch(mesh, batch)), lambda *_: None)
-    return found[:, :2]
+    return table_of(data, found, ("chosen", "rejected"))
 
 
 def step_of(name, mesh, micro_rows=None, pairing="paired"):
@@ -82,13 +81,14 @@ def make_mesh(data=1, fsdp=1, tensor=1):
 @pytest.mark.parametrize("name", ["sr_dpo", pytest.param("sr_ipo", marks=pytest.mark.slow)])
 def test_the_loss_of_a_batch_is_that_of_its_pairs_scored_one_by_one(name):
     batches, batch, params, (loss, _, _) = step_of(name, make_mesh())
-    examples, reference, losses = batches.data.examples, batches.data.reference_log_probs, []
-    refined = [dataclasses.replace(example, prompt_ids=example.refined_prompt_ids) for example in examples]
+    examples, losses = batches.data.examples, []
+    reference = table_of(batches.data, batches.data.reference_log_probs)
+    refined = [changed(example, prompt=example.prompts[1]) for example in examples]
     policy = [scored_plainly(params, make_mesh(), of) for of in (examples, refined)]
     assert np.abs(policy[0] - policy[1]).min() > 1e-4
-    for index in batch.chosen.example_index:
+    for index in batch.sides["chosen"].example_index:
         plain, again = (
-            policy[which][index] - reference[index, [KINDS.index(kind) for kind in kinds]]
+            policy[which][index] - reference[index, [list(KINDS).index(kind) for kind in kinds]]
             for which, kinds in enumerate((("chosen", "rejected"), REFINED))
         )
         delta, margin = BETA * (again[0] - again[1]), plain[0] - plain[1]

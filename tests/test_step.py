@@ -18,13 +18,13 @@ from rpo_jax.config import (
     OptimConfig,
     PolicyConfig,
 )
-from rpo_jax.core.records import RESPONSES
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.models import recompute
 from rpo_jax.objectives import metrics
 from rpo_jax.training.micro_batches import make_loss_and_gradient
 from rpo_jax.training.step import build_log_probs, build_steps, make_log_probs, put_batch
+from tests.data.ragged import RESPONSES, embedded, embeddings_of, table_of
 from tests.worlds import random_data, small_model
 
 PAIRS, STEPS = 16, 5
@@ -230,12 +230,9 @@ def test_a_group_does_not_see_the_others():
         config = configured(group=group)
         evaluate = build_steps(config, MODEL, mesh, total_steps=1).evaluate
         for order in (plain, within, across):
-            shuffled = type(data)(
-                [data.examples[i] for i in order],
-                data.chosen_embeddings[order],
-                data.rejected_embeddings[order],
-                data.reference_log_probs[order],
-            )
+            reference = table_of(data, data.reference_log_probs)[order]
+            examples = [data.examples[i] for i in order]
+            shuffled = embedded(examples, embeddings_of(data, "chosen")[order], reference=reference)
             batch = batches_for(config, shuffled, order="sequential").batch_at(0)
             yield float(evaluate(params, put_batch(mesh, batch), None)["loss"].total)
 
@@ -258,10 +255,10 @@ def test_a_live_reference_equals_its_cached_log_probs():
         for step in range(sweep.steps_per_epoch):
             batch = sweep.batch_at(step)
             values = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob)
-            for column, side in enumerate((batch.chosen, batch.rejected)):
+            for column, side in enumerate((batch.sides["chosen"], batch.sides["rejected"])):
                 slots = values[column * PAIRS :][:PAIRS]
                 cached[side.example_index[side.valid], column] = slots[side.valid]
-    with_cache = type(data)(data.examples, data.chosen_embeddings, data.rejected_embeddings, cached)
+    with_cache = embedded(data.examples, embeddings_of(data, "chosen"), reference=cached)
     live, _ = train(config, mesh, batches_for(config, data), live=True)
     stored, _ = train(config, mesh, batches_for(config, with_cache))
     np.testing.assert_allclose([r["loss"] for r in live], [r["loss"] for r in stored], rtol=1e-5)
@@ -286,13 +283,9 @@ def test_empty_slots_of_the_last_batch_change_nothing():
     config = configured(group="global")
     data = random_data(20)
     last = batches_for(config, data, order="sequential").batch_at(1)
-    assert int(last.chosen.valid.sum()) == 4
-    tail = type(data)(
-        data.examples[16:],
-        data.chosen_embeddings[16:],
-        data.rejected_embeddings[16:],
-        data.reference_log_probs[16:],
-    )
+    assert int(last.sides["chosen"].valid.sum()) == 4
+    reference = table_of(data, data.reference_log_probs)[16:]
+    tail = embedded(data.examples[16:], embeddings_of(data, "chosen")[16:], reference=reference)
     alone = batches_for(config, tail, order="sequential", pairs=4).batch_at(0)
     mesh = make_mesh()
     with jax.set_mesh(mesh):

@@ -17,11 +17,11 @@ import yaml
 from rpo_jax import models
 from rpo_jax.config.reading import known_keys, load_config
 from rpo_jax.core.files import inside, read_json
-from rpo_jax.core.records import Message, PreferenceExample
+from rpo_jax.core.records import Message, PreferenceExample, Response
 from rpo_jax.data import chat_template
 from rpo_jax.data.chat_template import TemplateError, render_messages
 from rpo_jax.data.sources import read_rows
-from rpo_jax.data.tokenize import tokenize_examples
+from rpo_jax.data.tokenize import TokenLimits, tokenize_examples
 from rpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.fuzz_files import run
 from tests.worlds import small_model
@@ -233,11 +233,9 @@ def test_a_template_that_is_beyond_use_stops_the_run(template, message, tokenize
         monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1.0)
         worker = chat_template._Worker.__init__
         monkeypatch.setattr(chat_template._Worker, "__init__", lambda self, program: patient(worker, self, program))
-    example = PreferenceExample("file:1", MESSAGES, "yes", "no")
+    example = PreferenceExample("file:1", MESSAGES, (Response("chosen", "yes"), Response("rejected", "no")))
     with pytest.raises(TemplateError, match=message):
-        tokenize_examples(
-            [example] * 50, tokenizer, max_prompt_tokens=8, max_tokens=16, truncation_side="keep_end", template="chat"
-        )
+        tokenize_examples([example] * 50, tokenizer, TokenLimits(8, 16, "keep_end", template="chat"))
 
 
 def load_with(tokenizer, template):

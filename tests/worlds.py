@@ -1,4 +1,4 @@
-"""Small random data and models that the tests of the upper rooms share."""
+"""Small random data and models that the tests of the upper packages share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rpo_jax import models
-from rpo_jax.core.records import PreferenceData, TokenizedExample
+from rpo_jax.core.records import PreferenceData
 from rpo_jax.models import lora
 from rpo_jax.models.projection import Quantized
+from tests.data.ragged import embedded, example
 
 VOCAB = 96
 
@@ -24,23 +25,14 @@ def random_data(num_examples: int = 20, *, seed: int = 0, width: int = 8, mismat
         return rng.integers(3, VOCAB, rng.integers(low, high)).astype(np.int32)
 
     examples = [
-        TokenizedExample(
-            row_id=f"made.jsonl:{i + 1}",
-            prompt_ids=ids(4, 14),
-            chosen_ids=ids(2, 12),
-            rejected_ids=ids(2, 12),
-            prompt_id=i,
-            chosen_text_id=2 * i,
-            rejected_text_id=2 * i + 1,
-            mismatched_ids=ids(2, 12) if mismatched else None,
-        )
+        example(f"made.jsonl:{i + 1}", ids(4, 14), ids(2, 12), ids(2, 12), ids(2, 12) if mismatched else None, number=i)
         for i in range(num_examples)
     ]
     centres = rng.normal(size=(4, width))
     embeddings = centres[rng.integers(0, 4, num_examples)] + 0.3 * rng.normal(size=(num_examples, width))
     embeddings = embeddings.astype(np.float32)
     reference = (-10 + rng.normal(size=(num_examples, 3))).astype(np.float32)
-    return PreferenceData(examples, embeddings, embeddings, reference)
+    return embedded(examples, embeddings, reference=reference)
 
 
 def small_model(**changes) -> models.ModelConfig:

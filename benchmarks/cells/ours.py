@@ -17,7 +17,7 @@ from benchmarks.spec import MAX_POSITIONS, CellSpec, Measurement, command_line, 
 from benchmarks.workloads import BOS, EOS, PAD, Pair, make_pairs, timed_work
 from rpo_jax import models
 from rpo_jax.config import Config
-from rpo_jax.core.records import RESPONSES, Batch, PreferenceData, TokenizedExample
+from rpo_jax.core.records import Batch, PreferenceData, TokenizedExample, TokenizedResponse
 from rpo_jax.hosts import sharding
 from rpo_jax.hosts.memory import trim_after_compiling
 from rpo_jax.training.prepare import batches_of
@@ -74,17 +74,18 @@ def make_data(pairs: list[Pair]) -> PreferenceData:
     examples = [
         TokenizedExample(
             row_id=f"benchmark:{number}",
-            prompt_ids=np.array(pair.prompt, np.int32),
-            chosen_ids=np.array(pair.chosen, np.int32),
-            rejected_ids=np.array(pair.rejected, np.int32),
             prompt_id=number,
-            chosen_text_id=2 * number,
-            rejected_text_id=2 * number + 1,
+            prompts=(np.array(pair.prompt, np.int32),),
+            responses=(
+                TokenizedResponse("chosen", np.array(pair.chosen, np.int32), 2 * number),
+                TokenizedResponse("rejected", np.array(pair.rejected, np.int32), 2 * number + 1),
+            ),
         )
         for number, pair in enumerate(pairs)
     ]
     embeddings = np.stack([pair.embedding for pair in pairs])
-    return PreferenceData(examples, embeddings, embeddings, np.zeros((len(pairs), len(RESPONSES)), np.float32))
+    rows = np.repeat(np.arange(len(pairs)), 2)
+    return PreferenceData(examples, embeddings, rows, np.zeros(2 * len(pairs), np.float32))
 
 
 class CompilationCount:
@@ -132,11 +133,8 @@ class Run:
         for number in numbers:
             batch = self.batches.batch_at(number)
             found = np.asarray(log_probs(self.params, put_batch(self.mesh, batch)).log_prob)
-            start = 0
-            for column, name in enumerate(RESPONSES):
-                side = getattr(batch, name)
-                values[side.example_index, column] = found[start : start + len(side.valid)]
-                start += len(side.valid)
+            for number, (kind, slots) in enumerate(batch.slots().items()):  # each example has one of each
+                values[2 * batch.sides[kind].example_index + number] = found[slots]
         return time.perf_counter() - started
 
     def begin(self) -> None:

@@ -1,16 +1,17 @@
-"""The records passed between rooms.
+"""The records passed between packages.
 
 No jax here: `data/` fills these with NumPy arrays, the step receives the same tuples as device arrays.
 
-Letters: R rows and T tokens of a packed batch; M chosen, N rejected and K mismatched responses; P = M + N + K
-response slots, chosen first, then rejected, then mismatched, and M + N more where responses are scored once more
-under a refined prompt; E embedding width; n examples of a data set.
+Letters: R rows and T tokens of a packed batch; S response slots of one kind, P of all kinds together; E embedding
+width; r responses of a data set, those of an example one after another, in the order of the examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,72 +37,139 @@ class Message(NamedTuple):
     content: str
 
 
+class Kind(NamedTuple):
+    """What a kind of response is to the others.
+
+    `slot_of` is the kind that it goes with: slot i of both is of one example, and of one chosen or rejected response
+    where the example has several. `refines` is the kind that it is once more, after a refined prompt. `made_by` is
+    what gives it to examples; None for what the data itself holds, which alone is contrasted: it has an embedding, a
+    text id and a score.
+    """
+
+    slot_of: str
+    refines: str | None = None
+    made_by: str | None = None
+
+
+_REFINING = "refine the data's prompts"
+
+# In the order of their slots in a batch. All that is particular to a kind is said here.
+KINDS: dict[str, Kind] = {
+    "chosen": Kind("chosen"),
+    "rejected": Kind("rejected"),
+    # Another example's response, for KTO's KL estimate.
+    "mismatched": Kind("chosen", made_by="tokenise the data with mismatched=True"),
+    "refined_chosen": Kind("chosen", refines="chosen", made_by=_REFINING),
+    "refined_rejected": Kind("rejected", refines="rejected", made_by=_REFINING),
+}
+REFINED = tuple(name for name, kind in KINDS.items() if kind.refines)
+
+
+class Response(NamedTuple):
+    """A response as the data holds it."""
+
+    kind: str  # a name in KINDS
+    text: str
+    score: float | None = None  # how good the data says it is; None where that was not asked
+
+
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
-    """A prompt with a chosen response, a rejected one, or both.
+    """A prompt and any number of responses to it, several of one kind too.
 
     prompt: a string is used as it is; messages go through the chat template, which opens the assistant's turn.
-    scores: how good the data says that the chosen and the rejected response are; None where it was not asked.
     """
 
     row_id: str
     prompt: str | tuple[Message, ...]
-    chosen: str | None
-    rejected: str | None
-    scores: tuple[float | None, float | None] = (None, None)
+    responses: tuple[Response, ...]
+
+    def first(self, kind: str) -> Response | None:
+        """The first response of this kind; None where there is none."""
+        return next((response for response in self.responses if response.kind == kind), None)
+
+
+class TokenizedResponse(NamedTuple):
+    """Token ids of a response, which end with EOS unless it was cut.
+
+    text_id numbers distinct responses over a whole data set; -1 for a response that is not contrasted.
+    """
+
+    kind: str
+    ids: Int[np.ndarray, "_"]
+    text_id: int = -1
+    prompt: int = 0  # which of its example's prompts it follows
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """Token ids of one example; the prompt is cut once, so that all its responses share it.
+    """Token ids of one example; a prompt is cut once, so that all responses that follow it share it.
 
-    prompt_ids start with BOS where the tokenizer has one; response ids end with EOS unless the response was cut.
-    prompt_id numbers distinct prompts and the text ids distinct responses over a whole data set: two responses
-    are the same text to the same prompt exactly if both ids are equal.
+    prompts: the example's own prompt first; a refined one is another. They start with BOS where the tokenizer has one.
+    prompt_id numbers distinct prompts over a whole data set: two responses are the same text to the same prompt exactly
+    if their prompt ids and text ids are equal.
     """
 
     row_id: str
-    prompt_ids: Int[np.ndarray, "_"]
-    chosen_ids: Int[np.ndarray, "_"] | None
-    rejected_ids: Int[np.ndarray, "_"] | None
     prompt_id: int
-    chosen_text_id: int  # -1 where there is no such response
-    rejected_text_id: int
-    mismatched_ids: Int[np.ndarray, "_"] | None = None  # another example's response, for KTO's KL estimate
-    refined_prompt_ids: Int[np.ndarray, "_"] | None = None  # the prompt after a text that asks for a good response
-    refined_chosen_ids: Int[np.ndarray, "_"] | None = None  # the chosen response as far as it fits after that
-    refined_rejected_ids: Int[np.ndarray, "_"] | None = None
+    prompts: tuple[Int[np.ndarray, "_"], ...]
+    responses: tuple[TokenizedResponse, ...]
 
-    def prompt_of(self, kind: str) -> Int[np.ndarray, "_"]:
-        """What a response of this kind follows."""
-        ids = self.refined_prompt_ids if kind in REFINED else self.prompt_ids
-        assert ids is not None, "whoever asks for refined responses has refined the prompts"
-        return ids
+    @property
+    def prompt_ids(self) -> Int[np.ndarray, "_"]:
+        """The example's own prompt."""
+        return self.prompts[0]
 
-
-RESPONSES = ("chosen", "rejected", "mismatched")
-REFINED = ("refined_chosen", "refined_rejected")
-KINDS = (*RESPONSES, *REFINED)  # slot order in a batch, column order in reference log-probs
+    def first(self, kind: str) -> TokenizedResponse | None:
+        """The first response of this kind; None where there is none."""
+        return next((response for response in self.responses if response.kind == kind), None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PreferenceData:
-    """A data set ready to be packed.
+    """A data set ready to be packed; what is known of each response lies in arrays of length r.
 
-    reference_log_probs: one column per name in KINDS, NaN where there is no such response; None until computed.
-    Embeddings have width 0 where the objective needs none. scores: of the chosen and of the rejected response, NaN
-    where there is none; None where the objective needs none.
+    Attributes:
+        embeddings: what the contrast weights compare, float32; of width 0 where the objective needs none.
+        embedding_row: row of `embeddings` that goes with each response; -1 where none does. None without embeddings.
+        reference_log_probs: nats, NaN where there is none yet; None until computed.
+        scores: NaN where the data gives none; None where the objective needs none.
     """
 
     examples: Sequence[TokenizedExample]
-    chosen_embeddings: Float[np.ndarray, "n E"]
-    rejected_embeddings: Float[np.ndarray, "n E"]
-    reference_log_probs: Float[np.ndarray, "n K"] | None = None
-    scores: Float[np.ndarray, "n 2"] | None = None
+    embeddings: Float[np.ndarray, "n E"] | None = None
+    embedding_row: Int[np.ndarray, "r"] | None = None
+    reference_log_probs: Float[np.ndarray, "r"] | None = None
+    scores: Float[np.ndarray, "r"] | None = None
+
+    def __post_init__(self) -> None:
+        for facts in (self.embedding_row, self.reference_log_probs, self.scores):
+            assert facts is None or len(facts) == len(self.responses), "one fact for each response"
+
+    @cached_property
+    def responses(self) -> tuple[TokenizedResponse, ...]:
+        """All responses, as the arrays number them."""
+        return tuple(response for example in self.examples for response in example.responses)
+
+    @cached_property
+    def example_index(self) -> Int[np.ndarray, "r"]:
+        """The example of each response."""
+        return np.repeat(np.arange(len(self.examples)), [len(example.responses) for example in self.examples])
+
+    @cached_property
+    def text_id(self) -> Int[np.ndarray, "r"]:
+        return np.array([response.text_id for response in self.responses], np.int32)
+
+    def of_kind(self, kind: str) -> Int[np.ndarray, "_"]:
+        """Numbers of the responses of this kind."""
+        return np.flatnonzero([response.kind == kind for response in self.responses])
+
+    def example_of(self, response: int) -> TokenizedExample:
+        return self.examples[self.example_index[response]]
 
 
 class Side(NamedTuple):
-    """The responses of one kind in a batch; S is M, N or K. Slots that are not valid hold zeros, ids -1."""
+    """The responses of one kind in a batch. Slots that are not valid hold zeros, ids -1."""
 
     valid: Bool[Array, "S"]
     reference_log_prob: Float[Array, "S"]  # summed over scored tokens, nats
@@ -126,15 +194,19 @@ class Batch(NamedTuple):
     branch_ids: Int[Array, "R T"]
     previous: Int[Array, "R T"]  # index in the row of the token before it in its own sequence: its predictor
     response_ids: Int[Array, "R T"]  # slot of the response that a scored token belongs to; -1 elsewhere
-    chosen: Side
-    rejected: Side
-    mismatched: Side
-    refined: tuple[Side, ...] = ()  # chosen and rejected once more, under refined prompts; empty where not needed
+    sides: dict[str, Side]  # by kind, those that the run needs; jax sorts the keys, so their order says nothing
+
+    def slots(self) -> dict[str, slice]:
+        """Which of the P slots each kind has, in the order of KINDS: what `response_ids` and log-probs count."""
+        kinds = [kind for kind in KINDS if kind in self.sides]
+        ends = [0, *accumulate(self.sides[kind].valid.shape[0] for kind in kinds)]
+        return {kind: slice(*bounds) for kind, *bounds in zip(kinds, ends, ends[1:], strict=False)}
 
     @property
-    def sides(self) -> tuple[Side, ...]:
-        """All of them, in the order of their slots."""
-        return (self.chosen, self.rejected, self.mismatched, *self.refined)
+    def num_responses(self) -> int:
+        """P."""
+        return sum(side.valid.shape[0] for side in self.sides.values())
 
-    def with_sides(self, sides: Sequence[Side]) -> Batch:
-        return self._replace(chosen=sides[0], rejected=sides[1], mismatched=sides[2], refined=tuple(sides[3:]))
+    def joined(self, name: str) -> list[Array]:
+        """A field of all sides, in the order of their slots."""
+        return [getattr(self.sides[kind], name) for kind in self.slots()]

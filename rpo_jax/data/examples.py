@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Literal
@@ -13,7 +13,6 @@ from rpo_jax.core.records import PreferenceExample, Row
 from rpo_jax.data.faults import BadRow, Faults, plain
 from rpo_jax.data.layouts import LAYOUTS
 from rpo_jax.data.layouts.layout import Unusable, number_field
-from rpo_jax.data.share import Reading, Skipped
 
 _DETECTION_ROWS = 100  # the layout is a vote, so that a broken first row does not hide it
 
@@ -23,42 +22,21 @@ class ExampleSet:
     """Usable examples in the order of their rows, and the rows that gave none.
 
     Attributes:
-        examples: of all processes; None in place of one that another process has.
+        num_rows: that were read, unusable ones too.
     """
 
-    examples: tuple[PreferenceExample | None, ...]
+    examples: tuple[PreferenceExample, ...]
     layout: str
     truncation_side: Literal["keep_start", "keep_end"]
     faults: Faults
-
-    @property
-    def own(self) -> list[PreferenceExample]:
-        """The examples that this process has: all, where it is alone."""
-        return [example for example in self.examples if example is not None]
-
-
-class _Counted:
-    """The readable rows of a stream, numbered; the unreadable ones are told to `on_bad`. `count` is of all."""
-
-    def __init__(self, rows: Iterable[Row | BadRow | Skipped], on_bad: Callable[[int, BadRow], None]) -> None:
-        self.count = 0
-        self._rows, self._on_bad = rows, on_bad
-
-    def __iter__(self) -> Iterator[tuple[int, Row]]:
-        for number, row in enumerate(self._rows):
-            self.count += 1
-            if isinstance(row, Row):
-                yield number, row
-            elif isinstance(row, BadRow):
-                self._on_bad(number, row)
+    num_rows: int
 
 
 def make_examples(
-    rows: Iterable[Row | BadRow | Skipped],
+    rows: Iterable[Row | BadRow],
     layout: str = "auto",
     on_bad_row: Literal["error", "skip"] = "error",
-    reading: Reading | None = None,
-    scores: tuple[str, str] | None = None,
+    scores: Mapping[str, str] | None = None,
 ) -> ExampleSet:
     """Examples of every usable row. What of a row makes no example is not kept, so `rows` may be a stream.
 
@@ -67,29 +45,27 @@ def make_examples(
         layout: a name in LAYOUTS, or `auto` to go by the columns.
         on_bad_row: `error` raises if any row is unusable, naming the first by file and line, and counting all by
             kind; `skip` leaves them out and returns their counts as `faults`.
-        reading: what `rows` was given, where several processes share the rows. The result is that of one process,
-            but for the examples that others have.
-        scores: columns with the scores of chosen and rejected responses; a row that lacks one that it needs is
-            unusable.
+        scores: for each kind of response the column with its score; a row that lacks one that it needs is unusable.
 
     Raises ValueError also for an unknown layout, columns that fit none, scores asked of a layout that makes one example
     of several rows, or where no row is usable.
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"data.on_bad_row is '{on_bad_row}'; use 'error' or 'skip'.")
-    reading = reading or Reading()
-    of_all, of_mine = Faults(), Faults()
+    faults, num_rows = Faults(), 0
 
-    def add_fault(number: int, row: BadRow) -> None:
-        of_all.add(*row)
-        if reading.share.owns(number):
-            of_mine.add(*row)
+    def readable() -> Iterator[Row]:
+        nonlocal num_rows
+        for row in rows:
+            num_rows += 1
+            if isinstance(row, Row):
+                yield row
+            else:
+                faults.add(*row)
 
-    counted = _Counted(rows, add_fault)
-    stream = iter(counted)
-    # Every process reads the first rows, so all tell the same layout by them.
-    start = list(islice(stream, _DETECTION_ROWS))
-    name = detect_layout([row for _, row in start]) if layout == "auto" and start else layout
+    stream = readable()
+    start = deque(islice(stream, _DETECTION_ROWS))
+    name = detect_layout(start) if layout == "auto" and start else layout
     if name not in LAYOUTS and (start or name != "auto"):
         nearest = difflib.get_close_matches(name, LAYOUTS, n=1, cutoff=0.0)[0]
         raise ValueError(f"data.layout '{name}' is unknown; did you mean '{nearest}'? Known are {', '.join(LAYOUTS)}.")
@@ -98,99 +74,51 @@ def make_examples(
             f"data.layout '{name}' makes an example of several rows, so no row scores its responses; use an objective "
             "without scores, or data with a row for each pair."
         )
-    reading.everything = not start or LAYOUTS[name].joins_rows
-    faults = of_all if reading.everything else of_mine
-    numbers: list[int] = []
-    examples: list[PreferenceExample | None] = []
-    latest: list[Row] = []
-    mine = _mine(chain(_emptied(start), stream), reading, numbers, latest)
-    for outcome in LAYOUTS[name].read(mine) if start else ():
-        if scores is not None and isinstance(outcome, PreferenceExample):
-            outcome = _scored(outcome, latest[0], scores)
-        if isinstance(outcome, BadRow):
+    everything = chain((start.popleft() for _ in range(len(start))), stream)  # each given up as it is taken
+    examples = []
+    for outcome in _read(name, everything, scores) if start else ():
+        if isinstance(outcome, PreferenceExample):
+            examples.append(outcome)
+        else:
             faults.add(*outcome)
-            outcome = None
-        examples.append(outcome)
-    found, faults = _merged(reading, counted.count, numbers, examples, faults)
-    if faults and (on_bad_row == "error" or not found):
-        _refuse(faults, counted.count, on_bad_row)
-    if not found:
+    if faults and (on_bad_row == "error" or not examples):
+        raise faults.error(
+            f"{num_rows} rows cannot be used", on_bad_row, "none is left, so check the data or data.layout"
+        )
+    if not examples:
         raise ValueError(
-            f"no preference found: none of the {counted.count} rows gave an example in the layout '{name}' "
+            f"no preference found: none of the {num_rows} rows gave an example in the layout '{name}' "
             f"({LAYOUTS[name].description}); check the data or data.layout."
         )
-    return ExampleSet(tuple(found), name, LAYOUTS[name].truncation_side, faults)
+    return ExampleSet(tuple(examples), name, LAYOUTS[name].truncation_side, faults, num_rows)
 
 
-def _mine(rows: Iterable[tuple[int, Row]], reading: Reading, numbers: list[int], latest: list[Row]) -> Iterator[Row]:
-    """This process's rows; their numbers are appended to `numbers`, and `latest` holds the one that was taken last."""
-    for number, row in rows:
-        if reading.everything or reading.share.owns(number):
-            numbers.append(number)
-            latest[:] = [row]
-            yield row
+def _read(layout: str, rows: Iterable[Row], scores: Mapping[str, str] | None) -> Iterator[PreferenceExample | BadRow]:
+    read = LAYOUTS[layout].read
+    if scores is None:
+        yield from read(rows)
+        return
+    for row in rows:
+        for outcome in read([row]):
+            yield _scored(outcome, row, scores) if isinstance(outcome, PreferenceExample) else outcome
 
 
-def _scored(example: PreferenceExample, row: Row, columns: tuple[str, str]) -> PreferenceExample | BadRow:
+def _scored(example: PreferenceExample, row: Row, columns: Mapping[str, str]) -> PreferenceExample | BadRow:
     """The example with the scores that its row gives to the responses it has."""
     try:
-        chosen, rejected = (
-            None if text is None else number_field(row.values, column)
-            for text, column in zip((example.chosen, example.rejected), columns, strict=True)
-        )
+        responses = [one._replace(score=number_field(row.values, columns[one.kind])) for one in example.responses]
     except Unusable as reason:
         return BadRow(example.row_id, f"{reason} (data.chosen_score and data.rejected_score name the columns)")
-    return replace(example, scores=(chosen, rejected))
+    return replace(example, responses=tuple(responses))
 
 
-def _merged(
-    reading: Reading, count: int, numbers: list[int], examples: list[PreferenceExample | None], faults: Faults
-) -> tuple[list[PreferenceExample | None], Faults]:
-    """All processes' examples in the order of their rows, None in place of others' ones; and all faults.
-
-    Raises ValueError where the processes have read different numbers of rows.
-    """
-    share = reading.share
-    counts = share.gather(count)
-    if len(set(counts)) > 1:
-        other = next(process for process, rows in enumerate(counts) if rows != counts[0])
-        raise ValueError(
-            f"process {other} finds {counts[other]} rows in the data where process 0 finds {counts[0]}; give every "
-            "host the same files."
-        )
-    if reading.everything:
-        usable = [example for example in examples if example is not None]
-        return [example if share.owns(number) else None for number, example in enumerate(usable)], faults
-    own = {number: example for number, example in zip(numbers, examples, strict=True) if example is not None}
-    everyone = sorted(number for part in share.gather(list(own)) for number in part)
-    return [own.get(number) for number in everyone], faults.merged(share.gather)
-
-
-def _emptied(rows: list[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
-    """The rows, each given up as it is taken."""
-    rows.reverse()
-    while rows:
-        yield rows.pop()
-
-
-def _refuse(faults: Faults, rows: int, on_bad_row: str) -> None:
-    advice = (
-        "fix them, or set data.on_bad_row: skip to leave them out"
-        if on_bad_row == "error"
-        else "none is left, so check the data or data.layout"
-    )
-    first = faults.first
-    raise ValueError(
-        f"{first.row_id}: {first.reason}. {faults.total} of {rows} rows cannot be used ({faults.counted()}); {advice}."
-    )
-
-
-def detect_layout(rows: Sequence[Row]) -> str:
-    """The layout whose columns the rows have; where several fit, the one that asks for more.
+def detect_layout(rows: Iterable[Row]) -> str:
+    """The layout whose columns the first rows have; where several fit, the one that asks for more.
 
     Raises ValueError, listing the columns found and those each layout needs, where none fits or two fit equally.
     """
-    votes = Counter(tuple(_fitting(row)) for row in rows[:_DETECTION_ROWS])
+    rows = list(islice(rows, _DETECTION_ROWS))
+    votes = Counter(tuple(_fitting(row)) for row in rows)
     votes.pop((), None)
     if votes:
         names = votes.most_common(1)[0][0]
@@ -199,7 +127,7 @@ def detect_layout(rows: Sequence[Row]) -> str:
         problem = f"fit the layouts {' and '.join(names)} alike"
     else:
         problem = "fit no layout"
-    columns = plain(", ".join(dict.fromkeys(str(name) for row in rows[:_DETECTION_ROWS] for name in row.values)))
+    columns = plain(", ".join(dict.fromkeys(str(name) for row in rows for name in row.values)))
     needs = "; ".join(f"{name}: {', '.join(layout.columns)}" for name, layout in LAYOUTS.items())
     where = f"{rows[0].file}: " if rows else ""
     raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,19 +68,6 @@ class Faults:
         if len(self.found) < NAMED_ROWS:
             self.found.append(row)
 
-    def merged(self, gather: Callable[[Any], list[Any]]) -> Faults:
-        """The faults of all processes, each of which found some."""
-        whole, found = Faults(), []
-        for part in gather({"counts": self.counts, "firsts": list(self.firsts.values()), "found": self.found}):
-            for row in (BadRow(*values) for values in part["firsts"]):
-                if row.kind not in whole.firsts or row.place < whole.firsts[row.kind].place:
-                    whole.firsts[row.kind] = row
-            for kind, count in part["counts"].items():
-                whole.counts[kind] = whole.counts.get(kind, 0) + count
-            found += [BadRow(*values) for values in part["found"]]
-        whole.found = sorted(found, key=lambda row: row.place)[:NAMED_ROWS]
-        return whole
-
     def __bool__(self) -> bool:
         return bool(self.counts)
 
@@ -107,6 +93,13 @@ class Faults:
     def counted(self) -> str:
         """Each kind with its number, in one line: for an error."""
         return ", ".join(f"{kind}: {count}" for kind, count in self.by_kind.items())
+
+    def error(self, of_what: str, on_bad_row: str, none_left: str) -> ValueError:
+        """What ends a run: the first row, how many there are of each kind, and what to do about them."""
+        fix = "fix them, or set data.on_bad_row: skip to leave them out" if on_bad_row == "error" else none_left
+        return ValueError(
+            f"{self.first.row_id}: {self.first.reason}. {self.total} of {of_what} ({self.counted()}); {fix}."
+        )
 
     def report(self) -> str:
         """Each kind with its number and its first row, a line for each."""

@@ -15,7 +15,6 @@ from typing import Any
 
 from rpo_jax.core.records import Row
 from rpo_jax.data.faults import BadRow, BrokenFile
-from rpo_jax.data.share import Reading, Skipped
 
 MAX_LINE_BYTES = 16 * 2**20  # a few million tokens: beyond that a line is no preference, and memory has a bound
 
@@ -23,7 +22,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OTHER_ENCODINGS = {b"\xff\xfe\x00\x00": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
-def read_json_lines(path: Path, reading: Reading) -> Iterator[Row | BadRow | Skipped]:
+def read_json_lines(path: Path) -> Iterator[Row | BadRow]:
     """One object a line; blank lines are no rows. Raises BrokenFile where a compressed file breaks off."""
     with _open(path) as stream:
         line = 0
@@ -36,15 +35,15 @@ def read_json_lines(path: Path, reading: Reading) -> Iterator[Row | BadRow | Ski
                 continue
             raw = raw.removeprefix(_BYTE_ORDER_MARK)  # also where files were put one after another
             if raw.strip():
-                yield _parse_line(raw, str(path), line) if reading.needs() else Skipped(line)
+                yield _parse_line(raw, str(path), line)
 
 
-def read_json(path: Path, reading: Reading) -> Iterator[Row | BadRow | Skipped]:
+def read_json(path: Path) -> Iterator[Row | BadRow]:
     """A list of objects, or {"data": [...]}, or JSON Lines under this name."""
     try:
         content = _read_document(path)
     except _JsonLines:
-        yield from read_json_lines(path, reading)
+        yield from read_json_lines(path)
         return
     for number, value in enumerate(content, start=1):
         yield _record(value, str(path), number)
@@ -76,49 +75,46 @@ def _check_encoding(raw: bytes, path: Path) -> None:
             raise ValueError(f"{path} is not UTF-8: it is {name}; save the file as UTF-8.")
 
 
-class _RepeatedKey(ValueError):
-    """An object names a key twice: which of the two values is meant, nobody knows."""
+class _Repeated:
+    """In place of an object that names a key twice: which of the two values is meant, nobody knows."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        self.key = next(key for key, _ in pairs if key in seen or seen.add(key))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise _RepeatedKey(_repeat_reason(_repeated(pairs)))
-    return values
+def _decode(text: str) -> tuple[Any, list[_Repeated]]:
+    """A JSON value, and what stands in it for objects that name a key twice."""
+    repeats: list[_Repeated] = []
 
+    def unique(pairs: list[tuple[str, Any]]) -> Any:
+        values = dict(pairs)
+        if len(values) == len(pairs):
+            return values
+        repeats.append(_Repeated(pairs))
+        return repeats[-1]
 
-def _repeat_reason(key: str) -> str:
-    return f"repeated key: {key!r} occurs twice in one object"
-
-
-def _repeated(pairs: list[tuple[str, Any]]) -> str:
-    seen: set[str] = set()
-    return next(key for key, _ in pairs if key in seen or seen.add(key))
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+    return json.JSONDecoder(object_pairs_hook=unique).decode(text), repeats
 
 
 def _parse_line(raw: bytes, file: str, line: int) -> Row | BadRow:
     row_id = f"{file}:{line}"
     try:
-        value = _DECODER.decode(raw.decode("utf-8"))
+        value, repeats = _decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRow(row_id, f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
         return BadRow(row_id, f"broken JSON: {error.msg} at column {error.colno}")
-    except _RepeatedKey as error:
-        return BadRow(row_id, str(error))
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets without end
         return BadRow(row_id, f"broken JSON: {error}")
-    return _record(value, file, line)
+    return _record(repeats[0] if repeats else value, file, line)
 
 
 def _record(value: Any, file: str, line: int) -> Row | BadRow:
     if isinstance(value, dict):
         return Row(value, file, line)
     if isinstance(value, _Repeated):
-        return BadRow(f"{file}:{line}", _repeat_reason(value.key))
+        return BadRow(f"{file}:{line}", f"repeated key: {value.key!r} occurs twice in one object")
     return BadRow(f"{file}:{line}", f"not a JSON object: got {type(value).__name__}")
 
 
@@ -137,11 +133,7 @@ def _read_document(path: Path) -> list[Any]:
         return []
     _check_encoding(raw, path)
     try:
-        text = raw.decode("utf-8")
-        try:
-            content, repeats = _DECODER.decode(text), False
-        except _RepeatedKey:  # which element it belongs to, a second reading shows
-            content, repeats = _MARKING_DECODER.decode(text), True
+        content, repeats = _decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: not UTF-8: byte 0x{raw[error.start]:02x}; save the file as UTF-8.") from None
@@ -162,21 +154,6 @@ def _read_document(path: Path) -> list[Any]:
             f'{path} holds neither a list of objects nor {{"data": [...]}}; make it one of them, or JSON Lines.'
         )
     return [_first_repeat(value) or value for value in content] if repeats else content
-
-
-class _Repeated:
-    """In place of an object that names a key twice."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-
-def _marked(pairs: list[tuple[str, Any]]) -> Any:
-    values = dict(pairs)
-    return values if len(values) == len(pairs) else _Repeated(_repeated(pairs))
-
-
-_MARKING_DECODER = json.JSONDecoder(object_pairs_hook=_marked)
 
 
 def _first_repeat(value: Any) -> _Repeated | None:

@@ -1,22 +1,32 @@
 """Batches as a pure function of the step: nothing to save for a resume, the same on any number of hosts.
 
-Letters: n examples of the data set; S slots of one side of a batch.
+Letters: d draws of a pool; S slots of one kind in a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from itertools import chain
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from rpo_jax.core.records import KINDS, REFINED, Batch, PreferenceData, TokenizedExample
-from rpo_jax.data.packing import NO_EXAMPLE, Plan, by_prompt, fill_batch, pack, plan_batch, segments_of, share_prompts
+from rpo_jax.core.records import KINDS, REFINED, Batch, PreferenceData
+from rpo_jax.data.packing import (
+    NO_RESPONSE,
+    Draws,
+    PackingPlan,
+    by_prompt,
+    fill_batch,
+    longest_of,
+    pack_groups,
+    plan_batch,
+    segments_of,
+)
 from rpo_jax.data.related import Points, related_order, whole_points
-from rpo_jax.data.shapes import Shape, choose_shapes, row_lengths
+from rpo_jax.data.shapes import PackedShape, choose_shapes, row_lengths
 
 ROW_TOKENS_MULTIPLE = 64
 PAIRINGS = ("paired", "unpaired")
@@ -28,17 +38,44 @@ FEWEST_SAMPLED = 8
 SAMPLED_PAIRS = 16_384
 
 
+class _Pool:
+    """What slots are filled from: draw d is one response of each of some kinds, all of one example.
+
+    Args:
+        draws: response of each draw, by kind.
+
+    Attributes:
+        tokens: for each prompt that responses follow, the tokens of every draw's segment.
+    """
+
+    def __init__(self, data: PreferenceData, draws: dict[str, Int[np.ndarray, "d"]]) -> None:
+        self.draws, self.size = draws, len(next(iter(draws.values())))
+        tokens: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(self.size, np.int64))
+        for numbers in draws.values():
+            for draw, index in enumerate(numbers.tolist()):
+                response = data.responses[index]
+                tokens[response.prompt][draw] += len(response.ids)
+        examples = [data.examples[i] for i in data.example_index[next(iter(draws.values()))]]
+        self.tokens = [count + [len(e.prompts[prompt]) for e in examples] for prompt, count in tokens.items()]
+
+    def take(self, draws: Int[np.ndarray, "S"]) -> Draws:
+        """The responses of these draws; none where a draw is NO_RESPONSE."""
+        taken = draws != NO_RESPONSE
+        return {kind: np.where(taken, responses[draws], NO_RESPONSE) for kind, responses in self.draws.items()}
+
+
 class PreferenceBatches:
     """Serves batches of a data set, each a pure function of (data, arguments, step).
 
     Args:
         data: the examples, with embeddings and, where computed, reference log-probs.
         pairs: slots of each side of a batch: M = pairs, N = pairs or 0, K = pairs or 0.
-        pairing: `paired` gives slot i of every side to one example; `unpaired` draws chosen and rejected responses
-            from two pools, shuffled apart, as many of each: the larger pool's size is the epoch, the smaller one starts
-            again in a new order when it is used up; in sequential order its slots stay empty instead.
-        responses: which of KINDS to load; mismatched slot i belongs to chosen slot i, and a refined slot to the one
-            that it is once more, so that both sides are refined or none.
+        pairing: `paired` gives slot i of every side to one example, of which it takes the first response of each kind;
+            `unpaired` draws all chosen and all rejected responses from two pools, shuffled apart, as many of each: the
+            larger pool's size is the epoch, the smaller one starts again in a new order when it is used up; in
+            sequential order its slots stay empty instead.
+        responses: which of KINDS to load; slot i of a kind belongs to slot i of the kind that KINDS names with it. Both
+            sides are refined or none.
         order: `shuffled` anew each epoch; `related`, batches of neighbours in embedding space, other ones each epoch
             and in random order; or `sequential`.
         group: with the order `related`, each so many pairs of a batch are neighbours among themselves; a divisor of
@@ -50,7 +87,7 @@ class PreferenceBatches:
         own_rows: from the number of rows of a batch to the rows that this process fills; all where not given. The
             other rows of its batches stay empty.
 
-    Every example is served once an epoch; the last batch of an epoch is filled with invalid slots. All batches have
+    Everything is served once an epoch; the last batch of an epoch is filled with invalid slots. All batches have
     the same number of slots and one of at most seven `shapes`: those that waste least on a sample of these very
     batches, and one that is proven to hold any of them. On Anthropic-HH (harmless-base, 512 tokens), 93 % of all
     positions hold a token at 64 pairs a batch, 96 % unpaired; at 8 pairs 86 % and 88 %.
@@ -75,7 +112,6 @@ class PreferenceBatches:
     ) -> None:
         _check_arguments(pairs, pairing, responses, order, rows_multiple, row_segments)
         _check_related(data, pairs, order, group)
-        assert len(data.examples) == len(data.chosen_embeddings) == len(data.rejected_embeddings)
         self.data = data
         self.pairs = pairs
         self.paired = pairing == "paired"
@@ -86,19 +122,15 @@ class PreferenceBatches:
         self._permutation = lru_cache(maxsize=8)(self._new_permutation)
         self._related = lru_cache(maxsize=2)(self._new_related)
         self._pools = self._build_pools()
-        self.epoch_examples = max(len(pool) for pool in self._pools.values())
-        self.steps_per_epoch = -(-self.epoch_examples // pairs)
-        self._wanted = {"mismatched": "mismatched" in self.responses, "refined": REFINED[0] in self.responses}
-        self._segment_tokens = {
-            (name, kinds): self._count_tokens(name, kinds) for name in self._pools for kinds in self._segments_of(name)
-        }
+        self.epoch_draws = max(pool.size for pool in self._pools.values())
+        self.steps_per_epoch = -(-self.epoch_draws // pairs)
         self._row_lengths = self._checked_row_lengths(row_tokens, row_segments)
         self._rows_multiple = rows_multiple
         self._own_rows = own_rows
         self.plan_at = lru_cache(maxsize=4)(self._new_plan)  # asked for a batch, then for what to tell of it
 
     @cached_property
-    def shapes(self) -> tuple[Shape, ...]:
+    def shapes(self) -> tuple[PackedShape, ...]:
         """All shapes that a batch can have, ascending in size."""
         count = max(FEWEST_SAMPLED, min(SAMPLED_BATCHES, SAMPLED_PAIRS // self.pairs))
         # Where one epoch has fewer, shuffled anew there are more kinds of batches than one epoch shows.
@@ -106,53 +138,50 @@ class PreferenceBatches:
         sample = np.unique(np.linspace(0, last - 1, count).astype(int))
         row_tokens = self._row_lengths[-1]
         # No two rows of a first-fit packing fit into one, so k rows hold more than (k // 2) * row_tokens tokens.
-        most_tokens = sum(self._most_tokens(*segment) for segment in self._segment_tokens)
+        segments = [(pool, tokens) for pool in self._pools.values() for tokens in pool.tokens]
+        most_tokens = sum(self._most_tokens(*segment) for segment in segments)
         return choose_shapes(
             np.array([self._rows_needed(int(step)) for step in sample]),
             self._row_lengths,
-            most_rows=min(self.pairs * len(self._segment_tokens), 2 * -(-most_tokens // row_tokens) - 1),
+            most_rows=min(self.pairs * len(segments), 2 * -(-most_tokens // row_tokens) - 1),
             multiple=self._rows_multiple,
         )
 
-    def _most_tokens(self, pool: str, kinds: tuple[str, ...]) -> int:
-        """Tokens that the segments with these responses of this pool hold in the worst batch."""
-        tokens, size = self._segment_tokens[pool, kinds], len(self._pools[pool])
-        if size < self.epoch_examples and self.order != "sequential":
-            # The smaller pool starts again within a batch: an example may come once in each round that it touches. Of
+    def _most_tokens(self, pool: _Pool, tokens: Int[np.ndarray, "d"]) -> int:
+        """Tokens that such segments of this pool hold in the worst batch."""
+        if pool.size < self.epoch_draws and self.order != "sequential":
+            # The smaller pool starts again within a batch: a draw may come once in each round that it touches. Of
             # neighbours a batch has those of all rounds of the epoch.
-            places = self.epoch_examples if self.order == "related" else self.pairs
-            tokens = np.tile(tokens, 1 + -(-places // size))
+            places = self.epoch_draws if self.order == "related" else self.pairs
+            tokens = np.tile(tokens, 1 + -(-places // pool.size))
         return int(np.sort(tokens)[-self.pairs :].sum())
 
     def batch_at(self, step: int) -> Batch:
         """The batch of this step, counted from 0 over all epochs."""
         plan = self.plan_at(step)
         own_rows = None if self._own_rows is None else self._own_rows(plan.shape.rows)
-        return fill_batch(plan, self.data, *self._sides(step), **self._wanted, own_rows=own_rows)
+        return fill_batch(plan, self.data, self._draws(step), own_rows)
 
-    def _new_plan(self, step: int) -> Plan:
+    def _new_plan(self, step: int) -> PackingPlan:
         """Which segment goes where in the batch of this step: the same on every process."""
-        return plan_batch(self.data, *self._sides(step), paired=self.paired, **self._wanted, shapes=self.shapes)
+        return plan_batch(self.data, self._draws(step), self.shapes)
 
-    def _sides(self, step: int) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "N"]]:
-        """Example of each chosen and each rejected slot."""
-        index = self._indices(step)
-        none = np.zeros(0, np.int64)
-        rejected = index["chosen" if self.paired else "rejected"] if "rejected" in self.responses else none
-        return index["chosen"], rejected
+    def _draws(self, step: int) -> list[Draws]:
+        """The response in each slot."""
+        return [self._pools[name].take(draws) for name, draws in self._indices(step).items()]
 
     def _indices(self, step: int) -> dict[str, Int[np.ndarray, "S"]]:
-        """Pool name -> example of each slot, NO_EXAMPLE past the end of the epoch."""
+        """Pool name -> draw of each slot, NO_RESPONSE past the end of the epoch."""
         assert step >= 0
         epoch, batch = divmod(step, self.steps_per_epoch)
         first = batch * self.pairs
-        count = min(self.pairs, self.epoch_examples - first)
+        count = min(self.pairs, self.epoch_draws - first)
         indices = {}
         for name, pool in self._pools.items():
-            index = np.full(self.pairs, NO_EXAMPLE, np.int64)
+            index = np.full(self.pairs, NO_RESPONSE, np.int64)
             if self.order == "sequential":
                 # A sweep has everything once: evaluation must not count the smaller pool's responses twice.
-                here = pool[first : first + count]
+                here = np.arange(first, min(first + count, pool.size))
                 index[: len(here)] = here
             elif self.order == "related":
                 index[:count] = self._related(epoch)[name][first : first + count]
@@ -162,110 +191,88 @@ class PreferenceBatches:
         return indices
 
     def _shuffled(self, name: str, epoch: int, places: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
-        """Examples at these places of an epoch."""
-        pool = self._pools[name]
+        """Draws at these places of an epoch."""
         # Counted over all epochs: the smaller pool goes round on its own.
-        rounds, places = np.divmod(epoch * self.epoch_examples + places, len(pool))
+        rounds, places = np.divmod(epoch * self.epoch_draws + places, self._pools[name].size)
         index = np.empty(len(places), np.int64)
         for number in np.unique(rounds):
             here = np.flatnonzero(rounds == number)
-            index[here] = pool[self._permutation(name, int(number))[places[here]]]
+            index[here] = self._permutation(name, int(number))[places[here]]
         return index
 
     def _new_related(self, epoch: int) -> dict[str, Int[np.ndarray, "_"]]:
-        """Pool name -> the examples that the shuffled epoch would have, in the order of this one."""
-        everything = np.arange(self.epoch_examples)
+        """Pool name -> the draws that the shuffled epoch would have, in the order of this one."""
+        everything = np.arange(self.epoch_draws)
         streams = [self._shuffled(name, epoch, everything) for name in self._pools]
         points = [self._points[name] for name in self._pools]
         return dict(zip(self._pools, related_order(points, streams, self.sizes, (self.seed, epoch)), strict=True))
 
     @cached_property
     def _points(self) -> dict[str, Points]:
-        """Pool name -> where each example of the data set is placed; a pair by its two embeddings together."""
-        chosen, rejected = self.data.chosen_embeddings, self.data.rejected_embeddings
-        alike = chosen is rejected or np.array_equal(chosen, rejected)  # where prompts alone are embedded
-        if self.paired or alike:
-            both = whole_points(chosen) if alike or "rejected" not in self.responses else whole_points(chosen, rejected)
-            return dict.fromkeys(self._pools, both)
-        return {name: whole_points({"chosen": chosen, "rejected": rejected}[name]) for name in self._pools}
+        """Pool name -> where each draw is placed; a pair by its two embeddings together."""
+        embeddings, row = self.data.embeddings, self.data.embedding_row
+        assert embeddings is not None
+        assert row is not None
+        points = {}
+        for name, pool in self._pools.items():
+            rows = [row[responses] for kind, responses in pool.draws.items() if KINDS[kind].made_by is None]
+            if not any(
+                (rows[0] != other).any() and (embeddings[rows[0]] != embeddings[other]).any() for other in rows[1:]
+            ):
+                rows = rows[:1]  # where prompts alone are embedded
+            points[name] = whole_points(embeddings, *rows)
+        return points
 
     def _new_permutation(self, pool: str, number: int) -> Int[np.ndarray, "_"]:
-        size = len(self._pools[pool])
-        return np.random.default_rng([self.seed, number, KINDS.index(pool)]).permutation(size)
+        return np.random.default_rng([self.seed, number, list(KINDS).index(pool)]).permutation(self._pools[pool].size)
 
-    def _build_pools(self) -> dict[str, Int[np.ndarray, "_"]]:
-        examples = self.data.examples
-        if self.paired:
-            pools = {"chosen": np.arange(len(examples))}
-        else:
-            pools = {
-                name: np.array([i for i, example in enumerate(examples) if _ids(example, name) is not None], np.int64)
-                for name in self.responses
-                if name in ("chosen", "rejected")
-            }
-        for name, pool in pools.items():
-            if not len(pool):
+    def _build_pools(self) -> dict[str, _Pool]:
+        """A pool for the pairs, or one for each kind that others go with; by the name of the first of its kinds."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for index, example in enumerate(self.data.example_index.tolist()):
+            found.setdefault((self.data.responses[index].kind, example), []).append(index)
+        examples, pools = range(len(self.data.examples)), {}
+        for name in ["chosen"] if self.paired else [name for name in self.responses if KINDS[name].slot_of == name]:
+            kinds = [kind for kind in self.responses if self.paired or KINDS[kind].slot_of == name]
+            counts = [1 if self.paired else len(found.get((name, example), ())) for example in examples]
+            if not sum(counts):
                 raise ValueError(f"None of the {len(examples)} examples has a {name} response; add rows that have one.")
-            for index in pool.tolist():
-                for response in chain(*self._segments_of(name)):
-                    _check_response(examples[index], response)
+            places = [(example, rank) for example in examples for rank in range(counts[example])]
+            drawn = np.array([[self._ranked(found, kind, *place) for kind in kinds] for place in places])
+            pools[name] = _Pool(self.data, dict(zip(kinds, drawn.T, strict=True)))
         return pools
 
-    def _segments_of(self, pool: str) -> list[tuple[str, ...]]:
-        """The responses in each segment that a slot of this pool has: those that share a prompt."""
-        here = [name for name in self.responses if self.paired or name.endswith("rejected") == (pool == "rejected")]
-        both = (tuple(name for name in here if (name in REFINED) == refined) for refined in (False, True))
-        return [kinds for kinds in both if kinds]
-
-    def _count_tokens(self, pool: str, kinds: tuple[str, ...]) -> Int[np.ndarray, "n"]:
-        """Tokens of each example's segment with these responses; 0 for examples that are not in the pool."""
-        tokens = np.zeros(len(self.data.examples), np.int64)
-        for index in self._pools[pool].tolist():
-            example = self.data.examples[index]
-            responses = [_ids(example, name) for name in kinds]
-            tokens[index] = len(example.prompt_of(kinds[0])) + sum(len(ids) for ids in responses if ids is not None)
-        return tokens
+    def _ranked(self, found: Mapping[tuple[str, int], Sequence[int]], kind: str, example: int, rank: int) -> int:
+        """The example's response of this kind and rank; its last one where it has fewer. ValueError without any."""
+        numbers = found.get((kind, example))
+        if numbers is None:
+            fix = "give it one, or train on the responses apart with data.pairing: unpaired"
+            if KINDS[kind].made_by is not None:
+                fix = f"{KINDS[kind].made_by} before it is loaded"
+            raise ValueError(f"{self.data.examples[example].row_id} has no {kind} response; {fix}.")
+        return numbers[min(rank, len(numbers) - 1)]
 
     def _checked_row_lengths(self, row_tokens: int | None, row_segments: int) -> tuple[int, ...]:
-        index = max((int(np.argmax(tokens)) for tokens in self._segment_tokens.values()), key=self._longest_at)
-        longest = self._longest_at(index)
+        pool, tokens = max(
+            ((pool, tokens) for pool in self._pools.values() for tokens in pool.tokens),
+            key=lambda found: found[1].max(),
+        )
+        longest = int(tokens.max())
         if row_tokens is None:
             return row_lengths(longest * row_segments, ROW_TOKENS_MULTIPLE)
         if longest > row_tokens:
+            first = next(iter(pool.draws.values()))[int(tokens.argmax())]
             raise ValueError(
-                f"{self.data.examples[index].row_id} needs {longest} tokens for its prompt and responses, more than "
-                f"batch.row_tokens={row_tokens}; raise it to {longest}, or lower data.max_tokens."
+                f"{self.data.example_of(int(first)).row_id} needs {longest} tokens for its prompt and responses, more "
+                f"than batch.row_tokens={row_tokens}; raise it to {longest}, or lower data.max_tokens."
             )
         return (row_tokens,)
 
-    def _longest_at(self, index: int) -> int:
-        return max(int(tokens[index]) for tokens in self._segment_tokens.values())
-
     def _rows_needed(self, step: int) -> list[int]:
         """Rows of this step's batch at each row length; 0 where one of its segments is longer."""
-        chosen, rejected = self._sides(step)
-        segments = segments_of(self.data, chosen, rejected, paired=self.paired, **self._wanted)
-        groups, longest = by_prompt(segments), max(segment.num_tokens for segment in segments)
-        return [
-            pack([segment.num_tokens for segment in share_prompts(groups, tokens)], tokens)[2]
-            if tokens >= longest
-            else 0
-            for tokens in self._row_lengths
-        ]
-
-
-def _ids(example: TokenizedExample, response: str) -> Int[np.ndarray, "_"] | None:
-    return getattr(example, f"{response}_ids")
-
-
-def _check_response(example: TokenizedExample, response: str) -> None:
-    if _ids(example, response) is not None:
-        return
-    fix = "give it one, or train on the responses apart with data.pairing: unpaired"
-    if response not in ("chosen", "rejected"):
-        made_by = "tokenise the data with mismatched=True" if response == "mismatched" else "refine the data's prompts"
-        fix = f"{made_by} before it is loaded"
-    raise ValueError(f"{example.row_id} has no {response} response; {fix}.")
+        segments = segments_of(self.data, self._draws(step))
+        groups, longest = by_prompt(segments), longest_of(segments)
+        return [pack_groups(groups, tokens)[-1] if tokens >= longest else 0 for tokens in self._row_lengths]
 
 
 def _check_arguments(
@@ -287,5 +294,5 @@ def _check_arguments(
 def _check_related(data: PreferenceData, pairs: int, order: str, group: int | None) -> None:
     if group is not None and (group < 1 or pairs % group):
         raise ValueError(f"{group=} does not divide the {pairs} pairs of a batch.")
-    if order == "related" and data.examples and not data.chosen_embeddings.shape[1]:
+    if order == "related" and data.examples and (data.embeddings is None or not data.embeddings.shape[1]):
         raise ValueError("order='related' puts neighbours in embedding space together, but the data has no embeddings.")

@@ -1,20 +1,24 @@
 """Ragged examples to rows of fixed shape, several to a row, each prompt stored once for all its responses.
 
-Letters: R rows and T tokens of a batch; S response slots of one side; n segments.
+Letters: R rows and T tokens of a batch; S response slots of one kind; n segments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from rpo_jax.core.records import KINDS, Batch, PreferenceData, Side
-from rpo_jax.data.shapes import Shape
+from rpo_jax.data.shapes import PackedShape
 
-NO_EXAMPLE = -1
+NO_RESPONSE = -1
+
+# Responses by kind, by their numbers in the data, NO_RESPONSE for a slot that stays empty: slot i of all kinds is what
+# is drawn together, and shares a segment where it shares a prompt.
+Draws = dict[str, Int[np.ndarray, "S"]]
 
 
 class Segment(NamedTuple):
@@ -79,13 +83,21 @@ def share_prompts(groups: Sequence[Sequence[Segment]], row_tokens: int) -> list[
     return shared
 
 
-class Plan(NamedTuple):
+def pack_groups(
+    groups: Sequence[Sequence[Segment]], row_tokens: int
+) -> tuple[list[Segment], Int[np.ndarray, "n"], Int[np.ndarray, "n"], int]:
+    """What `by_prompt` grouped, joined as share_prompts does, and where `pack` puts each of the segments."""
+    shared = share_prompts(groups, row_tokens)
+    return shared, *pack([segment.num_tokens for segment in shared], row_tokens)
+
+
+class PackingPlan(NamedTuple):
     """Which segment of a batch goes where: the same on every process, from the segments' lengths alone."""
 
     segments: list[Segment]
     rows: Int[np.ndarray, "n"]
     starts: Int[np.ndarray, "n"]
-    shape: Shape
+    shape: PackedShape
 
     @property
     def num_tokens(self) -> int:
@@ -97,122 +109,87 @@ class Plan(NamedTuple):
         return self.num_tokens / self.shape.size
 
 
-def plan_batch(
-    data: PreferenceData,
-    chosen_index: Int[np.ndarray, "M"],
-    rejected_index: Int[np.ndarray, "N"],
-    *,
-    paired: bool,
-    mismatched: bool,
-    refined: bool = False,
-    shapes: Sequence[Shape],
-) -> Plan:
-    """Where the examples at these indices of `data` go; index -1 leaves its slot invalid.
+def plan_batch(data: PreferenceData, draws: Sequence[Draws], shapes: Sequence[PackedShape]) -> PackingPlan:
+    """Where the responses of a batch go.
 
-    Slots are the chosen responses, the rejected ones, and, with `mismatched`, one for each chosen; with `refined`, the
-    chosen and the rejected ones again. With `paired`, slot i of both sides is one example. All responses to one prompt
-    share it, whichever slots they have, as far as a row holds them. Of `shapes`, the batch has the smallest that holds
-    it, and of equal ones the one with the shortest rows, in which attention has least to skip.
+    All responses to one prompt share it, whichever slots they have, as far as a row holds them. Of `shapes`, the batch
+    has the smallest that holds it, and of equal ones the one with the shortest rows, in which attention has least to
+    skip.
+
+    Args:
+        draws: each kind in one of them.
 
     Raises ValueError for an example that no row holds.
     """
-    segments = segments_of(data, chosen_index, rejected_index, paired=paired, mismatched=mismatched, refined=refined)
-    longest = max((segment.num_tokens for segment in segments), default=0)
+    segments = segments_of(data, draws)
+    longest, row_tokens = longest_of(segments), max(shape.tokens for shape in shapes)
     for segment in segments:
-        if segment.num_tokens > max(shape.tokens for shape in shapes):
+        if segment.num_tokens > row_tokens:
             raise ValueError(
                 f"{segment.row_id} needs {segment.num_tokens} tokens for its prompt and responses, more than "
-                f"row_tokens={max(shape.tokens for shape in shapes)}; raise batch.row_tokens or lower data.max_tokens."
+                f"row_tokens={row_tokens}; raise batch.row_tokens or lower data.max_tokens."
             )
     groups = by_prompt(segments)
-    packed = {}
-    for tokens in {shape.tokens for shape in shapes if shape.tokens >= longest}:
-        shared = share_prompts(groups, tokens)
-        packed[tokens] = shared, *pack([segment.num_tokens for segment in shared], tokens)
+    packed = {tokens: pack_groups(groups, tokens) for tokens in {s.tokens for s in shapes if s.tokens >= longest}}
     holding = [shape for shape in shapes if shape.tokens in packed and packed[shape.tokens][-1] <= shape.rows]
     assert holding, "the last shape holds any batch"
     shape = min(holding, key=lambda shape: (shape.size, shape.tokens))
     shared, rows, starts, _ = packed[shape.tokens]
-    return Plan(shared, rows, starts, shape)
+    return PackingPlan(shared, rows, starts, shape)
 
 
 def fill_batch(
-    plan: Plan,
-    data: PreferenceData,
-    chosen_index: Int[np.ndarray, "M"],
-    rejected_index: Int[np.ndarray, "N"],
-    *,
-    mismatched: bool,
-    refined: bool = False,
-    own_rows: Bool[np.ndarray, "R"] | None = None,
+    plan: PackingPlan, data: PreferenceData, draws: Sequence[Draws], own_rows: Bool[np.ndarray, "R"] | None = None
 ) -> Batch:
-    """The Batch of a plan for the same examples; rows that are not among `own_rows` stay empty."""
-    none = np.zeros(0, np.int64)
-    return Batch(
-        **layout(*plan, own_rows),
-        chosen=_side(data, "chosen", chosen_index),
-        rejected=_side(data, "rejected", rejected_index),
-        mismatched=_side(data, "mismatched", chosen_index if mismatched else none),
-        refined=(_side(data, "refined_chosen", chosen_index), _side(data, "refined_rejected", rejected_index))
-        if refined
-        else (),
-    )
+    """The batch of the same draws; rows that are not among `own_rows` stay empty."""
+    sides = {kind: _side(data, kind, responses) for drawn in draws for kind, responses in drawn.items()}
+    return Batch(**token_arrays(plan, own_rows), sides=sides)
 
 
-def segments_of(
-    data: PreferenceData,
-    chosen_index: Int[np.ndarray, "M"],
-    rejected_index: Int[np.ndarray, "N"],
-    *,
-    paired: bool,
-    mismatched: bool,
-    refined: bool = False,
-) -> list[Segment]:
-    """A segment for each example (with `paired`) or each chosen and each rejected response, as for plan_batch.
+def segments_of(data: PreferenceData, draws: Sequence[Draws]) -> list[Segment]:
+    """A segment for each slot of each of the draws and each prompt that its responses follow, the plain prompts first.
 
-    With `refined` there is another of each, with the refined prompt.
+    Responses are numbered by their slots in a batch, those of the first of KINDS first.
     """
-    sizes = {"chosen": len(chosen_index), "rejected": len(rejected_index), "mismatched": mismatched * len(chosen_index)}
-    of_chosen, of_rejected = ({"chosen", "mismatched"} if mismatched else {"chosen"}), {"rejected"}
-    groups = [(of_chosen, of_rejected)]
-    if refined:
-        sizes |= {"refined_chosen": len(chosen_index), "refined_rejected": len(rejected_index)}
-        groups.append(({"refined_chosen"}, {"refined_rejected"}))
-    first = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
-    segments = []
-    for with_chosen, with_rejected in groups:
-        if paired:
-            assert not len(rejected_index) or np.array_equal(chosen_index, rejected_index)
-            together = with_chosen | with_rejected if len(rejected_index) else with_chosen
-            segments += _segments(data, chosen_index, {kind: first[kind] for kind in sizes if kind in together})
-        else:
-            segments += _segments(data, chosen_index, {kind: first[kind] for kind in sizes if kind in with_chosen})
-            segments += _segments(data, rejected_index, {kind: first[kind] for kind in with_rejected})
-    return segments
+    drawn = {kind: (number, responses) for number, kinds in enumerate(draws) for kind, responses in kinds.items()}
+    places, first = [], 0
+    for kind in KINDS:
+        if kind in drawn:
+            number, responses = drawn[kind]
+            used = enumerate(responses.tolist())
+            places += [((number, slot), index, first + slot) for slot, index in used if index != NO_RESPONSE]
+            first += len(responses)
+    return [segment for _, segment in sorted(segments_by(data, places).items(), key=lambda item: item[0])]
 
 
-def _segments(data: PreferenceData, index: Int[np.ndarray, "S"], first: Mapping[str, int]) -> list[Segment]:
-    """A segment for each of these examples; `first` are the kinds of its responses, and the first slot of each."""
-    segments = []
-    for slot, number in enumerate(index):
-        if number != NO_EXAMPLE:
-            example = data.examples[number]
-            responses = tuple((start + slot, getattr(example, f"{kind}_ids")) for kind, start in first.items())
-            segments.append(Segment(example.row_id, example.prompt_of(next(iter(first))), responses))
-    return segments
+def segments_by(
+    data: PreferenceData, places: Iterable[tuple[tuple[int, ...], int, int]]
+) -> dict[tuple[int, tuple[int, ...], int], Segment]:
+    """Responses in segments by (prompt, key, example).
+
+    Args:
+        places: (key, response of the data, its number in the segment).
+    """
+    found: dict[tuple[int, tuple[int, ...], int], Segment] = {}
+    for key, index, number in places:
+        response, of = data.responses[index], int(data.example_index[index])
+        segment, example = found.get((response.prompt, key, of)), data.examples[of]
+        segment = segment or Segment(example.row_id, example.prompts[response.prompt], ())
+        found[response.prompt, key, of] = segment._replace(responses=(*segment.responses, (number, response.ids)))
+    return found
 
 
-def layout(
-    segments: Sequence[Segment],
-    rows: Int[np.ndarray, "n"],
-    starts: Int[np.ndarray, "n"],
-    shape: Shape,
-    own_rows: Bool[np.ndarray, "R"] | None = None,
-) -> dict[str, Int[np.ndarray, "R T"]]:
+def longest_of(segments: Sequence[Segment]) -> int:
+    """Tokens of the longest segment."""
+    return max((segment.num_tokens for segment in segments), default=0)
+
+
+def token_arrays(plan: PackingPlan, own_rows: Bool[np.ndarray, "R"] | None = None) -> dict[str, Int[np.ndarray, "R T"]]:
     """The token arrays of a Batch, computed for all segments' pieces (prompt or response) at once.
 
     Rows that are not among `own_rows` are zeros, which nobody reads and which take no memory until somebody does.
     """
+    segments, rows, starts, shape = plan
     names = ("tokens", "positions", "segment_ids", "branch_ids", "previous", "response_ids")
     arrays = {name: np.zeros(shape, np.int32) for name in names}
     arrays["response_ids"][slice(None) if own_rows is None else own_rows] = -1
@@ -257,24 +234,31 @@ def _number_within_rows(rows: Int[np.ndarray, "n"], starts: Int[np.ndarray, "n"]
     return numbers
 
 
-def _side(data: PreferenceData, name: str, index: Int[np.ndarray, "S"]) -> Side:
-    valid = index != NO_EXAMPLE
-    examples = [data.examples[i] for i in index[valid]]
-    embeddings = {"chosen": data.chosen_embeddings, "rejected": data.rejected_embeddings}
-    # Others contrast nothing, or what these do: no embedding, no text id.
-    width = data.chosen_embeddings.shape[1]
-    embedding = np.zeros((len(index), width), np.float32)
-    if name in embeddings:
-        embedding[valid] = embeddings[name][index[valid]]
-    reference = np.zeros(len(index), np.float32)
-    if data.reference_log_probs is not None:
-        reference[valid] = data.reference_log_probs[index[valid], KINDS.index(name)]
-    prompt_id, text_id = np.full(len(index), -1, np.int32), np.full(len(index), -1, np.int32)
-    prompt_id[valid] = [example.prompt_id for example in examples]
-    if name in embeddings:
-        text_id[valid] = [getattr(example, f"{name}_text_id") for example in examples]
-    score = None
-    if data.scores is not None and name in embeddings:
-        score = np.zeros(len(index), np.float32)
-        score[valid] = data.scores[index[valid], KINDS.index(name)]
-    return Side(valid, reference, embedding, prompt_id, text_id, index.astype(np.int32), score)
+def _side(data: PreferenceData, kind: str, responses: Int[np.ndarray, "S"]) -> Side:
+    valid = responses != NO_RESPONSE
+    numbers = responses[valid]
+    examples = data.example_index[numbers]
+
+    def spread(values: Shaped[np.ndarray, "V ..."], dtype: type, empty: int = 0) -> Shaped[np.ndarray, "S ..."]:
+        whole = np.full((len(responses), *values.shape[1:]), empty, dtype)
+        whole[valid] = values
+        return whole
+
+    known, scores = data.reference_log_probs, data.scores if KINDS[kind].made_by is None else None
+    return Side(
+        valid=valid,
+        reference_log_prob=spread(np.zeros(len(numbers)) if known is None else known[numbers], np.float32),
+        embedding=spread(_embeddings(data, numbers), np.float32),
+        prompt_id=spread(np.array([data.examples[i].prompt_id for i in examples], np.int32), np.int32, -1),
+        text_id=spread(data.text_id[numbers], np.int32, -1),
+        example_index=spread(examples, np.int32, -1),
+        score=None if scores is None else spread(scores[numbers], np.float32),
+    )
+
+
+def _embeddings(data: PreferenceData, numbers: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V E"]:
+    """What goes with these responses; zeros where nothing does."""
+    if data.embeddings is None or data.embedding_row is None:
+        return np.zeros((len(numbers), 0), np.float32)
+    rows = data.embedding_row[numbers]
+    return np.where(rows[:, None] < 0, np.float32(0), data.embeddings[rows])

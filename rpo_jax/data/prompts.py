@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rpo_jax.core.records import Message, Row
+from rpo_jax.core.records import Message, Response, Row
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.faults import BadRow
-from rpo_jax.data.layouts.layout import Parts, Unusable, field, finish, messages_field, text_field
+from rpo_jax.data.layouts.layout import Parts, Unusable, finish, messages_field, prompt_field, text_field
 from rpo_jax.data.sources import read_rows
 
 TEXT_SUFFIX = ".txt"
@@ -49,12 +49,11 @@ def read_prompts(path: str | Path, *, split: str = "train", layout: str = "auto"
     for row in read_rows(path, split=split):
         if isinstance(row, BadRow):
             raise ValueError(f"{row.row_id}: {row.reason}; mend the row, or leave it out.")
-        assert isinstance(row, Row), "all records were asked for"
         rows.append(row)
     if not _holds_prompts(rows[0].values):
         found = make_examples(rows, layout)
         by_id = {row.row_id: row.values for row in rows}
-        examples = (PromptRow(one.row_id, one.prompt, by_id.get(one.row_id, {})) for one in found.own)
+        examples = (PromptRow(one.row_id, one.prompt, by_id.get(one.row_id, {})) for one in found.examples)
         return PromptSet(tuple(examples), found.truncation_side)
     return PromptSet(tuple(map(_prompt_row, rows)), "keep_end")
 
@@ -80,15 +79,10 @@ def _prompt_row(row: Row) -> PromptRow:
         name = next((name for name in _READERS if name in row.values), "prompt")
         prompt = _READERS[name](row.values)
         # A response stands in: what makes a prompt unusable is the same as in any example.
-        finish(row.row_id, Parts(prompt, "none yet", None))
+        finish(row.row_id, Parts(prompt, (Response("chosen", "none yet"),)))
     except Unusable as reason:
         raise ValueError(f"{row.row_id}: {reason}; mend the row, or leave it out.") from None
     return PromptRow(row.row_id, prompt, row.values)
-
-
-def _read_prompt(values: Mapping[str, Any]) -> str | tuple[Message, ...]:
-    prompt = field(values, "prompt")
-    return prompt if isinstance(prompt, str) else messages_field(values, "prompt")
 
 
 def _read_messages(values: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -101,4 +95,4 @@ def _read_instruction(values: Mapping[str, Any]) -> tuple[Message, ...]:
     return (Message("user", "\n\n".join(part for part in parts if part)),)
 
 
-_READERS = {"prompt": _read_prompt, "messages": _read_messages, "instruction": _read_instruction}
+_READERS = {"prompt": prompt_field, "messages": _read_messages, "instruction": _read_instruction}

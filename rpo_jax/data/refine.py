@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rpo_jax.core.records import TokenizedExample
+from rpo_jax.core.records import KINDS, TokenizedExample, TokenizedResponse
 from rpo_jax.data.tokenize import encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_REFINED = {kind.refines: name for name, kind in KINDS.items() if kind.refines}
 
 
 def refined(
@@ -34,8 +36,10 @@ def refined(
                 f"{example.row_id}: objective.sr_prompt and the prompt take {len(prompt)} tokens, which leaves nothing "
                 f"of data.max_tokens={max_tokens} for a response; raise it, or lower data.max_prompt_tokens."
             )
-        chosen, rejected = (None if ids is None else ids[:room] for ids in (example.chosen_ids, example.rejected_ids))
-        made.append(
-            replace(example, refined_prompt_ids=prompt, refined_chosen_ids=chosen, refined_rejected_ids=rejected)
-        )
+        again = [
+            TokenizedResponse(_REFINED[response.kind], response.ids[:room], prompt=len(example.prompts))
+            for response in example.responses
+            if response.kind in _REFINED
+        ]
+        made.append(replace(example, prompts=(*example.prompts, prompt), responses=(*example.responses, *again)))
     return made

@@ -27,16 +27,19 @@ _CHUNK_ROWS = 65_536
 Points = Int[np.ndarray, "n E"]
 
 
-def whole_points(*embeddings: Float[np.ndarray, "n E"]) -> Points:
-    """Unit vectors in whole numbers, of length about 1,024, in int16; of the sum of several embeddings of a row.
+def whole_points(embeddings: Float[np.ndarray, "n E"], *rows: Int[np.ndarray, "d"]) -> Int[np.ndarray, "d E"]:
+    """Unit vectors in whole numbers, of length about 1,024, in int16; of the sum of several embeddings of a draw.
 
     A zero vector stays zero.
+
+    Args:
+        rows: of the embeddings that each draw has; draw d has row d where none are given.
     """
-    points = np.empty(embeddings[0].shape, np.int16)
+    rows = rows or (np.arange(len(embeddings)),)
+    points = np.empty((len(rows[0]), embeddings.shape[1]), np.int16)
     for start in range(0, len(points), _CHUNK_ROWS):
         part = slice(start, start + _CHUNK_ROWS)
-        parts = [rows[part] for rows in embeddings]
-        parts = [rows[part] for rows in embeddings]
+        parts = [embeddings[of_draw[part]] for of_draw in rows]
         points[part] = _whole(np.sum([_whole(rows) for rows in parts], axis=0) if parts[1:] else parts[0])
     return points
 

@@ -19,7 +19,7 @@ FAR = 2.0  # times the rows of the largest sampled batch: no batch of a run is t
 WORTH_COMPILING = 0.005  # of the positions that all sampled batches take
 
 
-class Shape(NamedTuple):
+class PackedShape(NamedTuple):
     rows: int
     tokens: int
 
@@ -37,7 +37,7 @@ def row_lengths(longest: int, multiple: int, most: int = 12) -> tuple[int, ...]:
 
 def choose_shapes(
     needed: Int[np.ndarray, "b t"], lengths: Sequence[int], *, most_rows: int, multiple: int
-) -> tuple[Shape, ...]:
+) -> tuple[PackedShape, ...]:
     """Shapes, ascending in size, that waste little on batches like the sampled ones, and one that holds any batch.
 
     Args:
@@ -50,16 +50,18 @@ def choose_shapes(
     and on real lengths the greedy choice is already within a percent of where this ends.
     """
     rows = -(-needed // multiple) * multiple
-    bound = Shape(-(-most_rows // multiple) * multiple, lengths[-1])
+    bound = PackedShape(-(-most_rows // multiple) * multiple, lengths[-1])
     most = needed[:, -1].max()
     deviation = np.std(needed[2 * needed[:, -1] >= most, -1])  # without an epoch's last batch, which may be small
     largest = int(np.ceil(most + max(MARGIN_DEVIATIONS * deviation, MARGIN_SHARE * most)))
-    margin = Shape(multiple * -(-largest // multiple), lengths[-1])
+    margin = PackedShape(multiple * -(-largest // multiple), lengths[-1])
     # What a run can be expected to need beyond its sample is a shape of its own, smaller than the proof's bound, which
     # is not counted where it is so far off that it will not be compiled.
     fixed = [margin, bound] if margin.rows < bound.rows else [bound]
     most_chosen = MAX_SHAPES - (1 if bound.rows > FAR * most else len(fixed))
-    candidates = sorted({Shape(int(rows[b, t]), lengths[t]) for b, t in zip(*np.nonzero(rows), strict=True)} - {*fixed})
+    candidates = sorted(
+        {PackedShape(int(rows[b, t]), lengths[t]) for b, t in zip(*np.nonzero(rows), strict=True)} - {*fixed}
+    )
     if not candidates:
         return tuple(fixed)
     column = {length: t for t, length in enumerate(lengths)}
@@ -84,7 +86,7 @@ def choose_shapes(
     return tuple(sorted({*fixed, *(candidates[i] for i in chosen)}, key=lambda shape: (shape.size, shape.tokens)))
 
 
-def _costs(shape: Shape, needed: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b"]:
+def _costs(shape: PackedShape, needed: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b"]:
     """Positions that each batch takes in this shape; infinite where it does not fit."""
     return np.where((needed > 0) & (needed <= shape.rows), float(shape.size), np.inf)
 

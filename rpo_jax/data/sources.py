@@ -15,7 +15,6 @@ from rpo_jax.core.records import Row
 from rpo_jax.data.arrow_folder import check_arrow_folder
 from rpo_jax.data.faults import BadRow, BrokenFile, plain
 from rpo_jax.data.json_rows import read_json, read_json_lines
-from rpo_jax.data.share import Reading, Skipped
 from rpo_jax.data.table_rows import read_dataset, read_parquet
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
@@ -23,9 +22,7 @@ _FILE_SUFFIX = re.compile(r"\.(?!v\d)[A-Za-z]\w*")  # not `.1` or `.v2`, which e
 _SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|validation|valid|val|dev|test|eval)(?![a-z])")
 
 
-def read_rows(
-    path: str | Path, *, split: str = "train", reading: Reading | None = None
-) -> Iterator[Row | BadRow | Skipped]:
+def read_rows(path: str | Path, *, split: str = "train") -> Iterator[Row | BadRow]:
     """Every record of a source, in file order, read as it is asked for.
 
     Args:
@@ -34,29 +31,27 @@ def read_rows(
             `owner/name` or `owner/name:config`.
         split: split of a hub name or of an Arrow folder with several; in a folder of files, those whose names
             speak of another split are left out.
-        reading: says which records are decoded; the others are passed over and come as Skipped. All where not given.
 
     Raises ValueError where the source as a whole is missing, empty, of an unknown kind or out of reach, and where
     nothing of a file can be read.
     """
-    reading = reading or Reading()
+    row = None
     try:
-        for row in _rows_of(Path(path).expanduser(), str(path), split, reading):
-            reading.position += 1
+        for row in _rows_of(Path(path).expanduser(), str(path), split):
             yield row
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}; give a readable file or folder.") from None
-    if not reading.position:
+    if row is None:
         raise ValueError(f"{path} is empty: it holds no rows; give a file with at least one.")
 
 
-def _rows_of(place: Path, path: str, split: str, reading: Reading) -> Iterator[Row | BadRow | Skipped]:
+def _rows_of(place: Path, path: str, split: str) -> Iterator[Row | BadRow]:
     if place.is_dir():
-        return _read_folder(place, split, reading)
+        return _read_folder(place, split)
     if place.is_file():
-        return _read_file(place, reading)
+        return _read_file(place)
     if _HUB_NAME.fullmatch(path) and not _FILE_SUFFIX.fullmatch(place.suffix):
-        return _read_hub(path, split, reading)
+        return _read_hub(path, split)
     raise ValueError(
         f"no such file: data path '{path}' does not exist; give an existing {_kinds()} file, a folder of them, or a "
         "hub data set as owner/name."
@@ -73,7 +68,7 @@ def _kind(path: Path) -> str:
     return "".join(suffixes) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
-def _read_file(path: Path, reading: Reading) -> Iterator[Row | BadRow | Skipped]:
+def _read_file(path: Path) -> Iterator[Row | BadRow]:
     kind = _kind(path)
     if kind not in _READERS:
         raise ValueError(
@@ -81,7 +76,7 @@ def _read_file(path: Path, reading: Reading) -> Iterator[Row | BadRow | Skipped]
         )
     last = None
     try:
-        for last in _READERS[kind](path, reading):
+        for last in _READERS[kind](path):
             yield last
     except BrokenFile as error:
         if last is None:
@@ -90,13 +85,13 @@ def _read_file(path: Path, reading: Reading) -> Iterator[Row | BadRow | Skipped]
         yield BadRow(f"{path}:{broken}", f"the file breaks off: from here on it is {error}")
 
 
-def _number(row: Row | BadRow | Skipped) -> int:
+def _number(row: Row | BadRow) -> int:
     return row.place[1] if isinstance(row, BadRow) else row.line
 
 
-def _read_folder(folder: Path, split: str, reading: Reading) -> Iterator[Row | BadRow | Skipped]:
+def _read_folder(folder: Path, split: str) -> Iterator[Row | BadRow]:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        yield from _read_arrow_folder(folder, split, reading)
+        yield from _read_arrow_folder(folder, split)
         return
     files = sorted(
         file
@@ -115,10 +110,10 @@ def _read_folder(folder: Path, split: str, reading: Reading) -> Iterator[Row | B
         names = ", ".join(file.name for file in files)
         raise ValueError(f"{folder} has no file of the split '{split}': it holds {names}; set the split.")
     for file in wanted:
-        yield from _read_file(inside(folder, file.name), reading)
+        yield from _read_file(inside(folder, file.name))
 
 
-def _read_arrow_folder(folder: Path, split: str, reading: Reading) -> Iterator[Row | BadRow | Skipped]:
+def _read_arrow_folder(folder: Path, split: str) -> Iterator[Row | BadRow]:
     import datasets
     import pyarrow
 
@@ -140,10 +135,10 @@ def _read_arrow_folder(folder: Path, split: str, reading: Reading) -> Iterator[R
         dataset.data.validate(full=True)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{folder} is a damaged Arrow folder ({plain(str(error))}); write it again.") from None
-    yield from read_dataset(dataset, name, reading)
+    yield from read_dataset(dataset, name)
 
 
-def _read_hub(name: str, split: str, reading: Reading) -> Iterator[Row | BadRow | Skipped]:
+def _read_hub(name: str, split: str) -> Iterator[Row | BadRow]:
     import datasets
 
     repository, _, config = name.partition(":")
@@ -155,10 +150,10 @@ def _read_hub(name: str, split: str, reading: Reading) -> Iterator[Row | BadRow 
             f"'{name}' is no local file or folder, and split '{split}' of the hub data set of that name cannot be "
             f"loaded ({type(error).__name__}: {reason}); check the path or the name, the split and the network."
         ) from None
-    yield from read_dataset(dataset, f"{name}[{split}]", reading)
+    yield from read_dataset(dataset, f"{name}[{split}]")
 
 
-_READERS: dict[str, Callable[[Path, Reading], Iterator[Row | BadRow | Skipped]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     ".jsonl": read_json_lines,
     ".jsonl.gz": read_json_lines,
     ".json": read_json,

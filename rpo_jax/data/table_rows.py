@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rpo_jax.core.records import Row
 from rpo_jax.data.faults import BadRow, BrokenFile, plain
-from rpo_jax.data.share import Reading, Skipped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 64  # rows may be megabytes long
 BUFFER_BYTES = 2**20  # of a Parquet column: without it, whole columns of a row group are read at once
 
 
-def read_parquet(path: Path, reading: Reading) -> Iterator[Row | BadRow | Skipped]:
+def read_parquet(path: Path) -> Iterator[Row | BadRow]:
     """The records of a Parquet file. Raises BrokenFile where it cannot be decoded any further."""
     import pyarrow
     from pyarrow import parquet
@@ -33,7 +33,7 @@ def read_parquet(path: Path, reading: Reading) -> Iterator[Row | BadRow | Skippe
                 if times > 1:
                     raise ValueError(f"{path} has {times} columns '{plain(name)}'; keep one of them.")
             for batch in table.iter_batches(ROWS_AT_ONCE):
-                yield from _records(_BatchReader(batch), str(path), done, reading)
+                yield from _records(partial(_of_batch, batch), batch.num_rows, str(path), done)
                 done += batch.num_rows
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the file's
@@ -41,65 +41,37 @@ def read_parquet(path: Path, reading: Reading) -> Iterator[Row | BadRow | Skippe
         raise BrokenFile(f"no readable Parquet file ({plain(str(error))}); write it again") from None
 
 
-def read_dataset(dataset: Dataset, name: str, reading: Reading) -> Iterator[Row | BadRow | Skipped]:
+def read_dataset(dataset: Dataset, name: str) -> Iterator[Row | BadRow]:
     """The records of a data set that the `datasets` library has opened; `name` stands for their file."""
     for start in range(0, len(dataset), ROWS_AT_ONCE):
-        stop = min(start + ROWS_AT_ONCE, len(dataset))
-        yield from _records(_SliceReader(dataset, start, stop), name, start, reading)
+        yield from _records(partial(_of_dataset, dataset, start), min(ROWS_AT_ONCE, len(dataset) - start), name, start)
 
 
-class _Reader(Protocol):
-    """Some records of a table: all at once, which is fast, or one by one."""
-
-    def all(self) -> list[dict[str, Any]]: ...
-    def one(self, index: int) -> dict[str, Any]: ...
-    def __len__(self) -> int: ...
+def _of_batch(batch: RecordBatch, first: int, count: int) -> list[dict[str, Any]]:
+    return batch.slice(first, count).to_pylist()
 
 
-class _BatchReader:
-    def __init__(self, batch: RecordBatch) -> None:
-        self._batch = batch
-
-    def all(self) -> list[dict[str, Any]]:
-        return self._batch.to_pylist()
-
-    def one(self, index: int) -> dict[str, Any]:
-        return self._batch.slice(index, 1).to_pylist()[0]
-
-    def __len__(self) -> int:
-        return self._batch.num_rows
+def _of_dataset(dataset: Dataset, start: int, first: int, count: int) -> list[dict[str, Any]]:
+    columns = dataset[start + first : start + first + count]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-class _SliceReader:
-    def __init__(self, dataset: Dataset, start: int, stop: int) -> None:
-        self._dataset, self._start, self._stop = dataset, start, stop
+def _records(
+    take: Callable[[int, int], list[dict[str, Any]]], count: int, file: str, done: int
+) -> Iterator[Row | BadRow]:
+    """Records of a table, `done` of which have been read: all at once, which is fast, or one by one.
 
-    def all(self) -> list[dict[str, Any]]:
-        columns = self._dataset[self._start : self._stop]
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-    def one(self, index: int) -> dict[str, Any]:
-        return self._dataset[self._start + index]
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-
-def _records(reader: _Reader, file: str, done: int, reading: Reading) -> Iterator[Row | BadRow | Skipped]:
-    if not reading.needs(len(reader)):
-        yield from (Skipped(done + 1 + index) for index in range(len(reader)))
-        return
+    Args:
+        take: from the first of them and a number to so many records.
+    """
     try:
-        records = reader.all()
+        records = take(0, count)
     except Exception:  # a value that cannot be decoded: text that is no UTF-8, a date in the year 100,000
         records = None
-    if records is not None:
-        yield from (Row(record, file, number) for number, record in enumerate(records, start=done + 1))
-        return
-    for index in range(len(reader)):
+    for index in range(count):
         number = done + 1 + index
         try:
-            record = reader.one(index)
+            record = take(index, 1)[0] if records is None else records[index]
         except Exception as error:  # whatever a column's decoder raises, it is this row that cannot be used
             yield BadRow(f"{file}:{number}", f"unreadable value: {type(error).__name__}: {error}")
         else:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Int
 
-from rpo_jax.core.records import Message, PreferenceExample, TokenizedExample
+from rpo_jax.core.records import Message, PreferenceExample, TokenizedExample, TokenizedResponse
 from rpo_jax.data.chat_template import TemplateError, render_messages
-from rpo_jax.data.share import ALONE, Share
+from rpo_jax.data.faults import Faults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,158 +23,145 @@ TEMPLATES = ("auto", "chat")
 TEXTS_PER_CALL = 2048
 CHARACTERS_PER_CALL = 2**22
 
-HASH_BYTES = 32  # 128 bits in hexadecimal digits: no two of a billion texts have one hash
-NO_TEXT = b"-" * HASH_BYTES
-
 TokenIds = Int[np.ndarray, "_"]
-T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """How prompts are rendered and sequences are cut.
+
+    Where a prompt and the longest response to it, its EOS included, exceed `max_tokens`, the prompt is cut to
+    `max_prompt_tokens` (BOS stays), and then each response to what is left; a cut response has no EOS. `template` is
+    as for render_prompt. Raises ValueError for limits that leave no room for a response.
+    """
+
+    max_prompt_tokens: int
+    max_tokens: int
+    truncation_side: Literal["keep_start", "keep_end"]
+    template: Literal["auto", "chat"] = "auto"
+
+    def __post_init__(self) -> None:
+        side = self.truncation_side
+        if not 1 <= self.max_prompt_tokens < self.max_tokens:
+            raise ValueError(
+                f"max_prompt_tokens={self.max_prompt_tokens} must be at least 1 and leave room for a response in "
+                f"max_tokens={self.max_tokens}; raise max_tokens or change max_prompt_tokens."
+            )
+        if side not in TRUNCATION_SIDES:
+            raise ValueError(f"truncation_side={side!r} is unknown; use one of {', '.join(TRUNCATION_SIDES)}.")
 
 
 def tokenize_examples(
-    examples: Sequence[PreferenceExample | None],
+    examples: Sequence[PreferenceExample],
     tokenizer: PreTrainedTokenizerBase,
+    limits: TokenLimits,
     *,
-    max_prompt_tokens: int,
-    max_tokens: int,
-    truncation_side: Literal["keep_start", "keep_end"],
-    template: Literal["auto", "chat"] = "auto",
     mismatched: bool = False,
-    share: Share = ALONE,
-) -> tuple[list[TokenizedExample], list[tuple[str, str]]]:
-    """Tokenise examples in order; returns them, and (row_id, reason) of every row that cannot be used.
+) -> tuple[list[TokenizedExample], Faults]:
+    """Tokenise examples in order; returns them, and the rows that cannot be used.
 
-    Prompt and responses are tokenised apart, so no token straddles their boundary. Where the prompt and the longest
-    response, its EOS included, exceed `max_tokens`, the prompt is cut to `max_prompt_tokens` (BOS stays), and
-    then each response to what is left; a cut response has no EOS. `template` is as for render_prompt. With
-    `mismatched`, each example also gets the response to the next different prompt of the data, cyclically.
+    Prompt and responses are tokenised apart, so no token straddles their boundary. With `mismatched`, each example also
+    gets the response to the next different prompt of the data, cyclically.
 
-    Each process tokenises its own examples, where `examples` holds None for another's, and gets the token ids of all:
-    the result is that of one process.
-
-    Raises ValueError for a tokenizer without EOS, limits that leave no room for a response, and `mismatched` on
-    data with a single prompt.
+    Raises ValueError for a tokenizer without EOS, and for `mismatched` on data with a single prompt.
     """
-    _check_arguments(tokenizer, max_prompt_tokens, max_tokens, truncation_side)
-    kept, prompts, bad_rows = _render_prompts(examples, tokenizer, template)
-    refused = {number for part in share.gather(list(bad_rows)) for number in part}
-    # Places among the usable examples of all processes.
-    place = {number: at for at, number in enumerate(n for n in range(len(examples)) if n not in refused)}
-    own = np.array([place[number] for number in kept], np.int64)
-    usable = list(kept.values())
-    rows = share.complete(_spread([example.row_id for example in usable], own, len(place)))
-    prompt_of, text_ids = _numbered(usable, prompts, own, share)
+    return join_encoded(examples, encode_examples(examples, tokenizer, limits), limits, mismatched=mismatched)
 
-    prompt_ids = _encode_distinct(prompts, encode_prompts, tokenizer)
-    sides = {
-        name: _encode_distinct([getattr(example, name) for example in usable], encode_responses, tokenizer)
-        for name in ("chosen", "rejected")
-    }
-    has_bos = tokenizer.bos_token_id is not None
-    for at, prompt in enumerate(prompt_ids):
-        longest = max(len(ids[at]) for ids in sides.values() if ids[at] is not None)
-        if len(prompt) + longest > max_tokens:
-            prompt_ids[at] = cut_prompt(prompt, max_prompt_tokens, truncation_side, has_bos)
-    # Not cut to their own example's room yet: as another's mismatched response, they may have more.
-    prompt_ids, chosen_ids, rejected_ids = (
-        _all_ids(ids, max_tokens, own, share) for ids in (prompt_ids, sides["chosen"], sides["rejected"])
-    )
-    partners = _next_other_prompt(prompt_of.tolist()) if mismatched else None
 
-    tokenized = []
-    for at, row_id in enumerate(rows):
-        room = max_tokens - len(prompt_ids[at])
-        partner = None if partners is None else partners[at]
-        other = None if partner is None else (chosen_ids[partner], rejected_ids[partner])
-        tokenized.append(
-            TokenizedExample(
-                row_id=row_id,
-                prompt_ids=prompt_ids[at],
-                chosen_ids=_cut(chosen_ids[at], room),
-                rejected_ids=_cut(rejected_ids[at], room),
-                prompt_id=int(prompt_of[at]),
-                chosen_text_id=int(text_ids[at, 0]),
-                rejected_text_id=int(text_ids[at, 1]),
-                mismatched_ids=None if other is None else _cut(next(ids for ids in other if ids is not None), room),
-            )
+def encode_examples(
+    examples: Sequence[PreferenceExample], tokenizer: PreTrainedTokenizerBase, limits: TokenLimits
+) -> list[dict[str, Any]]:
+    """What each example is in tokens, whatever other examples there are.
+
+    That is `fault`, why it cannot be used; or `prompt`, its ids, `responses`, their ids, not yet cut to the room that
+    the prompt leaves, and `rendered`, a hash of the prompt's text. Raises ValueError for a tokenizer without EOS.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no EOS token, so a model could not learn to end a response; set eos_token in its "
+            "tokenizer_config.json."
         )
-    faults = sorted(
-        (number, row) for part in share.gather([[n, row] for n, row in bad_rows.items()]) for number, row in part
-    )
-    return tokenized, [(row_id, reason) for _, (row_id, reason) in faults]
+    has_bos = tokenizer.bos_token_id is not None
+    rendered = [_rendered(example, tokenizer, limits.template) for example in examples]
+    prompts = _encode_distinct([text for text, fault in rendered if not fault], encode_prompts, tokenizer)
+    usable = [example for example, (_, fault) in zip(examples, rendered, strict=True) if not fault]
+    responses = _encode_distinct([one.text for e in usable for one in e.responses], encode_responses, tokenizer)
+    encoded = []
+    for example, (text, fault) in zip(examples, rendered, strict=True):
+        if fault:
+            encoded.append({"fault": fault})
+            continue
+        prompt, own = prompts[text], [responses[one.text] for one in example.responses]
+        if len(prompt) + max(map(len, own)) > limits.max_tokens:
+            prompt = cut_prompt(prompt, limits.max_prompt_tokens, limits.truncation_side, has_bos)
+        own = [ids[: limits.max_tokens] for ids in own]
+        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()  # 128 bits: none of a billion texts share it
+        encoded.append({"fault": None, "prompt": prompt, "responses": own, "rendered": key})
+    return encoded
 
 
-def _spread(mine: Sequence[T], places: Int[np.ndarray, "k"], count: int) -> list[T | None]:
-    """A list of `count` with this process's things in their places."""
-    whole: list[T | None] = [None] * count
-    for place, thing in zip(places.tolist(), mine, strict=True):
-        whole[place] = thing
-    return whole
+def join_encoded(
+    examples: Sequence[PreferenceExample],
+    encoded: Sequence[Mapping[str, Any]],
+    limits: TokenLimits,
+    *,
+    mismatched: bool = False,
+) -> tuple[list[TokenizedExample], Faults]:
+    """What `encode_examples` made of all of a data set, as tokenize_examples returns it."""
+    faults = Faults()
+    for example, found in zip(examples, encoded, strict=True):
+        if found["fault"]:
+            faults.add(example.row_id, found["fault"])
+    usable = [(e, found) for e, found in zip(examples, encoded, strict=True) if not found["fault"]]
+    prompt_ids: dict[str, int] = {}
+    text_ids: dict[str, int] = {}
+    tokenized = []
+    for example, found in usable:
+        room = limits.max_tokens - len(found["prompt"])
+        responses = [
+            TokenizedResponse(one.kind, ids[:room], text_ids.setdefault(one.text, len(text_ids)))
+            for one, ids in zip(example.responses, found["responses"], strict=True)
+        ]
+        number = prompt_ids.setdefault(found["rendered"], len(prompt_ids))
+        tokenized.append(TokenizedExample(example.row_id, number, (found["prompt"],), tuple(responses)))
+    if mismatched:
+        partners = _next_other_prompt([example.prompt_id for example in tokenized])
+        tokenized = [
+            # Cut to this example's room alone: it may have more than the response's own prompt leaves.
+            _with_response(example, "mismatched", usable[partner][1]["responses"][0], limits.max_tokens)
+            for example, partner in zip(tokenized, partners, strict=True)
+        ]
+    return tokenized, faults
 
 
-def _numbered(
-    examples: Sequence[PreferenceExample], prompts: Sequence[str], own: Int[np.ndarray, "k"], share: Share
-) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n 2"]]:
-    """Each prompt's and each response's number among the distinct ones, by first appearance; -1 for no response.
-
-    Of several processes, none has all texts: they compare hashes.
-    """
-    texts = [(prompt, e.chosen, e.rejected) for prompt, e in zip(prompts, examples, strict=True)]
-    hashes = np.frombuffer(
-        b"".join(_hash(text) for three in texts for text in three), np.dtype(f"S{HASH_BYTES}")
-    ).reshape(-1, 3)
-    every = share.together(hashes.view(np.uint8), own).view(hashes.dtype)
-    prompt_of = _by_first_appearance(every[:, 0])
-    sides = every[:, 1:].ravel()
-    present = sides != NO_TEXT
-    text_ids = np.full(sides.shape, -1, np.int64)
-    text_ids[present] = _by_first_appearance(sides[present])
-    return prompt_of, text_ids.reshape(-1, 2)
+def _with_response(example: TokenizedExample, kind: str, ids: TokenIds, max_tokens: int) -> TokenizedExample:
+    response = TokenizedResponse(kind, ids[: max_tokens - len(example.prompt_ids)])
+    return replace(example, responses=(*example.responses, response))
 
 
-def _hash(text: str | None) -> bytes:
-    # No byte of it is 0, which NumPy would take for padding at the end.
-    if text is None:
-        return NO_TEXT
-    return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES // 2).hexdigest().encode()
-
-
-def _by_first_appearance(values: np.ndarray) -> Int[np.ndarray, "_"]:
-    """Equal values get one number, 0, 1, ... in the order in which they first appear."""
-    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse]
+def _rendered(
+    example: PreferenceExample, tokenizer: PreTrainedTokenizerBase, template: Literal["auto", "chat"]
+) -> tuple[str, str | None]:
+    """The prompt's text, and why it cannot be used; None where it can."""
+    try:
+        text = render_prompt(example.prompt, tokenizer, template)
+    except TemplateError:
+        raise  # no row is to blame
+    except ValueError as error:
+        return "", str(error)
+    if not text and tokenizer.bos_token_id is None:
+        return "", "the prompt is empty, and the tokenizer has no BOS to stand for it"
+    return text, None
 
 
 def _encode_distinct(
-    texts: Sequence[str | None],
+    texts: Sequence[str],
     encode: Callable[[Sequence[str], PreTrainedTokenizerBase], list[TokenIds]],
     tokenizer: PreTrainedTokenizerBase,
-) -> list[Any]:
-    """Token ids of each text, equal texts encoded once; None for None."""
-    distinct = list(dict.fromkeys(text for text in texts if text is not None))
-    ids = dict(zip(distinct, encode(distinct, tokenizer), strict=True))
-    return [None if text is None else ids[text] for text in texts]
-
-
-def _all_ids(mine: Sequence[TokenIds | None], limit: int, own: Int[np.ndarray, "k"], share: Share) -> list[Any]:
-    """Token ids of all processes, none longer than `limit`; None where there are none."""
-    mine = [_cut(ids, limit) for ids in mine]
-    if share.count == 1:
-        return list(mine)
-    lengths = np.array([-1 if ids is None else len(ids) for ids in mine], np.int64)
-    flat = np.concatenate([np.zeros(0, np.int32), *(ids for ids in mine if ids is not None)])
-    parts = share.gather({"own": own, "lengths": lengths, "ids": flat})
-    whole: list[Any] = [None] * sum(len(part["own"]) for part in parts)
-    for part in parts:
-        ends = np.cumsum(np.maximum(part["lengths"], 0))
-        for place, length, end in zip(part["own"].tolist(), part["lengths"].tolist(), ends.tolist(), strict=True):
-            whole[place] = None if length < 0 else part["ids"][end - length : end]
-    return whole
-
-
-def _cut(ids: TokenIds | None, limit: int) -> TokenIds | None:
-    return None if ids is None else ids[:limit]
+) -> dict[str, TokenIds]:
+    """Token ids by text; equal texts are encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    return dict(zip(distinct, encode(distinct, tokenizer), strict=True))
 
 
 def render_prompt(
@@ -245,50 +233,6 @@ def _in_calls(texts: Sequence[str]) -> Iterator[list[str]]:
         characters += len(text)
     if some:
         yield some
-
-
-def _check_arguments(
-    tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_tokens: int, truncation_side: str
-) -> None:
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no EOS token, so a model could not learn to end a response; set eos_token in its "
-            "tokenizer_config.json."
-        )
-    if not 1 <= max_prompt_tokens < max_tokens:
-        raise ValueError(
-            f"max_prompt_tokens={max_prompt_tokens} must be at least 1 and leave room for a response in "
-            f"max_tokens={max_tokens}; raise max_tokens or change max_prompt_tokens."
-        )
-    if truncation_side not in TRUNCATION_SIDES:
-        raise ValueError(f"truncation_side={truncation_side!r} is unknown; use one of {', '.join(TRUNCATION_SIDES)}.")
-
-
-def _render_prompts(
-    examples: Sequence[PreferenceExample | None],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Literal["auto", "chat"],
-) -> tuple[dict[int, PreferenceExample], list[str], dict[int, tuple[str, str]]]:
-    """This process's usable examples by number, their rendered prompts, and (row_id, reason) of the others."""
-    kept: dict[int, PreferenceExample] = {}
-    prompts: list[str] = []
-    bad_rows: dict[int, tuple[str, str]] = {}
-    for number, example in enumerate(examples):
-        if example is None:
-            continue
-        try:
-            prompt = render_prompt(example.prompt, tokenizer, template)
-        except TemplateError:
-            raise
-        except ValueError as error:
-            bad_rows[number] = example.row_id, str(error)
-            continue
-        if not prompt and tokenizer.bos_token_id is None:
-            bad_rows[number] = example.row_id, "the prompt is empty, and the tokenizer has no BOS to stand for it"
-            continue
-        kept[number] = example
-        prompts.append(prompt)
-    return kept, prompts, bad_rows
 
 
 def cut_prompt(ids: TokenIds, max_prompt_tokens: int, truncation_side: str, has_bos: bool) -> TokenIds:

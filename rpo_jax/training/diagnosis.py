@@ -53,8 +53,8 @@ class Diagnosis:
 
         def differentiate(params: Params, batch: Batch, reference: Params | None, base: Params | None) -> _Finite:
             loss, _, gradient, batch = steps.gradient(params, batch, reference, base)
-            known = [jnp.isfinite(side.reference_log_prob) | ~side.valid for side in batch.sides]
-            return _Finite(jnp.isfinite(loss), jnp.concatenate(known), _finite(gradient))
+            known, valid = (jnp.concatenate(batch.joined(name)) for name in ("reference_log_prob", "valid"))
+            return _Finite(jnp.isfinite(loss), jnp.isfinite(known) | ~valid, _finite(gradient))
 
         self._log_probs = jax.jit(log_probs, out_shardings=whole)
         self._differentiate = jax.jit(differentiate, out_shardings=whole)
@@ -67,9 +67,7 @@ class Diagnosis:
     def explain(self, params: Params, reference: Params | None, batch: Batch, data: PreferenceData) -> list[str]:
         """What is not finite where this batch, which is on the devices, is trained on; a line for each finding."""
         finite: _Finite = jax.device_get(self._differentiate(params, batch, reference, self._base))
-        slots = jax.device_get(batch.sides)
-        index = np.concatenate([side.example_index for side in slots])
-        valid = np.concatenate([side.valid for side in slots])
+        index, valid = (np.concatenate(jax.device_get(batch.joined(name))) for name in ("example_index", "valid"))
         rows = [data.examples[number].row_id if used else "" for number, used in zip(index, valid, strict=True)]
 
         lines = []
@@ -79,7 +77,7 @@ class Diagnosis:
             lines.append(f"parameters of the base that are not finite: {some(names, SHOWN)}")
         if not finite.reference.all():
             lines.append(f"reference log-probs that are not finite: those of {_rows(rows, valid & ~finite.reference)}")
-        embedded = np.concatenate([np.isfinite(side.embedding).all(axis=-1) for side in slots[:2]])
+        embedded = np.concatenate([np.isfinite(x).all(axis=-1) for x in jax.device_get(batch.joined("embedding"))])
         if not embedded.all():
             lines.append(f"embeddings that are not finite: those of {_rows(rows, ~embedded)}")
 

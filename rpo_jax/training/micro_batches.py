@@ -57,10 +57,6 @@ def _joined(micro: Array) -> Array:
     return micro.swapaxes(0, 1).reshape(-1, micro.shape[-1])
 
 
-def num_responses_of(batch: Batch) -> int:
-    return sum(side.valid.shape[0] for side in batch.sides)
-
-
 def make_loss_and_gradient(
     forward: Forward,
     loss: Callable[[LogProbs], tuple[Array, Any]],
@@ -79,7 +75,7 @@ def make_loss_and_gradient(
         keep: keep what rematerialisation keeps of every micro-batch, instead of running it forward a second time.
     """
     rows, count = micro_batches(batch, micro_rows)
-    num_responses = num_responses_of(batch)
+    num_responses = batch.num_responses
     if keep or count == 1:
 
         def whole(params: Params) -> tuple[Array, Any]:
@@ -129,4 +125,4 @@ def accumulate_log_probs(
 
 def all_log_probs(forward: Forward, micro_rows: int | None, params: Params, batch: Batch) -> LogProbs:
     rows, _ = micro_batches(batch, micro_rows)
-    return accumulate_log_probs(forward, params, rows, num_responses_of(batch))
+    return accumulate_log_probs(forward, params, rows, batch.num_responses)

@@ -3,7 +3,7 @@
 One file for each kind of response, so that an objective that needs one more computes that one alone. A file is a
 safetensors file of one vector; its header says what the values were computed from, part by part.
 
-Letters: n examples; one column per name in rpo_jax.core.records.KINDS.
+Letters: r responses of a data set, as rpo_jax.core.records.PreferenceData numbers them; k of one kind.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from rpo_jax.core.files import replace_durably
-from rpo_jax.core.records import KINDS, Batch, PreferenceData
-from rpo_jax.data.sweep import Sweep
+from rpo_jax.core.records import Batch, PreferenceData
+from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.hosts import processes
 from rpo_jax.training.micro_batches import LogProbs, Params
 
@@ -73,31 +73,34 @@ def _whole(leaf: jax.Array | np.ndarray) -> np.ndarray:
 def tokens_fingerprint(data: PreferenceData, response: str) -> str:
     """SHA-256 over the token ids that are scored, and over what they follow."""
     digest = hashlib.sha256()
-    for example in data.examples:
-        for ids in (example.prompt_of(response), getattr(example, f"{response}_ids")):
-            digest.update(b"-" if ids is None else len(ids).to_bytes(8, "little") + np.asarray(ids, np.int32).tobytes())
+    for number in data.of_kind(response):
+        found = data.responses[number]
+        for ids in (data.example_of(number).prompts[found.prompt], found.ids):
+            digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, np.int32).tobytes())
     return digest.hexdigest()
 
 
 def compute_log_probs(
-    sweep: Sweep, log_probs: Callable[[Batch], LogProbs], on_progress: Callable[[int, Mapping[str, float]], None]
-) -> Float[np.ndarray, "n K"]:
-    """Log-probs of every response that the sweep reaches; NaN elsewhere.
+    passes: ReferencePass,
+    log_probs: Callable[[Batch], LogProbs],
+    on_progress: Callable[[int, Mapping[str, float]], None],
+) -> Float[np.ndarray, "r"]:
+    """Log-probs of every response that the pass reaches; NaN elsewhere.
 
     Args:
         log_probs: host batch to the log-probs of its response slots.
-        on_progress: gets the number of calls done.
+        on_progress: gets the number of batches done.
     """
-    result = np.full((sweep.num_examples, len(KINDS)), np.nan, np.float32)
+    result = np.full(passes.num_responses, np.nan, np.float32)
     waiting = None
-    for number in range(len(sweep) + 1):
+    for number in range(len(passes) + 1):
         dispatched = None
-        if number < len(sweep):
-            batch, *places = sweep.call(number)
-            dispatched = log_probs(batch).log_prob, *places
+        if number < len(passes):
+            batch, responses = passes.batch(number)
+            dispatched = log_probs(batch).log_prob, responses
         if waiting is not None:  # read while the device works on the next one
-            values, examples, columns = waiting
-            result[examples, columns] = np.asarray(values)[: len(examples)]
+            values, responses = waiting
+            result[responses] = np.asarray(values)[: len(responses)]
             on_progress(number, {})
         waiting = dispatched
     return result
@@ -115,7 +118,7 @@ def _checksum(parts: Mapping[str, str], values: np.ndarray) -> str:
     return hashlib.sha256(said.encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, str], Float[np.ndarray, "n"]]:
+def _read(path: Path) -> tuple[dict[str, str], Float[np.ndarray, "k"]]:
     """Metadata of a cache file, and its values, mapped; ValueError, SafetensorError or OSError where it is damaged."""
     with safe_open(path, framework="np") as file:
         header = file.metadata() or {}
@@ -131,7 +134,7 @@ def _read(path: Path) -> tuple[dict[str, str], Float[np.ndarray, "n"]]:
     return header, values
 
 
-def read_cache(path: Path, parts: Mapping[str, str], num_examples: int) -> Float[np.ndarray, "n"] | None:
+def read_cache(path: Path, parts: Mapping[str, str], num_responses: int) -> Float[np.ndarray, "k"] | None:
     """What `write_cache` wrote for these parts, mapped from the file, not read into memory.
 
     None where there is no such file, and, with a logged reason, where it is damaged or not what it should be.
@@ -140,7 +143,7 @@ def read_cache(path: Path, parts: Mapping[str, str], num_examples: int) -> Float
         return None
     try:
         header, values = _read(path)
-        if len(values) != num_examples or any(header[name] != parts[name] for name in ("response", *DECISIVE)):
+        if len(values) != num_responses or any(header[name] != parts[name] for name in ("response", *DECISIVE)):
             raise ValueError("it is of something else than its name says")
     except (SafetensorError, OSError, ValueError) as error:
         log.warning("Reference log-probs in %s are computed again: %s.", path, error)
@@ -163,7 +166,7 @@ def _name(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(decisive.encode()).hexdigest()
 
 
-def write_cache(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "n"]) -> None:
+def write_cache(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "k"]) -> None:
     """Write beside, flush to disk, rename: a reader finds the whole file or none."""
     content = save({"log_probs": values}, {**parts, "sha256": _checksum(parts, values)})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,12 +189,12 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"run.cache_dir: {folder} cannot be written to ({error}); choose another folder.") from None
 
 
-def _check_finite(data: PreferenceData, response: str, log_probs: Float[np.ndarray, "n"]) -> None:
-    for example, value in zip(data.examples, log_probs, strict=True):
-        if getattr(example, f"{response}_ids") is not None and not np.isfinite(value):
+def _check_finite(data: PreferenceData, response: str, log_probs: Float[np.ndarray, "k"]) -> None:
+    for number, value in zip(data.of_kind(response), log_probs, strict=True):
+        if not np.isfinite(value):
             raise ValueError(
-                f"The reference gives {example.row_id} a {response} log-prob of {value}; check the reference's "
-                "weights, or use model.compute_dtype=float32."
+                f"The reference gives {data.example_of(number).row_id} a {response} log-prob of {value}; check the "
+                "reference's weights, or use model.compute_dtype=float32."
             )
 
 
@@ -229,7 +232,7 @@ def cached_log_probs(
     responses: tuple[str, ...],
     parts: Mapping[str, str],
     cache_dir: Path,
-    compute: Callable[[tuple[str, ...]], Float[np.ndarray, "n K"]],
+    compute: Callable[[tuple[str, ...]], Float[np.ndarray, "r"]],
     say: Callable[[str], None],
 ) -> tuple[PreferenceData, tuple[str, ...]]:
     """The data with the reference's log-probs filled in, and the kinds of response that had to be computed.
@@ -249,7 +252,7 @@ def cached_log_probs(
         for name in responses:
             own = {**parts, "format": FORMAT, "response": name, "tokens": tokens_fingerprint(data, name)}
             path = cache_dir / FOLDER / f"{_name(own)}.safetensors"
-            found[name] = read_cache(path, own, len(data.examples))
+            found[name] = read_cache(path, own, len(data.of_kind(name)))
             if found[name] is None and not path.exists():
                 reasons |= dict.fromkeys(what_changed(path.parent, own))
             places[name] = path, own
@@ -260,20 +263,20 @@ def cached_log_probs(
         return found
 
     found = processes.from_main(look)
-    table = np.full((len(data.examples), len(KINDS)), np.nan, np.float32)
+    log_probs = np.full(len(data.responses), np.nan, np.float32)
     missing = tuple(name for name, values in found.items() if values is None)
-    computed = compute(missing) if missing else table
+    computed = compute(missing) if missing else log_probs
     for name, values in found.items():
-        column = np.ascontiguousarray(computed[:, KINDS.index(name)]) if values is None else values
-        table[:, KINDS.index(name)] = column
+        numbers = data.of_kind(name)
+        log_probs[numbers] = computed[numbers] if values is None else values
         if values is None:
-            _check_finite(data, name, column)
+            _check_finite(data, name, log_probs[numbers])
             if processes.is_main():
-                _keep(*places[name], column)
-    return replace(data, reference_log_probs=table), missing
+                _keep(*places[name], log_probs[numbers])
+    return replace(data, reference_log_probs=log_probs), missing
 
 
-def _keep(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "n"]) -> None:
+def _keep(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "k"]) -> None:
     try:
         write_cache(path, parts, values)
     except OSError as error:  # what has been computed is good for this run all the same

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from rpo_jax.config import Method
-from rpo_jax.core.records import KINDS, Batch, Side
+from rpo_jax.core.records import Batch, Side
 from rpo_jax.objectives import blocked, contrast, metrics, partition
 from rpo_jax.objectives.matrix import ContrastMatrix, WholeMatrix
 from rpo_jax.objectives.scores import Responses, Scores, Tokens
@@ -24,11 +24,6 @@ Means = dict[str, metrics.Mean]  # they combine over batches
 
 # From log-probs, batch, whether it is of pairs, and what a reference says of every token.
 ScoresOf = Callable[[LogProbs, Batch, bool, TokenScores | None], tuple[Scores, Means]]
-
-
-def sides_of(batch: Batch) -> dict[str, Side]:
-    """The batch's responses by kind, in the order of their slots."""
-    return dict(zip(KINDS, batch.sides, strict=False))
 
 
 def weigh(
@@ -103,20 +98,23 @@ def make_scores(method: Method, alpha: float, block: int | str, mesh: Mesh) -> S
     def scores_of(
         log_probs: LogProbs, batch: Batch, paired: bool, reference: TokenScores | None = None
     ) -> tuple[Scores, Means]:
-        sides, log_z = sides_of(batch), log_probs.log_partition
+        log_z, responses = log_probs.log_partition, {}
         if log_z is not None:
-            ids = jnp.concatenate([side.prompt_id for side in sides.values()])
-            valid = jnp.concatenate([side.valid for side in sides.values()])
+            ids, valid = (jnp.concatenate(batch.joined(name)) for name in ("prompt_id", "valid"))
             log_z = partition.per_prompt(log_z, ids, valid)
-        responses, start = {}, 0
-        for kind, side in sides.items():
-            first, start = start, start + side.valid.shape[0]
-            if start > first:
-                log_prob, num_tokens = log_probs.log_prob[first:start], log_probs.num_tokens[first:start]
-                z = None if log_z is None else log_z[first:start]
-                found = Responses(log_prob, side.reference_log_prob, num_tokens, side.valid, z, side.score)
-                responses[kind] = jax.tree.map(grouped, found)
-        matrix, means = matrix_of(sides, paired)
+        for kind, slots in batch.slots().items():
+            side = batch.sides[kind]
+            z = None if log_z is None else log_z[slots]
+            found = Responses(
+                log_probs.log_prob[slots],
+                side.reference_log_prob,
+                log_probs.num_tokens[slots],
+                side.valid,
+                z,
+                side.score,
+            )
+            responses[kind] = jax.tree.map(grouped, found)
+        matrix, means = matrix_of(batch.sides, paired)
         return Scores(responses, matrix, _tokens(log_probs.tokens, reference, batch)), means
 
     return scores_of

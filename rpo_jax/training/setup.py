@@ -29,7 +29,7 @@ from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.end_tokens import end_tokens
 from rpo_jax.training.diagnosis import Diagnosis
 from rpo_jax.training.hooks.samples import Sampler
-from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_sweep, sweep_of
+from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_pass, sweep_of
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, params_fingerprint
 from rpo_jax.training.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 
@@ -203,9 +203,11 @@ def _of_reference(
 
     def compute(name: str, data: PreferenceData, missing: tuple[str, ...]) -> np.ndarray:
         own_rows = functools.partial(sharding.own_rows, mesh)
-        sweep = reference_sweep(config, data, missing, sharding.row_shards(mesh), own_rows)
-        with reporter.progress(f"reference, {name}", len(sweep)) as update:
-            return compute_log_probs(sweep, lambda batch: log_probs(reference_params(), put_batch(mesh, batch)), update)
+        passes = reference_pass(config, data, missing, sharding.row_shards(mesh), own_rows)
+        with reporter.progress(f"reference, {name}", len(passes)) as update:
+            return compute_log_probs(
+                passes, lambda batch: log_probs(reference_params(), put_batch(mesh, batch)), update
+            )
 
     parts = {
         "weights": weights,

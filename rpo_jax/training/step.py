@@ -1,6 +1,6 @@
 """The sharded training step: log-probs of all responses, one loss on their contrast matrix, exact micro-batches.
 
-Letters: R rows and T tokens of a packed batch; P = M + N + K response slots.
+Letters: R rows and T tokens of a packed batch; P response slots of all kinds.
 """
 
 from __future__ import annotations
@@ -97,12 +97,11 @@ class Steps:
 
 def _with_reference(batch: Batch, log_probs: LogProbs) -> Batch:
     """The batch with the reference's log-probs filled in."""
-    sides, start = [], 0
-    for side in batch.sides:
-        size = side.valid.shape[0]
-        sides.append(side._replace(reference_log_prob=log_probs.log_prob[start : start + size]))
-        start += size
-    return batch.with_sides(sides)
+    filled = {
+        kind: batch.sides[kind]._replace(reference_log_prob=log_probs.log_prob[at])
+        for kind, at in batch.slots().items()
+    }
+    return batch._replace(sides=filled)
 
 
 def build_log_probs(
@@ -266,8 +265,5 @@ def put_batch(mesh: Mesh, batch: Batch) -> Batch:
 
     return Batch(
         **{name: place(rows, getattr(batch, name)) for name in ROW_FIELDS},
-        **{
-            name: jax.tree.map(partial(place, whole), getattr(batch, name))
-            for name in ("chosen", "rejected", "mismatched", "refined")
-        },
+        sides=jax.tree.map(partial(place, whole), batch.sides),
     )

@@ -213,7 +213,7 @@ def test_an_epoch_holds_exactly_the_good_rows(tmp_path, tokenizer_folder, rows, 
     batches = batches_of(config, prepared.train, prepared.responses, 1)
     served = Counter()
     for step in range(batches.steps_per_epoch):
-        side = batches.batch_at(step).chosen
+        side = batches.batch_at(step).sides["chosen"]
         served.update(prepared.train.examples[i].row_id for i in side.example_index[side.valid])
     assert served == Counter(f"{written.path}:{number}" for number in written.good)
 

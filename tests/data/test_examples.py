@@ -4,10 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpo_jax.core.records import Message, PreferenceExample, Row
+from rpo_jax.core.records import Message, Row
 from rpo_jax.data.examples import LAYOUTS, detect_layout, embedding_text, make_examples, prompt_text
 from rpo_jax.data.faults import BadRow, Faults
 from rpo_jax.data.sources import read_rows
+
+from .ragged import pair, text_of
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -83,7 +85,7 @@ def test_columns_of_two_layouts_are_ambiguous():
     both = PAIR | {"completion": "a", "label": True}
     with pytest.raises(ValueError, match=r"fit the layouts preference and unpaired alike; set data.layout"):
         detect_layout(rows_of(both))
-    assert make_examples(rows_of(both), "unpaired").examples[0].rejected is None
+    assert make_examples(rows_of(both), "unpaired").examples[0].first("rejected") is None
 
 
 def test_a_broken_first_row_does_not_hide_the_layout():
@@ -93,10 +95,8 @@ def test_a_broken_first_row_does_not_hide_the_layout():
         make_examples(rows)
 
 
-STRING = PreferenceExample("r:1", "Why is it so?", "So.", "No.")
-TALK = PreferenceExample(
-    "r:2", (Message("system", "Brief."), Message("user", "Hi"), Message("user", "Why?")), "So.", None
-)
+STRING = pair("Why is it so?", "So.", "No.")
+TALK = pair((Message("system", "Brief."), Message("user", "Hi"), Message("user", "Why?")), "So.", None)
 
 
 def test_texts_for_the_encoder():
@@ -140,9 +140,9 @@ def test_junk_gives_bad_rows_or_a_value_error_and_nothing_else(records, layout, 
         return
     assert result.examples
     for example in result.examples:
-        assert example.chosen != example.rejected
-        assert all(text is None or text.strip() for text in (example.chosen, example.rejected))
-        embedding_text(example, "prompt_response", example.chosen or "").encode()
+        assert text_of(example, "chosen") != text_of(example, "rejected")
+        assert all(response.text.strip() for response in example.responses)
+        embedding_text(example, "prompt_response", text_of(example, "chosen") or "").encode()
     assert {row.row_id for row in result.faults.rows} <= {row.row_id for row in rows}
 
 
@@ -166,9 +166,11 @@ def test_raw_hh_transcripts():
         assert [message.role for message in example.prompt[::2]] == ["user"] * (len(example.prompt) // 2 + 1)
         assert [message.role for message in example.prompt[1::2]] == ["assistant"] * (len(example.prompt) // 2)
         for name in ("chosen", "rejected"):
-            assert originals[example.row_id][name].rstrip().endswith(f"\n\nAssistant: {getattr(example, name)}")
+            assert originals[example.row_id][name].rstrip().endswith(f"\n\nAssistant: {text_of(example, name)}")
     # Four chosen texts and one rejected one run on into another turn after the last shared one.
-    runs_on = [e.row_id.rpartition(":")[2] for e in result.examples if "\n\nAssistant:" in e.chosen + e.rejected]
+    runs_on = [
+        e.row_id.rpartition(":")[2] for e in result.examples if "\n\nAssistant:" in "".join(r.text for r in e.responses)
+    ]
     assert runs_on == ["1255", "1689", "1951", "1953", "2037"]
     with pytest.raises(ValueError, match=r"test.jsonl.gz:87: empty chosen response. 4 of 2312 rows"):
         make_examples(rows)

@@ -14,9 +14,11 @@ from pyarrow import parquet
 import rpo_jax
 from rpo_jax.data.examples import LAYOUTS, embedding_text, make_examples
 from rpo_jax.data.sources import read_rows
-from rpo_jax.data.tokenize import tokenize_examples
+from rpo_jax.data.tokenize import TokenLimits, tokenize_examples
 from tests.data.damage import ACCEPTED, DAMAGE, Source
 from tests.runs import preference_rows
+
+from .ragged import text_of
 
 PACKAGE = Path(rpo_jax.__file__).parent
 FEW, MANY = 60, pytest.param(5000, marks=pytest.mark.slow)
@@ -60,14 +62,13 @@ def feed(path, layout, tokenizer):
         assert strict.startswith(f"{found.faults.first.row_id}: {found.faults.first.reason}. {found.faults.total} of ")
     found.faults.report().encode()
     for example in found.examples:
-        assert example.chosen != example.rejected
-        embedding_text(example, "prompt_response", example.chosen or "").encode()
-    limits = {"max_prompt_tokens": 40, "max_tokens": 60, "truncation_side": found.truncation_side}
-    tokenized, bad = tokenize_examples(found.examples, tokenizer, **limits)
-    assert [example.row_id for example in tokenized] + [row_id for row_id, _ in bad] == [
+        assert text_of(example, "chosen") != text_of(example, "rejected")
+        embedding_text(example, "prompt_response", text_of(example, "chosen") or "").encode()
+    tokenized, bad = tokenize_examples(found.examples, tokenizer, TokenLimits(40, 60, found.truncation_side))
+    assert [example.row_id for example in tokenized] + [row.row_id for row in bad.rows] == [
         example.row_id for example in found.examples
     ]
-    assert all(0 < len(ids) < 60 for e in tokenized for ids in (e.chosen_ids, e.rejected_ids) if ids is not None)
+    assert all(0 < len(response.ids) < 60 for e in tokenized for response in e.responses)
 
 
 KINDS = sorted((ACCEPTED | DAMAGE).items())

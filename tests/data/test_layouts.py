@@ -7,13 +7,15 @@ import pytest
 from rpo_jax.core.records import Message, Row
 from rpo_jax.data.examples import LAYOUTS, detect_layout, make_examples
 
+from .ragged import text_of
+
 
 def rows_of(*records):
     return [Row(record, "rows.jsonl", line) for line, record in enumerate(records, start=1)]
 
 
 def parts(example):
-    return example.prompt, example.chosen, example.rejected
+    return example.prompt, text_of(example, "chosen"), text_of(example, "rejected")
 
 
 def parts_of(record, layout="auto"):

@@ -1,13 +1,13 @@
-import dataclasses
-
 import numpy as np
 import pytest
 
-from rpo_jax.core.records import RESPONSES, PreferenceData
+from rpo_jax.core.records import PreferenceData, TokenizedExample, TokenizedResponse
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.data.shapes import MAX_SHAPES
+from rpo_jax.data.packing import fill_batch, plan_batch
+from rpo_jax.data.reference_pass import ReferencePass
+from rpo_jax.data.shapes import MAX_SHAPES, PackedShape
 
-from .ragged import data_of, examples_of_lengths, sequence
+from .ragged import RESPONSES, changed, data_of, embedded, embeddings_of, examples_of_lengths, ids_of, sequence
 
 
 def paired_data(count=10, width=0, seed=0):
@@ -23,13 +23,13 @@ def unpaired_data(num_chosen, num_rejected):
 def served(batches, epoch, side="chosen"):
     """Examples of the valid slots of an epoch, in order."""
     first = epoch * batches.steps_per_epoch
-    sides = [getattr(batches.batch_at(first + step), side) for step in range(batches.steps_per_epoch)]
+    sides = [batches.batch_at(first + step).sides[side] for step in range(batches.steps_per_epoch)]
     return [int(i) for side in sides for i in side.example_index[side.valid]]
 
 
 def assert_equal(left, right):
     def arrays(batch):
-        fields = [*batch[:6], *(field for side in (batch.chosen, batch.rejected, batch.mismatched) for field in side)]
+        fields = [*batch[:6], *(field for side in batch.sides.values() for field in side)]
         return [field for field in fields if field is not None]
 
     for a, b in zip(arrays(left), arrays(right), strict=True):
@@ -77,7 +77,7 @@ def test_a_batch_depends_on_its_step_only(pairing):
 def test_the_last_batch_of_an_epoch_is_filled_with_invalid_slots():
     batches = PreferenceBatches(paired_data(10, width=3), pairs=4, responses=RESPONSES, seed=0)
     batch = batches.batch_at(2)
-    for side in (batch.chosen, batch.rejected, batch.mismatched):
+    for side in batch.sides.values():
         assert side.valid.tolist() == [True, True, False, False]
         assert side.example_index[2:].tolist() == side.prompt_id[2:].tolist() == side.text_id[2:].tolist() == [-1, -1]
         assert not side.embedding[2:].any()
@@ -92,8 +92,8 @@ def test_slots_follow_the_responses_asked_for(responses, sizes):
     batches = PreferenceBatches(paired_data(9, width=2), pairs=4, responses=responses, seed=0)
     for step in range(3):
         batch = batches.batch_at(step)
-        assert tuple(len(side.valid) for side in (batch.chosen, batch.rejected, batch.mismatched)) == sizes
-        assert [side.embedding.shape[1] for side in (batch.chosen, batch.rejected, batch.mismatched)] == [2, 2, 2]
+        assert tuple(len(batch.sides[kind].valid) if kind in batch.sides else 0 for kind in RESPONSES) == sizes
+        assert {side.embedding.shape[1] for side in batch.sides.values()} == {2}
         assert batch.response_ids.max() < sum(sizes)
 
 
@@ -103,14 +103,14 @@ def test_each_slot_holds_its_example(pairing):
     batches = PreferenceBatches(data, pairs=5, pairing=pairing, responses=RESPONSES, seed=2)
     for step in range(batches.steps_per_epoch):
         batch = batches.batch_at(step)
-        assert batch.mismatched.example_index.tolist() == batch.chosen.example_index.tolist()
+        assert batch.sides["mismatched"].example_index.tolist() == batch.sides["chosen"].example_index.tolist()
         for side, name in enumerate(RESPONSES):
-            slots = getattr(batch, name)
+            slots = batch.sides[name]
             for slot in np.flatnonzero(slots.valid):
                 source = data.examples[slots.example_index[slot]]
                 prompt, response = sequence(batch, 5 * side + slot)
                 assert prompt == source.prompt_ids.tolist()
-                assert response == getattr(source, f"{name}_ids").tolist()
+                assert response == ids_of(source, name).tolist()
 
 
 @pytest.mark.parametrize(("num_chosen", "num_rejected"), [(11, 4), (4, 11)])
@@ -125,7 +125,7 @@ def test_the_smaller_pool_goes_round_in_a_new_order(num_chosen, num_rejected):
         assert all(sorted(once) == list(pools[side]) for once in rounds)
         assert len({tuple(once) for once in rounds}) > 1
     last = batches.batch_at(3)
-    assert last.chosen.valid.tolist() == last.rejected.valid.tolist() == [True, True, False]
+    assert last.sides["chosen"].valid.tolist() == last.sides["rejected"].valid.tolist() == [True, True, False]
 
 
 def test_unpaired_data_without_rejected_responses_serves_sft():
@@ -137,9 +137,9 @@ def test_unpaired_data_without_rejected_responses_serves_sft():
 def test_reference_log_probs_come_from_the_column_of_their_response():
     data = paired_data(6)
     table = np.arange(18, dtype=np.float32).reshape(6, 3)
-    data = PreferenceData(data.examples, data.chosen_embeddings, data.rejected_embeddings, table)
+    data = embedded(data.examples, embeddings_of(data, "chosen"), embeddings_of(data, "rejected"), table)
     batch = PreferenceBatches(data, pairs=6, pairing="unpaired", responses=RESPONSES, seed=1).batch_at(0)
-    for column, side in enumerate((batch.chosen, batch.rejected, batch.mismatched)):
+    for column, side in enumerate((batch.sides["chosen"], batch.sides["rejected"], batch.sides["mismatched"])):
         assert side.reference_log_prob.tolist() == table[side.example_index, column].tolist()
 
 
@@ -190,7 +190,7 @@ def test_the_largest_shape_holds_the_worst_batch(pairing):
     batches = PreferenceBatches(data_of(examples_of_lengths(sizes)), pairs=32, pairing=pairing, seed=0)
     assert len(batches.shapes) > 1, "they are chosen by the real batches"
     worst = np.arange(3000, 3032)
-    batches._indices = lambda _: {"chosen": worst, "rejected": worst}
+    batches._indices = lambda _: dict.fromkeys(batches._pools, worst)
     assert batches.batch_at(0).tokens.shape == batches.shapes[-1]
 
 
@@ -208,7 +208,7 @@ def test_the_largest_shape_holds_a_small_pool_that_comes_round_within_a_batch():
 def test_responses_to_one_prompt_share_it_across_a_batch():
     """Four pairs to each prompt: a batch in file order stores every prompt once, and needs fewer rows for it."""
     examples = examples_of_lengths([(40, 5, 5, None)] * 16)
-    shared = [dataclasses.replace(e, prompt_ids=examples[i // 4].prompt_ids) for i, e in enumerate(examples)]
+    shared = [changed(e, prompt=examples[i // 4].prompt_ids) for i, e in enumerate(examples)]
     sizes = []
     for data in (data_of(examples), data_of(shared)):
         batch = PreferenceBatches(data, pairs=8, order="sequential", seed=0, row_tokens=128).batch_at(0)
@@ -253,3 +253,71 @@ def test_a_sweep_over_unequal_pools_has_every_response_once():
     for epoch in (0, 1):
         assert served(batches, epoch, "chosen") == [0, 1, 2, 3, 4, 5, 6]
         assert served(batches, epoch, "rejected") == [7, 8, 9]
+
+
+def many_responses(mismatched=False):
+    """Two examples with a prompt and several responses of one kind, every token of them a different one."""
+    rng, made, first = np.random.default_rng(3), [], 10
+    for number, kinds in enumerate(("chosen rejected chosen chosen rejected", "rejected chosen")):
+        responses = []
+        for kind in kinds.split() + ["mismatched"] * mismatched:
+            tokens = np.arange(first, first + rng.integers(2, 6), dtype=np.int32)
+            first += len(tokens)
+            responses.append(TokenizedResponse(kind, tokens, first))
+        prompt = np.array([1, 2, 3 + number], np.int32)
+        made.append(TokenizedExample(f"file:{number + 1}", number, (prompt,), tuple(responses)))
+    return PreferenceData(made, reference_log_probs=np.arange(7 + 2 * mismatched, dtype=np.float32))
+
+
+def test_several_responses_of_one_kind_share_a_segment():
+    data = many_responses()
+    drawn = {kind: data.of_kind(kind) for kind in ("chosen", "rejected")}
+    plan = plan_batch(data, [drawn], [PackedShape(1, 64)])
+    batch = fill_batch(plan, data, [drawn])
+    assert batch.segment_ids.max() == 2, "each prompt once"
+    assert batch.branch_ids.max() == 5
+    assert {kind: len(side.valid) for kind, side in batch.sides.items()} == {"chosen": 4, "rejected": 3}
+    for slot, number in enumerate(np.concatenate([*drawn.values()])):
+        expected = data.example_of(number).prompt_ids.tolist(), data.responses[number].ids.tolist()
+        assert sequence(batch, slot) == expected
+
+
+def test_a_reference_pass_reaches_several_responses_of_one_kind():
+    data = many_responses()
+    batches = ReferencePass(data, ("chosen", "rejected"), batch_pairs=2)
+    batch, numbers = batches.batch(0)
+    assert len(batches) == 1
+    assert sorted(numbers) == list(range(7))
+    for slot, number in enumerate(numbers):
+        assert sequence(batch, slot)[1] == data.responses[number].ids.tolist()
+
+
+def test_unpaired_pools_hold_every_response_of_a_kind():
+    data = many_responses(mismatched=True)
+    batches = PreferenceBatches(data, pairs=2, pairing="unpaired", responses=RESPONSES, seed=0)
+    assert batches.steps_per_epoch == 2
+    seen = {kind: [] for kind in RESPONSES}
+    for step in range(batches.steps_per_epoch):
+        batch = batches.batch_at(step)
+        np.testing.assert_array_equal(
+            batch.sides["mismatched"].example_index, batch.sides["chosen"].example_index, "the example's own"
+        )
+        for kind, slots in batch.slots().items():
+            side = batch.sides[kind]
+            for slot in np.flatnonzero(side.valid):
+                number = int(side.reference_log_prob[slot])  # as made above
+                assert data.responses[number].kind == kind
+                assert sequence(batch, slots.start + slot)[1] == data.responses[number].ids.tolist()
+                seen[kind].append(number)
+    assert sorted(seen["chosen"]) == data.of_kind("chosen").tolist()
+    assert sorted(set(seen["rejected"])) == data.of_kind("rejected").tolist(), (
+        "three in an epoch of four: one comes twice"
+    )
+
+
+def test_a_pair_is_the_first_response_of_each_kind():
+    data = many_responses()
+    batch = PreferenceBatches(data, pairs=2, order="sequential", seed=0).batch_at(0)
+    for kind, slots in batch.slots().items():
+        for slot, example in enumerate(data.examples):
+            assert sequence(batch, slots.start + slot)[1] == ids_of(example, kind).tolist()

@@ -1,18 +1,16 @@
 """Refined prompts, and responses once more under them: in the data, in batches, in a sweep for log-probs."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from rpo_jax.core.records import KINDS, PreferenceData, PreferenceExample
+from rpo_jax.core.records import KINDS
 from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.data.refine import refined
-from rpo_jax.data.sweep import Sweep
-from rpo_jax.data.tokenize import encode_prompts, tokenize_examples
+from rpo_jax.data.tokenize import TokenLimits, encode_prompts, tokenize_examples
 from rpo_jax.training.reference import tokens_fingerprint
 
-from .ragged import data_of, examples_of_lengths, sequence
+from .ragged import changed, data_of, embedded, embeddings_of, examples_of_lengths, ids_of, pair, sequence
 
 RESPONSES = ("chosen", "rejected", "refined_chosen", "refined_rejected")
 TEXT = "Answer well. Query:"
@@ -25,20 +23,19 @@ def data(count=13, width=2):
 
 
 def with_refined(example):
-    return dataclasses.replace(
+    return changed(
         example,
-        refined_prompt_ids=np.concatenate([np.full(5, 9999, np.int32), example.prompt_ids]),
-        refined_chosen_ids=example.chosen_ids,
-        refined_rejected_ids=example.rejected_ids[:4],
+        refined_prompt=np.concatenate([np.full(5, 9999, np.int32), example.prompt_ids]),
+        refined_chosen=ids_of(example, "chosen"),
+        refined_rejected=ids_of(example, "rejected")[:4],
     )
 
 
 def examples(rows, **limits):
     return lambda tokenizer: tokenize_examples(
-        [PreferenceExample(f"rows.jsonl:{i + 1}", *row) for i, row in enumerate(rows)],
+        [pair(*row, f"rows.jsonl:{i + 1}") for i, row in enumerate(rows)],
         tokenizer,
-        truncation_side="keep_end",
-        **limits,
+        TokenLimits(truncation_side="keep_end", **limits),
     )[0]
 
 
@@ -49,14 +46,15 @@ def test_the_text_stands_before_the_prompt_as_it_was_cut(tokenizer):
     (text,) = encode_prompts([TEXT], tokenizer)
     bos = int(tokenizer.bos_token_id is not None)
     for one, other in zip(before, after, strict=True):
-        assert other.refined_prompt_ids.tolist() == [*text.tolist(), *one.prompt_ids[bos:].tolist()]
-        assert other.prompt_of("chosen") is one.prompt_ids
-        assert other.prompt_of("refined_rejected") is other.refined_prompt_ids
-        room = 40 - len(other.refined_prompt_ids)
-        assert other.refined_chosen_ids.tolist() == one.chosen_ids[:room].tolist()
-        assert other.chosen_ids is one.chosen_ids
-    assert after[0].refined_rejected_ids is None
-    assert len(after[1].refined_rejected_ids)
+        plain_prompt, refined_prompt = other.prompts
+        assert refined_prompt.tolist() == [*text.tolist(), *one.prompt_ids[bos:].tolist()]
+        assert plain_prompt is one.prompt_ids
+        assert [response.prompt for response in other.responses] == [0, 1] if one is before[0] else [0, 0, 1, 1]
+        room = 40 - len(refined_prompt)
+        assert ids_of(other, "refined_chosen").tolist() == ids_of(one, "chosen")[:room].tolist()
+        assert ids_of(other, "chosen") is ids_of(one, "chosen")
+    assert ids_of(after[0], "refined_rejected") is None
+    assert len(ids_of(after[1], "refined_rejected"))
 
 
 def test_no_room_for_a_response_is_told_with_the_row(tokenizer):
@@ -69,45 +67,45 @@ def test_no_room_for_a_response_is_told_with_the_row(tokenizer):
 def test_each_slot_holds_its_example_under_its_prompt(pairing):
     source = data()
     table = np.arange(13 * len(KINDS), dtype=np.float32).reshape(13, -1)
-    source = PreferenceData(source.examples, source.chosen_embeddings, source.rejected_embeddings, table)
+    source = embedded(source.examples, embeddings_of(source, "chosen"), embeddings_of(source, "rejected"), table)
     batches = PreferenceBatches(source, pairs=5, pairing=pairing, responses=RESPONSES, seed=2)
     for step in range(batches.steps_per_epoch):
         batch = batches.batch_at(step)
         assert batch.tokens.shape in [tuple(shape) for shape in batches.shapes]
-        assert [side.valid.size for side in batch.sides] == [5, 5, 0, 5, 5]
-        for plain, again in zip((batch.chosen, batch.rejected), batch.refined, strict=True):
+        assert {kind: (at.start, at.stop) for kind, at in batch.slots().items()} == {
+            kind: (first, first + 5) for first, kind in zip((0, 5, 10, 15), RESPONSES, strict=True)
+        }
+        for kind in ("chosen", "rejected"):
+            plain, again = batch.sides[kind], batch.sides[f"refined_{kind}"]
             np.testing.assert_array_equal(plain.valid, again.valid)
             np.testing.assert_array_equal(plain.example_index, again.example_index)
-        for first, kind, side in zip(
-            (0, 5, 10, 15), RESPONSES, (batch.chosen, batch.rejected, *batch.refined), strict=True
-        ):
+        for kind, slots in batch.slots().items():
+            side = batch.sides[kind]
             for slot in np.flatnonzero(side.valid):
                 example = source.examples[side.example_index[slot]]
-                expected = example.prompt_of(kind).tolist(), getattr(example, f"{kind}_ids").tolist()
-                assert sequence(batch, first + slot) == expected
-                assert side.reference_log_prob[slot] == table[side.example_index[slot], KINDS.index(kind)]
+                prompt = example.prompts[kind.startswith("refined")]
+                assert sequence(batch, slots.start + slot) == (prompt.tolist(), ids_of(example, kind).tolist())
+                assert side.reference_log_prob[slot] == table[side.example_index[slot], list(KINDS).index(kind)]
 
 
 @pytest.mark.parametrize("row_tokens", [None, 29])
 def test_a_sweep_reaches_them_under_their_prompts(row_tokens):
     source = data(40)
-    sweep = Sweep(source, RESPONSES, batch_pairs=8, row_tokens=row_tokens)
+    sweep = ReferencePass(source, RESPONSES, batch_pairs=8, row_tokens=row_tokens)
     reached = []
     for number in range(len(sweep)):
-        batch, indices, columns = sweep.call(number)
-        for slot, (index, column) in enumerate(zip(indices, columns, strict=True)):
-            example, kind = source.examples[index], KINDS[column]
-            assert sequence(batch, slot) == (
-                example.prompt_of(kind).tolist(),
-                getattr(example, f"{kind}_ids").tolist(),
-            )
-            reached.append((int(index), kind))
+        batch, found = sweep.batch(number)
+        for slot, index in enumerate(found):
+            response, example = source.responses[index], source.example_of(index)
+            prompt = example.prompts[response.kind.startswith("refined")]
+            assert sequence(batch, slot) == (prompt.tolist(), response.ids.tolist())
+            reached.append((int(source.example_index[index]), response.kind))
     assert sorted(reached) == sorted((i, kind) for i in range(40) for kind in RESPONSES)
 
 
 def test_a_cache_tells_texts_before_the_prompt_apart():
     source, other = data(), data()
-    other.examples[3].refined_prompt_ids[0] += 1
+    other.examples[3].prompts[1][0] += 1
     assert tokens_fingerprint(source, "chosen") == tokens_fingerprint(other, "chosen")
     assert tokens_fingerprint(source, "refined_chosen") != tokens_fingerprint(other, "refined_chosen")
 

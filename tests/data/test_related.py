@@ -4,11 +4,10 @@ import sys
 import numpy as np
 import pytest
 
-from rpo_jax.core.records import RESPONSES, PreferenceData
 from rpo_jax.data import related
 from rpo_jax.data.loader import PreferenceBatches
 
-from .ragged import data_of, examples_of_lengths
+from .ragged import RESPONSES, data_of, embedded, examples_of_lengths
 
 TOPICS, EACH = 16, 12
 
@@ -23,7 +22,7 @@ def topics(seed=0, each=EACH, width=24, spread=0.25):
 
 def data_with(embeddings, rejected=None, lengths=(3, 4, 5, 2)):
     data = data_of(examples_of_lengths([lengths] * len(embeddings)))
-    return PreferenceData(data.examples, embeddings, embeddings if rejected is None else rejected)
+    return embedded(data.examples, embeddings, rejected)
 
 
 def same_topic_share(index, topic, size):
@@ -36,7 +35,7 @@ def same_topic_share(index, topic, size):
 def served(batches, epoch=0, side="chosen"):
     """Example of each valid slot of an epoch, batch by batch."""
     steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
-    sides = [getattr(batches.batch_at(step), side) for step in steps]
+    sides = [batches.batch_at(step).sides[side] for step in steps]
     return [found.example_index[found.valid].tolist() for found in sides]
 
 
@@ -77,7 +76,7 @@ def test_unpaired_sides_are_neighbours_of_each_other():
     embeddings, topic = topics()
     chosen = np.arange(len(topic)) % 2 == 0
     lengths = [(3, 4, None, None) if one else (3, None, 4, None) for one in chosen]
-    data = PreferenceData(examples_of_lengths(lengths), embeddings, embeddings)
+    data = embedded(examples_of_lengths(lengths), embeddings)
     crossed = {}
     for order in ("related", "shuffled"):
         batches = PreferenceBatches(data, pairs=12, pairing="unpaired", order=order, seed=0)
@@ -93,7 +92,7 @@ def test_a_smaller_pool_comes_as_often_as_in_shuffled_order_and_every_batch_is_h
         (2, None, 9 + i, None) for i in range(num_rejected)
     ]
     embeddings = np.random.default_rng(0).normal(size=(len(lengths), 8)).astype(np.float32)
-    data = PreferenceData(examples_of_lengths(lengths), embeddings, embeddings)
+    data = embedded(examples_of_lengths(lengths), embeddings)
     made = {
         order: PreferenceBatches(data, pairs=8, pairing="unpaired", order=order, seed=2)
         for order in ("related", "shuffled")
@@ -130,10 +129,10 @@ def test_a_batch_depends_on_its_step_only():
         return PreferenceBatches(data_with(embeddings), pairs=10, order="related", group=5, seed=4)
 
     batches = fresh()
-    forward = [batches.batch_at(step).chosen.example_index for step in range(45)]
+    forward = [batches.batch_at(step).sides["chosen"].example_index for step in range(45)]
     for step in (44, 3, 21, 0):
-        np.testing.assert_array_equal(batches.batch_at(step).chosen.example_index, forward[step])
-        np.testing.assert_array_equal(fresh().batch_at(step).chosen.example_index, forward[step])
+        np.testing.assert_array_equal(batches.batch_at(step).sides["chosen"].example_index, forward[step])
+        np.testing.assert_array_equal(fresh().batch_at(step).sides["chosen"].example_index, forward[step])
 
 
 def test_no_rounding_of_a_machine_can_change_the_order():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rpo_jax.data.shapes import MAX_SHAPES, Shape, choose_shapes, row_lengths
+from rpo_jax.data.shapes import MAX_SHAPES, PackedShape, choose_shapes, row_lengths
 
 
 def padded(shapes, needed, lengths):
@@ -26,7 +26,7 @@ def test_as_many_needs_as_shapes_are_met_exactly():
     needed = np.repeat([[3], [5], [7], [11]], 10, axis=0)
     shapes = choose_shapes(needed, (64,), most_rows=40, multiple=1)
     assert padded(shapes, needed, [64]) == [rows * 64 for rows in needed[:, 0]]
-    assert shapes[-1] == Shape(40, 64)
+    assert shapes[-1] == PackedShape(40, 64)
 
 
 def test_rare_batches_get_no_shape_of_their_own():
@@ -43,7 +43,7 @@ def test_no_worse_than_the_best_of_all_subsets_by_much():
     shapes = choose_shapes(needed, (64,), most_rows=64, multiple=1)
     fixed = [shape for shape in shapes if shape.rows > needed.max()]
     free = MAX_SHAPES + 1 - len(fixed)
-    every = [Shape(int(rows), 64) for rows in np.unique(needed)]
+    every = [PackedShape(int(rows), 64) for rows in np.unique(needed)]
     best = min(sum(padded([*fixed, *some], needed, [64])) for some in combinations(every, free))
     assert sum(padded(shapes, needed, [64])) <= 1.01 * best
 

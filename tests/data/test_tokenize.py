@@ -7,8 +7,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rpo_jax.core.records import Message, PreferenceExample
-from rpo_jax.data.tokenize import encode_prompts, render_prompt, tokenize_examples
+from rpo_jax.core.records import Message, PreferenceExample, Response
+from rpo_jax.data.faults import Faults
+from rpo_jax.data.tokenize import (
+    TokenLimits,
+    encode_examples,
+    encode_prompts,
+    join_encoded,
+    render_prompt,
+    tokenize_examples,
+)
+
+from .ragged import ids_of, pair
 
 BOS, EOS = 0, 1
 
@@ -25,13 +35,18 @@ def words(first, count):
     return " ".join(f"w{number}" for number in range(first, first + count))
 
 
-def pair(prompt, chosen, rejected, row_id="file:1"):
-    return PreferenceExample(row_id, prompt, chosen, rejected)
+def tokenized_with(examples, tokenizer, mismatched=False, **limits):
+    return tokenize_examples(examples, tokenizer, TokenLimits(**limits), mismatched=mismatched)
+
+
+def text_id_of(example, kind):
+    response = example.first(kind)
+    return -1 if response is None else response.text_id
 
 
 def one(tokenizer, example, **arguments):
     arguments = {"max_prompt_tokens": 4, "max_tokens": 10, "truncation_side": "keep_start", **arguments}
-    tokenized, bad_rows = tokenize_examples([example], tokenizer, **arguments)
+    tokenized, bad_rows = tokenized_with([example], tokenizer, **arguments)
     assert not bad_rows
     return tokenized[0]
 
@@ -59,8 +74,8 @@ def test_truncation_without_bos(case):
     example = pair(words(2, num_prompt), words(20, num_chosen), words(40, num_rejected))
     got = one(tokenizer, example, truncation_side=side)
     assert got.prompt_ids.tolist() == prompt
-    assert got.chosen_ids.tolist() == chosen
-    assert got.rejected_ids.tolist() == rejected
+    assert ids_of(got, "chosen").tolist() == chosen
+    assert ids_of(got, "rejected").tolist() == rejected
 
 
 @pytest.mark.parametrize(
@@ -78,7 +93,7 @@ def test_bos_counts_and_survives_truncation(num_prompt, side, max_prompt_tokens,
     example = pair(words(2, num_prompt), words(20, 2), words(40, 1))
     got = one(tokenizer, example, truncation_side=side, max_prompt_tokens=max_prompt_tokens)
     assert got.prompt_ids.tolist() == prompt
-    assert got.chosen_ids.tolist() == [20, 21, EOS]
+    assert ids_of(got, "chosen").tolist() == [20, 21, EOS]
 
 
 @given(sizes=st.tuples(*[st.integers(0, 30)] * 3), side=st.sampled_from(["keep_start", "keep_end"]), bos=st.booleans())
@@ -86,7 +101,7 @@ def test_laws_of_truncation(sizes, side, bos):
     tokenizer = words_tokenizer(eos_token="</s>", **({"bos_token": "<s>"} if bos else {}))
     example = pair("w2 " + words(2, sizes[0]), words(20, sizes[1]), words(20, sizes[2]))
     got = one(tokenizer, example, truncation_side=side, max_prompt_tokens=9, max_tokens=20)
-    for ids, num_words in ((got.chosen_ids, sizes[1]), (got.rejected_ids, sizes[2])):
+    for ids, num_words in ((ids_of(got, "chosen"), sizes[1]), (ids_of(got, "rejected"), sizes[2])):
         assert 1 <= len(ids) <= 20 - len(got.prompt_ids)
         cut = len(ids) < num_words + 1
         assert ids.tolist().count(EOS) == (not cut)
@@ -104,20 +119,20 @@ def test_prompt_and_response_are_tokenised_apart(tokenizer):
     assert len(tokenizer(" capital", add_special_tokens=False)["input_ids"]) == 1
     got = one(tokenizer, pair("The cap", "ital", "acity"), max_prompt_tokens=40, max_tokens=50)
     assert tokenizer.decode(got.prompt_ids) == "<s>The cap"
-    assert tokenizer.decode(got.chosen_ids) == "ital</s>"
+    assert tokenizer.decode(ids_of(got, "chosen")) == "ital</s>"
 
 
 def test_special_tokens_in_the_text_are_not_doubled(tokenizer):
     got = one(tokenizer, pair("<s>Hi<s>", "<s>Yes</s>", "No"), max_prompt_tokens=40, max_tokens=50)
     assert tokenizer.decode(got.prompt_ids) == "<s>Hi"
-    assert tokenizer.decode(got.chosen_ids) == "Yes</s>"
+    assert tokenizer.decode(ids_of(got, "chosen")) == "Yes</s>"
 
 
 def test_a_bos_that_is_eos_ends_turns_too():
     tokenizer = words_tokenizer(bos_token="</s>", eos_token="</s>")
     first, second = encode_prompts(["w2 </s> w3", "</s> w2 </s> w3"], tokenizer)
     assert first.tolist() == second.tolist() == [EOS, 2, EOS, 3]
-    assert one(tokenizer, pair("w2", "w3", "w4")).chosen_ids.tolist() == [3, EOS]
+    assert ids_of(one(tokenizer, pair("w2", "w3", "w4")), "chosen").tolist() == [3, EOS]
 
 
 def test_messages_use_the_default_tags_or_the_tokenizers_own_template(tokenizer):
@@ -128,7 +143,7 @@ def test_messages_use_the_default_tags_or_the_tokenizers_own_template(tokenizer)
     own = copy.deepcopy(tokenizer)
     own.chat_template = "{% for m in messages %}[{{ m.role }}]{{ bos_token }}{{ m.content }}{% endfor %}"
     assert render_prompt(messages, own) == "[system]<s>s[user]<s>u[assistant]<s>a[user]<s>v"
-    got = one(own, PreferenceExample("file:1", messages, "yes", "no"), max_prompt_tokens=60, max_tokens=80)
+    got = one(own, pair(messages, "yes", "no"), max_prompt_tokens=60, max_tokens=80)
     assert tokenizer.decode(got.prompt_ids) == "<s>[system]s[user]u[assistant]a[user]v"
 
 
@@ -146,21 +161,21 @@ def test_rows_that_cannot_be_used_are_reported_and_left_out(tokenizer):
     )
     good, bad = (Message("user", "u"),), (Message("system", "s"), Message("user", "u"))
     examples = [pair(bad, "a", "b", "file:1"), pair(good, "c", "d", "file:2")]
-    tokenized, bad_rows = tokenize_examples(
+    tokenized, bad_rows = tokenized_with(
         examples, strict, max_prompt_tokens=99, max_tokens=100, truncation_side="keep_end"
     )
-    assert [(example.row_id, example.prompt_id, example.chosen_text_id) for example in tokenized] == [("file:2", 0, 0)]
-    assert [row_id for row_id, _ in bad_rows] == ["file:1"]
-    assert "roles system, user: roles must alternate" in bad_rows[0][1]
+    assert [(e.row_id, e.prompt_id, text_id_of(e, "chosen")) for e in tokenized] == [("file:2", 0, 0)]
+    assert [row.row_id for row in bad_rows.rows] == ["file:1"]
+    assert "roles system, user: roles must alternate" in bad_rows.first.reason
 
 
 def test_an_empty_prompt_needs_a_bos():
     arguments = {"max_prompt_tokens": 4, "max_tokens": 10, "truncation_side": "keep_start"}
     examples = [pair("", "w3", "w4")]
-    tokenized, bad_rows = tokenize_examples(examples, words_tokenizer(eos_token="</s>"), **arguments)
+    tokenized, bad_rows = tokenized_with(examples, words_tokenizer(eos_token="</s>"), **arguments)
     assert not tokenized
-    assert bad_rows == [("file:1", "the prompt is empty, and the tokenizer has no BOS to stand for it")]
-    tokenized, bad_rows = tokenize_examples(examples, words_tokenizer(bos_token="<s>", eos_token="</s>"), **arguments)
+    assert bad_rows.rows == [("file:1", "the prompt is empty, and the tokenizer has no BOS to stand for it")]
+    tokenized, bad_rows = tokenized_with(examples, words_tokenizer(bos_token="<s>", eos_token="</s>"), **arguments)
     assert tokenized[0].prompt_ids.tolist() == [BOS]
     assert not bad_rows
 
@@ -174,16 +189,14 @@ def test_ids_number_distinct_prompts_and_responses():
         pair(long + " w3", None, "w7"),  # cut to the same tokens, and yet another prompt
         pair("w2", "w6", "w5"),
     ]
-    tokenized, _ = tokenize_examples(
-        examples, tokenizer, max_prompt_tokens=4, max_tokens=10, truncation_side="keep_start"
-    )
+    tokenized, _ = tokenized_with(examples, tokenizer, max_prompt_tokens=4, max_tokens=10, truncation_side="keep_start")
     assert [example.prompt_id for example in tokenized] == [0, 1, 2, 0]
-    assert [example.chosen_text_id for example in tokenized] == [0, 1, -1, 1]
-    assert [example.rejected_text_id for example in tokenized] == [1, -1, 2, 0]
-    assert tokenized[1].rejected_ids is None
-    assert tokenized[2].chosen_ids is None
+    assert [text_id_of(example, "chosen") for example in tokenized] == [0, 1, -1, 1]
+    assert [text_id_of(example, "rejected") for example in tokenized] == [1, -1, 2, 0]
+    assert ids_of(tokenized[1], "rejected") is None
+    assert ids_of(tokenized[2], "chosen") is None
     np.testing.assert_array_equal(tokenized[1].prompt_ids, tokenized[2].prompt_ids)
-    assert all(example.mismatched_ids is None for example in tokenized)
+    assert all(ids_of(example, "mismatched") is None for example in tokenized)
 
 
 def test_mismatched_responses_answer_the_next_other_prompt():
@@ -195,17 +208,17 @@ def test_mismatched_responses_answer_the_next_other_prompt():
         pair("w4 w4 w4", "w13", None),
         pair("w2", "w14", "w24"),
     ]
-    tokenized, _ = tokenize_examples(
+    tokenized, _ = tokenized_with(
         examples, tokenizer, max_prompt_tokens=4, max_tokens=10, truncation_side="keep_start", mismatched=True
     )
-    got = [example.mismatched_ids.tolist() for example in tokenized]
+    got = [ids_of(example, "mismatched").tolist() for example in tokenized]
     assert got == [list(range(22, 31)), list(range(22, 31)), [13, EOS], [14, EOS], list(range(22, 31))]
 
 
 def test_mismatched_responses_need_two_prompts():
     examples = [pair("w2", "w3", "w4")] * 2
     with pytest.raises(ValueError, match="All 2 examples have the same prompt"):
-        tokenize_examples(
+        tokenized_with(
             examples,
             words_tokenizer(eos_token="</s>"),
             max_prompt_tokens=4,
@@ -240,4 +253,27 @@ def test_a_tokenizer_without_eos_is_refused():
 
 def test_no_examples_give_none(tokenizer):
     arguments = {"max_prompt_tokens": 4, "max_tokens": 10, "truncation_side": "keep_end", "mismatched": True}
-    assert tokenize_examples([], tokenizer, **arguments) == ([], [])
+    assert tokenized_with([], tokenizer, **arguments) == ([], Faults())
+
+
+def test_any_number_of_responses_of_one_kind_follow_one_prompt():
+    answers = [("chosen", "w10"), ("rejected", "w20"), ("chosen", words(30, 9)), ("chosen", "w10 w11")]
+    example = PreferenceExample("file:1", "w2 w3", tuple(Response(*answer) for answer in answers))
+    got = one(words_tokenizer(eos_token="</s>"), example)
+    assert [(r.kind, r.ids.tolist(), r.text_id) for r in got.responses] == [
+        ("chosen", [10, EOS], 0),
+        ("rejected", [20, EOS], 1),
+        ("chosen", list(range(30, 38)), 2),
+        ("chosen", [10, 11, EOS], 3),
+    ]
+
+
+def test_what_an_example_is_in_tokens_does_not_depend_on_what_it_comes_with():
+    """So that processes can share the work: parts encoded on their own join to the same."""
+    tokenizer, limits = words_tokenizer(eos_token="</s>"), TokenLimits(4, 10, "keep_end")
+    examples = [pair(words(2, 1 + i % 7), words(20, i % 9), None if i % 2 else "w50", f"file:{i}") for i in range(30)]
+    examples[4] = pair("", "w2", "w3", "file:4")
+    parts = [encode_examples(examples[first : first + 7], tokenizer, limits) for first in range(0, 30, 7)]
+    joined = join_encoded(examples, [found for part in parts for found in part], limits, mismatched=True)
+    assert repr(joined) == repr(tokenize_examples(examples, tokenizer, limits, mismatched=True))
+    assert joined[1].rows == [("file:4", "the prompt is empty, and the tokenizer has no BOS to stand for it")]

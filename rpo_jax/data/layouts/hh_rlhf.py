@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rpo_jax.core.records import Message
-from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, common_prefix, per_row, text_field
+from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, common_prefix, pair, per_row, text_field
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -26,7 +26,7 @@ def parse(values: Mapping[str, Any]) -> Parts:
     if cut < 0 or not shared.startswith(_HUMAN):
         raise Unusable("no shared prompt: the texts do not begin with the same Human and Assistant turns")
     responses = [text[cut + len(_ASSISTANT) :].strip() for text in (chosen, rejected)]
-    return Parts(_messages(shared[:cut]), *responses)
+    return pair(_messages(shared[:cut]), *responses)
 
 
 def _messages(transcript: str) -> tuple[Message, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from rpo_jax.core.records import Message, PreferenceExample, Row
+from rpo_jax.core.records import Message, PreferenceExample, Response, Row
 from rpo_jax.data.faults import BadRow, shown
 
 ROLES = {
@@ -30,11 +30,15 @@ class Unusable(Exception):
 
 
 class Parts(NamedTuple):
-    """What a layout finds in a row; None where the layout has no such response."""
+    """What a layout finds in a row."""
 
     prompt: str | tuple[Message, ...]
-    chosen: str | None
-    rejected: str | None
+    responses: tuple[Response, ...]
+
+
+def pair(prompt: str | tuple[Message, ...], chosen: str, rejected: str) -> Parts:
+    """A prompt with one response of each kind."""
+    return Parts(prompt, (Response("chosen", chosen), Response("rejected", rejected)))
 
 
 Reader = Callable[[Iterable[Row]], Iterable[PreferenceExample | BadRow]]
@@ -83,12 +87,12 @@ def finish(row_id: str, parts: Parts) -> PreferenceExample:
     if not (prompt if isinstance(prompt, str) else prompt[-1].content).strip():
         raise Unusable("empty prompt")
     texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
-    for name, response in (("chosen", parts.chosen), ("rejected", parts.rejected)):
-        if response is not None:
-            if not response.strip():
-                raise Unusable(f"empty {name} response")
-            texts.append(response)
-    if parts.chosen == parts.rejected:
+    for response in parts.responses:
+        if not response.text.strip():
+            raise Unusable(f"empty {response.kind} response")
+        texts.append(response.text)
+    chosen, rejected = ({one.text for one in parts.responses if one.kind == kind} for kind in ("chosen", "rejected"))
+    if chosen & rejected:
         raise Unusable("chosen equals rejected")
     for text in texts:
         try:
@@ -98,7 +102,7 @@ def finish(row_id: str, parts: Parts) -> PreferenceExample:
             raise Unusable(f"not valid unicode text: lone surrogate U+{code:04X}") from None
         if "\0" in text:  # other control characters may be meant; this one ends the text for half of all programs
             raise Unusable("null character: a text holds U+0000")
-    return PreferenceExample(row_id, prompt, parts.chosen, parts.rejected)
+    return PreferenceExample(row_id, prompt, parts.responses)
 
 
 def field(values: Mapping[str, Any], name: str) -> Any:
@@ -158,6 +162,17 @@ def messages_field(values: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     return tuple(_message(item, name) for item in items)
 
 
+def prompt_field(values: Mapping[str, Any]) -> str | tuple[Message, ...]:
+    """The column `prompt`: text as it is, or messages."""
+    prompt = field(values, "prompt")
+    return prompt if isinstance(prompt, str) else messages_field(values, "prompt")
+
+
+def as_answered(prompt: str | tuple[Message, ...], response: Any) -> str | tuple[Message, ...]:
+    """The prompt of a response column: an assistant's message answers a user's, so a text before it is one."""
+    return prompt if isinstance(response, str) or not isinstance(prompt, str) else (Message("user", prompt),)
+
+
 def _message(item: Any, name: str) -> Message:
     if not isinstance(item, Mapping):
         raise _wrong_type(name, "messages", item)
@@ -199,7 +214,7 @@ def common_prefix(first: str, second: str) -> str:
     return first[: bisect.bisect_left(shorter, True, key=lambda n: first[: n + 1] != second[: n + 1])]
 
 
-def shared_conversation(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], str, str]:
+def shared_conversation(values: Mapping[str, Any]) -> Parts:
     """Prompt and responses of two conversations that differ in their last turn only."""
     chosen, rejected = messages_field(values, "chosen"), messages_field(values, "rejected")
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
@@ -207,4 +222,4 @@ def shared_conversation(values: Mapping[str, Any]) -> tuple[tuple[Message, ...],
             raise Unusable(f"column '{name}' does not end with an assistant turn")
     if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
         raise Unusable("no shared prompt: the conversations differ before their last turn, or have no other")
-    return chosen[:-1], chosen[-1].content, rejected[-1].content
+    return pair(chosen[:-1], chosen[-1].content, rejected[-1].content)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rpo_jax.core.records import Message, PreferenceExample, Row
 from rpo_jax.data.faults import BadRow, shown
-from rpo_jax.data.layouts.layout import ROLES, Layout, Parts, Unusable, finish, text_field
+from rpo_jax.data.layouts.layout import ROLES, Layout, Unusable, finish, pair, text_field
 
 
 class _Node(NamedTuple):
@@ -44,7 +44,7 @@ def read(rows: Iterable[Row]) -> Iterator[PreferenceExample | BadRow]:
             try:
                 if rank == best_rank:
                     raise Unusable("the reply shares the best rank with another")
-                yield finish(other.row_id, Parts(_path(nodes, parent), best.text, other.text))
+                yield finish(other.row_id, pair(_path(nodes, parent), best.text, other.text))
             except Unusable as reason:
                 yield BadRow(other.row_id, str(reason))
 

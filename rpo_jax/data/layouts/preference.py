@@ -11,10 +11,12 @@ from rpo_jax.data.layouts.layout import (
     Layout,
     Parts,
     Unusable,
+    as_answered,
     common_prefix,
     field,
-    messages_field,
+    pair,
     per_row,
+    prompt_field,
     reply_field,
     shared_conversation,
     text_field,
@@ -32,19 +34,15 @@ def parse(values: Mapping[str, Any]) -> Parts:
     if "prompt" not in values:
         if isinstance(field(values, "chosen"), str):
             return _shared_words(text_field(values, "chosen"), text_field(values, "rejected"))
-        return Parts(*shared_conversation(values))
-    prompt = field(values, "prompt")
-    if not isinstance(prompt, str):
-        prompt = messages_field(values, "prompt")
+        return shared_conversation(values)
+    prompt = prompt_field(values)
     if _is_longer_conversation(values):
-        shared, chosen, rejected = shared_conversation(values)
-        if not _repeats(prompt, shared):
+        parts = shared_conversation(values)
+        if not _repeats(prompt, parts.prompt):
             raise Unusable("no shared prompt: the column 'prompt' is not what both conversations begin with")
-        return Parts(shared, chosen, rejected)
+        return parts
     chosen, rejected = reply_field(values, "chosen"), reply_field(values, "rejected")
-    if isinstance(prompt, str) and not isinstance(values["chosen"], str):
-        prompt = (Message("user", prompt),)  # an assistant's message answers a user's
-    return Parts(prompt, chosen, rejected)
+    return pair(as_answered(prompt, values["chosen"]), chosen, rejected)
 
 
 def _is_longer_conversation(values: Mapping[str, Any]) -> bool:
@@ -52,9 +50,9 @@ def _is_longer_conversation(values: Mapping[str, Any]) -> bool:
     return isinstance(chosen, list) and len(chosen) > 1
 
 
-def _repeats(prompt: str | tuple[Message, ...], shared: tuple[Message, ...]) -> bool:
+def _repeats(prompt: str | tuple[Message, ...], shared: str | tuple[Message, ...]) -> bool:
     if isinstance(prompt, str):
-        return any(prompt == message.content for message in shared)
+        return any(prompt == message.content for message in shared if isinstance(message, Message))
     return prompt == shared[: len(prompt)]
 
 
@@ -66,7 +64,7 @@ def _shared_words(chosen: str, rejected: str) -> Parts:
         cut = last_word.start() if last_word else 0
     if not chosen[:cut].strip():
         raise Unusable("no shared prompt: chosen and rejected do not begin with the same words")
-    return Parts(chosen[:cut], chosen[cut:], rejected[cut:])
+    return pair(chosen[:cut], chosen[cut:], rejected[cut:])
 
 
 LAYOUT = Layout(

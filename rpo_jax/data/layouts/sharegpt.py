@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rpo_jax.core.records import Message
-from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, messages_field, per_row, reply_field, text_field
+from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, messages_field, pair, per_row, reply_field, text_field
 
 
 def parse(values: Mapping[str, Any]) -> Parts:
@@ -16,7 +16,7 @@ def parse(values: Mapping[str, Any]) -> Parts:
         if any(message.role == "system" for message in prompt):
             raise Unusable("two system prompts: one in the column 'system', one in 'conversations'")
         prompt = (Message("system", system), *prompt)
-    return Parts(prompt, reply_field(values, "chosen"), reply_field(values, "rejected"))
+    return pair(prompt, reply_field(values, "chosen"), reply_field(values, "rejected"))
 
 
 LAYOUT = Layout(

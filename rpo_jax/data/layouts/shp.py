@@ -7,7 +7,7 @@ from typing import Any
 
 from rpo_jax.core.records import Message
 from rpo_jax.data.faults import shown
-from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, field, per_row, text_field
+from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, field, pair, per_row, text_field
 
 
 def parse(values: Mapping[str, Any]) -> Parts:
@@ -17,7 +17,7 @@ def parse(values: Mapping[str, Any]) -> Parts:
     if not isinstance(label, int) or label not in (0, 1):
         raise Unusable(f"column 'labels' is neither 1 (A preferred) nor 0 (B preferred): got {shown(label)}")
     chosen, rejected = (first, second) if label else (second, first)
-    return Parts((Message("user", text_field(values, "history")),), chosen, rejected)
+    return pair((Message("user", text_field(values, "history")),), chosen, rejected)
 
 
 LAYOUT = Layout(

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from rpo_jax.data.faults import shown
-from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, field, list_field, object_field, per_row, text_field
+from rpo_jax.data.layouts.layout import (
+    Layout,
+    Parts,
+    Unusable,
+    field,
+    list_field,
+    object_field,
+    pair,
+    per_row,
+    text_field,
+)
 
 
 def parse(values: Mapping[str, Any]) -> Parts:
@@ -29,7 +39,7 @@ def parse(values: Mapping[str, Any]) -> Parts:
         raise Unusable(f"column 'choice' is neither 0 nor 1: got {shown(choice)}")
     prompt = f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
     chosen, rejected = (text_field(summaries[index], "text").strip() for index in (choice, 1 - choice))
-    return Parts(prompt, f" {chosen}", f" {rejected}")
+    return pair(prompt, f" {chosen}", f" {rejected}")
 
 
 LAYOUT = Layout(

@@ -86,7 +86,7 @@ def new_config(
 
 
 def configured(
-    sizes: PolicyConfig, vocab_size: int, max_position_embeddings: int, **token_ids: int | None
+    sizes: PolicyConfig, vocab_size: int, max_position_embeddings: int, **token_ids: Any
 ) -> ModelConfig:
     """Architecture of a model from scratch with a configuration's sizes; the vocabulary is rounded up, to be split.
 

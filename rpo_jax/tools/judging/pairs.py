@@ -70,11 +70,11 @@ def _prompt(values: Mapping[str, Any], place: str) -> Prompt:
 
 def read_chosen(path: str, *, split: str, layout: str) -> list[Response]:
     """The chosen responses of a data set, in file order."""
-    examples = make_examples(read_rows(path, split=split), layout=layout).own
+    examples = make_examples(read_rows(path, split=split), layout=layout).examples
     return [
-        Response(example.row_id, example.prompt, example.chosen, example.row_id)
+        Response(example.row_id, example.prompt, chosen.text, example.row_id)
         for example in examples
-        if example.chosen is not None
+        if (chosen := example.first("chosen")) is not None
     ]
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from rpo_jax import models
 from rpo_jax.config import Config, resolve
-from rpo_jax.core.records import REFINED, Batch, Side
+from rpo_jax.core.records import KINDS, Batch, Side
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.planning.chips import CHIPS, TPUS, Chip
@@ -218,13 +218,10 @@ def abstract_batch(config: Config, steps: Steps, mesh: jax.sharding.Mesh, batch:
     rows, whole = sharding.by_rows(mesh), sharding.replicated(mesh)
     row = jax.ShapeDtypeStruct((batch.rows, batch.row_tokens), jnp.int32, sharding=rows)
 
-    def side(name: str) -> Side:
-        slots = config.batch.pairs if name in steps.objective.responses else 0
-        of = partial(jax.ShapeDtypeStruct, sharding=whole)
-        ids = of((slots,), jnp.int32)
-        numbers = of((slots,), jnp.float32)
-        score = numbers if steps.objective.uses_scores and name in ("chosen", "rejected") else None
+    def side(kind: str) -> Side:
+        slots, of = config.batch.pairs, partial(jax.ShapeDtypeStruct, sharding=whole)
+        ids, numbers = of((slots,), jnp.int32), of((slots,), jnp.float32)
+        score = numbers if steps.objective.uses_scores and KINDS[kind].made_by is None else None
         return Side(of((slots,), bool), numbers, of((slots, width), jnp.float32), ids, ids, ids, score)
 
-    refined = tuple(side(name) for name in REFINED) if REFINED[0] in steps.objective.responses else ()
-    return Batch(row, row, row, row, row, row, side("chosen"), side("rejected"), side("mismatched"), refined)
+    return Batch(row, row, row, row, row, row, {kind: side(kind) for kind in steps.objective.responses})

@@ -12,7 +12,7 @@ import numpy as np
 
 from rpo_jax import models
 from rpo_jax.config import Config
-from rpo_jax.core.records import REFINED, PreferenceData, TokenizedExample
+from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample, TokenizedResponse
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.planning.arithmetic import StepSizes, necessary_flops, visible_pairs
@@ -137,27 +137,16 @@ def planned_batch(
     config: Config, lengths: Lengths, responses: tuple[str, ...], row_shards: int, platform: str
 ) -> BatchShape:
     """The shape that the loader gives batches of such lengths on these devices."""
-    mismatched, refined = "mismatched" in responses, REFINED[0] in responses
-    examples = [
-        TokenizedExample(
-            row_id=f"assumed {number}",
-            prompt_ids=np.full(prompt, number, np.int32),
-            chosen_ids=np.zeros(chosen, np.int32),
-            rejected_ids=np.zeros(rejected, np.int32),
-            prompt_id=number,
-            chosen_text_id=2 * number,
-            rejected_text_id=2 * number + 1,
-            mismatched_ids=np.zeros(rejected, np.int32) if mismatched else None,
-            refined_prompt_ids=np.full(prompt + REFINING_TOKENS, number, np.int32) if refined else None,
-            refined_chosen_ids=np.zeros(min(chosen, _room(config, prompt)), np.int32) if refined else None,
-            refined_rejected_ids=np.zeros(min(rejected, _room(config, prompt)), np.int32) if refined else None,
-        )
-        for number, (prompt, chosen, rejected) in enumerate(lengths.tokens)
-    ]
-    nothing = np.zeros((len(examples), 0), np.float32)
+    examples = []
+    for number, example in enumerate(lengths.tokens):
+        prompts = tuple(np.full(example[0] + more, number, np.int32) for more in (0, REFINING_TOKENS))
+        of = {name: np.zeros(tokens, np.int32) for name, tokens in _response_tokens(config, example).items()}
+        present = dict.fromkeys(("chosen", "rejected", *responses))  # unpaired pools are as large as they will be
+        kinds = [TokenizedResponse(name, of[name], prompt=int(name in REFINED)) for name in KINDS if name in present]
+        examples.append(TokenizedExample(f"assumed {number}", number, prompts, tuple(kinds)))
     skips = models.attention_kind(config.model.attention, platform).skips
     batches = PreferenceBatches(
-        PreferenceData(examples, nothing, nothing),
+        PreferenceData(examples),
         pairs=config.batch.pairs,
         pairing=config.data.pairing,
         responses=responses,
@@ -187,12 +176,17 @@ def _room(config: Config, prompt: int) -> int:
     return max(1, config.data.max_tokens - prompt - REFINING_TOKENS)
 
 
+def _response_tokens(config: Config, example: Sequence[int]) -> dict[str, int]:
+    """Tokens of an example's response of each kind."""
+    prompt, chosen, rejected = example
+    room = _room(config, prompt)
+    plain = {"chosen": chosen, "rejected": rejected, "mismatched": rejected}
+    return {**plain, "refined_chosen": min(chosen, room), "refined_rejected": min(rejected, room)}
+
+
 def _segments(config: Config, example: Sequence[int], responses: tuple[str, ...]) -> list[tuple[int, list[int]]]:
     """Tokens of the prompt and of its responses, for each segment that an example has in a batch."""
-    prompt, chosen, rejected = example
-    of = {"chosen": chosen, "rejected": rejected, "mismatched": rejected}
-    room = _room(config, prompt)
-    of |= {"refined_chosen": min(chosen, room), "refined_rejected": min(rejected, room)}
+    prompt, of = example[0], _response_tokens(config, example)
     if config.data.pairing != "paired":
         return [(prompt + REFINING_TOKENS * (name in REFINED), [of[name]]) for name in responses]
     plain, refined = ([of[name] for name in responses if (name in REFINED) == kind] for kind in (False, True))

@@ -17,7 +17,7 @@ from rpo_jax.config import Config, Method, resolve
 from rpo_jax.core.records import Batch
 from rpo_jax.objectives import contrast
 from rpo_jax.training.prepare import Prepared, batches_of
-from rpo_jax.training.scoring import sides_of, weigh
+from rpo_jax.training.scoring import weigh
 
 MAX_SHOWN = 96  # rows and columns of a report's heat map: more cannot be told apart on a screen
 MAX_CHARACTERS = 320  # of a prompt
@@ -60,8 +60,9 @@ def batch_contrast(config: Config, prepared: Prepared, step: int = 1) -> BatchCo
         raise ValueError(f"step={step} must be at least 1, the first training step.")
     batch = batches_of(config, prepared.train, prepared.responses, 1).batch_at(step - 1)
     weights, mask, temperature, perplexity = _weights(method, config.contrast.alpha, batch)
-    embedded = batch.chosen.embedding.shape[1] > 0
-    cosine = np.asarray(contrast.cosine(batch.chosen.embedding, batch.rejected.embedding)) if embedded else None
+    chosen, rejected = batch.sides["chosen"], batch.sides["rejected"]
+    embedded = chosen.embedding.shape[1] > 0
+    cosine = np.asarray(contrast.cosine(chosen.embedding, rejected.embedding)) if embedded else None
     rows, columns = _order(batch, method.group)
     columns = rows if method.paired else columns
 
@@ -75,8 +76,8 @@ def batch_contrast(config: Config, prepared: Prepared, step: int = 1) -> BatchCo
         cosine=None if cosine is None else cosine[np.ix_(rows, columns)],
         temperature=None if temperature is None else temperature[rows],
         perplexity=perplexity[rows],
-        chosen_prompts=prompts(batch.chosen.example_index[rows]),
-        rejected_prompts=prompts(batch.rejected.example_index[columns]),
+        chosen_prompts=prompts(chosen.example_index[rows]),
+        rejected_prompts=prompts(rejected.example_index[columns]),
         paired=method.paired,
     )
 
@@ -85,10 +86,9 @@ def _weights(
     method: Method, alpha: float, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """Weights and valid entries of the whole batch, nothing across groups; each row's temperature and perplexity."""
-    pairs, size = batch.chosen.valid.shape[0], method.group
-    sides = sides_of(batch)
+    pairs, size = batch.sides["chosen"].valid.shape[0], method.group
     chosen, rejected = (
-        jax.tree.map(lambda x: jnp.asarray(x.reshape(pairs // size, size, *x.shape[1:])), sides[kind])
+        jax.tree.map(lambda x: jnp.asarray(x.reshape(pairs // size, size, *x.shape[1:])), batch.sides[kind])
         for kind in ("chosen", "rejected")
     )
     matrix = weigh(method, alpha, chosen, rejected)
@@ -107,11 +107,11 @@ def _on_diagonal(blocks: np.ndarray) -> np.ndarray:
 
 def _order(batch: Batch, group: int) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "N"]]:
     """Filled slots of both sides, group by group, in each so that neighbours have related prompts."""
-    rows, columns = [], []
-    for start in range(0, len(batch.chosen.valid), group):
+    rows, columns, sides = [], [], (batch.sides["chosen"], batch.sides["rejected"])
+    for start in range(0, len(sides[0].valid), group):
         slots = np.arange(start, start + group)
-        chosen, rejected = (slots[side.valid[slots]] for side in (batch.chosen, batch.rejected))
-        embeddings = np.concatenate([batch.chosen.embedding[chosen], batch.rejected.embedding[rejected]])
+        chosen, rejected = (slots[side.valid[slots]] for side in sides)
+        embeddings = np.concatenate([sides[0].embedding[chosen], sides[1].embedding[rejected]])
         chain = np.array(_chain(embeddings), int)
         rows.append(chosen[chain[chain < len(chosen)]])
         columns.append(rejected[chain[chain >= len(chosen)] - len(chosen)])

@@ -81,11 +81,8 @@ def held_out_scores(
         for index in range(start.held_out.steps_per_epoch):
             batch = start.held_out.batch_at(index)
             found = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob, np.float64)
-            first = 0
-            for name in SIDES:
-                side = getattr(batch, name)
-                values = found[first : first + len(side.valid)]
-                first += len(side.valid)
+            for name in (name for name in SIDES if name in batch.sides):
+                side, values = batch.sides[name], found[batch.slots()[name]]
                 if method.reference is not None:
                     values = method.objective.beta * (values - side.reference_log_prob)
                 scores[name][side.example_index[side.valid]] = values[side.valid]

@@ -39,9 +39,8 @@ class Diverged(Agreed):
 
 def row_ids(batch: Batch, data: PreferenceData) -> list[str]:
     """The rows that a batch holds, in the order of its slots."""
-    sides = (batch.chosen, batch.rejected)
-    index = np.concatenate([np.asarray(side.example_index)[np.asarray(side.valid)] for side in sides])
-    return [data.examples[number].row_id for number in dict.fromkeys(index.tolist())]
+    valid, index = (np.concatenate([np.asarray(x) for x in batch.joined(name)]) for name in ("valid", "example_index"))
+    return [data.examples[number].row_id for number in dict.fromkeys(index[valid].tolist())]
 
 
 def some(names: list[str], shown: int = SHOWN_ROWS) -> str:

@@ -46,7 +46,7 @@ class Logging(Hook):
             self.reporter.first_step()
         self._steps += 1
         self._seconds += finished.seconds
-        self._pairs += int(np.sum(finished.batch.chosen.valid))
+        self._pairs += int(np.sum(finished.batch.sides["chosen"].valid))
         if finished.step != 1 and not run.due(self.every, finished.step):
             self._progress(finished.step, {})
             return
