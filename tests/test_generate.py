@@ -13,7 +13,7 @@ import transformers
 
 import rpo_jax
 from rpo_jax import export, generate
-from rpo_jax.sampling.answers import batch_rows, prompt_seeds
+from rpo_jax.sampling.answers import Answering, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Sampling
 from rpo_jax.sampling.generation import GenerateConfig
 from tests.runs import configured, preference_rows, write_rows
@@ -120,7 +120,7 @@ def test_a_half_done_file_is_completed(world, sampled, capsys):
 def test_what_a_killed_start_wrote_is_used(world, sampled, monkeypatch):
     """Batches are on disk as they come: the second start does the rest only."""
     asked = []
-    answers = generate.Answering.answers
+    answers = Answering.answers
 
     def dying(self, prompts, seeds, limits, wanted):
         asked.append(len(wanted))
@@ -129,7 +129,7 @@ def test_what_a_killed_start_wrote_is_used(world, sampled, monkeypatch):
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(generate.Answering, "answers", dying)
+    monkeypatch.setattr(Answering, "answers", dying)
     config = world.config("killed", sampling=WARM)
     with pytest.raises(KeyboardInterrupt):
         generate.generate(config)

@@ -17,6 +17,7 @@ from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
 from rpo_jax.runs.checkpoints import Checkpoints
+from rpo_jax.runs.folder import CHECKPOINTS
 from rpo_jax.training import step
 from rpo_jax.training.diagnosis import Diagnosis
 from rpo_jax.training.guard import FEWEST_NORMS, FILE, NORMS, Guard
@@ -289,7 +290,7 @@ class World:
         return [json.loads(line) for line in lines]
 
     def steps(self, name):
-        checkpoints = Checkpoints(self.folder / name / train.CHECKPOINTS, read_only=True)
+        checkpoints = Checkpoints(self.folder / name / CHECKPOINTS, read_only=True)
         steps = checkpoints.steps()
         checkpoints.close()
         return steps

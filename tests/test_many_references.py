@@ -5,10 +5,11 @@ import pytest
 from safetensors import safe_open
 
 import rpo_jax
-from rpo_jax import export, prepare, train
+from rpo_jax import export, train
 from rpo_jax.config.reading import load_config
 from rpo_jax.models.folders import folder_fingerprint
 from rpo_jax.objectives.methods.mrpo import mixed_reference
+from rpo_jax.training.prepare import checked_objective
 from rpo_jax.training.reference import FOLDER
 from tests.runs import configured, metric_lines, settings, write_rows
 
@@ -77,4 +78,4 @@ def test_a_folder_that_is_none_is_refused_in_one_line(place, tmp_path, capsys):
     told = capsys.readouterr().err.strip()
     assert "nowhere" in told
     assert "\n" not in told
-    assert prepare.checked_objective(load_config(None, ["objective.name=mrpo", f'reference.others=["{other}"]']))
+    assert checked_objective(load_config(None, ["objective.name=mrpo", f'reference.others=["{other}"]']))

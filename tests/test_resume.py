@@ -12,7 +12,9 @@ import pytest
 from rpo_jax import train
 from rpo_jax.hosts.stopping import Stopped, Stopping
 from rpo_jax.runs.checkpoints import Checkpoints
+from rpo_jax.runs.folder import CHECKPOINTS
 from rpo_jax.runs.tracking import MetricsLog
+from rpo_jax.training import run as training_run
 from tests.processes import REPOSITORY, Processes, start
 from tests.runs import settings, without_timings
 from tests.test_train import World as TrainedWorld
@@ -43,7 +45,7 @@ class World(TrainedWorld):
         assert_same_params(self.params(name)[1], self.params(expected)[1])
 
     def saved(self, name):
-        checkpoints = Checkpoints(self.folder / name / train.CHECKPOINTS, read_only=True)
+        checkpoints = Checkpoints(self.folder / name / CHECKPOINTS, read_only=True)
         steps = checkpoints.steps()
         checkpoints.close()
         return steps
@@ -134,13 +136,13 @@ def test_before_the_first_step_there_is_nothing_to_save(world, monkeypatch, caps
     """Also where another run is to be replaced: its folder stays, and the command still replaces it."""
     world.run("replaced", {"train.steps": 1})
     before = world.lines("replaced")
-    prepare = train.prepare
+    prepare = training_run.prepare
 
     def signalling(*arguments):
         signal.raise_signal(signal.SIGTERM)
         return prepare(*arguments)
 
-    monkeypatch.setattr(train, "prepare", signalling)
+    monkeypatch.setattr(training_run, "prepare", signalling)
     with pytest.raises(Stopped, match="stopped by SIGTERM before the first step"):
         world.run("replaced", {"run.overwrite": True})
     capsys.readouterr()

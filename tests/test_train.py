@@ -19,6 +19,7 @@ from rpo_jax.config.reading import load_config
 from rpo_jax.data import embeddings
 from rpo_jax.objectives.losses import OBJECTIVES
 from rpo_jax.runs.checkpoints import Checkpoints
+from rpo_jax.runs.folder import CHECKPOINTS
 from rpo_jax.runs.tracking import MetricsLog
 from rpo_jax.training import loop
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
@@ -62,7 +63,7 @@ class World:
 
     def params(self, name):
         run_dir = self.folder / name
-        checkpoints = Checkpoints(run_dir / train.CHECKPOINTS, read_only=True)
+        checkpoints = Checkpoints(run_dir / CHECKPOINTS, read_only=True)
         model_config = models.read_config(run_dir / "model")
         params = checkpoints.restore_params(checkpoints.latest_step(), models.abstract_params(model_config))
         checkpoints.close()

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from rpo_jax import models
 from rpo_jax.config import Config, DistributedConfig
 from rpo_jax.config.reading import dump_config, load_config
+from rpo_jax.core.files import atomic_directory, recover
 from rpo_jax.hosts import processes
 from rpo_jax.models import ModelConfig
-from rpo_jax.models.folders import folder_fingerprint, recover, written_whole
+from rpo_jax.models.folders import folder_fingerprint
 from rpo_jax.objectives.losses import OBJECTIVES
-from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
+from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, to_json_dict
 from rpo_jax.runs.tracking import Reporter
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def make_run_folder(
     """A new run folder, in place of one that is there; process 0 makes it."""
     if not processes.is_main():
         return
-    with written_whole(folder, overwrite=True) as new:
+    with atomic_directory(folder, overwrite=True) as new:
         models.to_transformers(model_config, model_config.dtype).save_pretrained(new / MODEL)
         tokenizer.save_pretrained(new / MODEL)
         if config.model.path is not None:
@@ -143,11 +144,11 @@ def resume_command(config: Config, started: bool) -> str:
         started: whether the folder is this run's by now; otherwise the command starts it as this start was to.
     """
     file = Path(config.run.dir).expanduser() / "config.yaml"
-    before = comparable(load_config(file) if started else Config())
+    before = to_json_dict(load_config(file) if started else Config())
     asked = ("run.resume", "run.overwrite")
     told = {
         f"{section}.{key}": value
-        for section, values in comparable(config).items()
+        for section, values in to_json_dict(config).items()
         for key, value in values.items()
         if value != before[section][key] and not (started and f"{section}.{key}" in asked)
     }
@@ -177,7 +178,7 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
 
     Where, how long and on what a run goes on is left out: it may change without changing what its steps compute.
     """
-    defaults = comparable(Config())
+    defaults = to_json_dict(Config())
     return {
         f"{section}.{key}": (before, now)
         for section, values in current.items()

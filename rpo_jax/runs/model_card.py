@@ -5,14 +5,15 @@ Nothing of the machine goes into it: of local paths the last name alone, of the 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from rpo_jax.config import Config
+from rpo_jax.core.jsonl import read_jsonl
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives.losses import OBJECTIVES
+from rpo_jax.runs.tracking import METRICS
 
 CITATION = """\
 @article{yin2024relative,
@@ -190,11 +191,7 @@ def _hyperparameters(config: Config, step: int) -> list[tuple[str, str]]:
 def _metrics(run_dir: Path, step: int, config: Config) -> str:
     """The last held-out metrics up to the step, beside those before training; "" where the run has none."""
     evaluations: dict[int, dict[str, float]] = {}
-    file = run_dir / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []:
-        if not line.endswith("\n"):  # cut short by a kill
-            continue
-        metrics = json.loads(line)
+    for metrics in read_jsonl(run_dir / METRICS):
         held_out = {
             name.removeprefix("eval_"): value
             for name, value in metrics.items()

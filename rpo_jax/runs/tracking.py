@@ -26,9 +26,10 @@ from rich.table import Column
 from rich.text import Text
 
 from rpo_jax.config import TrackingConfig
-from rpo_jax.core.files import replace_durably
+from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.runs.notebook import NotebookProgress, in_notebook
 
+METRICS = "metrics.jsonl"
 FIRST_STEP = "first step"  # its key in phase_seconds
 
 # What the progress bar and the plain lines show where a run has it; a narrow terminal cuts the end.
@@ -166,17 +167,14 @@ class MetricsLog:
         *,
         writing: bool = True,
     ) -> None:
-        path = run_dir / "metrics.jsonl"
+        path = run_dir / METRICS
         # A run that starts over evaluates before its first step again, so even that line goes.
         first_step = start_step + 1 if start_step else 0
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < first_step]
-        self.earlier: list[dict[str, float]] = [json.loads(line) for line in kept]
+        self.earlier: list[dict[str, float]] = [row for row in read_jsonl(path) if row["step"] < first_step]
         self._file = self._tensorboard = self._wandb = None
         if not writing:
             return
-        beside = path.with_suffix(".jsonl.tmp")
-        beside.write_text("".join(kept), encoding="utf-8")
-        replace_durably(beside, path)
+        write_jsonl(path, self.earlier)
         self._file = path.open("a", encoding="utf-8")
         if config.tensorboard:
             from tensorboardX import SummaryWriter
@@ -213,10 +211,3 @@ class MetricsLog:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of an earlier part of the run; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

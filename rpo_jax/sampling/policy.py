@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.models.folders import folder_fingerprint
-from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
+from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, to_json_dict
 from rpo_jax.runs.folder import CHECKPOINTS, GENERATION_CONFIG, MODEL
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _of_run(run_dir: Path, path: str, checkpoint: str, base: str | None) -> Poli
     with contextlib.closing(Checkpoints(run_dir / CHECKPOINTS, read_only=True)) as checkpoints:
         step = _step(checkpoints, run_dir, checkpoint)
         record = checkpoints.record(step)
-    check_architecture(record["model"], comparable(model_config), run_dir)
+    check_architecture(record["model"], to_json_dict(model_config), run_dir)
     if base is not None and not config.lora.rank:
         raise ValueError(f"base={base} is for LoRA runs, and {path} trained all weights; leave it out.")
     folder = checked_base(base, record["base"], run_dir) if config.lora.rank else None
@@ -136,8 +137,13 @@ def _step(checkpoints: Checkpoints, run_dir: Path, wanted: str) -> int:
     return int(wanted)
 
 
-def checked_base(given: str | None, recorded: dict[str, str], run_dir: Path) -> Path:
-    """Folder of a LoRA run's base; ValueError where its weights are not those that the adapters were trained on."""
+def checked_base(given: str | None, recorded: Mapping[str, str], run_dir: Path, otherwise: str = "") -> Path:
+    """Folder of a LoRA run's base; ValueError where its weights are not those that the adapters were trained on.
+
+    Args:
+        given: where the base is now; None for where it was when the run was trained.
+        otherwise: what else a user can do, for the message.
+    """
     path = given or recorded["path"]
     try:
         folder = models.resolve_folder(path)
@@ -146,7 +152,7 @@ def checked_base(given: str | None, recorded: dict[str, str], run_dir: Path) -> 
     if folder_fingerprint(folder) != recorded["fingerprint"]:
         raise ValueError(
             f"The weights in {path} are not those that the adapters of {run_dir} were trained on; give that folder as "
-            "--base."
+            f"--base{otherwise}."
         )
     return folder
 

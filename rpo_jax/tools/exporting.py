@@ -1,22 +1,23 @@
-"""A run's checkpoint as a Hugging Face folder: `python -m rpo_jax.export --run DIR --out HF_DIR`."""
+"""A run's checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import logging
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rpo_jax import models
 from rpo_jax.config.reading import load_config
+from rpo_jax.core.files import check_target
 from rpo_jax.models import ModelConfig, lora
 from rpo_jax.models.decoder import Params
-from rpo_jax.models.folders import check_target, folder_fingerprint
-from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
+from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, to_json_dict
+from rpo_jax.runs.folder import CHECKPOINTS, GENERATION_CONFIG, MODEL
 from rpo_jax.runs.model_card import model_card
+from rpo_jax.sampling.policy import checked_base
+
+_ALONE = ", or write the adapters alone with --adapter"
 
 
 def export(
@@ -53,7 +54,8 @@ def export(
     lora_config = config.lora
     if not lora_config.rank and (adapter or base is not None):
         raise ValueError(f"{run_dir} is no LoRA run: it trained all weights; leave out --adapter and --base.")
-    model_config = models.read_config(run_dir / "model")
+    model_dir = run_dir / MODEL
+    model_config = models.read_config(model_dir)
     # What comes next may take minutes: hashing, loading and merging a base.
     check_target(Path(out).expanduser(), overwrite=overwrite)
     adapters = lora_config.rank > 0
@@ -68,21 +70,21 @@ def export(
             trained,
             lora_config,
             base=_base_name(base, record["base"], run_dir),
-            tokenizer=run_dir / "model",
+            tokenizer=model_dir,
             dtype=dtype,
             readme=card,
             overwrite=overwrite,
         )
     if lora_config.rank:
-        _, weights = models.load_pretrained(_checked_base(base, record["base"], run_dir))
+        _, weights = models.load_pretrained(checked_base(base, record["base"], run_dir, _ALONE))
         trained = lora.merge(model_config, weights, trained, lora_config)
     return models.save_pretrained(
         out,
         model_config,
         trained,
-        tokenizer=run_dir / "model",
+        tokenizer=model_dir,
         # As the folder that the run started from had it; otherwise from the architecture.
-        generation_config=run_dir / "model" if (run_dir / "model" / "generation_config.json").is_file() else None,
+        generation_config=model_dir if (model_dir / GENERATION_CONFIG).is_file() else None,
         dtype=dtype,
         readme=card,
         overwrite=overwrite,
@@ -93,69 +95,21 @@ def _checkpoint(
     run_dir: Path, model_config: ModelConfig, step: int | None, like: Params
 ) -> tuple[Params, dict[str, Any], int]:
     """What a run had trained by a step, or by its newest checkpoint, what that says about the run, and the step."""
-    with contextlib.closing(Checkpoints(run_dir / "checkpoints", read_only=True)) as checkpoints:
-        return _restored(checkpoints, run_dir, model_config, step, like)
-
-
-def _restored(
-    checkpoints: Checkpoints, run_dir: Path, model_config: ModelConfig, step: int | None, like: Params
-) -> tuple[Params, dict[str, Any], int]:
-    steps = checkpoints.steps()
-    if not steps:
-        raise ValueError(f"{run_dir} has no complete checkpoint yet; let the run reach its first save.")
-    if step is not None and step not in steps:
-        raise ValueError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
-    step = checkpoints.newest_whole() if step is None else step
-    assert step is not None, "there are some"
-    record = checkpoints.record(step)
-    check_architecture(record["model"], comparable(model_config), run_dir)
-    return checkpoints.restore_params(step, like), record, step
+    with contextlib.closing(Checkpoints(run_dir / CHECKPOINTS, read_only=True)) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise ValueError(f"{run_dir} has no complete checkpoint yet; let the run reach its first save.")
+        if step is not None and step not in steps:
+            raise ValueError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
+        step = checkpoints.newest_whole() if step is None else step
+        assert step is not None, "there are some"
+        record = checkpoints.record(step)
+        check_architecture(record["model"], to_json_dict(model_config), run_dir)
+        return checkpoints.restore_params(step, like), record, step
 
 
 def _base_name(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> str:
     """What a PEFT folder says of its base: a local folder's full path, once checked, or a hub's name as it is."""
     if given is None or not Path(given).expanduser().is_dir():
         return given or recorded["path"]
-    return str(_checked_base(given, recorded, run_dir).resolve())
-
-
-def _checked_base(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> Path:
-    """Folder of a LoRA run's base; ValueError where its weights are not those that the adapters were trained on."""
-    path = given or recorded["path"]
-    try:
-        folder = models.resolve_folder(path)
-    except ValueError as error:
-        raise ValueError(
-            f"The base of {run_dir} is needed to merge its adapters: {error} (--base says where it is)"
-        ) from None
-    if folder_fingerprint(folder) != recorded["fingerprint"]:
-        raise ValueError(
-            f"The weights in {path} are not those that the adapters of {run_dir} were trained on; give that folder as "
-            "--base, or write the adapters alone with --adapter."
-        )
-    return folder
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of `export`; exit status 2 and one line for what a user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m rpo_jax.export", description=__doc__)
-    parser.add_argument("--run", required=True, help="run folder")
-    parser.add_argument("--out", required=True, help="Hugging Face folder to make")
-    parser.add_argument("--step", type=int, help="checkpoint to export; the newest by default")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the written tensors")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    parser.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapters alone, as a PEFT folder")
-    parser.add_argument("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")
-    options = vars(parser.parse_args(arguments))
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every restore
-    try:
-        folder = export(options.pop("run"), options.pop("out"), **options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(folder)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return str(checked_base(given, recorded, run_dir, _ALONE).resolve())

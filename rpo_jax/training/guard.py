@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rpo_jax.config import GuardConfig
-from rpo_jax.core.files import replace_durably
+from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.core.records import Batch, PreferenceData
 from rpo_jax.hosts.processes import Agreed
 
@@ -66,10 +66,7 @@ class Guard:
         self.in_a_row: int = record.get("in_a_row", 0)
         self._norms: deque[tuple[int, float]] = deque(map(tuple, record.get("norms", ())), NORMS + LAG)
         if file is not None and file.exists():
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
-            beside = file.with_suffix(".jsonl.tmp")
-            beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= start_step), "utf-8")
-            replace_durably(beside, file)
+            write_jsonl(file, [row for row in read_jsonl(file) if row["step"] <= start_step])
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of this."""

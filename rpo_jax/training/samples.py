@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from rpo_jax.config import Config
-from rpo_jax.core.files import replace_durably
+from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.core.records import TokenizedExample
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
@@ -81,8 +80,7 @@ class Sampler:
         seeds = prompt_seeds(self._prompts, 0)
         wanted = range(len(self._prompts))
         found = [answer for batch in answering.answers(self._prompts, seeds, self._limits, wanted) for answer in batch]
-        kept = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
-        lines = [line for line in kept if json.loads(line)["step"] < step]
+        rows = [row for row in read_jsonl(self._file) if row["step"] < step]
         for answer in sorted(found, key=lambda answer: answer.index):
             example = self._examples[answer.index]
             row = {
@@ -93,10 +91,8 @@ class Sampler:
                 "finish_reason": answer.finish_reason,
                 "tokens": answer.tokens,
             }
-            lines.append(json.dumps(row))
-        beside = self._file.with_suffix(".jsonl.tmp")
-        beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        replace_durably(beside, self._file)
+            rows.append(row)
+        write_jsonl(self._file, rows)
 
     def _shown(self, prompt_ids: list[int]) -> str:
         """A prompt as text, with the tags that tell whose turn is whose, but without BOS."""

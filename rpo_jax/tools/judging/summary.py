@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from rpo_jax.core.files import atomic_write
+from rpo_jax.core.jsonl import write_jsonl
 from rpo_jax.tools.judging import statistics
 from rpo_jax.tools.judging.comparisons import Comparison, Verdict
 
@@ -115,23 +116,13 @@ def write(
     folder: Path, comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], summary: Mapping[str, Any]
 ) -> None:
     """Verdicts and summary into a folder; each file is replaced whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(_line(comparison, verdict), ensure_ascii=False)
-        for comparison, verdict in zip(comparisons, verdicts, strict=True)
-    ]
-    contents = {
-        VERDICTS: "".join(f"{line}\n" for line in lines),
-        SUMMARY: json.dumps(summary, indent=2) + "\n",
-        REPORT: markdown(summary),
-    }
-    for name, content in contents.items():
-        beside = folder / f".{name}.partial-{os.getpid()}"
-        beside.write_text(content, encoding="utf-8")
-        beside.replace(folder / name)
+    rows = (_row(comparison, verdict) for comparison, verdict in zip(comparisons, verdicts, strict=True))
+    write_jsonl(folder / VERDICTS, rows, ascii_only=False)
+    atomic_write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    atomic_write(folder / REPORT, markdown(summary))
 
 
-def _line(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
+def _row(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
     prompt = comparison.pair.prompt
     return {
         "row_id": comparison.pair.row_id,

@@ -84,6 +84,10 @@ def print_plan(console: Console, one: Estimate, target: Target, largest: str, ba
         console.print(f"unexpected: {surprise}", markup=False)
     if not one.surprises:
         console.print("No exchange of a whole parameter tree, and no logits of all tokens.")
+    print_assumptions(console, target, attention)
+
+
+def print_assumptions(console: Console, target: Target, attention: str) -> None:
     for line in assumptions(target, attention):
         console.print(f"- {line}", markup=False)
 
