@@ -197,36 +197,24 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) ->
     check_architecture(saved["model"], record["model"], folder)
     changed = changed_settings(saved["config"], record["config"])
     adapters = [key for key, (before, now) in changed.items() if key.startswith("lora.") and not _same(before, now)]
+
+    def refused(reason: str, fix: str) -> ValueError:
+        return ValueError(f"The checkpoint in {folder} {reason}; resume with {fix}, or choose another run.dir.")
+
     if adapters:
-        told = ", ".join(f"{key}={changed[key][0]}, not {changed[key][1]}" for key in adapters)
-        raise ValueError(
-            f"The checkpoint in {folder} was trained with {told}; resume with its own lora section, or choose another "
-            "run.dir."
-        )
-    if "objective.partition" in changed:  # with or without the parameters of its head
-        before, now = changed["objective.partition"]
-        raise ValueError(
-            f"The checkpoint in {folder} was trained with objective.partition={before}, not {now}; resume with its "
-            "own, or choose another run.dir."
-        )
-    if "objective.name" in changed:
-        before, now = changed["objective.name"]
-        if any(name in OBJECTIVES and OBJECTIVES[name].uses_tokens for name in (before, now)):
-            raise ValueError(
-                f"The checkpoint in {folder} was trained with objective.name={before}, not {now}, and one of them has "
-                "a value head; resume with its own, or choose another run.dir."
-            )
+        settings = ", ".join(f"{key}={changed[key][0]}, not {changed[key][1]}" for key in adapters)
+        raise refused(f"was trained with {settings}", "its own lora section")
+    heads = {"objective.partition": "", "objective.name": ", and one of them has a value head"}  # trained beside it
+    for key, note in heads.items():
+        before, now = changed.get(key, (None, None))
+        if key in changed and (not note or any(OBJECTIVES[n].uses_tokens for n in (before, now) if n in OBJECTIVES)):
+            raise refused(f"was trained with {key}={before}, not {now}{note}", "its own")
     before, now = saved.get("base"), record["base"]
     if before is not None and before["fingerprint"] != now["fingerprint"]:
-        raise ValueError(
-            f"The checkpoint in {folder} holds adapters of the weights that {before['path']} had, which are not those "
-            f"in model.path={now['path']} now; resume with the former, or choose another run.dir."
-        )
+        weights = f"the weights that {before['path']} had, which are not those in model.path={now['path']} now"
+        raise refused(f"holds adapters of {weights}", "the former")
     if "optim.name" in changed:
         before, now = changed["optim.name"]
-        raise ValueError(
-            f"The checkpoint in {folder} holds the state of optim.name={before}, not of {now}; resume with {before}, "
-            "or choose another run.dir."
-        )
+        raise refused(f"holds the state of optim.name={before}, not of {now}", before)
     for key, (before, now) in changed.items():
         reporter.say(f"resuming with another {key}: {before} until now, {now} from here on")

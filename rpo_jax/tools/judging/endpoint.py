@@ -91,7 +91,7 @@ class _Stopped(Exception):
 
 
 class EndpointJudge:
-    """Asks an endpoint the paper's question; a context manager, as it holds connections.
+    """Asks an endpoint the paper's question; to be closed, as it holds connections.
 
     Raises ValueError where the openai package or the key is missing, or the address is none.
     """
@@ -130,10 +130,7 @@ class EndpointJudge:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._not_before, self._answered, self._refused = 0.0, 0, 0
 
-    def __enter__(self) -> EndpointJudge:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self._client.close()
 
     def known(self, comparison: Comparison) -> Answer | None:

@@ -136,7 +136,7 @@ def _check_out(out: Path) -> None:
 def _make_judge(config: JudgeConfig, reporter: Reporter, stack: contextlib.ExitStack) -> Judge:
     kind, _, name = config.judge.partition(":")
     makers = {
-        "openai": lambda: stack.enter_context(_endpoint(name, config, reporter, stack)),
+        "openai": lambda: _endpoint(name, config, reporter, stack),
         "reward": lambda: RewardJudge(name, reporter.say),
         "rule": lambda: RuleJudge(name),
     }
@@ -153,7 +153,8 @@ def _endpoint(model: str, config: JudgeConfig, reporter: Reporter, stack: contex
     if not isinstance(request, dict):
         raise ValueError(f"--request is no JSON object: {config.request}")
     settings = EndpointSettings(model=model, request=request, **config.endpoint)
-    return EndpointJudge(settings, config.task, stack.enter_context(AnswerCache(config.cache)), reporter.say)
+    cache = stack.enter_context(contextlib.closing(AnswerCache(config.cache)))
+    return stack.enter_context(contextlib.closing(EndpointJudge(settings, config.task, cache, reporter.say)))
 
 
 def _agree_on_cost(

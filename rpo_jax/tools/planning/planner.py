@@ -172,7 +172,7 @@ def _as_configured(planner: Planner, console: Console, *, find_largest: bool) ->
         else:
             console.print(f"as configured it does not fit: {planned.reason}; planned instead:", markup=False)
     if shown is not None:
-        print_plan(console, shown, planner.target, largest, planner.lengths.said, planner.attention)
+        print_plan(console, shown, planner.target, largest, planner.lengths.source, planner.attention)
     return [planned, *(trial for trial in tried if trial is not planned)], largest
 
 
@@ -180,7 +180,7 @@ def _write(path: Path, planner: Planner, trials: list[Trial], largest: str) -> N
     content = {
         "target": planner.target.name,
         "assumptions": assumptions(planner.target, planner.attention),
-        "batch": planner.lengths.said,
+        "batch": planner.lengths.source,
         "largest_micro_batch": largest,
         "plans": [
             {
