@@ -204,7 +204,7 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
         try:
             found = json.loads(line)
             index = index_of.get(found["row_id"])
-            said = {key: found[key] for key in ("model", "settings", "prompt", "seed")}
+            recorded = {key: found[key] for key in ("model", "settings", "prompt", "seed")}
             assert {"response", "finish_reason", "tokens"} <= set(found)
         except (ValueError, KeyError, TypeError, AssertionError):
             raise ValueError(f"{out}:{number} is no answer of this command; give another --out.") from None
@@ -212,11 +212,11 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
         mend = "repeat it as it was, or give another --out, or --overwrite."
         expected = rows[0 if index is None else index]
         for key, value in {"model": expected["model"], **expected["settings"]}.items():
-            before = said["model"] if key == "model" else said["settings"].get(key)
+            before = recorded["model"] if key == "model" else recorded["settings"].get(key)
             if before != value:
                 raise ValueError(f"{where} settings: {key} was {before!r} and is {value!r} now; {mend}")
-        if index is None or said["prompt"] != expected["prompt"] or said["seed"] != expected["seed"]:
-            raise ValueError(f"{where} prompts: {found['row_id']} was {said['prompt']!r:.60}; {mend}")
+        if index is None or recorded["prompt"] != expected["prompt"] or recorded["seed"] != expected["seed"]:
+            raise ValueError(f"{where} prompts: {found['row_id']} was {recorded['prompt']!r:.60}; {mend}")
         done[index] = found
     return done
 
@@ -230,7 +230,7 @@ def _write_answers(
     with out.open("a", encoding="utf-8") as file, reporter.progress("generate", len(rows), before) as progress:
         for batch in batches:
             for answer in batch:
-                done[answer.index] = row = rows[answer.index] | _told(answer)
+                done[answer.index] = row = rows[answer.index] | _answer_fields(answer)
                 file.write(to_line(row, ascii_only=False))
                 tokens += answer.tokens
             file.flush()
@@ -239,7 +239,7 @@ def _write_answers(
     reporter.say(f"{len(done) - before} answers, {tokens} tokens, {seconds:.1f} s, compilation included")
 
 
-def _told(answer: Answer) -> dict[str, Any]:
+def _answer_fields(answer: Answer) -> dict[str, Any]:
     return {"response": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens}
 
 

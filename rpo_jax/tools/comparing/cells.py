@@ -155,8 +155,8 @@ class CellRunner:
 
     def _divergence(self, cell: Cell, files: dict[str, Path], run_dir: Path, start: Path) -> float:
         answers = self._answers(cell, files, run_dir, 1.0)
-        told = [(answer["prompt"], answer["response"], answer["finish_reason"] == "eos") for answer in answers]
-        return mean_divergence(run_dir, start, told)
+        triples = [(answer["prompt"], answer["response"], answer["finish_reason"] == "eos") for answer in answers]
+        return mean_divergence(run_dir, start, triples)
 
 
 @contextlib.contextmanager

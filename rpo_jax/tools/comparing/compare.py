@@ -72,22 +72,22 @@ def wanted_cells(study: Study, runner: CellRunner) -> Iterator[tuple[str, Cell]]
 def work(study: Study, runner: CellRunner) -> None:
     """Run what has no result yet, until everything has one."""
     while True:
-        cells = {cell.name: (said, cell) for said, cell in wanted_cells(study, runner)}
+        cells = {cell.name: (label, cell) for label, cell in wanted_cells(study, runner)}
         missing = [item for item in cells.values() if runner.result(item[1]) is None]
         if not missing and len(tuned_settings(study, runner)) == len(study.used_methods()):
             return
-        for number, (said, cell) in enumerate(missing, start=len(cells) - len(missing) + 1):
+        for number, (label, cell) in enumerate(missing, start=len(cells) - len(missing) + 1):
             if runner.result(cell) is not None:
                 continue
             began = time.perf_counter()
             if runner.work_on(cell):
                 seconds = time.perf_counter() - began
-                print(f"{number}/{len(cells)}  {said}  {_told(runner.result(cell))}  {seconds:.0f} s", flush=True)
+                print(f"{number}/{len(cells)}  {label}  {_outcome(runner.result(cell))}  {seconds:.0f} s", flush=True)
         if all(runner.result(cell) is None for _, cell in missing):
             time.sleep(WAIT_SECONDS)  # all of them are with other processes
 
 
-def _told(result: Mapping[str, Any] | None) -> str:
+def _outcome(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return ""
     column = judged_by([result])
@@ -112,12 +112,12 @@ def table_results(study: Study, runner: CellRunner) -> dict[str, dict[str, list[
 def write_reports(study: Study, runner: CellRunner, command: str) -> list[Path]:
     """report.md and report.html from what is there."""
     results, points = table_results(study, runner), tried(trials(study, runner), tuned_settings(study, runner))
-    told = f"`{command}`: {_effort(study, runner)}"
+    effort = f"`{command}`: {_effort(study, runner)}"
     tables = [markdown(table.title, *filled(table, results[table.name])) for table in study.tables]
     written = []
     for name, text in (
-        ("report.md", "\n".join([f"# Comparison\n\n{told}\n", *tables, markdown(TRIED, *points)])),
-        ("report.html", make_page(study, results, points, told)),
+        ("report.md", "\n".join([f"# Comparison\n\n{effort}\n", *tables, markdown(TRIED, *points)])),
+        ("report.html", make_page(study, results, points, effort)),
     ):
         atomic_write(runner.folder / name, text)
         written.append(runner.folder / name)
