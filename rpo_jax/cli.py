@@ -30,3 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         print(f"  {command:<10}{summary(command)}")
     return 0 if helped else 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
