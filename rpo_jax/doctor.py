@@ -1,8 +1,49 @@
-"""Look over a run or a configuration before it costs anything: `rpo_jax.doctor --run DIR | --config FILE`."""
+"""Look over a run, or a configuration, before it costs anything: `python -m rpo_jax.doctor --run DIR | --config FILE`.
 
-from rpo_jax.tools.checkup.doctor import main
+Nothing is trained, compiled, fetched or written. Exit status: 0 where nothing failed, 2 where something did, and with
+--strict 1 where there are only warnings.
+"""
 
-__all__ = ["main"]
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rpo_jax.core.command import run_command
+from rpo_jax.tools.checkup.doctor import examine, exit_status, show
+
+__all__ = ["examine", "main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rpo_jax.doctor",
+        usage="python -m rpo_jax.doctor [--run DIR] [--config FILE] [--strict] [--section.key value ...]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", nargs="?", const="", metavar="DIR", help="run folder")
+    parser.add_argument("--strict", action="store_true", help="exit status 1 where there are warnings")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        _parser().print_usage()
+        return 2
+    options, of_configuration = _parser().parse_known_args(given)
+    return run_command(lambda: _examine(options, of_configuration))
+
+
+def _examine(options: argparse.Namespace, of_configuration: Sequence[str]) -> int:
+    if options.run == "":
+        raise ValueError("--run needs a run folder after it.")
+    findings = examine(options.run, of_configuration)
+    show(findings)
+    return exit_status(findings, strict=options.strict)
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

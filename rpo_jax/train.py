@@ -1,8 +1,44 @@
-"""Train a policy on preferences: `python -m rpo_jax.train --config configs/NAME.yaml [--section.key value ...]`."""
+"""Train a policy on preferences: `python -m rpo_jax.train --config configs/NAME.yaml [--section.key value ...]`.
 
-from rpo_jax.training.run import main, run
+Exit status: 0 where the run is finished or was asked to stop, 2 where something given cannot be used, 3, with a report,
+where numbers went wrong too often.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rpo_jax.config.reading import parse_config
+from rpo_jax.core.command import run_command
+from rpo_jax.hosts import processes
+from rpo_jax.hosts.stopping import Stopped
+from rpo_jax.runs.tracking import summary
+from rpo_jax.training.hooks.guard import Diverged
+from rpo_jax.training.run import run
 
 __all__ = ["main", "run"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_command(lambda: _train(sys.argv[1:] if arguments is None else arguments), processes.leave)
+
+
+def _train(arguments: Sequence[str]) -> int:
+    try:
+        result = run(parse_config(arguments))
+    except Diverged as report:
+        if processes.is_main():
+            print(f"error: {report}", file=sys.stderr)
+        return processes.leave(3)
+    except Stopped:
+        return processes.leave(0)
+    if result.stopped is None and processes.is_main():
+        print(f"done: {summary(result.metrics)}")
+        print(f"checkpoint {result.checkpoint}")
+        print(f"export it: python -m rpo_jax.export --run {result.run_dir} --out {result.run_dir}/hf")
+    return 0
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -31,8 +31,8 @@ from safetensors.numpy import load_file
 
 from rpo_jax import export, models, train
 from rpo_jax.config import TrackingConfig
+from rpo_jax.core.files import atomic_directory, recover
 from rpo_jax.data import embeddings
-from rpo_jax.models.huggingface.folders import recover, written_whole
 from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.tracking import MetricsLog
 from rpo_jax.training.reference import DECISIVE, FOLDER, cache_file_fault, read_cache, write_cache
@@ -303,7 +303,7 @@ def _folder(place: Path, said: Path) -> int:
     path, states = place / "out", set()
 
     def write(text: str) -> None:
-        with written_whole(path, overwrite=True) as new:
+        with atomic_directory(path, overwrite=True) as new:
             (new / "below").mkdir()
             for name in ("a", "b", "below/c"):
                 (new / name).write_text(text)

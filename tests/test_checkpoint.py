@@ -8,7 +8,7 @@ import pytest
 from rpo_jax import models
 from rpo_jax.config import Config, MeshConfig, OptimConfig
 from rpo_jax.hosts import sharding
-from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
+from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, to_json_dict
 from rpo_jax.training.step import Steps, TrainState, build_steps
 from tests.worlds import small_model
 
@@ -43,7 +43,7 @@ def saved(tmp_path_factory):
     steps = steps_on(2, 2, 2)
     state = random_state(steps)
     checkpoints = Checkpoints(folder)
-    checkpoints.save(3, state, {"model": comparable(MODEL), "num_tokens": 7})
+    checkpoints.save(3, state, {"model": to_json_dict(MODEL), "num_tokens": 7})
     checkpoints.close()
     return folder, state
 
@@ -72,7 +72,7 @@ def test_parameters_come_back_alone_on_the_host(saved):
 
 def test_the_record_comes_back(saved):
     checkpoints = Checkpoints(saved[0], read_only=True)
-    assert checkpoints.record(3) == {"model": comparable(MODEL), "num_tokens": 7}
+    assert checkpoints.record(3) == {"model": to_json_dict(MODEL), "num_tokens": 7}
     assert checkpoints.path(3).is_dir()
     checkpoints.close()
 
@@ -123,16 +123,16 @@ def test_looking_at_a_folder_without_checkpoints_makes_none(tmp_path):
 
 
 def test_another_architecture_is_named_by_its_differences(tmp_path):
-    check_architecture(comparable(MODEL), comparable(small_model()), tmp_path)
-    other = comparable(small_model(hidden_size=64, num_layers=3))
+    check_architecture(to_json_dict(MODEL), to_json_dict(small_model()), tmp_path)
+    other = to_json_dict(small_model(hidden_size=64, num_layers=3))
     with pytest.raises(ValueError, match=r"hidden_size is 64 there and 32 in this.* num_layers is 3 there") as caught:
-        check_architecture(other, comparable(MODEL), tmp_path)
+        check_architecture(other, to_json_dict(MODEL), tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_an_architecture_survives_json():
-    saved = json.loads(json.dumps(comparable(small_model(family="mistral"))))
-    check_architecture(saved, comparable(small_model(family="mistral")), "here")
+    saved = json.loads(json.dumps(to_json_dict(small_model(family="mistral"))))
+    check_architecture(saved, to_json_dict(small_model(family="mistral")), "here")
 
 
 def test_a_damaged_checkpoint_is_named_in_one_line(saved, tmp_path):

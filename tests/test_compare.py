@@ -17,7 +17,8 @@ from rpo_jax import compare
 from rpo_jax.tasks.gold import GoldTask, make_rows, win
 from rpo_jax.tasks.quickstart import gold_score
 from rpo_jax.tools.comparing import tables
-from rpo_jax.tools.comparing.cells import Workshop
+from rpo_jax.tools.comparing.cells import CellRunner
+from rpo_jax.tools.comparing.compare import table_results, tuned_settings
 from rpo_jax.tools.comparing.study import read_study
 
 BASE = {
@@ -75,7 +76,7 @@ def study_file(folder, **changes):
 def compared(path, out):
     arguments = ["--config", str(path), "--out", str(out), "--cache-dir", str(out.parent / "cache")]
     assert compare.main(arguments) == 0
-    return read_study(path), Workshop(out, out.parent / "cache", 4)
+    return read_study(path), CellRunner(out, out.parent / "cache", 4)
 
 
 def made_at(cells):
@@ -94,8 +95,8 @@ def test_a_study_runs_is_reported_and_runs_nothing_twice(tmp_path, capsys):
         tables={"main": {"title": "Main", "against": "SFT", "rows": rows}},
     )
     out = tmp_path / "out"
-    study, workshop = compared(path, out)
-    results = compare.table_results(study, workshop)["main"]
+    study, runner = compared(path, out)
+    results = table_results(study, runner)["main"]
     assert {label: len(each) for label, each in results.items()} == {"SFT": 1, "DPO": 1}
     for (result,) in results.values():
         assert len(result["wins"]) == 60
@@ -112,7 +113,7 @@ def test_a_study_runs_is_reported_and_runs_nothing_twice(tmp_path, capsys):
     assert not [cell for cell in cells if (cell / "run").exists()], "run folders are removed"
 
     before = made_at(cells)
-    removed = workshop.place(study.trial("DPO", study.candidates("DPO")[0]))
+    removed = runner.place(study.trial("DPO", study.candidates("DPO")[0]))
     shutil.rmtree(removed)
     capsys.readouterr()
     compared(path, out)
@@ -124,8 +125,8 @@ def test_a_study_runs_is_reported_and_runs_nothing_twice(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_study_of_several_methods_seeds_and_noises(tmp_path):
-    study, workshop = compared(study_file(tmp_path), tmp_path / "out")
-    results = compare.table_results(study, workshop)["main"]
+    study, runner = compared(study_file(tmp_path), tmp_path / "out")
+    results = table_results(study, runner)["main"]
     assert {label: len(each) for label, each in results.items()} == {
         "SFT": 2,
         "DPO": 2,
@@ -134,7 +135,7 @@ def test_a_study_of_several_methods_seeds_and_noises(tmp_path):
         "own encoder": 2,
     }
     assert results["noisy"][0]["task"]["noise"] == 0.4
-    assert compare.tuned_settings(study, workshop)["uniform"]["objective.beta"] in (0.5, 5.0)
+    assert tuned_settings(study, runner)["uniform"]["objective.beta"] in (0.5, 5.0)
     # 4 trials, 2 seeds x 5 rows, and the fine-tuned models that the trials and the noisy rows start from.
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 4 + 10 + 1 + 2
     assert "(" in (tmp_path / "out" / "report.md").read_text().split("| DPO |")[1].splitlines()[0], "an interval"
@@ -165,11 +166,11 @@ def test_a_study_of_a_file_is_judged_by_its_held_out_rows(tmp_path):
         task={"path": str(file), "held_out_rows": 20},
         tables={"main": {"rows": {"SFT": {}}}},
     )
-    study, workshop = compared(path, tmp_path / "out")
-    [result] = compare.table_results(study, workshop)["main"]["SFT"]
+    study, runner = compared(path, tmp_path / "out")
+    [result] = table_results(study, runner)["main"]["SFT"]
     assert "wins" not in result
     assert 0 <= result["metrics"]["eval_logps/accuracies"] <= 1
-    held_out = (workshop.place(study.beginning(3)) / "held_out.jsonl").read_text().splitlines()
+    held_out = (runner.place(study.beginning(3)) / "held_out.jsonl").read_text().splitlines()
     assert len(held_out) == 20
 
 
@@ -177,10 +178,10 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
     from rpo_jax.tools.comparing.cells import _claimed
 
     study = read_study(study_file(tmp_path))
-    workshop, cell = Workshop(tmp_path / "out", tmp_path / "cache", 4), study.beginning(0)
-    with _claimed(workshop.place(cell)) as first:
+    runner, cell = CellRunner(tmp_path / "out", tmp_path / "cache", 4), study.beginning(0)
+    with _claimed(runner.place(cell)) as first:
         assert first
-        assert not workshop.work_on(cell)
+        assert not runner.work_on(cell)
 
 
 @pytest.mark.slow

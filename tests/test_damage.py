@@ -18,6 +18,7 @@ from rpo_jax import export, models, train
 from rpo_jax.core.manifest import NAME, fault, write_manifest
 from rpo_jax.data import embeddings
 from rpo_jax.runs.checkpoints import Checkpoints, SaveFailed, faults, set_aside_damaged, step_fault
+from rpo_jax.runs.folder import CHECKPOINTS
 from rpo_jax.training.reference import FOLDER, cached_log_probs, read_cache, write_cache
 from tests.runs import configured, metric_lines, settings, without_timings, write_rows
 from tests.test_reference import BOTH, PARTS, made_up
@@ -273,7 +274,7 @@ class World:
 
     def params(self, name):
         shapes = models.abstract_params(models.read_config(self.folder / name / "model"))
-        folder = self.folder / name / train.CHECKPOINTS
+        folder = self.folder / name / CHECKPOINTS
         with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
             return checkpoints.restore_params(6, shapes)
 
@@ -292,7 +293,7 @@ def largest(folder):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(world, damage, capsys):
     world.run(damage, train__steps=4)
-    folder = world.folder / damage / train.CHECKPOINTS
+    folder = world.folder / damage / CHECKPOINTS
     victim = largest(folder / "4")
     DAMAGES[damage](victim)
     capsys.readouterr()
@@ -313,7 +314,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(world, damage, c
 def test_a_run_without_a_whole_checkpoint_says_so_and_keeps_all(world, capsys):
     world.run("none", train__steps=4)
     for step in ("2", "4"):
-        flipped(largest(world.folder / "none" / train.CHECKPOINTS / step))
+        flipped(largest(world.folder / "none" / CHECKPOINTS / step))
     before = sorted((world.folder / "none").rglob("*"))
     capsys.readouterr()
     assert world.main("none", run__resume="auto") == 2
@@ -326,7 +327,7 @@ def test_a_run_without_a_whole_checkpoint_says_so_and_keeps_all(world, capsys):
 
 def test_an_export_of_a_damaged_checkpoint_takes_the_one_before(world, tmp_path, capsys, caplog):
     world.run("damaged")
-    flipped(largest(world.folder / "damaged" / train.CHECKPOINTS / "6"))
+    flipped(largest(world.folder / "damaged" / CHECKPOINTS / "6"))
     run, out = str(world.folder / "damaged"), str(tmp_path / "hf")
     assert export.main(["--run", run, "--out", out, "--step", "6"]) == 2
     assert "is damaged: the content of" in capsys.readouterr().err

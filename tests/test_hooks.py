@@ -5,7 +5,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from rpo_jax.models.folders import resolve_folder
+from rpo_jax.models.huggingface.folders import resolve_folder
 
 import rpo_jax
 from rpo_jax.hosts.stopping import Stopped

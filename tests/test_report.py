@@ -14,12 +14,12 @@ import pytest
 
 import rpo_jax
 from rpo_jax.config.reading import load_config
+from rpo_jax.report import main, write_report
 from rpo_jax.runs.folder import MODEL
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.exporting import export
 from rpo_jax.tools.reporting import contrast_panel, rewards_panel
 from rpo_jax.tools.reporting.curves import make_panels, points
-from rpo_jax.tools.reporting.report import main, write_report
 from rpo_jax.tools.reporting.report_page import make_page
 from rpo_jax.tools.reporting.run_records import read_runs
 from rpo_jax.training.prepare import batches_of, prepare

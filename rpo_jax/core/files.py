@@ -6,10 +6,15 @@ And files of our own: in their place they are whole, also after the machine lost
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 MAX_CONFIG_BYTES = 1 << 24
 
@@ -47,12 +52,77 @@ def read_json(folder: Path, name: str, max_bytes: int = MAX_CONFIG_BYTES) -> dic
     return content
 
 
-def replace_durably(beside: Path, path: Path) -> None:
-    """Give what was written beside its place, in one rename that lasts: all on disk before, the new name after."""
-    for found in [*sorted(beside.rglob("*")), beside] if beside.is_dir() else [beside]:
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and rename it there, both lastingly; a reader finds all of it or the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        atomic_replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def atomic_replace(partial: Path, path: Path) -> None:
+    """Rename a finished file or folder to `path` so that it lasts: its content is on disk before, the name after."""
+    for found in [*sorted(partial.rglob("*")), partial] if partial.is_dir() else [partial]:
         _sync(found)
-    os.replace(beside, path)
+    os.replace(partial, path)
     _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """An empty folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    recover(path)
+    check_target(path, overwrite=overwrite)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            os.replace(path, replaced)
+        try:
+            atomic_replace(partial, path)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    except SafetensorError as error:  # how the library tells of a full disk
+        raise OSError(f"{path} could not be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Clear up after a process that was killed while it wrote a folder: what it was about to replace is put back."""
+    name = glob.escape(path.name)
+    replaced = sorted(path.parent.glob(f".{name}.replaced-*"), key=lambda folder: folder.stat().st_mtime)
+    if replaced and not path.exists():
+        os.replace(replaced.pop(), path)
+    for left in [*replaced, *path.parent.glob(f".{name}.partial-*")]:
+        if not _is_running(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(process_id: str) -> bool:
+    """Whether another process of this machine has this id."""
+    try:
+        os.kill(int(process_id), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return int(process_id) != os.getpid()
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """ValueError for a folder that exists, holds something, and may not be replaced."""
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists; give another folder, or ask to overwrite it.")
 
 
 def _sync(path: Path) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.core.files import read_json, replace_durably
+from rpo_jax.core.files import atomic_write, read_json
 
 NAME = "checksums.json"
 LATER = "_CHECKPOINT_METADATA"  # orbax adds the time of the commit to it, after it has given the folder to us
@@ -24,9 +23,7 @@ def write_manifest(folder: Path) -> None:
     found = _files(folder)
     with ThreadPoolExecutor(THREADS) as pool:
         content = dict(zip(found, pool.map(lambda name: _describe(folder / name), found), strict=True))
-    beside = folder / f"{NAME}.{os.getpid()}.tmp"
-    beside.write_text(json.dumps({"files": content}, indent=1) + "\n", encoding="utf-8")
-    replace_durably(beside, folder / NAME)
+    atomic_write(folder / NAME, json.dumps({"files": content}, indent=1) + "\n")
 
 
 def fault(folder: Path) -> str | None:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.numpy import save
 
-from rpo_jax.core.files import replace_durably
+from rpo_jax.core.files import atomic_write
+from rpo_jax.core.store import fault, keep, load
 from rpo_jax.data.hub import cached_folder, download_folder
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ HASHED_WIDTH = 1024
 # No pickled weights, and not the same weights again for other runtimes.
 ENCODER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
 TEXTS_PER_FILE = 2048  # what an interrupted run loses at most
-
-log = logging.getLogger(__name__)
 
 
 def load_encoder(name: str) -> SentenceTransformer:
@@ -136,7 +135,7 @@ def _encode_missing(
                 )
             unsaved[key] = row
         if len(unsaved) >= TEXTS_PER_FILE or start + batch_texts >= len(ordered):
-            _keep(store, unsaved, fingerprint)
+            keep("Embeddings", partial(_write_file, store, unsaved, fingerprint))
             done |= unsaved
             unsaved = {}
         if on_progress:
@@ -153,56 +152,28 @@ def _metadata(fingerprint: str) -> dict[str, str]:
     return {"rpo_jax.embeddings.1": fingerprint}
 
 
-def _keep(store: Path, rows: Mapping[bytes, Float[np.ndarray, "E"]], fingerprint: str) -> None:
-    try:
-        _write_file(store, rows, fingerprint)
-    except OSError as error:  # a full disk: what has been computed is good for this run all the same
-        log.warning("Embeddings are not kept for the next run: %s.", error)
-
-
 def _write_file(store: Path, rows: Mapping[bytes, Float[np.ndarray, "E"]], fingerprint: str) -> None:
-    from safetensors.numpy import save
-
     keys = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
     data = save({"keys": keys, "embeddings": np.stack(list(rows.values()))}, _metadata(fingerprint))
-    store.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(dir=store, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        replace_durably(Path(beside), store / f"{hashlib.sha256(data).hexdigest()}.safetensors")
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    atomic_write(store / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
 
 
 def _read_store(store: Path, fingerprint: str) -> dict[bytes, Float[np.ndarray, "E"]]:
-    from safetensors import SafetensorError
-
     known: dict[bytes, np.ndarray] = {}
     for path in sorted(store.glob("*.safetensors")):
-        try:
-            known |= _read_file(path, fingerprint)
-        except (ValueError, OSError, SafetensorError) as error:
-            log.warning("Embeddings in %s are computed again: %s.", path, error)
+        found = load("Embeddings", path, partial(_read_file, path, fingerprint))
+        if found is None:
             path.unlink(missing_ok=True)
+        known |= found or {}
     return known
 
 
 def embedding_file_fault(path: Path) -> str | None:
     """Why a file of a store cannot be used; None where it can."""
-    from safetensors import SafetensorError
-
-    try:
-        _read_file(path, path.parent.name)
-    except (ValueError, OSError, SafetensorError) as error:
-        return " ".join(str(error).split())
-    return None
+    return fault(lambda: _read_file(path, path.parent.name))
 
 
 def _read_file(path: Path, fingerprint: str) -> dict[bytes, Float[np.ndarray, "E"]]:
-    from safetensors import safe_open
-
     if hashlib.sha256(path.read_bytes()).hexdigest() != path.stem:
         raise ValueError("its content does not match the hash in its name")
     with safe_open(path, framework="np") as file:

@@ -21,14 +21,42 @@ def cached_folder(name: str) -> Path | None:
 
 def download_folder(name: str, patterns: Sequence[str]) -> Path:
     """Download the files of the hub repository `name` that match `patterns`; ValueError where that fails."""
-    from huggingface_hub import constants, get_session, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
-        # One quick question first: without a connection the hub client retries each file for half a minute.
-        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+        _probe()
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the classes of connection errors differ between versions of the hub client
         raise ValueError(
             f"'{name}' is neither a local folder nor in the local hub cache, and fetching it from "
             f"{constants.ENDPOINT} failed ({type(error).__name__}: {error}); give a local folder."
         ) from error
+
+
+def newest_folder(name: str, patterns: Sequence[str]) -> Path:
+    """The newest files of a hub repository that match, or without a connection the cached ones; the client's errors."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=not _is_reachable()))
+
+
+def newest_file(data_set: str, file: str) -> Path:
+    """The newest version of a file of a hub data set, or without a connection the cached one; the client's errors."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(data_set, file, repo_type="dataset", local_files_only=not _is_reachable()))
+
+
+def _probe() -> None:
+    """One quick question first: without a connection the hub client retries each file for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+
+
+def _is_reachable() -> bool:
+    try:
+        _probe()
+    except Exception:  # of many kinds; without a connection the cache may do
+        return False
+    return True

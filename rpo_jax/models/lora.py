@@ -24,10 +24,11 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import PRNGKeyArray
 
 from rpo_jax.config import LoraConfig
+from rpo_jax.core.files import atomic_directory
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params, param_axes
 from rpo_jax.models.families import FAMILIES
-from rpo_jax.models.huggingface.folders import copy_tokenizer, written_whole
+from rpo_jax.models.huggingface.folders import copy_tokenizer
 from rpo_jax.models.huggingface.loading import DTYPES, Weights, check_dtype, open_weights, place
 from rpo_jax.models.huggingface.tensors import Index, flat_params
 from rpo_jax.models.projection import Adapted, Quantized
@@ -279,7 +280,7 @@ def save_adapter(
         "inference_mode": True,
     }
     target_dtype, target = DTYPES[dtype or "float32"], Path(path).expanduser()
-    with written_whole(target, overwrite=overwrite) as folder:
+    with atomic_directory(target, overwrite=overwrite) as folder:
         copy_tokenizer(tokenizer, folder)
         if readme is not None:
             (folder / "README.md").write_text(readme, encoding="utf-8")

@@ -56,6 +56,8 @@ class Checkpoints:
         read_only: bool = False,
         warn: Callable[[str], None] = log.warning,
     ) -> None:
+        # The storage logs every save and restore, and the traceback of an error that is told in one line here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = Path(folder).resolve()
         self._read_only, self._warn = read_only, warn
         policy: list[Any] = [checkpoint_managers.LatestN(n=keep_last)]
@@ -309,9 +311,9 @@ def _score(metrics: Any) -> float:
     return metrics["score"]
 
 
-def comparable(model_config: Any) -> dict[str, Any]:
-    """An architecture as JSON gives it back, where tuples are lists."""
-    return json.loads(json.dumps(dataclasses.asdict(model_config)))
+def to_json_dict(record: Any) -> dict[str, Any]:
+    """A dataclass, an architecture or a configuration, as JSON gives it back, where tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(record)))
 
 
 def check_architecture(saved: dict[str, Any], current: dict[str, Any], where: str | Path) -> None:

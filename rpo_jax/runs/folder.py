@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from rpo_jax import models
 from rpo_jax.config import Config, DistributedConfig, with_defaults_taken
 from rpo_jax.config.reading import dump_config, load_config
+from rpo_jax.core.files import atomic_directory, recover
 from rpo_jax.hosts import processes
 from rpo_jax.models import ModelConfig
-from rpo_jax.models.huggingface.folders import folder_fingerprint, recover, written_whole
+from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.objectives.losses import OBJECTIVES
-from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
+from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, to_json_dict
 from rpo_jax.runs.tracking import Reporter
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def make_run_folder(
     """A new run folder, in place of one that is there; process 0 makes it."""
     if not processes.is_main():
         return
-    with written_whole(folder, overwrite=True) as new:
+    with atomic_directory(folder, overwrite=True) as new:
         models.to_transformers(model_config, model_config.dtype).save_pretrained(new / MODEL)
         tokenizer.save_pretrained(new / MODEL)
         if config.model.path is not None:
@@ -143,11 +144,11 @@ def resume_command(config: Config, started: bool) -> str:
         started: whether the folder is this run's by now; otherwise the command starts it as this start was to.
     """
     file = Path(config.run.dir).expanduser() / "config.yaml"
-    before = comparable(load_config(file) if started else Config())
+    before = to_json_dict(load_config(file) if started else Config())
     asked = ("run.resume", "run.overwrite")
     told = {
         f"{section}.{key}": value
-        for section, values in comparable(config).items()
+        for section, values in to_json_dict(config).items()
         for key, value in values.items()
         if value != before[section][key] and not (started and f"{section}.{key}" in asked)
     }
@@ -177,7 +178,7 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
 
     Where, how long and on what a run goes on is left out: it may change without changing what its steps compute.
     """
-    defaults = comparable(with_defaults_taken(Config()))
+    defaults = to_json_dict(with_defaults_taken(Config()))
     return {
         f"{section}.{key}": (before, now)
         for section, values in current.items()
@@ -196,36 +197,24 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) ->
     check_architecture(saved["model"], record["model"], folder)
     changed = changed_settings(saved["config"], record["config"])
     adapters = [key for key, (before, now) in changed.items() if key.startswith("lora.") and not _same(before, now)]
+
+    def refused(reason: str, fix: str) -> ValueError:
+        return ValueError(f"The checkpoint in {folder} {reason}; resume with {fix}, or choose another run.dir.")
+
     if adapters:
-        told = ", ".join(f"{key}={changed[key][0]}, not {changed[key][1]}" for key in adapters)
-        raise ValueError(
-            f"The checkpoint in {folder} was trained with {told}; resume with its own lora section, or choose another "
-            "run.dir."
-        )
-    if "objective.partition" in changed:  # with or without the parameters of its head
-        before, now = changed["objective.partition"]
-        raise ValueError(
-            f"The checkpoint in {folder} was trained with objective.partition={before}, not {now}; resume with its "
-            "own, or choose another run.dir."
-        )
-    if "objective.name" in changed:
-        before, now = changed["objective.name"]
-        if any(name in OBJECTIVES and OBJECTIVES[name].uses_tokens for name in (before, now)):
-            raise ValueError(
-                f"The checkpoint in {folder} was trained with objective.name={before}, not {now}, and one of them has "
-                "a value head; resume with its own, or choose another run.dir."
-            )
+        settings = ", ".join(f"{key}={changed[key][0]}, not {changed[key][1]}" for key in adapters)
+        raise refused(f"was trained with {settings}", "its own lora section")
+    heads = {"objective.partition": "", "objective.name": ", and one of them has a value head"}  # trained beside it
+    for key, note in heads.items():
+        before, now = changed.get(key, (None, None))
+        if key in changed and (not note or any(OBJECTIVES[n].uses_tokens for n in (before, now) if n in OBJECTIVES)):
+            raise refused(f"was trained with {key}={before}, not {now}{note}", "its own")
     before, now = saved.get("base"), record["base"]
     if before is not None and before["fingerprint"] != now["fingerprint"]:
-        raise ValueError(
-            f"The checkpoint in {folder} holds adapters of the weights that {before['path']} had, which are not those "
-            f"in model.path={now['path']} now; resume with the former, or choose another run.dir."
-        )
+        weights = f"the weights that {before['path']} had, which are not those in model.path={now['path']} now"
+        raise refused(f"holds adapters of {weights}", "the former")
     if "optim.name" in changed:
         before, now = changed["optim.name"]
-        raise ValueError(
-            f"The checkpoint in {folder} holds the state of optim.name={before}, not of {now}; resume with {before}, "
-            "or choose another run.dir."
-        )
+        raise refused(f"holds the state of optim.name={before}, not of {now}", before)
     for key, (before, now) in changed.items():
         reporter.say(f"resuming with another {key}: {before} until now, {now} from here on")

@@ -5,22 +5,16 @@ Nothing of the machine goes into it: of local paths the last name alone, of the 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from rpo_jax.config import Config, resolve
+from rpo_jax.core.jsonl import read_jsonl
+from rpo_jax.core.templates import render
 from rpo_jax.models import ModelConfig
+from rpo_jax.runs.tracking import METRICS
 
-CITATION = """\
-@article{yin2024relative,
-  title   = {Relative Preference Optimization: Enhancing {LLM} Alignment through Contrasting Responses across Identical
-             and Diverse Prompts},
-  author  = {Yin, Yueqin and Wang, Zhendong and Gu, Yi and Huang, Hai and Chen, Weizhu and Zhou, Mingyuan},
-  journal = {arXiv preprint arXiv:2402.10958},
-  year    = {2024}
-}"""
 _HIDDEN = ("eval_seconds",)  # of the machine, not of the model
 
 
@@ -41,28 +35,33 @@ def model_card(
     # Adapters fit their base alone; whole weights descend also from what their base was made of.
     on_hub = base if base is not None and _cached(base, "config.json") else None
     descends_from = on_hub or (None if adapter else of_base.get("base_model"))
-    data = _data_name(config.data.path)
+    data = config.data.path
     metadata = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         base_model=descends_from,
-        datasets=config.data.path if config.data.path is not None and _cached(config.data.path, None) else None,
+        datasets=data if data is not None and _cached(data, None) else None,
         tags=["rpo_jax", config.objective.name, *(["lora"] if config.lora.rank else [])],
         # A link into the base's folder would lead nowhere from here.
         **{key: of_base[key] for key in ("license", "license_name", "license_link") if _license(key, of_base.get(key))},
     )
     start = f"a new {model_config.family} model" if base is None else _name(base)
-    sections = [
-        f"# {start if base else 'Language model'}, {objective.description}",
-        f"{start[0].upper() + start[1:]}, trained by **{objective.description}** ({objective.source}) on {data} with "
-        "`rpo_jax`, the JAX implementation of Relative Preference Optimization "
-        "([arXiv 2402.10958](https://arxiv.org/abs/2402.10958)).",
-        _use(None if base is None or not adapter else _name(base), model_config),
-        "## Training\n\n" + _table(("setting", "value"), _hyperparameters(config, step)),
-        _metrics(run_dir, step, config),
-        f"## Citation\n\n```bibtex\n{CITATION}\n```",
-    ]
-    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+    steps, rows = _held_out(run_dir, step)
+    return render(
+        "model_card.md",
+        metadata=metadata.to_yaml(),
+        title=start if base else "Language model",
+        start=start,
+        objective=objective,
+        data=_data_name(data),
+        family=model_config.family,
+        adapts=_name(base) if adapter and base is not None else None,
+        settings=_settings(config, step),
+        steps=steps,
+        held_out=rows,
+        eval_rows=config.data.eval_rows,
+        eval_data=None if config.data.eval_path is None else _data_name(config.data.eval_path),
+    )
 
 
 def _name(path: str) -> str:
@@ -115,33 +114,7 @@ def _license(key: str, value: Any) -> bool:
     return isinstance(value, str) and (key != "license_link" or value.startswith("https://"))
 
 
-def _use(base: str | None, model_config: ModelConfig) -> str:
-    """How the folder is used; `base` is what its adapters belong on, None where it holds whole weights."""
-    folder = '"path/to/this/folder"'
-    if base is None:
-        kind = f"A model of the architecture `{model_config.family}`."
-        lines = ["from transformers import pipeline", "", f'generate = pipeline("text-generation", {folder})']
-    else:
-        kind = f"LoRA adapters for `{base}`, and for no other weights."
-        lines = [
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline",
-            "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
-            f"model = PeftModel.from_pretrained(base, {folder})",
-            f"tokenizer = AutoTokenizer.from_pretrained({folder})",
-            'generate = pipeline("text-generation", model=model, tokenizer=tokenizer)',
-        ]
-    lines.append('print(generate("...", max_new_tokens=64)[0]["generated_text"])')
-    return f"{kind}\n\n```python\n" + "\n".join(lines) + "\n```"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _hyperparameters(config: Config, step: int) -> list[tuple[str, str]]:
+def _settings(config: Config, step: int) -> list[tuple[str, str]]:
     """The keys that decide what was computed, as they are written in a configuration."""
     method, contrast, optim = resolve(config), config.contrast, config.optim
     chosen: dict[str, Any] = {
@@ -182,33 +155,27 @@ def _hyperparameters(config: Config, step: int) -> list[tuple[str, str]]:
             "lora.targets": ", ".join(config.lora.targets),
             "lora.base_dtype": config.lora.base_dtype,
         }
-    return [(key, str(value)) for key, value in chosen.items() if value is not None]
+    return [(key, _cell(value)) for key, value in chosen.items() if value is not None]
 
 
-def _metrics(run_dir: Path, step: int, config: Config) -> str:
-    """The last held-out metrics up to the step, beside those before training; "" where the run has none."""
-    evaluations: dict[int, dict[str, float]] = {}
-    file = run_dir / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []:
-        if not line.endswith("\n"):  # cut short by a kill
-            continue
-        metrics = json.loads(line)
+def _held_out(run_dir: Path, step: int) -> tuple[list[int], list[tuple[str, ...]]]:
+    """The last held-out metrics up to the step, beside those before training: their steps and a line of each."""
+    found: dict[int, dict[str, float]] = {}
+    for metrics in read_jsonl(run_dir / METRICS):
         held_out = {
             name.removeprefix("eval_"): value
             for name, value in metrics.items()
             if name.startswith("eval_") and name not in _HIDDEN and math.isfinite(value)
         }
         if held_out and metrics["step"] <= step:
-            evaluations[int(metrics["step"])] = held_out
-    if not evaluations:
-        return ""
-    first, last = min(evaluations), max(evaluations)
-    shown = [first, last] if first < last else [last]
-    rows = [
-        (name, *(f"{evaluations[at][name]:.4f}" if name in evaluations[at] else "" for at in shown))
-        for name in evaluations[last]
+            found[int(metrics["step"])] = held_out
+    steps = sorted({min(found), max(found)}) if found else []
+    return steps, [
+        (_cell(name), *(f"{found[at][name]:.4f}" if name in found[at] else "" for at in steps))
+        for name in (found[steps[-1]] if steps else ())
     ]
-    where = config.data.eval_path
-    data = f"the last {config.data.eval_rows} usable rows of {_data_name(config.data.path)}"
-    head = ("metric", *(f"step {at}" for at in shown))
-    return f"## Held-out metrics\n\nOn {data if where is None else _data_name(where)}.\n\n{_table(head, rows)}"
+
+
+def _cell(value: Any) -> str:
+    """In a Markdown table, where a bar would end the cell."""
+    return str(value).replace("|", "\\|")

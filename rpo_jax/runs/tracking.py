@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from rpo_jax.config import TrackingConfig
+from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.runs.notebook import NotebookProgress, in_notebook
-from rpo_jax.runs.step_lines import lines_before, replace_lines
 
+METRICS = "metrics.jsonl"
 FIRST_STEP = "first step"  # its key in phase_seconds
 
 # What the progress bar and the plain lines show where a run has it; a narrow terminal cuts the end.
@@ -112,7 +113,8 @@ class Reporter:
             task = bar.add_task(name, total=total, completed=start, shown="")
 
             def update(done: int, metrics: Mapping[str, float]) -> None:
-                bar.update(task, completed=done, **({"shown": summary(metrics)} if metrics else {}))
+                fields: dict[str, Any] = {"shown": summary(metrics)} if metrics else {}
+                bar.update(task, completed=done, **fields)
 
             yield update
 
@@ -148,19 +150,19 @@ class MetricsLog:
         *,
         writing: bool = True,
     ) -> None:
-        path = run_dir / "metrics.jsonl"
+        path = run_dir / METRICS
         # A run that starts over evaluates before its first step again, so even that line goes.
         first_step = start_step + 1 if start_step else 0
         self.initial: dict[str, float] = {}
         self.training: dict[str, float] = {}
         self.held_out: dict[str, float] = {}
-        kept = lines_before(path, first_step)
-        for line in kept:
-            self._note(json.loads(line))
+        earlier = [row for row in read_jsonl(path) if row["step"] < first_step]
+        for row in earlier:
+            self._note(row)
         self._file = self._tensorboard = self._wandb = None
         if not writing:
             return
-        replace_lines(path, kept)
+        write_jsonl(path, earlier)
         self._file = path.open("a", encoding="utf-8")
         if config.tensorboard:
             from tensorboardX import SummaryWriter

@@ -1,18 +1,13 @@
-"""Answers of a model to prompts: `python -m rpo_jax.generate --model RUN_OR_HF --prompts FILE --out FILE.jsonl`.
+"""A model's answers to a file of prompts, in a file that is completed where an earlier start was stopped.
 
-An answer depends on the model, its prompt, the settings and the seed, not on the prompts beside it. A file that is
-half done is completed; its rows end up in the order of the prompts. With --alpaca-eval, model_outputs.json for
-AlpacaEval besides.
+An answer depends on the model, its prompt, the settings and the seed, not on the prompts beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +18,9 @@ import jax
 import numpy as np
 
 from rpo_jax.config import MeshConfig, RunConfig
+from rpo_jax.core.files import atomic_write
+from rpo_jax.core.jsonl import complete_lines, to_line, write_jsonl
+from rpo_jax.data.hub import newest_file
 from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
 from rpo_jax.data.tokenize import TEMPLATES, cut_prompt, encode_prompts, render_prompt
 from rpo_jax.hosts import sharding
@@ -165,7 +163,7 @@ def generate(config: GenerateConfig) -> Path:
             size = batch_rows(config.batch_size, len(rows), sharding.row_shards(mesh))
             answerer = Answerer(decoder, params, policy.tokenizer, policy.end_ids, config.stop, size)
             _write_answers(out, rows, done, answerer.answers(prompts, seeds, limits, wanted), reporter)
-    _write_whole(out, "".join(_line(done[index]) for index in range(len(rows))))
+    write_jsonl(out, [done[index] for index in range(len(rows))], ascii_only=False)
     if config.alpaca_eval:
         return _write_alpaca_eval(out.with_suffix(".json"), asked.rows, done, config.generator or _name(policy))
     return out
@@ -200,17 +198,13 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
 
     Raises ValueError for a file of another model, other settings or other prompts.
     """
-    if not out.exists():
-        return {}
     index_of = {row["row_id"]: index for index, row in enumerate(rows)}
     done = {}
-    for number, line in enumerate(out.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break
+    for number, line in enumerate(complete_lines(out), start=1):
         try:
             found = json.loads(line)
             index = index_of.get(found["row_id"])
-            said = {key: found[key] for key in ("model", "settings", "prompt", "seed")}
+            recorded = {key: found[key] for key in ("model", "settings", "prompt", "seed")}
             assert {"response", "finish_reason", "tokens"} <= set(found)
         except (ValueError, KeyError, TypeError, AssertionError):
             raise ValueError(f"{out}:{number} is no answer of this command; give another --out.") from None
@@ -218,37 +212,26 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
         mend = "repeat it as it was, or give another --out, or --overwrite."
         expected = rows[0 if index is None else index]
         for key, value in {"model": expected["model"], **expected["settings"]}.items():
-            before = said["model"] if key == "model" else said["settings"].get(key)
+            before = recorded["model"] if key == "model" else recorded["settings"].get(key)
             if before != value:
                 raise ValueError(f"{where} settings: {key} was {before!r} and is {value!r} now; {mend}")
-        if index is None or said["prompt"] != expected["prompt"] or said["seed"] != expected["seed"]:
-            raise ValueError(f"{where} prompts: {found['row_id']} was {said['prompt']!r:.60}; {mend}")
+        if index is None or recorded["prompt"] != expected["prompt"] or recorded["seed"] != expected["seed"]:
+            raise ValueError(f"{where} prompts: {found['row_id']} was {recorded['prompt']!r:.60}; {mend}")
         done[index] = found
     return done
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _write_whole(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(path)
 
 
 def _write_answers(
     out: Path, rows: Sequence[dict[str, Any]], done: dict[int, dict[str, Any]], batches: Any, reporter: Reporter
 ) -> None:
     """Append every batch's answers as they come, so that whatever stops this loses one batch at most."""
-    _write_whole(out, "".join(_line(row) for row in done.values()))
+    write_jsonl(out, done.values(), ascii_only=False)
     began, tokens, before = time.perf_counter(), 0, len(done)
     with out.open("a", encoding="utf-8") as file, reporter.progress("generate", len(rows), before) as progress:
         for batch in batches:
             for answer in batch:
-                done[answer.index] = row = rows[answer.index] | _told(answer)
-                file.write(_line(row))
+                done[answer.index] = row = rows[answer.index] | _answer_fields(answer)
+                file.write(to_line(row, ascii_only=False))
                 tokens += answer.tokens
             file.flush()
             progress(len(done), {"generated_per_second": tokens / (time.perf_counter() - began)})
@@ -256,16 +239,14 @@ def _write_answers(
     reporter.say(f"{len(done) - before} answers, {tokens} tokens, {seconds:.1f} s, compilation included")
 
 
-def _told(answer: Answer) -> dict[str, Any]:
+def _answer_fields(answer: Answer) -> dict[str, Any]:
     return {"response": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens}
 
 
 def _alpaca_eval_set() -> str:
     """AlpacaEval's instructions, from the hub."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        return hf_hub_download(ALPACA_EVAL, ALPACA_EVAL_FILE, repo_type="dataset")
+        return str(newest_file(ALPACA_EVAL, ALPACA_EVAL_FILE))
     except Exception as error:  # whatever keeps the hub from answering, the user can do the same about it
         raise ValueError(
             f"The hub did not give {ALPACA_EVAL_FILE} of the data set {ALPACA_EVAL} ({type(error).__name__}); fetch "
@@ -289,58 +270,9 @@ def _write_alpaca_eval(out: Path, asked: Sequence[PromptRow], done: dict[int, di
         }
         for index, row in enumerate(asked)
     ]
-    _write_whole(out, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+    atomic_write(out, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
     return out
 
 
 def _last_turn(row: PromptRow) -> str:
     return row.prompt if isinstance(row.prompt, str) else row.prompt[-1].content
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m rpo_jax.generate", description=__doc__)
-    add = parser.add_argument
-    add("--model", required=True, help="run folder, Hugging Face folder or hub name")
-    add("--prompts", help=".txt with a prompt a line, or rows with prompt, messages or instruction, or preferences")
-    add("--out", help="file of the answers: .jsonl; with --alpaca-eval .json (model_outputs.json)")
-    add("--checkpoint", help="of a run: last (default), best, or a step")
-    add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    add("--top-k", type=int, help="sample from the k likeliest tokens")
-    add("--top-p", type=float, help="sample from the likeliest tokens that make up this probability")
-    add("--max-tokens", type=int, default=256, help="most tokens of an answer (256)")
-    add("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
-    add("--seed", type=int, default=0)
-    add("--batch-size", type=int, default=32, help="prompts at a time (32)")
-    add("--template", choices=TEMPLATES, help="chat: text prompts become a user's message; default as in training")
-    add("--max-prompt-tokens", type=int, help="cut longer prompts, as training does")
-    add("--dtype", choices=DTYPES, dest="compute_dtype", help="default: the run's; float32 for folders")
-    add("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")
-    add("--overwrite", action="store_true", help="start anew rather than complete the file")
-    add("--alpaca-eval", action="store_true", help="write model_outputs.json for the alpaca_eval package")
-    add("--generator", help="with --alpaca-eval: the model's name there")
-    for axis in sharding.MESH_AXES:
-        add(f"--mesh.{axis}", type=int, default=getattr(MeshConfig(), axis), help="devices along this axis")
-    add("--cache-dir", default=RunConfig().cache_dir, help="compiled programs")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of `generate`; exit status 2 and one line for what a user can mend."""
-    options = vars(_parser().parse_args(arguments))
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every restore
-    try:
-        sampling = Sampling(**{name: options.pop(name) for name in ("temperature", "top_k", "top_p")})
-        mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in sharding.MESH_AXES})
-        options["stop"] = tuple(options["stop"])
-        out = generate(GenerateConfig(**options, sampling=sampling, mesh=mesh))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(out)
-    if options["alpaca_eval"]:
-        print(f"judge it: alpaca_eval --model_outputs {out} --annotators_config weighted_alpaca_eval_gpt4_turbo")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

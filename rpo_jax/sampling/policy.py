@@ -18,7 +18,7 @@ from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.folders import folder_fingerprint
-from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, comparable
+from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, to_json_dict
 from rpo_jax.runs.folder import CHECKPOINTS, MODEL
 from rpo_jax.sampling.end_tokens import end_tokens
 
@@ -131,7 +131,7 @@ def find_checkpoint(
             choices = absent.format(wanted=wanted, steps=", ".join(map(str, steps)))
             raise ValueError(f"{run_dir} has no checkpoint {choices}.")
         record = checkpoints.record(step)
-    check_architecture(record["model"], comparable(model_config), run_dir)
+    check_architecture(record["model"], to_json_dict(model_config), run_dir)
     return step, record
 
 

@@ -1,16 +1,13 @@
-"""A run's checkpoint as a Hugging Face folder: `python -m rpo_jax.export --run DIR --out HF_DIR`."""
+"""A run's checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rpo_jax import models
 from rpo_jax.config.reading import load_config
-from rpo_jax.models.huggingface.folders import check_target
+from rpo_jax.core.files import check_target
 from rpo_jax.runs.folder import GENERATION_CONFIG, MODEL
 from rpo_jax.runs.model_card import model_card
 from rpo_jax.sampling.policy import checked_base, find_checkpoint, restored
@@ -85,28 +82,3 @@ def _checked_base(given: str | None, recorded: Mapping[str, str], run_dir: Path)
         need="The base of {run_dir} is needed to merge its adapters",
         instead=", or write the adapters alone with --adapter",
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of `export`; exit status 2 and one line for what a user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m rpo_jax.export", description=__doc__)
-    parser.add_argument("--run", required=True, help="run folder")
-    parser.add_argument("--out", required=True, help="Hugging Face folder to make")
-    parser.add_argument("--step", type=int, help="checkpoint to export; the newest by default")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the written tensors")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    parser.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapters alone, as a PEFT folder")
-    parser.add_argument("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")
-    options = vars(parser.parse_args(arguments))
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every restore
-    try:
-        folder = export(options.pop("run"), options.pop("out"), **options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(folder)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

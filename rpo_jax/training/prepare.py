@@ -6,9 +6,8 @@ Every process reads all rows; tokenising and embedding, which take long, they sh
 from __future__ import annotations
 
 import hashlib
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from jaxtyping import Bool
 
 from rpo_jax import models
 from rpo_jax.config import Config, resolve
-from rpo_jax.config.reading import parse_config
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample
 from rpo_jax.data.embeddings import embed_texts
 from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, prompt_text
@@ -313,25 +311,3 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
         }
         notes.append(config.embedding.encoder if embedded else "not needed")
     return Prepared(tokenizer, data["train"], data.get("held_out"), responses, origins)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Fill the caches of a configuration without training: `python -m rpo_jax.prepare --config FILE`."""
-    try:
-        config = parse_config(sys.argv[1:] if arguments is None else arguments)
-        chosen = processes.initialize(config)
-        with processes.stopping_together():
-            reporter = Reporter(silent=not processes.is_main())
-            reporter.say(chosen)
-            prepare(config, reporter)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return processes.leave(2)
-    except Exception:
-        processes.leave(1)
-        raise
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

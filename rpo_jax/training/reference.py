@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
-from rpo_jax.core.files import replace_durably
+from rpo_jax.core.files import atomic_write
 from rpo_jax.core.records import Batch, PreferenceData
+from rpo_jax.core.store import DAMAGED, fault, keep, load
 from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.hosts import processes
 from rpo_jax.training.micro_batches import LogProbs, Params
@@ -52,7 +52,8 @@ ORIGINS = {
 READABLE = ("compute_dtype", "template", "truncation")  # the others are hashes
 SLOT = ("slot", "response")  # files that differ in these have nothing to do with each other
 
-log = logging.getLogger(__name__)
+_WHAT = "Reference log-probs"
+_OTHER = "it is of something else than its name says"
 
 
 def params_fingerprint(params: Params) -> str:
@@ -139,25 +140,24 @@ def read_cache(path: Path, parts: Mapping[str, str], num_responses: int) -> Floa
 
     None where there is no such file, and, with a logged reason, where it is damaged or not what it should be.
     """
-    if not path.exists():
-        return None
-    try:
+
+    def read() -> Float[np.ndarray, "n"]:
         header, values = _read(path)
         if len(values) != num_responses or any(header[name] != parts[name] for name in ("response", *DECISIVE)):
-            raise ValueError("it is of something else than its name says")
-    except (SafetensorError, OSError, ValueError) as error:
-        log.warning("Reference log-probs in %s are computed again: %s.", path, error)
-        return None
-    return values
+            raise ValueError(_OTHER)
+        return values
+
+    return load(_WHAT, path, read) if path.exists() else None
 
 
 def cache_file_fault(path: Path) -> str | None:
     """Why a file of the cache cannot be used for anything; None where it can."""
-    try:
-        header, _ = _read(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        return " ".join(str(error).split())
-    return None if path.stem == _name(header) else "it is of something else than its name says"
+
+    def read() -> None:
+        if path.stem != _name(_read(path)[0]):
+            raise ValueError(_OTHER)
+
+    return fault(read)
 
 
 def _name(parts: Mapping[str, str]) -> str:
@@ -167,16 +167,8 @@ def _name(parts: Mapping[str, str]) -> str:
 
 
 def write_cache(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "k"]) -> None:
-    """Write beside, flush to disk, rename: a reader finds the whole file or none."""
-    content = save({"log_probs": values}, {**parts, "sha256": _checksum(parts, values)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        replace_durably(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    """Keep the values; a reader finds the whole file or none."""
+    atomic_write(path, save({"log_probs": values}, {**parts, "sha256": _checksum(parts, values)}))
 
 
 def _check_writable(folder: Path) -> None:
@@ -207,7 +199,7 @@ def what_changed(folder: Path, parts: Mapping[str, str]) -> list[str]:
     for path in sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime):
         try:
             header = _header(path)
-        except (SafetensorError, OSError):
+        except DAMAGED:
             continue
         if any(header.get(name) != parts[name] for name in SLOT):
             continue
@@ -272,12 +264,5 @@ def cached_log_probs(
         if values is None:
             _check_finite(data, name, log_probs[numbers])
             if processes.is_main():
-                _keep(*places[name], log_probs[numbers])
+                keep(_WHAT, partial(write_cache, *places[name], log_probs[numbers]))
     return replace(data, reference_log_probs=log_probs), missing
-
-
-def _keep(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, "k"]) -> None:
-    try:
-        write_cache(path, parts, values)
-    except OSError as error:  # what has been computed is good for this run all the same
-        log.warning("Reference log-probs are not kept for the next run: %s.", error)

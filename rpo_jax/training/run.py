@@ -1,11 +1,9 @@
-"""Train a policy on preferences: `python -m rpo_jax.train --config configs/NAME.yaml [--section.key value ...]`."""
+"""A training run, from its configuration to its result."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,10 @@ from jax.sharding import Mesh
 
 from rpo_jax import models
 from rpo_jax.config import Config, options_taken, with_defaults_taken
-from rpo_jax.config.reading import parse_config
 from rpo_jax.hosts import processes, sharding
 from rpo_jax.hosts.memory import trim_after_compiling
 from rpo_jax.hosts.stopping import Stopped, Stopping
-from rpo_jax.runs.checkpoints import Checkpoints, comparable, set_aside_damaged
+from rpo_jax.runs.checkpoints import Checkpoints, set_aside_damaged, to_json_dict
 from rpo_jax.runs.folder import (
     CHECKPOINTS,
     MODEL,
@@ -32,11 +29,11 @@ from rpo_jax.runs.folder import (
     make_run_folder,
     resume_command,
 )
-from rpo_jax.runs.tracking import MetricsLog, Reporter, check_tracking, summary
+from rpo_jax.runs.tracking import MetricsLog, Reporter, check_tracking
 from rpo_jax.runs.versions import installed_versions
 from rpo_jax.training.hooks.evaluation import Evaluation
 from rpo_jax.training.hooks.guard import FILE as GUARD_FILE
-from rpo_jax.training.hooks.guard import Diverged, Guard, Guarding
+from rpo_jax.training.hooks.guard import Guard, Guarding
 from rpo_jax.training.hooks.hook import Hook, Training
 from rpo_jax.training.hooks.logging import Logging
 from rpo_jax.training.hooks.saving import Saving
@@ -130,8 +127,8 @@ def _run(asked: _Asked) -> RunResult:
     model_config = policy_config(config, prepared, loaded, reporter)
     base = base_record(config)
     record = {
-        "model": comparable(model_config),
-        "config": comparable(with_defaults_taken(config)),
+        "model": to_json_dict(model_config),
+        "config": to_json_dict(with_defaults_taken(config)),
         "base": base,
         "versions": installed_versions(),
     }
@@ -209,33 +206,3 @@ def _train(asked: _Asked, start: Start, mesh: Mesh, record: dict[str, Any]) -> R
         checkpoints.close()
     metrics = {**log.training, **log.held_out}
     return RunResult(run_dir, newest_path, metrics, log.initial, reporter.phase_seconds, stopping.reason)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of `run`; exit status 2 and one line for what a user can mend, 3 and a report for bad numbers."""
-    # orbax tells of every save and restore, and prints the traceback of an error that is then told in a line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    try:
-        result = run(parse_config(sys.argv[1:] if arguments is None else arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return processes.leave(2)
-    except Diverged as report:
-        if processes.is_main():
-            print(f"error: {report}", file=sys.stderr)
-        return processes.leave(3)
-    except Stopped:
-        return processes.leave(0)
-    except Exception:
-        processes.leave(1)
-        raise
-    if result.stopped is not None or not processes.is_main():
-        return 0
-    print(f"done: {summary(result.metrics)}")
-    print(f"checkpoint {result.checkpoint}")
-    print(f"export it: python -m rpo_jax.export --run {result.run_dir} --out {result.run_dir}/hf")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

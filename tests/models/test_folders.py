@@ -11,7 +11,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rpo_jax import models
-from rpo_jax.models.huggingface.folders import WEIGHTS_INDEX, some, written_whole
+from rpo_jax.core.files import atomic_directory
+from rpo_jax.models.huggingface.folders import WEIGHTS_INDEX, some
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_a_failure_while_writing_keeps_what_was_there(tmp_path):
     (target / "mine").touch()
 
     def fail():
-        with written_whole(target, overwrite=True) as folder:
+        with atomic_directory(target, overwrite=True) as folder:
             (folder / "half").touch()
             raise OSError("disk full")
 

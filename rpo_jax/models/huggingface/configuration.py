@@ -85,9 +85,7 @@ def new_config(
     return _from_transformers(family, _build(family, values), "float32")
 
 
-def configured(
-    sizes: PolicyConfig, vocab_size: int, max_position_embeddings: int, **token_ids: Any
-) -> ModelConfig:
+def configured(sizes: PolicyConfig, vocab_size: int, max_position_embeddings: int, **token_ids: Any) -> ModelConfig:
     """Architecture of a model from scratch with a configuration's sizes; the vocabulary is rounded up, to be split.
 
     Args:

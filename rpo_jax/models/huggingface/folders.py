@@ -1,18 +1,15 @@
-"""Model folders on disk: local or from the hub, their safetensors files, tokenizer files, and atomic writing."""
+"""Model folders on disk: local or from the hub, their safetensors files, tokenizer files."""
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import hashlib
-import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.core.files import inside, read_json, replace_durably
+from rpo_jax.core.files import inside, read_json
+from rpo_jax.data.hub import newest_folder
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -42,11 +39,8 @@ def resolve_folder(path: str | Path) -> Path:
         raise ValueError(f"{path} is a file; give the folder that holds config.json and the weights.")
     if not _HUB_NAME.fullmatch(str(path)):
         raise ValueError(f"There is no model folder {path}; give an existing folder or a hub name such as org/model.")
-    from huggingface_hub import snapshot_download
-
     try:
-        patterns = ["*.safetensors", "*.json", "README.md", *TOKENIZER_FILES]
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
+        return newest_folder(str(path), ["*.safetensors", "*.json", "README.md", *TOKENIZER_FILES])
     except Exception as error:  # whatever keeps the hub from answering, the user can do the same about it
         raise ValueError(
             f"There is no folder {path}, and the Hugging Face hub did not give a model of that name "
@@ -123,61 +117,6 @@ def copy_tokenizer(tokenizer: Any, target: Path) -> None:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(inside(source, str(file.relative_to(source))), copy)
-
-
-@contextlib.contextmanager
-def written_whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    from safetensors import SafetensorError
-
-    recover(path)
-    check_target(path, overwrite=overwrite)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if path.exists():
-            os.replace(path, replaced)
-        try:
-            replace_durably(partial, path)
-        except OSError:
-            if replaced.exists():
-                os.replace(replaced, path)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    except SafetensorError as error:  # how the library tells of a full disk
-        raise OSError(f"{path} could not be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def recover(path: Path) -> None:
-    """Clear up after a process that was killed while it wrote a folder: what it was about to replace is put back."""
-    name = glob.escape(path.name)
-    replaced = sorted(path.parent.glob(f".{name}.replaced-*"), key=lambda folder: folder.stat().st_mtime)
-    if replaced and not path.exists():
-        os.replace(replaced.pop(), path)
-    for left in [*replaced, *path.parent.glob(f".{name}.partial-*")]:
-        if not _is_running(left.name.rpartition("-")[2]):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(process_id: str) -> bool:
-    """Whether another process of this machine has this id."""
-    try:
-        os.kill(int(process_id), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return int(process_id) != os.getpid()
-
-
-def check_target(path: Path, *, overwrite: bool) -> None:
-    """ValueError for a folder that exists, holds something, and may not be replaced."""
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists; give another folder, or ask to overwrite it.")
 
 
 def some(names: list[str], limit: int = 6) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from rpo_jax.core.files import atomic_directory
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params
 from rpo_jax.models.huggingface.configuration import to_transformers
-from rpo_jax.models.huggingface.folders import WEIGHTS, WEIGHTS_INDEX, copy_tokenizer, written_whole
+from rpo_jax.models.huggingface.folders import WEIGHTS, WEIGHTS_INDEX, copy_tokenizer
 from rpo_jax.models.huggingface.loading import DTYPES, check_dtype
 from rpo_jax.models.huggingface.tensors import TensorLayout, flat_params, tensors_of
 
@@ -52,7 +53,7 @@ def save_pretrained(
     flat = flat_params(params)
     _check_params(model_config, flat)
     target = Path(path).expanduser()
-    with written_whole(target, overwrite=overwrite) as folder:
+    with atomic_directory(target, overwrite=overwrite) as folder:
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder)
         if readme is not None:

@@ -1,13 +1,8 @@
-"""Look over a run, or a configuration, before it costs anything: `python -m rpo_jax.doctor --run DIR | --config FILE`.
-
-Nothing is trained, compiled, fetched or written. Exit status: 0 where nothing failed, 2 where something did, and with
---strict 1 where there are only warnings.
-"""
+"""Every check of a run or a configuration, in order, and how the findings are shown."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +16,6 @@ from rpo_jax.tools.checkup.finding import Finding, failed
 
 STYLES = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("FAILED", "bold red")}
 PLAIN_WIDTH = 120  # where the output is no terminal
-USAGE = "usage: python -m rpo_jax.doctor [--run DIR] [--config FILE] [--strict] [--section.key value ...]"
 
 
 def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
@@ -92,33 +86,3 @@ def show(findings: Sequence[Finding]) -> None:
 def exit_status(findings: Sequence[Finding], *, strict: bool) -> int:
     statuses = {finding.status for finding in findings}
     return 2 if "failed" in statuses else int(strict and "warning" in statuses)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of `examine`."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every restore
-    rest = list(sys.argv[1:] if arguments is None else arguments)
-    if not rest or rest[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if rest else 2
-    strict = "--strict" in rest
-    rest = [argument for argument in rest if argument != "--strict"]
-    run_dir = None
-    for place, argument in enumerate(rest):
-        name, equals, value = argument.partition("=")
-        if name != "--run":
-            continue
-        following = rest[place + 1 : place + 2]
-        if not equals and (not following or following[0].startswith("--")):
-            print("error: --run needs a run folder after it.", file=sys.stderr)
-            return 2
-        run_dir = value if equals else following[0]
-        del rest[place : place + (1 if equals else 2)]
-        break
-    findings = examine(run_dir, rest)
-    show(findings)
-    return exit_status(findings, strict=strict)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

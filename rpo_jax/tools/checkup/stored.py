@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from rpo_jax.config import Config, with_defaults_taken
 from rpo_jax.data.embeddings import embedding_file_fault
-from rpo_jax.runs.checkpoints import Checkpoints, comparable, step_fault
+from rpo_jax.runs.checkpoints import Checkpoints, step_fault, to_json_dict
 from rpo_jax.runs.folder import CHECKPOINTS, changed_settings
 from rpo_jax.runs.versions import installed
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
@@ -92,7 +92,7 @@ def read_state(folder: Path) -> tuple[int, int]:
 
 def _check_settings(config: Config, record: dict[str, Any]) -> list[Finding]:
     """What differs between the configuration and the one that the checkpoint was made with."""
-    changed = changed_settings(record["config"], comparable(with_defaults_taken(config)))
+    changed = changed_settings(record["config"], to_json_dict(with_defaults_taken(config)))
     sizes = [f"model.{name}" for name in MODEL_SIZES] if config.model.path is None else []
     decisive = [key for key in changed if key == "optim.name" or key.startswith("lora.") or key in sizes]
     found = []

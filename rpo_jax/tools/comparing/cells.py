@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from rpo_jax.core.files import atomic_write
+from rpo_jax.core.jsonl import read_jsonl
 from rpo_jax.sampling.engine import Sampling
 from rpo_jax.sampling.generation import GenerateConfig, generate
 from rpo_jax.tasks.gold import GoldTask, make_rows, win
@@ -37,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass(frozen=True)
-class Workshop:
+class CellRunner:
     """Where cells run.
 
     Attributes:
@@ -82,9 +84,7 @@ class Workshop:
                 raise
         result["seconds"] = round(time.perf_counter() - began, 1)
         described = {"settings": cell.settings, "start": cell.start, "task": asdict(cell.task), "seed": cell.seed}
-        beside = place / f".{RESULT}"
-        beside.write_text(json.dumps({**described, **result}, indent=1) + "\n", encoding="utf-8")
-        beside.replace(place / RESULT)
+        atomic_write(place / RESULT, json.dumps({**described, **result}, indent=1) + "\n")
         # Every run compiles programs of its own; those of hundreds of runs would fill the memory.
         jax.clear_caches()
         gc.collect()
@@ -141,10 +141,10 @@ class Workshop:
                 cache_dir=str(self.cache_dir),
             )
         )
-        return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        return read_jsonl(out)
 
     def _judged(self, cell: Cell, files: dict[str, Path], model: Path) -> dict[str, Any]:
-        rows = [json.loads(line) for line in files["held_out"].read_text(encoding="utf-8").splitlines()]
+        rows = read_jsonl(files["held_out"])
         answers = self._answers(cell, files, model, 0.0)
         return {
             "wins": [
@@ -155,8 +155,8 @@ class Workshop:
 
     def _divergence(self, cell: Cell, files: dict[str, Path], run_dir: Path, start: Path) -> float:
         answers = self._answers(cell, files, run_dir, 1.0)
-        told = [(answer["prompt"], answer["response"], answer["finish_reason"] == "eos") for answer in answers]
-        return mean_divergence(run_dir, start, told)
+        triples = [(answer["prompt"], answer["response"], answer["finish_reason"] == "eos") for answer in answers]
+        return mean_divergence(run_dir, start, triples)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import json
 import sqlite3
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 
@@ -58,11 +57,3 @@ class AnswerCache:
 
     def close(self) -> None:
         self._database.close()
-
-    def __enter__(self) -> AnswerCache:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

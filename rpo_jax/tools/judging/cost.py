@@ -28,7 +28,7 @@ _BYTES_PER_TOKEN = 4  # of English; a tokenizer would know better, but each mode
 _MESSAGE_TOKENS = 8  # that a chat template adds
 
 
-class Estimate(NamedTuple):
+class CostEstimate(NamedTuple):
     """requests: not yet answered; dollars: at most, each answer as long as it may be; None without known prices."""
 
     requests: int
@@ -52,9 +52,9 @@ def dollars(prices: Prices, prompt_tokens: int, answer_tokens: int) -> float:
     return (prompt_tokens * prices.prompt + answer_tokens * prices.answer) / 1e6
 
 
-def estimate(questions: Sequence[str], answer_tokens: int, prices: Prices | None) -> Estimate:
+def estimate(questions: Sequence[str], answer_tokens: int, prices: Prices | None) -> CostEstimate:
     """Tokens from the questions' UTF-8 bytes, four a token; equal questions are asked once."""
     distinct = set(questions)
     prompt = sum(len(text.encode()) // _BYTES_PER_TOKEN + _MESSAGE_TOKENS for text in distinct)
     answers = len(distinct) * answer_tokens
-    return Estimate(len(distinct), prompt, answers, None if prices is None else dollars(prices, prompt, answers))
+    return CostEstimate(len(distinct), prompt, answers, None if prices is None else dollars(prices, prompt, answers))

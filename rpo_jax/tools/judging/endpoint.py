@@ -91,7 +91,7 @@ class _Stopped(Exception):
 
 
 class EndpointJudge:
-    """Asks an endpoint the paper's question; a context manager, as it holds connections.
+    """Asks an endpoint the paper's question; to be closed, as it holds connections.
 
     Raises ValueError where the openai package or the key is missing, or the address is none.
     """
@@ -111,7 +111,7 @@ class EndpointJudge:
 
         self.name = settings.model
         self._task: Task = task
-        self._settings, self._cache, self._say = settings, cache, say
+        self.settings, self._cache, self._say = settings, cache, say
         url = settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         self.endpoint, host = _address(url)
         key = os.environ.get(settings.key_variable, "").strip()
@@ -130,10 +130,7 @@ class EndpointJudge:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._not_before, self._answered, self._refused = 0.0, 0, 0
 
-    def __enter__(self) -> EndpointJudge:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self._client.close()
 
     def known(self, comparison: Comparison) -> Answer | None:
@@ -152,7 +149,7 @@ class EndpointJudge:
                 asked.setdefault(self.question(comparison), []).append(index)
             else:
                 yield index, _verdict(answer, cached=True)
-        executor = ThreadPoolExecutor(self._settings.concurrency)
+        executor = ThreadPoolExecutor(self.settings.concurrency)
         try:
             futures = {executor.submit(self._judged, text): indices for text, indices in asked.items()}
             for future in as_completed(futures):
@@ -182,16 +179,16 @@ class EndpointJudge:
 
     def _request(self, text: str) -> dict[str, Any]:
         ours = {
-            "model": self._settings.model,
+            "model": self.settings.model,
             "messages": [{"role": "user", "content": text}],
-            "temperature": self._settings.temperature,
-            "max_tokens": self._settings.answer_tokens,
+            "temperature": self.settings.temperature,
+            "max_tokens": self.settings.answer_tokens,
         }
-        return {name: value for name, value in {**ours, **self._settings.request}.items() if value is not None}
+        return {name: value for name, value in {**ours, **self.settings.request}.items() if value is not None}
 
     def _patiently(self, request: dict[str, Any]) -> Answer:
         """The answer, after as many attempts as are allowed."""
-        attempts, failures, answered = self._settings.retries + 1, 0, self._answered
+        attempts, failures, answered = self.settings.retries + 1, 0, self._answered
         while True:
             self._wait_until_allowed()
             try:
@@ -221,7 +218,7 @@ class EndpointJudge:
     def _delay(self, failures: int, error: _Transient) -> None:
         """Wait before the next attempt; where the endpoint named a time, all threads wait."""
         if not error.wait_seconds:
-            backoff = min(self._settings.backoff_seconds * 2 ** (failures - 1), _MAX_BACKOFF_SECONDS)
+            backoff = min(self.settings.backoff_seconds * 2 ** (failures - 1), _MAX_BACKOFF_SECONDS)
             self._stop.wait(backoff * random.uniform(0.5, 1.0))
             return
         if error.wait_seconds > _MAX_WAIT_SECONDS:
@@ -244,7 +241,7 @@ class EndpointJudge:
         except openai.APIStatusError as error:
             raise self._status(error) from None
         except openai.APITimeoutError:
-            raise _Transient(f"no answer within {self._settings.timeout_seconds:g} s (--timeout-seconds)") from None
+            raise _Transient(f"no answer within {self.settings.timeout_seconds:g} s (--timeout-seconds)") from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise _Transient(self._clean(f"no connection ({cause})"), reached=False) from None
@@ -267,7 +264,7 @@ class EndpointJudge:
         status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
         told = self._clean(f"HTTP {status}: {_first_line(body.get('message') or error.message)}")
         if status in (401, 403) and not self._has_key:
-            told += f" (the environment variable {self._settings.key_variable} is not set)"
+            told += f" (the environment variable {self.settings.key_variable} is not set)"
         if status in _FATAL or body.get("code") == "insufficient_quota":
             return EndpointError(f"{self.endpoint} refuses the requests for {self.name}: {told}.")
         if status in _RETRIED or status >= 500:

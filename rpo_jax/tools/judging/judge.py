@@ -1,17 +1,13 @@
-"""Compare two files of responses by a judge's verdicts.
-
-python -m rpo_jax.judge --a FILE --b FILE|chosen --task dialogue|summarization --judge openai:gpt-4-0613 --n 256
-"""
+"""Two files of responses, a judge's verdicts on them, and what they say."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +17,70 @@ from rpo_jax.tools.judging.cache import AnswerCache
 from rpo_jax.tools.judging.comparisons import Comparison, Judge, Verdict
 from rpo_jax.tools.judging.endpoint import EndpointError, EndpointJudge, EndpointSettings
 from rpo_jax.tools.judging.local import RewardJudge, RuleJudge
-from rpo_jax.tools.judging.questions import TEMPLATES
+from rpo_jax.tools.judging.questions import Task
 
-MENDABLE, ENDPOINT, NONSENSE = 2, 3, 4  # exit statuses
-_EXITS = (
-    "exit status: 0 judged; 2 something given cannot be used; 3 the endpoint failed (answers so far are kept, the same "
-    "command goes on); 4 no verdict can be read."
-)
 _IDENTICAL = Verdict("tie", "the responses are identical; nobody was asked")
 
 
-def compare(options: argparse.Namespace, reporter: Reporter) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """What is judged by whom.
+
+    Args:
+        a: file of the responses whose win rate is wanted.
+        b: file of those that they are compared with, or `chosen` for those of `data`.
+        judge: openai:MODEL, reward:FOLDER or rule:MODULE.py:FUNCTION.
+        n: prompts, drawn by seed.
+        out: folder of verdicts and summary; beside `a` where not given.
+        endpoint: settings of EndpointSettings but `model` and `request`.
+        request: further fields of a request to an endpoint, as JSON.
+        price_in, price_out: dollars per million tokens; a known model's list prices where not given.
+        max_cost: dollars that an endpoint may cost; without it, and without `yes`, the user is asked.
+        cache: file of answers that were given before.
+    """
+
+    a: str
+    b: str
+    task: Task
+    judge: str
+    data: str | None = None
+    split: str = "test"
+    layout: str = "auto"
+    n: int = 256
+    seed: int = 0
+    both_orders: bool = False
+    out: str | None = None
+    endpoint: Mapping[str, Any] = field(default_factory=dict)
+    request: str = "{}"
+    price_in: float | None = None
+    price_out: float | None = None
+    max_cost: float | None = None
+    yes: bool = False
+    cache: str = "~/.cache/rpo_jax/judge.sqlite"
+
+    @property
+    def prices(self) -> cost.Prices | None:
+        return cost.find_prices(self.judge.partition(":")[2], self.price_in, self.price_out)
+
+
+def judge_files(config: JudgeConfig, reporter: Reporter) -> dict[str, Any]:
     """Judge as asked, write verdicts and summary, and return the summary.
 
     Raises:
         ValueError: for files, a judge or an option that cannot be used; nothing has been asked then.
         EndpointError: where the endpoint does not answer.
     """
-    chosen_pairs = _pairs(options)
-    compared = pairs.comparisons(chosen_pairs, options.seed, both_orders=options.both_orders)
-    out = Path(options.out or _default_out(options)).expanduser()
+    chosen_pairs = _pairs(config)
+    compared = pairs.comparisons(chosen_pairs, config.seed, both_orders=config.both_orders)
+    out = Path(config.out or _default_out(config)).expanduser()
     _check_out(out)
-    prices = cost.find_prices(options.judge.partition(":")[2], options.price_in, options.price_out)
+    prices = config.prices
     with contextlib.ExitStack() as stack:
-        judge = _make_judge(options, reporter, stack)
+        judge = _make_judge(config, reporter, stack)
         reporter.say(f"{len(chosen_pairs)} prompts, {len(compared)} comparisons by {judge.name}")
         if isinstance(judge, EndpointJudge):
-            _agree_on_cost(judge, compared, options, prices, reporter)
-        verdicts = _judge_all(judge, compared, options, prices, reporter)
+            _agree_on_cost(judge, compared, config, reporter)
+        verdicts = _judge_all(judge, compared, config, reporter)
     usage = {
         "asked": sum(not verdict.cached and verdict is not _IDENTICAL for verdict in verdicts),
         "known": sum(verdict.cached for verdict in verdicts),
@@ -57,41 +89,40 @@ def compare(options: argparse.Namespace, reporter: Reporter) -> dict[str, Any]:
         "answer_tokens": sum(verdict.answer_tokens for verdict in verdicts),
         "dollars": _spent(verdicts, prices) if isinstance(judge, EndpointJudge) else None,
     }
-    told = {
-        "a": Path(options.a).name,
-        "b": "the chosen responses" if options.b == pairs.CHOSEN else Path(options.b).name,
-        "task": options.task,
+    result = {
+        "a": Path(config.a).name,
+        "b": "the chosen responses" if config.b == pairs.CHOSEN else Path(config.b).name,
+        "task": config.task,
         "judge": judge.name,
-        "seed": options.seed,
-        "both_orders": options.both_orders,
-        **summary.summarize(compared, verdicts, sees_order=judge.sees_order, seed=options.seed),
+        "seed": config.seed,
+        "both_orders": config.both_orders,
+        **summary.summarize(compared, verdicts, sees_order=judge.sees_order, seed=config.seed),
         "usage": usage,
         "folder": str(out),
     }
-    summary.write(out, compared, verdicts, told)
-    return told
+    summary.write(out, compared, verdicts, result)
+    return result
 
 
-def _pairs(options: argparse.Namespace) -> list[pairs.Pair]:
-    if options.n < 1:
-        raise ValueError(f"--n {options.n} must be at least 1.")
-    against_chosen = options.b == pairs.CHOSEN
-    if against_chosen != (options.data is not None):
+def _pairs(config: JudgeConfig) -> list[pairs.Pair]:
+    if config.n < 1:
+        raise ValueError(f"--n {config.n} must be at least 1.")
+    against_chosen = config.b == pairs.CHOSEN
+    if against_chosen != (config.data is not None):
         raise ValueError("--b chosen and --data FILE go together: the data file holds the chosen responses.")
-    a = pairs.read_responses(options.a)
-    b = (
-        pairs.read_chosen(options.data, split=options.split, layout=options.layout)
-        if against_chosen
-        else pairs.read_responses(options.b)
-    )
+    a = pairs.read_responses(config.a)
+    if config.data is None:
+        b = pairs.read_responses(config.b)
+    else:
+        b = pairs.read_chosen(config.data, split=config.split, layout=config.layout)
     # Responses to a part of a data set are judged against that part of it.
-    return pairs.sample(pairs.make_pairs(a, b, b_may_have_more=against_chosen), options.n, options.seed)
+    return pairs.sample(pairs.make_pairs(a, b, b_may_have_more=against_chosen), config.n, config.seed)
 
 
-def _default_out(options: argparse.Namespace) -> Path:
-    a = Path(options.a)
-    b = options.b if options.b == pairs.CHOSEN else Path(options.b).name.partition(".")[0]
-    judge = re.sub(r"[^\w.-]+", "-", options.judge.replace(str(Path.home()), ""))
+def _default_out(config: JudgeConfig) -> Path:
+    a = Path(config.a)
+    b = config.b if config.b == pairs.CHOSEN else Path(config.b).name.partition(".")[0]
+    judge = re.sub(r"[^\w.-]+", "-", config.judge.replace(str(Path.home()), ""))
     return a.with_name(f"{a.name.partition('.')[0]}-against-{b}-{judge}")
 
 
@@ -102,69 +133,54 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"--out {out} holds something else; name a folder of its own.")
 
 
-def _make_judge(options: argparse.Namespace, reporter: Reporter, stack: contextlib.ExitStack) -> Judge:
-    kind, colon, rest = options.judge.partition(":")
-    if kind not in _JUDGES or not colon or not rest:
-        raise ValueError(f"--judge {options.judge} is unknown; use {', '.join(f'{name}:...' for name in _JUDGES)}.")
-    return _JUDGES[kind](rest, options, reporter, stack)
+def _make_judge(config: JudgeConfig, reporter: Reporter, stack: contextlib.ExitStack) -> Judge:
+    kind, _, name = config.judge.partition(":")
+    makers = {
+        "openai": lambda: _endpoint(name, config, reporter, stack),
+        "reward": lambda: RewardJudge(name, reporter.say),
+        "rule": lambda: RuleJudge(name),
+    }
+    if kind not in makers or not name:
+        raise ValueError(f"--judge {config.judge} is unknown; use {', '.join(f'{known}:...' for known in makers)}.")
+    return makers[kind]()
 
 
-def _endpoint(model: str, options: argparse.Namespace, reporter: Reporter, stack: contextlib.ExitStack) -> Judge:
+def _endpoint(model: str, config: JudgeConfig, reporter: Reporter, stack: contextlib.ExitStack) -> EndpointJudge:
     try:
-        request = json.loads(options.request)
+        request = json.loads(config.request)
     except ValueError as error:
         raise ValueError(f"--request is no JSON object: {error}") from None
     if not isinstance(request, dict):
-        raise ValueError(f"--request is no JSON object: {options.request}")
-    names = [field.name for field in dataclasses.fields(EndpointSettings)]
-    given = {name: getattr(options, name) for name in names if name not in ("model", "request")}
-    settings = EndpointSettings(model=model, request=request, **given)
-    cache = stack.enter_context(AnswerCache(options.cache))
-    return stack.enter_context(EndpointJudge(settings, options.task, cache, reporter.say))
-
-
-def _reward(folder: str, options: argparse.Namespace, reporter: Reporter, stack: contextlib.ExitStack) -> Judge:
-    return RewardJudge(folder, reporter.say)
-
-
-def _rule(spec: str, options: argparse.Namespace, reporter: Reporter, stack: contextlib.ExitStack) -> Judge:
-    return RuleJudge(spec)
-
-
-_JUDGES: dict[str, Callable[[str, argparse.Namespace, Reporter, contextlib.ExitStack], Judge]] = {
-    "openai": _endpoint,
-    "reward": _reward,
-    "rule": _rule,
-}
+        raise ValueError(f"--request is no JSON object: {config.request}")
+    settings = EndpointSettings(model=model, request=request, **config.endpoint)
+    cache = stack.enter_context(contextlib.closing(AnswerCache(config.cache)))
+    return stack.enter_context(contextlib.closing(EndpointJudge(settings, config.task, cache, reporter.say)))
 
 
 def _agree_on_cost(
-    judge: EndpointJudge,
-    compared: Sequence[Comparison],
-    options: argparse.Namespace,
-    prices: cost.Prices | None,
-    reporter: Reporter,
+    judge: EndpointJudge, compared: Sequence[Comparison], config: JudgeConfig, reporter: Reporter
 ) -> None:
     """Tell what the run will cost at most; go on only with a user's word for it."""
+    prices = config.prices
     asked = [comparison for comparison in compared if comparison.pair.a != comparison.pair.b]
     new = [judge.question(comparison) for comparison in asked if judge.known(comparison) is None]
-    expected = cost.estimate(new, options.answer_tokens, prices)
+    expected = cost.estimate(new, judge.settings.answer_tokens, prices)
     price = "no price is known for it (--price-in, --price-out)"
     if expected.dollars is not None and prices is not None:
-        source = f"list prices of {cost.PRICES_OF}" if options.price_in is None else "the prices given"
+        source = f"list prices of {cost.PRICES_OF}" if config.price_in is None else "the prices given"
         price = f"${expected.dollars:.2f} at most, at {source}"
     reporter.say(
         f"{expected.requests} requests to {judge.endpoint}, {len(asked) - len(new)} known already: about "
         f"{expected.prompt_tokens:,} tokens of questions, up to {expected.answer_tokens:,} of answers: {price}"
     )
-    if not expected.requests or (options.yes and options.max_cost is None):
+    if not expected.requests or (config.yes and config.max_cost is None):
         return
-    if options.max_cost is not None:
+    if config.max_cost is not None:
         if expected.dollars is None:
             raise ValueError("--max-cost needs a price: give --price-in and --price-out, dollars per million tokens.")
-        if expected.dollars > options.max_cost:
+        if expected.dollars > config.max_cost:
             raise ValueError(
-                f"this may cost ${expected.dollars:.2f}, more than --max-cost {options.max_cost:g}; raise it, or lower "
+                f"this may cost ${expected.dollars:.2f}, more than --max-cost {config.max_cost:g}; raise it, or lower "
                 "--n or --answer-tokens."
             )
         return
@@ -181,13 +197,8 @@ def _spent(verdicts: Sequence[Verdict], prices: cost.Prices | None) -> float | N
     return cost.dollars(prices, asked, sum(verdict.answer_tokens for verdict in verdicts))
 
 
-def _judge_all(
-    judge: Judge,
-    compared: Sequence[Comparison],
-    options: argparse.Namespace,
-    prices: cost.Prices | None,
-    reporter: Reporter,
-) -> list[Verdict]:
+def _judge_all(judge: Judge, compared: Sequence[Comparison], config: JudgeConfig, reporter: Reporter) -> list[Verdict]:
+    prices = config.prices
     verdicts: list[Verdict | None] = [_IDENTICAL if pair.a == pair.b else None for pair, _ in compared]
     places = [index for index, verdict in enumerate(verdicts) if verdict is None]
     done = len(verdicts) - len(places)
@@ -197,77 +208,11 @@ def _judge_all(
             done += 1
             update(done, {})
             spent = _spent([verdict for verdict in verdicts if verdict is not None], prices)
-            if options.max_cost is not None and spent is not None and spent > options.max_cost:
+            if config.max_cost is not None and spent is not None and spent > config.max_cost:
                 raise EndpointError(
-                    f"${spent:.2f} have been spent, more than --max-cost {options.max_cost:g}: the estimate was too "
+                    f"${spent:.2f} have been spent, more than --max-cost {config.max_cost:g}: the estimate was too "
                     "low. Answers so far are kept."
                 )
     whole = [verdict for verdict in verdicts if verdict is not None]
     assert len(whole) == len(compared), "a judge gives a verdict on everything or raises"
     return whole
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m rpo_jax.judge", description=__doc__, epilog=_EXITS)
-    add = parser.add_argument
-    add("--a", required=True, metavar="FILE", help="responses whose win rate is wanted: rows with prompt and response")
-    add("--b", required=True, metavar="FILE|chosen", help="responses to compare with; `chosen`: those of --data")
-    add("--task", required=True, choices=tuple(TEMPLATES), help="which of the paper's questions is asked")
-    add("--judge", required=True, help="openai:MODEL, reward:HF_DIR or rule:MODULE.py:FUNCTION")
-    add("--data", metavar="FILE", help="data whose chosen responses --b chosen means")
-    add("--split", default="test", help="of --data, where it has several")
-    add("--layout", default="auto", help="of --data")
-    add("--n", type=int, default=256, help="prompts, drawn by seed (default 256, the paper's)")
-    add("--seed", type=int, default=0, help="of the sample, the order and the bootstrap")
-    add("--both-orders", action="store_true", help="ask twice, each response first once")
-    add("--out", metavar="DIR", help="folder of verdicts.jsonl, summary.json and summary.md")
-    asked = parser.add_argument_group("openai: endpoints")
-    add = asked.add_argument
-    settings = {field.name: field.default for field in dataclasses.fields(EndpointSettings)}
-    add("--base-url", metavar="URL", help="of any OpenAI-compatible server; default OPENAI_BASE_URL, then OpenAI")
-    add("--key-variable", default=settings["key_variable"], help="environment variable that holds the API key")
-    add("--concurrency", type=int, default=settings["concurrency"], help="requests at once")
-    add("--retries", type=int, default=settings["retries"], help="of a request that failed in a way that may pass")
-    add("--timeout-seconds", type=float, default=settings["timeout_seconds"], help="for one request")
-    add(
-        "--backoff-seconds",
-        type=float,
-        default=settings["backoff_seconds"],
-        help="before the first retry; then doubled",
-    )
-    add("--temperature", type=float, default=settings["temperature"], help="of the judge")
-    add("--answer-tokens", type=int, default=settings["answer_tokens"], help="limit of an answer")
-    add("--request", default="{}", metavar="JSON", help="further fields of a request; null removes one of ours")
-    add("--price-in", type=float, metavar="DOLLARS", help="per million tokens of questions")
-    add("--price-out", type=float, metavar="DOLLARS", help="per million tokens of answers")
-    add("--max-cost", type=float, metavar="DOLLARS", help="go on without asking up to this estimate, and stop there")
-    add("--yes", action="store_true", help="go on whatever the estimate")
-    add("--cache", default="~/.cache/rpo_jax/judge.sqlite", metavar="FILE", help="answers that were given before")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of `compare`; one line and an exit status for what goes wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        told = compare(options, Reporter())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MENDABLE
-    except EndpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ENDPOINT
-    if not told["judged_prompts"]:
-        print(
-            f"error: {told['judge']} gave no verdict that can be read: {told['unparsable']} of {told['comparisons']} "
-            f"answers name no response, {told['refused']} were refused; read {told['folder']}/{summary.VERDICTS}.",
-            file=sys.stderr,
-        )
-        return NONSENSE
-    print(summary.markdown(told))
-    print(told["folder"])
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

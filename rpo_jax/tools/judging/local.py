@@ -77,15 +77,15 @@ class RewardJudge:
             )
         encoded.sort(key=lambda pair: len(pair[1][0]["input_ids"]))  # equal lengths together, for less padding
         scores: dict[tuple[Prompt, str], float] = {}
-        told: set[int] = set()
+        judged: set[int] = set()
         for start in range(0, len(encoded), _BATCH):
             batch = encoded[start : start + _BATCH]
             values = self._scores([ids for _, (ids, _) in batch])
             scores |= {key: value for (key, _), value in zip(batch, values, strict=True)}
             for index, comparison in enumerate(comparisons):
                 keys = [(comparison.pair.prompt, response) for response in comparison.responses]
-                if index not in told and all(key in scores for key in keys):
-                    told.add(index)
+                if index not in judged and all(key in scores for key in keys):
+                    judged.add(index)
                     first, second = (scores[key] for key in keys)
                     yield index, Verdict(higher(first, second), f"rewards {first:.6g} and {second:.6g}")
 

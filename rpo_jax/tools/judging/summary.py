@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from rpo_jax.core.files import atomic_write
+from rpo_jax.core.jsonl import write_jsonl
+from rpo_jax.core.templates import render
 from rpo_jax.tools.judging import statistics
 from rpo_jax.tools.judging.comparisons import Comparison, Verdict
 
@@ -115,23 +117,13 @@ def write(
     folder: Path, comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], summary: Mapping[str, Any]
 ) -> None:
     """Verdicts and summary into a folder; each file is replaced whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(_line(comparison, verdict), ensure_ascii=False)
-        for comparison, verdict in zip(comparisons, verdicts, strict=True)
-    ]
-    contents = {
-        VERDICTS: "".join(f"{line}\n" for line in lines),
-        SUMMARY: json.dumps(summary, indent=2) + "\n",
-        REPORT: markdown(summary),
-    }
-    for name, content in contents.items():
-        beside = folder / f".{name}.partial-{os.getpid()}"
-        beside.write_text(content, encoding="utf-8")
-        beside.replace(folder / name)
+    rows = (_row(comparison, verdict) for comparison, verdict in zip(comparisons, verdicts, strict=True))
+    write_jsonl(folder / VERDICTS, rows, ascii_only=False)
+    atomic_write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    atomic_write(folder / REPORT, markdown(summary))
 
 
-def _line(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
+def _row(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
     prompt = comparison.pair.prompt
     return {
         "row_id": comparison.pair.row_id,
@@ -155,42 +147,4 @@ def _range(interval: Sequence[float] | None) -> str:
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The summary as a page, also what the command prints."""
-    length, position = summary["length"], summary["position"]
-    lines = [
-        f"# {summary['a']} against {summary['b']}",
-        "",
-        f"{summary['task']}, judge {summary['judge']}, {summary['prompts']} prompts, "
-        f"{summary['comparisons']} comparisons ({'both orders' if summary['both_orders'] else 'order'} by seed "
-        f"{summary['seed']})",
-        "",
-        "| what | value |",
-        "|---|---|",
-        f"| win / tie / loss | {summary['win']} / {summary['tie']} / {summary['loss']} |",
-        f"| win rate, a tie is half a win | {_percent(summary['win_rate'])} |",
-        f"| its 95 % interval, Wilson | {_range(summary['win_rate_wilson_95'])} |",
-        f"| its 95 % interval, bootstrap over prompts | {_range(summary['win_rate_bootstrap_95'])} |",
-        f"| length-controlled win rate | {_percent(summary['length_controlled_win_rate'])} |",
-        f"| its 95 % interval, bootstrap | {_range(summary['length_controlled_bootstrap_95'])} |",
-        f"| answers that cannot be read | {summary['unparsable']} |",
-        f"| comparisons refused by the endpoint | {summary['refused']} |",
-    ]
-    if length:
-        means = f"{length['a_mean_characters']:.0f} / {length['b_mean_characters']:.0f}"
-        lines += [
-            f"| mean characters, A / B | {means} |",
-            f"| A longer / shorter | {length['a_longer']} / {length['a_shorter']} |",
-            f"| win rate where A is longer | {_percent(length['win_rate_where_a_is_longer'])} |",
-            f"| win rate where A is shorter | {_percent(length['win_rate_where_a_is_shorter'])} |",
-        ]
-    if position:
-        rate, interval = _percent(position["first_won"]), _range(position["first_won_wilson_95"])
-        lines.append(f"| won by the response shown first | {rate} ({interval}) |")
-        if position["judged_in_both_orders"]:
-            lines.append(f"| same verdict in both orders | {_percent(position['same_verdict_in_both_orders'])} |")
-    usage = summary["usage"]
-    cost = "" if usage["dollars"] is None else f", ${usage['dollars']:.2f}"
-    lines.append(
-        f"| asked / known before | {usage['asked']} / {usage['known']} ({usage['prompt_tokens']} + "
-        f"{usage['answer_tokens']} tokens{cost}) |"
-    )
-    return "\n".join(lines) + f"\n\nLength-controlled: {LENGTH_METHOD}.\n"
+    return render("judge_summary.md", **summary, percent=_percent, range=_range, length_method=LENGTH_METHOD)

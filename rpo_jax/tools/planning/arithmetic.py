@@ -7,26 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
-
-class Sizes(Protocol):
-    """Of a decoder: rpo_jax.models.ModelConfig has them."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
+Sizes = Any  # of a decoder, under the names of rpo_jax.models.ModelConfig; benchmarks/ has sizes of its own
 
 
 def body_parameters(sizes: Sizes) -> int:

@@ -113,7 +113,7 @@ def shape_of(config: Config, lengths: Lengths, target: Target, fixed: tuple[int,
     multiple = config.batch.micro_rows or sharding.row_shards(mesh)
     if fixed[0] % multiple:
         raise ValueError(f"--rows {fixed[0]} must be a multiple of {multiple}: micro-batches and devices share rows.")
-    return replace(shape, rows=fixed[0], row_tokens=fixed[1], said=f"{fixed[0]} rows of {fixed[1]} tokens, as given")
+    return replace(shape, rows=fixed[0], row_tokens=fixed[1], source=f"{fixed[0]} rows of {fixed[1]} tokens, as given")
 
 
 def estimate(

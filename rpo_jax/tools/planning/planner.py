@@ -1,16 +1,10 @@
-"""Plan a run on devices that are not here: `python -m rpo_jax.plan --config C --topology v5p:4x4x4`.
-
-The real training step is compiled ahead of time, by libtpu for TPUs and for virtual CPU devices in place of GPUs.
-"""
+"""A plan from a configuration: what is compiled, which micro-batch fits, and what is printed and written of it."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,22 +13,41 @@ from rich.console import Console
 
 from rpo_jax import models
 from rpo_jax.config import Config
-from rpo_jax.config.reading import parse_config
+from rpo_jax.core.files import atomic_write
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
-from rpo_jax.tools.planning.chips import CHIPS, GPUS
+from rpo_jax.tools.planning.chips import CHIPS
 from rpo_jax.tools.planning.compiled import OutOfMemory, Target, gpu_target, tpu_target
 from rpo_jax.tools.planning.estimate import Estimate, estimate, shape_of
-from rpo_jax.tools.planning.printing import assumptions, print_plan, print_ranking
+from rpo_jax.tools.planning.printing import assumptions, print_assumptions, print_plan, print_ranking
 from rpo_jax.tools.planning.search import Trial, judged, largest_micro_batch, ranked, search
-from rpo_jax.tools.planning.workload import KNOWN_MODELS, Lengths, assumed_lengths, planned_model
+from rpo_jax.tools.planning.workload import Lengths, assumed_lengths, planned_model
 
 _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What is planned besides a configuration; the options of `rpo_jax.plan` say what each of these is."""
+
+    topology: str | None = None
+    devices: int | None = None
+    device_memory: str | None = None
+    chip: str | None = None
+    model: str | None = None
+    rows: int | None = None
+    row_tokens: int | None = None
+    prompt_tokens: int | None = None
+    response_tokens: int | None = None
+    lengths: Path | None = None
+    search: bool = False
+    find_largest: bool = True
+    json: Path | None = None
+
+
 @dataclass(frozen=True)
-class Request:
-    """What a plan is asked for.
+class Planner:
+    """Compiles a training step for a target, with the batches that the assumed lengths give.
 
     Attributes:
         fixed: rows and row tokens, where given.
@@ -45,7 +58,6 @@ class Request:
     target: Target
     lengths: Lengths
     fixed: tuple[int, int] | None
-    find_largest: bool
 
     def compile_one(self, config: Config) -> Estimate:
         return estimate(config, self.model, self.target, self.lengths, self.fixed)
@@ -54,6 +66,29 @@ class Request:
         """Rows of a configuration's batch, and how many devices share them."""
         mesh = sharding.make_mesh(config.mesh, self.target.devices)
         return shape_of(config, self.lengths, self.target, self.fixed).rows, sharding.row_shards(mesh)
+
+    @property
+    def attention(self) -> str:
+        name = self.config.model.attention
+        if name != "auto":
+            return name
+        kind = models.attention_kind("auto", self.target.platform)
+        return next(key for key, value in models.ATTENTIONS.items() if value is kind) + ", the best for this platform"
+
+    def largest(self, planned: Trial) -> tuple[str, list[Trial]]:
+        """The largest micro-batch that fits, in words, and what was compiled to find it."""
+        config = self.config
+        if planned.fits and config.batch.micro_rows is None:
+            return "the whole batch: no micro-batches are needed", []
+        rows, shards = self.rows_of(replace(config, batch=replace(config.batch, micro_rows=None)))
+        largest, tried = largest_micro_batch(self.compile_one, planned, rows, shards)
+        if largest is None:
+            return "none: not even one row per device fits", tried
+        assert largest.estimate is not None
+        micro = largest.config.batch.micro_rows
+        if micro is None:
+            return f"the whole batch of {rows} rows: no micro-batches are needed", tried
+        return f"{micro} rows of {largest.estimate.row_tokens} tokens", tried
 
 
 def parse_bytes(text: str) -> float:
@@ -64,54 +99,27 @@ def parse_bytes(text: str) -> float:
     return float(match.group(1)) * _UNITS[match.group(2).lower()]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m rpo_jax.plan",
-        allow_abbrev=False,
-        description="Whether a configuration fits devices that are not here, and how fast it may go. Further arguments "
-        "are the configuration's: --config FILE and --section.key value.",
-    )
-    add = parser.add_argument
-    add("--topology", help="a TPU slice: v5e:2x4, v5p:4x4x4, v6e:4x4 ... (needs libtpu)")
-    add("--devices", type=int, help="number of GPUs")
-    add("--device-memory", help="of each GPU, as 80GiB; the chip's own where not given")
-    add("--chip", choices=GPUS, help="whose rates to take for GPUs; h100 where not given")
-    add("--model", help=f"a known architecture, where model.path is not here: {', '.join(KNOWN_MODELS)}")
-    add("--rows", type=int, help="packed rows of a batch, with --row-tokens")
-    add("--row-tokens", type=int, help="their length")
-    add("--prompt-tokens", type=int, help="of every prompt; data.max_prompt_tokens where not given")
-    add("--response-tokens", type=int, help="of every response; what data.max_tokens leaves where not given")
-    add("--lengths", type=Path, help="JSON file with rows of [prompt, chosen, rejected] tokens to pack instead")
-    add("--search", action="store_true", help="try meshes, remat policies and micro-batches, and rank them")
-    add("--no-largest", action="store_true", help="do not look for the largest micro-batch that fits")
-    add("--json", type=Path, help="write the plan to this file too")
-    return parser
-
-
-def read_request(arguments: Sequence[str]) -> tuple[Request, argparse.Namespace]:
+def make_planner(config: Config, options: PlanOptions) -> Planner:
     """ValueError for whatever cannot be planned; nothing is compiled yet."""
-    given, rest = _parser().parse_known_args(arguments)
-    config = parse_config(rest)
     models.check_choices(config.model, config.lora)
-    if (given.topology is None) == (given.devices is None):
+    if (options.topology is None) == (options.devices is None):
         raise ValueError("give one of --topology (TPUs) and --devices (GPUs).")
-    if (given.rows is None) != (given.row_tokens is None) or min(given.rows or 1, given.row_tokens or 1) < 1:
+    sizes = [size for size in (options.rows, options.row_tokens) if size is not None]
+    if len(sizes) == 1 or min(sizes, default=1) < 1:
         raise ValueError("--rows and --row-tokens belong together, both positive.")
-    lengths = assumed_lengths(config, given.prompt_tokens, given.response_tokens, given.lengths)
-    model, _ = planned_model(config, given.model)
-    if given.topology is not None:
-        if given.chip or given.device_memory:
+    fixed = (sizes[0], sizes[1]) if sizes else None
+    lengths = assumed_lengths(config, options.prompt_tokens, options.response_tokens, options.lengths)
+    model, _ = planned_model(config, options.model)
+    if options.devices is None:
+        if options.chip or options.device_memory:
             raise ValueError("--chip and --device-memory go with --devices; a TPU's topology says both.")
-        target = tpu_target(given.topology)
-    else:
-        if given.devices < 1:
-            raise ValueError(f"--devices {given.devices} must be at least 1.")
-        chip = CHIPS[given.chip or "h100"]
-        memory = parse_bytes(given.device_memory) if given.device_memory else chip.memory
-        target = gpu_target(given.devices, memory, chip)
-        config = replace(config, model=replace(config.model, attention=_on_cpu(config.model.attention)))
-    fixed = None if given.rows is None else (given.rows, given.row_tokens)
-    return Request(config, model, target, lengths, fixed, not given.no_largest), given
+        return Planner(config, model, tpu_target(str(options.topology)), lengths, fixed)
+    if options.devices < 1:
+        raise ValueError(f"--devices {options.devices} must be at least 1.")
+    chip = CHIPS[options.chip or "h100"]
+    memory = parse_bytes(options.device_memory) if options.device_memory else chip.memory
+    config = replace(config, model=replace(config.model, attention=_on_cpu(config.model.attention)))
+    return Planner(config, model, gpu_target(options.devices, memory, chip), lengths, fixed)
 
 
 def _on_cpu(attention: str) -> str:
@@ -120,55 +128,59 @@ def _on_cpu(attention: str) -> str:
     return models.ATTENTIONS[name].stand_in or name
 
 
-def _largest(request: Request, planned: Trial) -> tuple[str, list[Trial]]:
-    """The largest micro-batch in words, and what was compiled to find it."""
-    config = request.config
-    if planned.fits and config.batch.micro_rows is None:
-        return "the whole batch: no micro-batches are needed", []
-    rows, shards = request.rows_of(replace(config, batch=replace(config.batch, micro_rows=None)))
-    largest, tried = largest_micro_batch(request.compile_one, planned, rows, shards)
-    if largest is None:
-        return "none: not even one row per device fits", tried
-    assert largest.estimate is not None
-    micro = largest.config.batch.micro_rows
-    if micro is None:
-        return f"the whole batch of {rows} rows: no micro-batches are needed", tried
-    return f"{micro} rows of {largest.estimate.row_tokens} tokens", tried
+def plan(config: Config, options: PlanOptions) -> bool:
+    """Print the plan of a configuration, or of all meshes that could hold it, and write it where asked to.
+
+    Returns whether anything fits. Raises ValueError for what cannot be planned or what the compiler refuses.
+    """
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: chips that are here are left alone
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+    planner = make_planner(config, options)
+    if options.search:
+        trials, largest = _searched(planner, console), "see the plans"
+    else:
+        trials, largest = _as_configured(planner, console, find_largest=options.find_largest)
+    if options.json is not None:
+        _write(options.json, planner, trials, largest)
+    return any(trial.fits for trial in trials)
 
 
-def run(request: Request, console: Console) -> tuple[list[Trial], str]:
-    """The configuration as it is, and with it the largest micro-batch; ValueError for what the compiler refuses."""
+def _searched(planner: Planner, console: Console) -> list[Trial]:
+    trials = []
+    for trial in search(planner.compile_one, planner.config, planner.model, planner.target, planner.rows_of):
+        trials.append(trial)
+        console.print(f"tried {len(trials)}: {trial.config.mesh}, {trial.config.model.remat}", markup=False)
+    trials = ranked(trials)
+    print_ranking(console, trials, planner.target)
+    print_assumptions(console, planner.target, planner.attention)
+    return trials
+
+
+def _as_configured(planner: Planner, console: Console, *, find_largest: bool) -> tuple[list[Trial], str]:
+    """The configuration as it is, or with the largest micro-batch that fits."""
     try:
-        planned = judged(request.config, request.compile_one(request.config))
+        planned = judged(planner.config, planner.compile_one(planner.config))
     except OutOfMemory as error:
-        planned = Trial(request.config, None, str(error))
-    largest, tried = _largest(request, planned) if request.find_largest else ("not asked for", [])
-    attention, trials = _attention(request), [planned, *(trial for trial in tried if trial is not planned)]
-    if planned.estimate is None:
-        fitting = next((trial for trial in tried if trial.fits), None)
-        if fitting is None or fitting.estimate is None:
-            told = f"{request.target.name}: {planned.reason}. Largest micro-batch that fits: {largest}."
-            print(f"error: {told}", file=sys.stderr)
-            return trials, largest
-        console.print(f"as configured it does not fit: {planned.reason}; planned instead:", markup=False)
-        print_plan(console, fitting.estimate, request.target, largest, request.lengths.said, attention)
-        return trials, largest
-    print_plan(console, planned.estimate, request.target, largest, request.lengths.said, attention)
-    return trials, largest
+        planned = Trial(planner.config, None, str(error))
+    largest, tried = planner.largest(planned) if find_largest else ("not asked for", [])
+    shown = planned.estimate
+    if shown is None:
+        shown = next((trial.estimate for trial in tried if trial.fits), None)
+        if shown is None:
+            reason = f"{planned.reason}. Largest micro-batch that fits: {largest}."
+            print(f"error: {planner.target.name}: {reason}", file=sys.stderr)
+        else:
+            console.print(f"as configured it does not fit: {planned.reason}; planned instead:", markup=False)
+    if shown is not None:
+        print_plan(console, shown, planner.target, largest, planner.lengths.source, planner.attention)
+    return [planned, *(trial for trial in tried if trial is not planned)], largest
 
 
-def _attention(request: Request) -> str:
-    name = request.config.model.attention
-    if name != "auto":
-        return name
-    return models.attention_name("auto", request.target.platform) + ", the best for this platform"
-
-
-def _write(path: Path, request: Request, trials: list[Trial], largest: str) -> None:
+def _write(path: Path, planner: Planner, trials: list[Trial], largest: str) -> None:
     content = {
-        "target": request.target.name,
-        "assumptions": assumptions(request.target, _attention(request)),
-        "batch": request.lengths.said,
+        "target": planner.target.name,
+        "assumptions": assumptions(planner.target, planner.attention),
+        "batch": planner.lengths.source,
         "largest_micro_batch": largest,
         "plans": [
             {
@@ -181,34 +193,4 @@ def _write(path: Path, request: Request, trials: list[Trial], largest: str) -> N
             for trial in trials
         ],
     }
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    jax.config.update("jax_platforms", "cpu")  # nothing runs: chips that are here are left alone
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-    try:
-        request, given = read_request(sys.argv[1:] if arguments is None else list(arguments))
-        if given.search:
-            trials = []
-            for trial in search(request.compile_one, request.config, request.model, request.target, request.rows_of):
-                trials.append(trial)
-                console.print(f"tried {len(trials)}: {trial.config.mesh}, {trial.config.model.remat}", markup=False)
-            trials, largest = ranked(trials), "see the plans"
-            print_ranking(console, trials, request.target)
-            for line in assumptions(request.target, _attention(request)):
-                console.print(f"- {line}", markup=False)
-        else:
-            trials, largest = run(request, console)
-        if given.json is not None:
-            _write(given.json, request, trials, largest)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0 if any(trial.fits for trial in trials) else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    atomic_write(path, json.dumps(content, indent=1) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from rpo_jax.core.templates import render
 from rpo_jax.tools.planning.compiled import Target
 from rpo_jax.tools.planning.estimate import Estimate
 from rpo_jax.tools.planning.search import Trial
@@ -22,30 +23,7 @@ def seconds(value: float) -> str:
 
 def assumptions(target: Target, attention: str) -> list[str]:
     """What the figures of a plan rest on, one sentence each."""
-    chip = target.chip
-    said = [
-        f"Rates of {chip.name}, published and never reached in full: {chip.flops / 1e12:,.0f} TFLOP/s bfloat16, "
-        f"{chip.memory_rate / 1e9:,.0f} GB/s memory, {chip.link_rate / 1e9:,.0f} GB/s to other devices one way over "
-        f"all links ({chip.source}).",
-        "Time: operations, bytes and exchanged bytes over these rates; the shorter one if all three overlap, the "
-        "longer one if none do. A real step takes longer than the shorter one; host, input and start-up are not in it.",
-        "Operations and bytes moved are counted from the sizes of model and batch, not by the compiler; exchanges are "
-        "read from the compiled program, loops multiplied by their turns.",
-        "Utilisation: operations that the step cannot do without (no padding, no recomputation) over the chip's peak.",
-        f"Attention: {attention}.",
-    ]
-    if target.exact:
-        said.insert(0, f"Compiled for {target.name} by libtpu; whether it fits is what that compiler says.")
-    else:
-        said[0:0] = [
-            "Compiled for virtual CPU devices, as there is no CUDA compiler here: the step, its sharding and its "
-            "exchanges are the real ones; how XLA's GPU compiler fuses and schedules is not known.",
-            "Memory is therefore an estimate, mostly too high: XLA's CPU compiler keeps copies in float32 of what is "
-            "bfloat16. CUDA's own context (about 0.5 GB) and fragmentation are not in it.",
-            "Between GPUs, exchanges are counted at NVLink's rate (PCIe's where there is none): over a network between "
-            "hosts they take longer.",
-        ]
-    return said
+    return render("plan_assumptions.txt", target=target, chip=target.chip, attention=attention).splitlines()
 
 
 def print_plan(console: Console, one: Estimate, target: Target, largest: str, batch: str, attention: str) -> None:
@@ -84,6 +62,10 @@ def print_plan(console: Console, one: Estimate, target: Target, largest: str, ba
         console.print(f"unexpected: {surprise}", markup=False)
     if not one.surprises:
         console.print("No exchange of a whole parameter tree, and no logits of all tokens.")
+    print_assumptions(console, target, attention)
+
+
+def print_assumptions(console: Console, target: Target, attention: str) -> None:
     for line in assumptions(target, attention):
         console.print(f"- {line}", markup=False)
 

@@ -16,29 +16,13 @@ from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExampl
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.planning.arithmetic import StepSizes, necessary_flops, visible_pairs
+from rpo_jax.tools.planning.chips import TABLES
 
-# The sizes in each model's own config.json on the hub.
-_LLAMA2 = {"family": "llama", "vocab_size": 32_000, "rope_theta": 1e4, "max_position_embeddings": 4096}
-_LLAMA3 = {"family": "llama", "vocab_size": 128_256, "rope_theta": 5e5, "max_position_embeddings": 8192}
 _SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+# The sizes in each model's own config.json on the hub.
+_HUB_NAMES = {row["hub_name"]: name for name, row in TABLES["models"].items()}
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
-    name: {**common, **dict(zip(_SIZES, sizes, strict=True)), "tie_embeddings": False}
-    for name, common, sizes in (
-        ("llama2-7b", _LLAMA2, (4096, 11_008, 32, 32, 32)),
-        ("llama2-13b", _LLAMA2, (5120, 13_824, 40, 40, 40)),
-        ("llama2-70b", _LLAMA2, (8192, 28_672, 80, 64, 8)),
-        ("llama3-8b", _LLAMA3, (4096, 14_336, 32, 32, 8)),
-        ("llama3-70b", _LLAMA3, (8192, 28_672, 80, 64, 8)),
-        ("mistral-7b", {**_LLAMA2, "family": "mistral", "max_position_embeddings": 32_768}, (4096, 14_336, 32, 32, 8)),
-    )
-}
-_HUB_NAMES = {
-    "meta-llama/Llama-2-7b-hf": "llama2-7b",
-    "meta-llama/Llama-2-13b-hf": "llama2-13b",
-    "meta-llama/Llama-2-70b-hf": "llama2-70b",
-    "meta-llama/Meta-Llama-3-8B": "llama3-8b",
-    "meta-llama/Meta-Llama-3-70B": "llama3-70b",
-    "mistralai/Mistral-7B-v0.1": "mistral-7b",
+    name: {key: value for key, value in row.items() if key != "hub_name"} for name, row in TABLES["models"].items()
 }
 EMBEDDING_WIDTH = 384  # all-MiniLM-L6-v2's, the default encoder's
 REFINING_TOKENS = 64  # assumed of the text before a refined prompt: 43 words unless told otherwise
@@ -50,7 +34,7 @@ class Lengths:
     """Tokens of [prompt, chosen, rejected] of the examples that a plan assumes, and one line that says which."""
 
     tokens: Sequence[Sequence[int]]
-    said: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -63,7 +47,7 @@ class BatchShape:
         filled_tokens: positions that hold a token, on average over batches.
         scored_tokens: tokens of responses, likewise.
         visible: (query, key) pairs that see each other, likewise.
-        said: one line on where this comes from.
+        source: one line on where this comes from.
     """
 
     rows: int
@@ -71,7 +55,7 @@ class BatchShape:
     filled_tokens: float
     scored_tokens: float
     visible: float
-    said: str
+    source: str
 
 
 def planned_model(config: Config, name: str | None) -> tuple[ModelConfig, str]:
@@ -158,7 +142,7 @@ def planned_batch(
     steps = range(min(MOST_STEPS, batches.steps_per_epoch))
     shapes = [batches.batch_at(step).tokens.shape for step in steps]
     rows, tokens = max(shapes, key=lambda shape: shape[0] * shape[1])
-    return BatchShape(rows, tokens, *_contents(config, lengths, responses), lengths.said)
+    return BatchShape(rows, tokens, *_contents(config, lengths, responses), lengths.source)
 
 
 def _contents(config: Config, lengths: Lengths, responses: tuple[str, ...]) -> tuple[float, float, float]:

@@ -1,23 +1,13 @@
-"""See what training did: `python -m rpo_jax.report --run DIR [--run DIR ...]` writes one HTML page, for no network.
-
-It shows curves of all runs over each other, a batch's contrast matrix with its prompts, held-out rewards, packing and
-throughput, samples and the configuration. The matrix is computed again from the run's data, the rewards from its newest
-checkpoint; both are left out with --no-matrix and --no-rewards. The page holds prompts of your data and paths of your
-machine: look before you pass it on.
-"""
+"""The page of training runs: what they logged, and what their data and checkpoints show."""
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rpo_jax.config import resolve
-from rpo_jax.core.files import replace_durably
+from rpo_jax.core.files import atomic_write
 from rpo_jax.runs.folder import MODEL
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.reporting import contrast_panel, rewards_panel
@@ -61,12 +51,7 @@ def write_report(
         prepared = _prepared(record, reporter) if with_matrix or with_rewards else None
         matrices.append(_matrix(record, prepared, batch_step) if with_matrix and prepared else LEFT_OUT)
         scores.append(_rewards(record, prepared, reporter, base) if with_rewards and prepared else LEFT_OUT)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(make_page(records, matrices, scores), encoding="utf-8")
-        replace_durably(beside, out)
-    finally:
-        beside.unlink(missing_ok=True)
+    atomic_write(out, make_page(records, matrices, scores))
     return out
 
 
@@ -99,36 +84,3 @@ def _rewards(record: RunRecord, prepared: Prepared, reporter: Reporter, base: st
         raise ValueError(f"{error} (with --no-rewards the report does without)") from None
     method = resolve(record.config)
     return rewards_panel.for_page(found, step, None if method.reference is None else method.objective.beta)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of `write_report`; exit status 2 and one line for what a user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rpo_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", action="append", required=True, metavar="DIR", help="run folder; several are compared")
-    parser.add_argument("--out", default="report.html", metavar="FILE", help="page to write; report.html by default")
-    parser.add_argument("--batch-step", type=int, default=1, metavar="N", help="step whose contrast matrix is shown")
-    parser.add_argument("--base", metavar="DIR", help="of LoRA runs: where their base is now, if it has moved")
-    parser.add_argument("--no-matrix", action="store_true", help="leave the contrast matrix out")
-    parser.add_argument("--no-rewards", action="store_true", help="leave the rewards of the held-out data out")
-    options = parser.parse_args(arguments)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every restore
-    try:
-        page = write_report(
-            options.run,
-            options.out,
-            with_matrix=not options.no_matrix,
-            with_rewards=not options.no_rewards,
-            batch_step=options.batch_step,
-            base=options.base,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(page)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from typing import Any
 
 from rpo_jax.config.reading import known_keys
+from rpo_jax.core.templates import render
 from rpo_jax.tools.reporting.curves import final_values, make_panels
 from rpo_jax.tools.reporting.run_records import RunRecord
 
@@ -82,7 +81,4 @@ def make_page(
     }
     # "<" would let a prompt that holds "</script>" end the data; json has no other use for it than inside strings.
     packed = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-    template = files("rpo_jax.tools.reporting").joinpath("template.html").read_text(encoding="utf-8")
-    before, between, after = template.replace("{{title}}", html.escape(", ".join(names))).partition("{{data}}")
-    assert between, "the template has a place for the data"
-    return before + packed + after
+    return render("report.html", title=", ".join(names), data=packed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from rpo_jax.config import Config
 from rpo_jax.config.reading import load_config
+from rpo_jax.core.jsonl import read_jsonl
+from rpo_jax.runs.tracking import METRICS
 from rpo_jax.training.hooks.samples import SAMPLES
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -63,26 +62,8 @@ def _read_run(given: str, folder: Path, name: str) -> RunRecord:
         config = load_config(folder / "config.yaml")
     except ValueError as error:  # YAML's own runs over several lines
         raise ValueError(" ".join(str(error).split())) from None
-    metrics = _read_lines(folder / METRICS, ("step",)) if (folder / METRICS).is_file() else []
+    metrics = read_jsonl(folder / METRICS, ("step",))
     if not metrics:
         raise ValueError(f"--run {given} has no metrics yet: {METRICS} is missing or empty; let it reach a first step.")
-    asked = (folder / SAMPLES).is_file()
-    samples = _read_lines(folder / SAMPLES, ("step", "row_id", "prompt", "response")) if asked else []
+    samples = read_jsonl(folder / SAMPLES, ("step", "row_id", "prompt", "response"))
     return RunRecord(name, folder, config, metrics, samples)
-
-
-def _read_lines(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # after the last line break there is nothing, or half a line
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not all(key in row for key in needed) or not isinstance(row["step"], int):
-            raise ValueError(
-                f"{path}:{number} is damaged: it should be a JSON object with {', '.join(needed)}, got "
-                f"{line[:60].decode('utf-8', 'replace')!r}; remove that line."
-            )
-        rows.append(row)
-    return rows

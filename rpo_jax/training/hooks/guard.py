@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from rpo_jax.config import GuardConfig
+from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.core.records import Batch, PreferenceData
 from rpo_jax.hosts.processes import Agreed
-from rpo_jax.runs.step_lines import lines_before, replace_lines
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.training.hooks.hook import FinishedStep, Hook, Training
 
@@ -70,7 +70,7 @@ class Guard:
         self.in_a_row: int = memory.get("in_a_row", 0)
         self._norms: deque[tuple[int, float]] = deque(map(tuple, memory.get("norms", ())), NORMS + LAG)
         if file is not None and file.exists():
-            replace_lines(file, lines_before(file, start_step + 1))
+            write_jsonl(file, [row for row in read_jsonl(file) if row["step"] <= start_step])
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint keeps of this."""

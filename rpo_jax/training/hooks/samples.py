@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,10 @@ import jax
 from jax.sharding import Mesh
 
 from rpo_jax.config import Config
+from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.core.records import TokenizedExample
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, lora
-from rpo_jax.runs.step_lines import lines_before, replace_lines
 from rpo_jax.sampling.answers import Answerer, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Decoder, Sampling
 from rpo_jax.sampling.kv_cache import to_decode_layout
@@ -76,7 +75,7 @@ class Sampler(Hook):
         batches = answerer.answers(
             self._prompts, prompt_seeds(self._prompts, 0), self._limits, range(len(self._prompts))
         )
-        rows = []
+        rows = [row for row in read_jsonl(self._file) if row["step"] < run.step]
         for answer in sorted((answer for batch in batches for answer in batch), key=lambda answer: answer.index):
             example = self._examples[answer.index]
             row = {
@@ -87,8 +86,8 @@ class Sampler(Hook):
                 "finish_reason": answer.finish_reason,
                 "tokens": answer.tokens,
             }
-            rows.append(json.dumps(row) + "\n")
-        replace_lines(self._file, [*lines_before(self._file, run.step), *rows])
+            rows.append(row)
+        write_jsonl(self._file, rows)
 
     def _shown(self, prompt_ids: list[int]) -> str:
         """A prompt as text, with the tags that tell whose turn is whose, but without BOS."""

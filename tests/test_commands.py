@@ -1,0 +1,66 @@
+"""The console script, and how errors end a command."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rpo_jax import cli
+from rpo_jax.core.command import run_command
+
+
+def test_every_command_is_listed_with_a_line_and_jax_is_not_imported():
+    code = "import sys; from rpo_jax import cli; cli.main(['--help']); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, imported = done.stdout.strip().splitlines()
+    assert imported == "False"
+    listed = dict(line.split(maxsplit=1) for line in lines[2:])
+    assert list(listed) == list(cli.COMMANDS)
+    assert listed["train"] == "Train a policy on preferences"
+    assert all(summary[0].isupper() and "python" not in summary for summary in listed.values())
+
+
+def test_a_command_gets_the_arguments_after_its_name(tmp_path, capsys):
+    assert cli.main(["export", "--run", str(tmp_path / "none"), "--out", "x"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'none'} is not a run folder: it has no config.yaml; give the run.dir of a training run.\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["--run"]])
+def test_what_is_no_command_is_told(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert f"there is no command {arguments[0]!r}; there are train, prepare" in capsys.readouterr().err
+
+
+def test_without_a_command_they_are_listed(capsys):
+    assert cli.main([]) == 2
+    assert "usage: rpo-jax COMMAND" in capsys.readouterr().out
+
+
+def failing(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
+def test_what_a_user_can_correct_is_one_line(kind, capsys):
+    error = kind("the first line\n  and the second")
+    error.add_note("in a cell")
+    error.add_note("----\nof jax")
+    assert run_command(failing(error)) == 2
+    assert capsys.readouterr().err == "error: the first line and the second (in a cell)\n"
+
+
+def test_other_errors_pass_once_the_processes_know():
+    left = []
+    with pytest.raises(RuntimeError, match="ours"):
+        run_command(failing(RuntimeError("ours")), lambda status: left.append(status) or status)
+    assert left == [1]
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (4, 4)])
+def test_the_status_is_what_the_work_returns(returned, status):
+    assert run_command(lambda: returned) == status
