@@ -5,6 +5,7 @@ Every process reads all rows; tokenising and embedding, which take long, they sh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import TokenLimits, encode_examples, join_encoded
 from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from rpo_jax.hosts import processes
+from rpo_jax.hosts.channel import PeerFailure
 from rpo_jax.hosts.sharing import shared
 from rpo_jax.runs.tracking import Reporter
 
@@ -155,7 +157,9 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
     try:
         found = make_examples(read_rows(path, split=split), data.layout, data.on_bad_row, columns)
     except (ValueError, OSError):
-        processes.agree()  # all have read as far, so that all refuse a bad row in the same words
+        # All have read before one of them stops the others: each refuses a bad row by itself, in the same words.
+        with contextlib.suppress(PeerFailure):
+            processes.agree()
         raise
     counts = processes.gather(found.num_rows)
     if None not in counts and len(set(counts)) > 1:
