@@ -57,7 +57,7 @@ def measure(size: int, weighting: str, block: str, repeats: int) -> dict[str, An
     scores_of = make_scores(method, config.contrast.alpha, config.contrast.block, mesh)
 
     def loss(log_prob, batch):
-        scores, means = scores_of(LogProbs(log_prob, jnp.ones(2 * size, jnp.int32)), batch, True)
+        scores, means = scores_of(LogProbs(log_prob, jnp.ones(2 * size, jnp.int32)), batch, True, None)
         return method.objective.loss(scores), means
 
     function = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(log_prob, batch).compile()

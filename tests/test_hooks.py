@@ -5,10 +5,10 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from rpo_jax.models.huggingface.folders import resolve_folder
 
 import rpo_jax
 from rpo_jax.hosts.stopping import Stopped
+from rpo_jax.models.huggingface.folders import resolve_folder
 from rpo_jax.sampling.end_tokens import end_tokens
 from tests.runs import configured, metric_lines, without_timings, write_rows
 
