@@ -91,7 +91,7 @@ class Small:
 
     def explain(self, params, batches, number):
         with jax.set_mesh(self.mesh):
-            diagnosis = Diagnosis(self.config, MODEL, self.mesh, self.plain, self.base if self.rank else None)
+            diagnosis = Diagnosis(self.config, MODEL, self.mesh, self.plain, self.base if self.rank else {})
             params = jax.tree.map(jax.device_put, params, self.steps.state_shardings.params)
             batch = put_batch(self.mesh, batches.batch_at(number))
             return diagnosis.explain(params, None, batch, batches.data), diagnosis.parameters(params)

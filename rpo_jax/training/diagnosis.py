@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from rpo_jax import models
 from rpo_jax.config import Config
 from rpo_jax.core.records import Batch, PreferenceData
 from rpo_jax.hosts import sharding
-from rpo_jax.models import ModelConfig, lora
+from rpo_jax.models import ModelConfig
 from rpo_jax.objectives import heads
 from rpo_jax.training.hooks.guard import some
 from rpo_jax.training.micro_batches import all_log_probs
@@ -36,23 +37,21 @@ class Diagnosis:
     """Finds the first numbers of a batch that are not finite, and says what they are.
 
     Args:
-        steps: before any base is given to them.
-        base: what LoRA's adapters are on; None without.
+        steps: before any frozen weights are given to them.
+        frozen: the policy's frozen weights; an empty tree where all are trained.
     """
 
-    def __init__(
-        self, config: Config, model_config: ModelConfig, mesh: Mesh, steps: Steps, base: Params | None
-    ) -> None:
-        self._layers, self._base, whole = model_config.num_layers, base, sharding.replicated(mesh)
+    def __init__(self, config: Config, model_config: ModelConfig, mesh: Mesh, steps: Steps, frozen: Params) -> None:
+        self._layers, self._frozen, whole = model_config.num_layers, frozen, sharding.replicated(mesh)
+        policy = models.Policy(model_config, config.lora)
         forward, micro_rows = make_log_probs(config, model_config, mesh), config.batch.micro_rows
 
-        def log_probs(params: Params, batch: Batch, base: Params | None, depth: Int[Array, ""]) -> Bool[Array, "P"]:
-            params, _ = heads.split(params)
-            model = params if base is None else lora.combine(base, params, config.lora)
+        def log_probs(params: Params, batch: Batch, frozen: Params, depth: Int[Array, ""]) -> Bool[Array, "P"]:
+            model = policy.combine(heads.split(params)[0], frozen)
             return jnp.isfinite(all_log_probs(forward, micro_rows, _cut(model, self._layers, depth), batch).log_prob)
 
-        def differentiate(params: Params, batch: Batch, reference: Params | None, base: Params | None) -> _Finite:
-            loss, _, gradient, batch = steps.gradient(params, batch, reference, base)
+        def differentiate(params: Params, batch: Batch, reference: Params | None, frozen: Params) -> _Finite:
+            loss, _, gradient, batch = steps.gradient(params, batch, reference, frozen)
             known, valid = (jnp.concatenate(batch.joined(name)) for name in ("reference_log_prob", "valid"))
             return _Finite(jnp.isfinite(loss), jnp.isfinite(known) | ~valid, _finite(gradient))
 
@@ -66,14 +65,14 @@ class Diagnosis:
 
     def explain(self, params: Params, reference: Params | None, batch: Batch, data: PreferenceData) -> list[str]:
         """What is not finite where this batch, which is on the devices, is trained on; a line for each finding."""
-        finite: _Finite = jax.device_get(self._differentiate(params, batch, reference, self._base))
+        finite: _Finite = jax.device_get(self._differentiate(params, batch, reference, self._frozen))
         index, valid = (np.concatenate(jax.device_get(batch.joined(name))) for name in ("example_index", "valid"))
         rows = [data.examples[number].row_id if used else "" for number, used in zip(index, valid, strict=True)]
 
         lines = []
         if names := self.parameters(params):
             lines.append(f"parameters that are not finite: {some(names, SHOWN)}")
-        if self._base is not None and (names := self.parameters(self._base)):
+        if names := self.parameters(self._frozen):
             lines.append(f"parameters of the base that are not finite: {some(names, SHOWN)}")
         if not finite.reference.all():
             lines.append(f"reference log-probs that are not finite: those of {_rows(rows, valid & ~finite.reference)}")
@@ -101,7 +100,7 @@ class Diagnosis:
         """
 
         def wrong(depth: int) -> np.ndarray:
-            return valid & ~jax.device_get(self._log_probs(params, batch, self._base, np.int32(depth)))
+            return valid & ~jax.device_get(self._log_probs(params, batch, self._frozen, np.int32(depth)))
 
         low, high = 0, 2 * self._layers + 2
         at = wrong(high)

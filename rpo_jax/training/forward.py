@@ -23,13 +23,17 @@ def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh, *, tok
     With the head of a learned log Z as a fourth argument, to their prompts' log Z too. With `tokens`, to the log-prob
     of every scored token besides, and with a value head as a fifth argument to its value.
     """
-    platform = mesh.devices.flat[0].platform
-    models.check_attention(
-        config.model.attention, platform, config.model.compute_dtype, model_config.head_dim, config.batch.row_tokens
+    placement, policy = sharding.Placement(mesh), models.Policy(model_config)
+    how = models.Execution(
+        compute_dtype=config.model.compute_dtype,
+        remat=config.model.remat,
+        attention=config.model.attention,
+        platform=mesh.devices.flat[0].platform,
+        constrain=placement.constrain,
+        split=models.Split(placement.shards, placement.per_shard, placement.gather),
     )
-    placement = sharding.Placement(mesh)
-    split, constrain = models.Split(placement.shards, placement.per_shard, placement.gather), placement.constrain
-    chunks: Any = {"shards": placement.shards("rows"), "constrain": constrain}
+    policy.check(how, config.batch.row_tokens)
+    chunks: Any = {"shards": placement.shards("rows"), "constrain": placement.constrain}
 
     def log_probs(
         params: Params,
@@ -38,22 +42,7 @@ def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh, *, tok
         log_z: Array | None = None,
         value_head: dict[str, Array] | None = None,
     ) -> LogProbs:
-        hidden = models.hidden_states(
-            model_config,
-            params,
-            rows["tokens"],
-            rows["positions"],
-            rows["segment_ids"],
-            rows["branch_ids"],
-            compute_dtype=config.model.compute_dtype,
-            remat=config.model.remat,
-            attention=config.model.attention,
-            platform=platform,
-            constrain=constrain,
-            split=split,
-        )
-        # Whole over fsdp before the chunks of the head run, or each chunk would gather it again.
-        head = placement.gather(models.output_head(model_config, params), ("embed", "vocab"))
+        hidden, head = policy.outputs(params, rows, how)
         ids = (rows["tokens"], rows["previous"], rows["response_ids"])
         if log_z is not None:
             log_z = partition.log_partition(hidden, placement.gather(log_z, ("embed",)), *ids[1:], num_responses)

@@ -40,7 +40,7 @@ from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.hooks.stopping import StopRequests
 from rpo_jax.training.loop import Programs, train
 from rpo_jax.training.prepare import prepare
-from rpo_jax.training.setup import Start, make_start, policy_config
+from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,13 @@ def _run(asked: _Asked) -> RunResult:
     precision = "float32" if config.model.compute_dtype == "float32" else None
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
         fingerprint = None if base is None else base["fingerprint"]
-        start = make_start(
-            config, model_config, prepared, mesh, reporter, base_fingerprint=fingerprint, resuming=resuming
-        )
+        place = mesh, reporter
+        setup = make_setup(config, model_config, prepared, place, base_fingerprint=fingerprint, resuming=resuming)
         if not resuming:
             make_run_folder(config, model_config, prepared.tokenizer, run_dir)
         check_shared(run_dir)
         stopping.started = True
-        result = _train(asked, start, mesh, record)
+        result = _train(asked, setup, mesh, record)
     if result.stopped is None:
         return result
     reporter.say(f"stopped by {result.stopped}; saved in {result.checkpoint}")
@@ -158,24 +157,24 @@ def _describe(mesh: Mesh) -> str:
     return f"{mesh.size} x {kind} (" + ", ".join(f"{name} {size}" for name, size in mesh.shape.items()) + ")"
 
 
-def _train(asked: _Asked, start: Start, mesh: Mesh, record: dict[str, Any]) -> RunResult:
+def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, Any]) -> RunResult:
     config, reporter, stopping, run_dir = asked.config, asked.reporter, asked.stopping, asked.run_dir
     settings = config.train
     checkpoints = Checkpoints(
         run_dir / CHECKPOINTS, keep_last=settings.keep_last, keep_best=settings.keep_best, warn=reporter.say
     )
-    state, first_step = start.state, 0
+    state, first_step = setup.state, 0
     saved: dict[str, Any] = {"num_tokens": 0}
     newest = checkpoints.latest_step()
     if newest is not None:
         state, first_step, saved = checkpoints.restore(newest, state), newest, checkpoints.record(newest)
-        reporter.say(f"resuming after step {newest} of {start.total_steps}")
+        reporter.say(f"resuming after step {newest} of {setup.total_steps}")
     run_id = (run_dir / RUN_ID).read_text(encoding="utf-8")
     log = MetricsLog(run_dir, config.tracking, first_step, run_id, record["config"], writing=processes.is_main())
     bad_steps = run_dir / GUARD_FILE if processes.is_main() else None
     guard = Guard(config.guard, bad_steps, first_step, saved.get("guard", {}))  # absent from older checkpoints
     stopping.defer()
-    programs = Programs(start.steps, mesh, start.live_reference, start.diagnosis, start.batches.data)
+    programs = Programs(setup.steps, mesh, setup.live_reference, setup.diagnosis, setup.batches.data)
     # A checkpoint is ranked by an evaluation of its own.
     evaluations = (settings.eval_every, settings.save_every if settings.keep_best else 0)
     try:
@@ -186,15 +185,15 @@ def _train(asked: _Asked, start: Start, mesh: Mesh, record: dict[str, Any]) -> R
             hooks = [
                 Guarding(guard, programs.data, reporter),
                 StopRequests(checkpoints),
-                *([] if start.sampler is None else [start.sampler]),
-                Evaluation(evaluations, start.held_out, programs, log.held_out.get("step"), guard, reporter),
+                *([] if setup.sampler is None else [setup.sampler]),
+                Evaluation(evaluations, setup.held_out, programs, log.held_out.get("step"), guard, reporter),
                 Logging(settings.log_every, log, reporter, guard, closing),
                 *asked.hooks,
                 Saving(settings.save_every, checkpoints, record, programs, guard, log, reporter),
             ]
-            epoch = start.batches.steps_per_epoch
-            progress = Training(state, first_step, saved["num_tokens"], start.total_steps, epoch, stopping, hooks)
-            train(progress, start.batches, programs, guard.limit)
+            epoch = setup.batches.steps_per_epoch
+            progress = Training(state, first_step, saved["num_tokens"], setup.total_steps, epoch, stopping, hooks)
+            train(progress, setup.batches, programs, guard.limit)
         newest = checkpoints.latest_step()
         assert newest is not None, "the last step is saved"
         newest_path = checkpoints.path(newest)

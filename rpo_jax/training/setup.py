@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from rpo_jax.core.records import PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from rpo_jax.hosts import processes, sharding
-from rpo_jax.models import ModelConfig, lora
+from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.objectives.methods.mrpo import mixed_reference
 from rpo_jax.runs.folder import MODEL
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Start:
+class TrainingSetup:
     """What the training loop starts from.
 
     Attributes:
@@ -100,160 +100,125 @@ def _reference_config(path: str, tokenizer: PreTrainedTokenizerBase) -> ModelCon
     return reference_config
 
 
-def _initial_params(config: Config, model_config: ModelConfig, shardings: Any, reporter: Reporter) -> Params:
+def _load_weights(policy: models.Policy, config: Config, mesh: Mesh, reporter: Reporter) -> Params:
+    """The policy's weights before training, on the mesh: those of its folder, or new ones."""
     with reporter.phase("load model") as notes:
+        shardings = sharding.parameter_shardings(mesh, *policy.weights)
         if config.model.path is not None:
-            params = models.load_sharded(config.model.path, shardings)
+            weights = policy.load(config.model.path, shardings)
         else:
             # Compiled with its output's shardings: each device makes only its own part.
-            init = jax.jit(models.init_params, static_argnums=0, out_shardings=shardings)
-            params = init(model_config, jax.random.key(config.run.seed))
-        notes.append(f"{models.count_params(model_config):,} parameters, {model_config.family}")
-        return jax.block_until_ready(params)
+            weights = jax.jit(policy.init, out_shardings=shardings)(jax.random.key(config.run.seed))
+        notes.append(policy.summary)
+        return jax.block_until_ready(weights)
 
 
-def _frozen_base(config: Config, model_config: ModelConfig, mesh: Mesh, reporter: Reporter) -> Params:
-    """The weights that LoRA leaves as they are, on the mesh."""
-    assert config.model.path is not None, "checked with the configuration"
-    shapes = lora.abstract_base(model_config, config.lora.base_dtype)
-    axes = lora.base_axes(model_config, config.lora.base_dtype)
-    adapters = jax.tree.leaves(lora.abstract_adapters(model_config, config.lora))
-    with reporter.phase("load model") as notes:
-        shardings = sharding.parameter_shardings(mesh, axes, shapes)
-        base = models.load_sharded(config.model.path, shardings, config.lora.base_dtype)
-        notes.append(
-            f"{models.count_params(model_config):,} parameters frozen in {config.lora.base_dtype}, "
-            f"{sum(leaf.size for leaf in adapters):,} trained, {model_config.family}"
-        )
-        return jax.block_until_ready(base)
+@dataclass(frozen=True)
+class _References:
+    """Makes the reference's log-probs of a data set, or those of a mixture, or the reference that runs beside.
 
-
-def _initial_adapters(config: Config, model_config: ModelConfig, shardings: Any) -> Params:
-    init = jax.jit(lora.init_adapters, static_argnums=(0, 1), out_shardings=shardings)
-    return init(model_config, config.lora, jax.random.key(config.run.seed))
-
-
-def _with_cached_reference(
-    config: Config,
-    reference_config: ModelConfig,
-    start_params: Callable[[], Params],
-    base_fingerprint: str | None,
-    prepared: Prepared,
-    mesh: Mesh,
-    reporter: Reporter,
-) -> Prepared:
-    """The data with the reference's log-probs, or those of the mixture, from the cache or computed now.
-
-    Args:
-        start_params: the policy before training; with LoRA its base, which is the same.
-        base_fingerprint: of the folder that LoRA's base comes from; None without LoRA.
+    Attributes:
+        architecture: of the first reference.
+        weights: of the policy before training, which are the first reference where it has no folder of its own.
+        base_fingerprint: of the folder that adapters are trained on; None where all weights are trained.
     """
-    arguments = (start_params, base_fingerprint, prepared, mesh, reporter)
-    first = _of_reference(config, config.reference.path, reference_config, *arguments)
-    if not config.reference.others:
-        return first
-    found = [first]
-    for path in config.reference.others:
-        theirs = _reference_config(path, prepared.tokenizer)
-        found.append(_of_reference(config, path, theirs, *arguments, slot=f", reference {path}"))
 
-    def mixed(name: str) -> PreferenceData | None:
-        data: PreferenceData | None = getattr(first, name)
-        if data is None:
-            return None
-        tables = jnp.stack([getattr(one, name).reference_log_probs for one in found])
-        mixture = mixed_reference(tables, jnp.array(config.reference.mixture), config.reference.clip)
-        return dataclasses.replace(data, reference_log_probs=np.asarray(mixture))
+    config: Config
+    architecture: ModelConfig
+    mesh: Mesh
+    reporter: Reporter
+    weights: Callable[[], Params]
+    base_fingerprint: str | None
 
-    return dataclasses.replace(prepared, train=mixed("train"), held_out=mixed("held_out"))
+    def apply(self, prepared: Prepared) -> tuple[Prepared, Params | None]:
+        """The data with log-probs where they are cached, and the reference where it is another model beside."""
+        reference, path = resolve(self.config).reference, self.config.reference.path
+        if reference in (None, "adapter"):  # the step has the frozen weights already
+            return prepared, None
+        if reference == "cached":
+            return self._cached(prepared), None
+        if path is not None:
+            return prepared, models.load_sharded(path, build_log_probs(self.config, self.architecture, self.mesh)[1])
+        # The step gives its state's buffers up, so a reference made of them needs its own; frozen ones are not of them.
+        return prepared, self.weights() if self.config.lora.rank else jax.tree.map(jnp.copy, self.weights())
 
+    def _cached(self, prepared: Prepared) -> Prepared:
+        """The data with the reference's log-probs, or those of the mixture, from the cache or computed now."""
+        settings = self.config.reference
+        first = self._of_one(prepared, settings.path, self.architecture)
+        if not settings.others:
+            return first
+        found = [first]
+        for path in settings.others:
+            theirs = _reference_config(path, prepared.tokenizer)
+            found.append(self._of_one(prepared, path, theirs, slot=f", reference {path}"))
 
-def _of_reference(
-    config: Config,
-    own: str | None,
-    reference_config: ModelConfig,
-    start_params: Callable[[], Params],
-    base_fingerprint: str | None,
-    prepared: Prepared,
-    mesh: Mesh,
-    reporter: Reporter,
-    slot: str = "",
-) -> Prepared:
-    """The data with one reference's log-probs.
-
-    Args:
-        own: the reference's folder; None for the policy before training.
-        slot: added to what a message about the cache calls the data.
-    """
-    log_probs, shardings = build_log_probs(config, reference_config, mesh)
-    source = own or config.model.path
-    if own is None and base_fingerprint is not None:
-        # A rounded base is a reference of its own: log-ratios start at 0.
-        stored = "" if config.lora.base_dtype == "float32" else f" in {config.lora.base_dtype}"
-        weights = base_fingerprint + stored
-    elif source is None:
-        weights = params_fingerprint(start_params())
-    else:
-        # Whoever looks into the cache needs it; the others need not read a whole model for it.
-        weights = folder_fingerprint(models.resolve_folder(source)) if processes.is_main() else ""
-
-    @functools.cache  # loaded at most once, and only where the cache lacks something
-    def reference_params() -> Params:
-        return start_params() if own is None else models.load_sharded(own, shardings)
-
-    def compute(name: str, data: PreferenceData, missing: tuple[str, ...]) -> np.ndarray:
-        own_rows = functools.partial(sharding.own_rows, mesh)
-        passes = reference_pass(config, data, missing, sharding.row_shards(mesh), own_rows)
-        with reporter.progress(f"reference, {name}", len(passes)) as update:
-            return compute_log_probs(
-                passes, lambda batch: log_probs(reference_params(), put_batch(mesh, batch)), update
-            )
-
-    parts = {
-        "weights": weights,
-        "architecture": hashlib.sha256(repr(reference_config).encode()).hexdigest(),
-        "compute_dtype": config.model.compute_dtype,
-    }
-    filled = {}
-    with reporter.phase("reference log-probs") as notes:
-        for name, responses in (("train", prepared.responses), ("held_out", prepared.eval_responses)):
-            data: PreferenceData | None = getattr(prepared, name)
+        def mixed(name: str) -> PreferenceData | None:
+            data: PreferenceData | None = getattr(first, name)
             if data is None:
-                continue
-            origins = prepared.origins[name]
-            filled[name], computed = cached_log_probs(
-                data,
-                responses,
-                {**parts, **origins, "slot": origins["slot"] + slot},
-                Path(config.run.cache_dir).expanduser(),
-                functools.partial(compute, name, data),
-                reporter.say,
-            )
-            notes.append(f"{name} {'computed' if computed else 'from the cache'}")
-    return dataclasses.replace(prepared, **filled)
+                return None
+            tables = jnp.stack([getattr(one, name).reference_log_probs for one in found])
+            mixture = mixed_reference(tables, jnp.array(settings.mixture), settings.clip)
+            return dataclasses.replace(data, reference_log_probs=np.asarray(mixture))
 
+        return dataclasses.replace(prepared, train=mixed("train"), held_out=mixed("held_out"))
 
-def _with_reference(
-    config: Config,
-    reference_config: ModelConfig,
-    start_params: Callable[[], Params],
-    base_fingerprint: str | None,
-    prepared: Prepared,
-    mesh: Mesh,
-    reporter: Reporter,
-) -> tuple[Prepared, Params | None]:
-    """The data with the reference's log-probs where they are cached, and the reference where it is another model."""
-    reference = resolve(config).reference
-    if reference in (None, "adapter"):  # the step has the base already
-        return prepared, None
-    if reference == "cached":
-        arguments = (start_params, base_fingerprint, prepared, mesh, reporter)
-        return _with_cached_reference(config, reference_config, *arguments), None
-    if config.reference.path is not None:
-        shardings = build_log_probs(config, reference_config, mesh)[1]
-        return prepared, models.load_sharded(config.reference.path, shardings)
-    # The step gives its state's buffers up, so a reference made of them needs its own; LoRA's base is not of them.
-    return prepared, start_params() if config.lora.rank else jax.tree.map(jnp.copy, start_params())
+    def _of_one(self, prepared: Prepared, own: str | None, architecture: ModelConfig, slot: str = "") -> Prepared:
+        """The data with one reference's log-probs.
+
+        Args:
+            own: the reference's folder; None for the policy before training.
+            slot: added to what a message about the cache calls the data.
+        """
+        config, mesh = self.config, self.mesh
+        log_probs, shardings = build_log_probs(config, architecture, mesh)
+
+        @functools.cache  # loaded at most once, and only where the cache lacks something
+        def reference_params() -> Params:
+            return self.weights() if own is None else models.load_sharded(own, shardings)
+
+        def compute(name: str, data: PreferenceData, missing: tuple[str, ...]) -> np.ndarray:
+            own_rows = functools.partial(sharding.own_rows, mesh)
+            passes = reference_pass(config, data, missing, sharding.row_shards(mesh), own_rows)
+            with self.reporter.progress(f"reference, {name}", len(passes)) as update:
+                return compute_log_probs(
+                    passes, lambda batch: log_probs(reference_params(), put_batch(mesh, batch)), update
+                )
+
+        parts = {
+            "weights": self._fingerprint(own),
+            "architecture": hashlib.sha256(repr(architecture).encode()).hexdigest(),
+            "compute_dtype": config.model.compute_dtype,
+        }
+        filled = {}
+        with self.reporter.phase("reference log-probs") as notes:
+            for name, responses in (("train", prepared.responses), ("held_out", prepared.eval_responses)):
+                data: PreferenceData | None = getattr(prepared, name)
+                if data is None:
+                    continue
+                origins = prepared.origins[name]
+                filled[name], computed = cached_log_probs(
+                    data,
+                    responses,
+                    {**parts, **origins, "slot": origins["slot"] + slot},
+                    Path(config.run.cache_dir).expanduser(),
+                    functools.partial(compute, name, data),
+                    self.reporter.say,
+                )
+                notes.append(f"{name} {'computed' if computed else 'from the cache'}")
+        return dataclasses.replace(prepared, **filled)
+
+    def _fingerprint(self, own: str | None) -> str:
+        """What a reference's weights are told apart by."""
+        if own is None and self.base_fingerprint is not None:
+            # A rounded base is a reference of its own: log-ratios start at 0.
+            stored = self.config.lora.base_dtype
+            return self.base_fingerprint + ("" if stored == "float32" else f" in {stored}")
+        source = own or self.config.model.path
+        if source is None:
+            return params_fingerprint(self.weights())
+        # Whoever looks into the cache needs it; the others need not read a whole model for it.
+        return folder_fingerprint(models.resolve_folder(source)) if processes.is_main() else ""
 
 
 def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
@@ -269,26 +234,30 @@ def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
         )
 
 
-def make_start(
+def make_setup(
     config: Config,
     model_config: ModelConfig,
     prepared: Prepared,
-    mesh: Mesh,
-    reporter: Reporter,
+    place: tuple[Mesh, Reporter],
     *,
     base_fingerprint: str | None,
     resuming: bool,
-) -> Start:
+) -> TrainingSetup:
     """Load, place and compile what training needs.
+
+    Args:
+        place: the devices, and where is told what is done.
+        base_fingerprint: as `base_record` has it; None where all weights are trained.
 
     Raises ValueError for data or a reference that does not fit, before anything is loaded or compiled.
     """
-    shards = sharding.row_shards(mesh)
+    mesh, reporter = place
+    shards, policy = sharding.row_shards(mesh), models.Policy(model_config, config.lora)
     _check_data(config, prepared, shards)
     models.to_transformers(model_config, model_config.dtype)
-    reference_config = model_config
+    architecture = model_config
     if config.reference.path is not None and resolve(config).reference is not None:
-        reference_config = _reference_config(config.reference.path, prepared.tokenizer)
+        architecture = _reference_config(config.reference.path, prepared.tokenizer)
     for path in config.reference.others:
         _reference_config(path, prepared.tokenizer)
     steps_per_epoch = batches_of(config, prepared.train, prepared.responses, shards).steps_per_epoch
@@ -299,31 +268,24 @@ def make_start(
         mesh,
         total_steps,
         eval_paired=prepared.held_out is not None and is_paired(prepared.held_out),
-        reference_config=reference_config,
+        reference_config=architecture,
     )
 
-    # Loaded at once for a new run; a resumed one needs the initial weights only if the reference is made of them, or
-    # if they are LoRA's base.
-    @functools.cache
-    def params() -> Params:
-        if config.lora.rank:
-            return _frozen_base(config, model_config, mesh, reporter)
-        return _initial_params(config, model_config, steps.model_shardings, reporter)
-
-    base = params() if config.lora.rank else None
-    diagnosis = Diagnosis(config, model_config, mesh, steps, base)
-    if base is not None:
-        steps = steps.on(base)
-    elif not resuming:
-        params()
+    # Loaded at once for a new run; a resumed one needs them only if the reference is made of them, or if they are
+    # frozen.
+    weights = functools.cache(functools.partial(_load_weights, policy, config, mesh, reporter))
+    frozen = weights() if policy.trains_adapters else {}
+    diagnosis = Diagnosis(config, model_config, mesh, steps, frozen)
+    if not resuming:
+        weights()
     processes.agree()  # a host that cannot read the weights says so before the others wait for its devices
-    prepared, live = _with_reference(config, reference_config, params, base_fingerprint, prepared, mesh, reporter)
+    references = _References(config, architecture, mesh, reporter, weights, base_fingerprint)
+    prepared, live = references.apply(prepared)
     if resuming:
         state = steps.abstract_state
-    elif config.lora.rank:
-        state = steps.init(_initial_adapters(config, model_config, steps.model_shardings))
     else:
-        state = steps.init(params())
+        key = jax.random.key(config.run.seed)
+        state = steps.init(policy.begin(weights(), key, steps.model_shardings)[0])
     rows = shards, functools.partial(sharding.own_rows, mesh)
     batches = batches_of(config, prepared.train, prepared.responses, *rows)
     held_out = prepared.held_out and sweep_of(config, prepared.held_out, prepared.eval_responses, *rows)
@@ -333,5 +295,5 @@ def make_start(
         if folder is None and config.model.path is not None:
             folder = models.resolve_folder(config.model.path)
         end_ids = end_tokens(folder, model_config, prepared.tokenizer)
-        sampler = Sampler(config, model_config, prepared, end_ids, mesh, base)
-    return Start(steps, state, live, batches, held_out, total_steps, diagnosis, sampler)
+        sampler = Sampler(config, model_config, prepared, end_ids, mesh, frozen)
+    return TrainingSetup(steps.on(frozen), state, live, batches, held_out, total_steps, diagnosis, sampler)

@@ -21,7 +21,7 @@ from rpo_jax import models
 from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import Batch
 from rpo_jax.hosts import sharding
-from rpo_jax.models import ModelConfig, lora
+from rpo_jax.models import ModelConfig
 from rpo_jax.objectives import heads, metrics, partition, value
 from rpo_jax.objectives.losses import Objective
 from rpo_jax.training.forward import make_log_probs
@@ -37,6 +37,7 @@ from rpo_jax.training.optimizer import accept_if, learning_rate_schedule, make_o
 from rpo_jax.training.scoring import Means, make_loss
 
 Params = Any
+NOTHING: Params = {}  # is frozen where all weights are trained
 
 
 class TrainState(NamedTuple):
@@ -65,14 +66,13 @@ class Steps:
 
     Attributes:
         objective: what the run minimises.
-        init: the model's parameters (with LoRA the adapters) to a fresh TrainState, which has the heads
-            besides; the parameters are given up.
+        init: what the policy trains to a fresh TrainState, which has the heads besides; the parameters are given up.
         train: (state, batch, live reference's parameters or None) to (state, metrics); the state is given up. A step
             whose loss or gradient is not finite, or whose gradient norm exceeds `limit` where one is given, leaves
             parameters and moments as they are: `skipped` is then 1 in the metrics.
         evaluate: (parameters, batch, live reference's parameters or None) to the metrics' means.
-            With LoRA both need the frozen base besides, as `base`; `on` gives it to them.
-        gradient: the same arguments, `base` too, to what a step finds before it changes anything; not compiled.
+            Where adapters are trained both need the frozen weights besides, as `frozen`; `on` gives it to them.
+        gradient: the same arguments, `frozen` too, to what a step finds before it changes anything; not compiled.
         state_shardings: where each part of the state lives.
         abstract_state: shapes, dtypes and shardings of the state, to restore a checkpoint into.
     """
@@ -90,9 +90,9 @@ class Steps:
         """Where the parameters live that `init` takes."""
         return heads.split(self.state_shardings.params)[0]
 
-    def on(self, base: Params) -> Steps:
-        """The same with the frozen base that LoRA's adapters are trained on; it stays the caller's."""
-        return replace(self, train=partial(self.train, base=base), evaluate=partial(self.evaluate, base=base))
+    def on(self, frozen: Params) -> Steps:
+        """The same with the policy's frozen weights, which stay the caller's."""
+        return replace(self, train=partial(self.train, frozen=frozen), evaluate=partial(self.evaluate, frozen=frozen))
 
 
 def _with_reference(batch: Batch, log_probs: LogProbs) -> Batch:
@@ -116,21 +116,8 @@ def build_log_probs(
     def log_probs(params: Params, batch: Batch) -> LogProbs:
         return all_log_probs(forward, config.batch.micro_rows, params, batch)
 
-    shapes, axes = models.abstract_params(model_config), models.param_axes(model_config)
-    return jax.jit(log_probs, out_shardings=sharding.replicated(mesh)), sharding.parameter_shardings(mesh, axes, shapes)
-
-
-def _trained(config: Config, model_config: ModelConfig, head_names: tuple[str, ...]) -> tuple[Params, Any]:
-    """Shapes of what is trained, and its axes' names: all parameters, or the adapters on a base that is not.
-
-    Heads lie next to them.
-    """
-    if config.lora.rank:
-        shapes, axes = lora.abstract_adapters(model_config, config.lora), lora.adapter_axes(model_config, config.lora)
-    else:
-        shapes, axes = models.abstract_params(model_config), models.param_axes(model_config)
-    beside = jax.eval_shape(partial(heads.init, head_names, model_config.hidden_size))
-    return {**shapes, **beside}, {**axes, **heads.axes(head_names)}
+    shardings = sharding.parameter_shardings(mesh, *models.Policy(model_config).weights)
+    return jax.jit(log_probs, out_shardings=sharding.replicated(mesh)), shardings
 
 
 def build_steps(
@@ -149,7 +136,7 @@ def build_steps(
         eval_paired: whether slot i of chosen and rejected is one pair in held-out batches.
         reference_config: architecture of a live reference; the policy's where not given.
     """
-    method = resolve(config)
+    method, policy = resolve(config), models.Policy(model_config, config.lora)
     objective = method.objective
     schedule = learning_rate_schedule(config.optim, total_steps)
     optimizer = make_optimizer(config.optim, schedule)
@@ -160,41 +147,40 @@ def build_steps(
     scored = make_loss(method, config.contrast.alpha, config.contrast.block, mesh)
     micro_rows, micro_keep = config.batch.micro_rows, config.batch.micro_keep
 
-    def policy(base: Params | None) -> Forward:
+    def forward_on(frozen: Params) -> Forward:
         """The forward pass as a function of what is trained."""
-        assert (base is not None) == (config.lora.rank > 0), "LoRA trains adapters on a base, and only LoRA has one"
+        assert bool(frozen) == policy.trains_adapters, "adapters are trained on frozen weights, and only they"
 
         def of_trained(trained: Params, rows: dict[str, Array], num_responses: int) -> LogProbs:
-            params, beside = heads.split(trained)
-            params = params if base is None else lora.combine(base, params, config.lora)
-            log_z = beside[partition.NAME]["kernel"] if partition.NAME in beside else None
-            return forward(params, rows, num_responses, log_z, beside.get(value.NAME))
+            params, of_heads = heads.split(trained)
+            log_z = of_heads[partition.NAME]["kernel"] if partition.NAME in of_heads else None
+            return forward(policy.combine(params, frozen), rows, num_responses, log_z, of_heads.get(value.NAME))
 
         return of_trained
 
-    def referenced(batch: Batch, reference: Params | None, base: Params | None) -> tuple[Batch, TokenScores | None]:
+    def referenced(batch: Batch, reference: Params | None, frozen: Params) -> tuple[Batch, TokenScores | None]:
         """The batch with a reference's log-probs that runs beside the policy, and what it says of every token."""
         if method.reference == "adapter":
-            reference = base
+            reference = frozen
         if reference is None:
             return batch, None
         log_probs = all_log_probs(reference_forward, micro_rows, reference, batch)
         return _with_reference(batch, log_probs), log_probs.tokens
 
-    def gradient(params: Params, batch: Batch, reference: Params | None, base: Params | None = None) -> Gradient:
-        batch, of_tokens = referenced(batch, reference, base)
+    def gradient(params: Params, batch: Batch, reference: Params | None, frozen: Params = NOTHING) -> Gradient:
+        batch, of_tokens = referenced(batch, reference, frozen)
         scored_batch = partial(scored, batch, of_tokens, method.paired)
-        found = make_loss_and_gradient(policy(base), scored_batch, params, batch, micro_rows, micro_keep)
+        found = make_loss_and_gradient(forward_on(frozen), scored_batch, params, batch, micro_rows, micro_keep)
         return Gradient(*found, batch)
 
     def train(
         state: TrainState,
         batch: Batch,
         reference: Params | None,
-        base: Params | None = None,
+        frozen: Params = NOTHING,
         limit: Float[ArrayLike, ""] | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
-        value, means, changes, _ = gradient(state.params, batch, reference, base)
+        value, means, changes, _ = gradient(state.params, batch, reference, frozen)
         grad_norm = optax.tree.norm(changes)
         # Of the gradient alone, which clipping needs whole before any update: asking about the new parameters would
         # keep the old ones beside them.
@@ -213,14 +199,16 @@ def build_steps(
         kept = accept_if(good, (params, opt_state), (state.params, state.opt_state))
         return TrainState(state.step + 1, *kept), report
 
-    def evaluate(params: Params, batch: Batch, reference: Params | None, base: Params | None = None) -> Means:
-        batch, of_tokens = referenced(batch, reference, base)
-        return scored(batch, of_tokens, eval_paired, all_log_probs(policy(base), micro_rows, params, batch))[1]
+    def evaluate(params: Params, batch: Batch, reference: Params | None, frozen: Params = NOTHING) -> Means:
+        batch, of_tokens = referenced(batch, reference, frozen)
+        return scored(batch, of_tokens, eval_paired, all_log_probs(forward_on(frozen), micro_rows, params, batch))[1]
 
     def init(params: Params) -> TrainState:
         return _fresh_state(optimizer, {**params, **heads.init(head_names, model_config.hidden_size)})
 
-    abstract_state = _abstract_state(optimizer, *_trained(config, model_config, head_names), mesh)
+    axes, shapes = policy.trained
+    of_heads = jax.eval_shape(partial(heads.init, head_names, model_config.hidden_size))
+    abstract_state = _abstract_state(optimizer, {**shapes, **of_heads}, {**axes, **heads.axes(head_names)}, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     whole = sharding.replicated(mesh)
     return Steps(

@@ -175,12 +175,12 @@ def compile_step(config: Config, model: ModelConfig, target: Target, batch: Batc
     precision = "float32" if config.model.compute_dtype == "float32" else None  # as in training
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
         steps = build_steps(config, model, mesh, total_steps=1000)
-        frozen = _frozen(config, model, mesh)
+        policy = models.Policy(model, config.lora)
+        frozen, weights = _abstract(mesh, policy.frozen), _abstract(mesh, policy.weights)
         packed = abstract_batch(config, steps, mesh, batch)
-        extra = {"base": frozen} if config.lora.rank else {}
-        reference = frozen if resolve(config).reference == "live" else None
+        reference = weights if resolve(config).reference == "live" else None
         try:
-            done = steps.train.lower(steps.abstract_state, packed, reference, **extra).compile()
+            done = steps.train.lower(steps.abstract_state, packed, reference, frozen).compile()
             text = done.as_text() or ""
         except jax.errors.JaxRuntimeError as error:
             kind = OutOfMemory if "RESOURCE_EXHAUSTED" in str(error) else CompileError
@@ -190,7 +190,7 @@ def compile_step(config: Config, model: ModelConfig, target: Target, batch: Batc
     memory = Memory(
         params=_bytes(state.params),
         optimizer=_bytes(state.opt_state),
-        frozen=_bytes((reference, extra)),
+        frozen=_bytes((reference, frozen)),
         batch=_bytes(packed),
         arguments=stats.argument_size_in_bytes,
         output=stats.output_size_in_bytes,
@@ -205,11 +205,12 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _frozen(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Shapes and places of LoRA's base, or of a reference of the policy's architecture."""
-    axes, shapes = models.Policy(model, config.lora).weights
-    placed = sharding.parameter_shardings(mesh, axes, shapes)
-    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed)
+def _abstract(mesh: jax.sharding.Mesh, parameters: models.Parameters) -> Any:
+    """Shapes and places of parameters."""
+    placed = sharding.parameter_shardings(mesh, *parameters)
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), parameters.shapes, placed
+    )
 
 
 def abstract_batch(config: Config, steps: Steps, mesh: jax.sharding.Mesh, batch: BatchShape) -> Batch:

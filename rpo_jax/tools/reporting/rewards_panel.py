@@ -18,7 +18,7 @@ from rpo_jax.runs.folder import MODEL, base_record
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.policy import find_policy
 from rpo_jax.training.prepare import Prepared
-from rpo_jax.training.setup import make_start
+from rpo_jax.training.setup import make_setup
 from rpo_jax.training.step import build_log_probs, put_batch
 
 BINS = 32
@@ -64,22 +64,21 @@ def held_out_scores(
     mesh = sharding.make_mesh(settings.mesh)
     precision = "float32" if config.model.compute_dtype == "float32" else None
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
-        start = make_start(
+        setup = make_setup(
             settings,
             model_config,
             prepared,
-            mesh,
-            reporter,
+            (mesh, reporter),
             base_fingerprint=None if started_from is None else started_from["fingerprint"],
             resuming=True,
         )
-        assert start.held_out is not None, "there is held-out data"
+        assert setup.held_out is not None, "there is held-out data"
         log_probs, _ = build_log_probs(settings, model_config, mesh)
         params = policy.load(mesh)
         method = resolve(settings)
         scores = {name: np.full(len(prepared.held_out.examples), np.nan) for name in SIDES}
-        for index in range(start.held_out.steps_per_epoch):
-            batch = start.held_out.batch_at(index)
+        for index in range(setup.held_out.steps_per_epoch):
+            batch = setup.held_out.batch_at(index)
             found = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob, np.float64)
             for name in (name for name in SIDES if name in batch.sides):
                 side, values = batch.sides[name], found[batch.slots()[name]]

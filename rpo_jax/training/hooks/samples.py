@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
+from rpo_jax import models
 from rpo_jax.config import Config
 from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.core.records import TokenizedExample
 from rpo_jax.hosts import sharding
-from rpo_jax.models import ModelConfig, lora
+from rpo_jax.models import ModelConfig
+from rpo_jax.objectives import heads
 from rpo_jax.sampling.answers import Answerer, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Decoder, Sampling
 from rpo_jax.sampling.kv_cache import to_decode_layout
@@ -31,7 +33,7 @@ class Sampler(Hook):
 
     Args:
         end_ids: tokens that end an answer.
-        base: the frozen weights beside which LoRA's adapters are trained.
+        frozen: the policy's frozen weights; an empty tree where all are trained.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Sampler(Hook):
         prepared: Prepared,
         end_ids: frozenset[int],
         mesh: Mesh,
-        base: Params | None,
+        frozen: Params,
     ) -> None:
         if jax.process_count() > 1:
             raise ValueError(
@@ -60,17 +62,18 @@ class Sampler(Hook):
         dtype = config.model.compute_dtype
         self._decoder = Decoder(model_config, mesh, sampling=Sampling(), end_ids=sorted(end_ids), compute_dtype=dtype)
         self._rows = batch_rows(BATCH_PROMPTS, len(self._prompts), sharding.row_shards(mesh))
-        self._base = base
+        self._frozen, policy = frozen, models.Policy(model_config, config.lora)
 
-        def readable(trained: Params, base: Params | None) -> Params:
-            whole = trained if base is None else lora.combine(base, trained, config.lora)
-            return to_decode_layout(whole, dtype, mesh.devices.flat[0].platform)
+        def readable(trained: Params, frozen: Params) -> Params:
+            return to_decode_layout(
+                policy.combine(heads.split(trained)[0], frozen), dtype, mesh.devices.flat[0].platform
+            )
 
         self._readable = jax.jit(readable)
 
     def before_evaluation(self, run: Training) -> None:
         """Sample, and write the rows in place of those that an earlier part of the run wrote from this step on."""
-        params = self._readable(run.state.params, self._base)
+        params = self._readable(run.state.params, self._frozen)
         answerer = Answerer(self._decoder, params, self._tokenizer, self._end_ids, (), self._rows)
         batches = answerer.answers(
             self._prompts, prompt_seeds(self._prompts, 0), self._limits, range(len(self._prompts))
