@@ -118,7 +118,7 @@ class PreferenceBatches:
         self.responses = tuple(name for name in KINDS if name in responses)
         self.order = order
         self.seed = seed
-        self.sizes = (pairs,) if group is None else (pairs, group)
+        self.sizes = (pairs,) if group in (None, pairs) else (pairs, group)
         self._permutation = lru_cache(maxsize=8)(self._new_permutation)
         self._related = lru_cache(maxsize=2)(self._new_related)
         self._pools = self._build_pools()
