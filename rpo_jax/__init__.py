@@ -28,7 +28,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: whoever only reads data or a configuration need not wait for jax.
+    # On demand: the package and rpo_jax.data load no jax; each of these names does.
     if name in ("models", "objectives"):
         return importlib.import_module(f"rpo_jax.{name}")
     if name in _HOMES:

@@ -19,7 +19,7 @@ class DataConfig:
         eval_split: split of `eval_path`.
         eval_rows: without `eval_path`: hold out this many usable examples from the end of `path`.
         train_rows: use at most this many training examples, from the start.
-        layout: name of a layout in rpo_jax.data.examples; `auto` recognises it by its columns.
+        layout: name of a layout in rpo_jax.data.layouts; `auto` recognises it by its columns.
         pairing: `paired` keeps a pair's responses in one contrast row and column; `unpaired` draws chosen and
             rejected responses apart.
         max_prompt_tokens: a prompt is cut to this where prompt and response exceed `max_tokens`.

@@ -1,4 +1,4 @@
-"""Sections on where a run lives, on what it runs, how long, and where it tells of itself."""
+"""Sections on where a run lives, on what it runs, how long, and where it reports its progress."""
 
 from __future__ import annotations
 

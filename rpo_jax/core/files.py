@@ -91,7 +91,7 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 os.replace(replaced, path)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
-    except SafetensorError as error:  # how the library tells of a full disk
+    except SafetensorError as error:  # how the library reports a full disk
         raise OSError(f"{path} could not be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -38,6 +38,7 @@ def read_jsonl(path: Path, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def to_line(row: Mapping[str, Any], *, ascii_only: bool = True) -> str:
+    """An object as a line of a JSON Lines file, its end included."""
     return json.dumps(row, ensure_ascii=ascii_only) + "\n"
 
 

@@ -54,6 +54,7 @@ def fault(folder: Path) -> str | None:
 
 
 def has_manifest(folder: Path) -> bool:
+    """Whether `write_manifest` has recorded a folder."""
     return (folder / NAME).is_file()
 
 

@@ -29,10 +29,13 @@ class Row(NamedTuple):
 
     @property
     def row_id(self) -> str:
+        """File and line, as messages name the row."""
         return f"{self.file}:{self.line}"
 
 
 class Message(NamedTuple):
+    """A turn of a conversation."""
+
     role: str  # system, user or assistant
     content: str
 
@@ -158,6 +161,7 @@ class PreferenceData:
 
     @cached_property
     def text_id(self) -> Int[np.ndarray, "r"]:
+        """TokenizedResponse.text_id of each response."""
         return np.array([response.text_id for response in self.responses], np.int32)
 
     def of_kind(self, kind: str) -> Int[np.ndarray, "_"]:
@@ -165,6 +169,7 @@ class PreferenceData:
         return np.flatnonzero([response.kind == kind for response in self.responses])
 
     def example_of(self, response: int) -> TokenizedExample:
+        """The example of the response with this number."""
         return self.examples[self.example_index[response]]
 
 

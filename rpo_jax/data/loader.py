@@ -127,7 +127,7 @@ class PreferenceBatches:
         self._row_lengths = self._checked_row_lengths(row_tokens, row_segments)
         self._rows_multiple = rows_multiple
         self._own_rows = own_rows
-        self.plan_at = lru_cache(maxsize=4)(self._new_plan)  # asked for a batch, then for what to tell of it
+        self.plan_at = lru_cache(maxsize=4)(self._new_plan)  # asked for a batch, then for what to log of it
 
     @cached_property
     def shapes(self) -> tuple[PackedShape, ...]:

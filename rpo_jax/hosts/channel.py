@@ -48,7 +48,7 @@ class OtherProtocol(ConnectionError):
 
 
 class PeerFailure(ConnectionError):
-    """Another process was stopped by something that its user can mend; the message names it.
+    """Another process was stopped by something that its user can correct; the message names it.
 
     Not a ValueError: nothing is wrong with what this process was given.
     """

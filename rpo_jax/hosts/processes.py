@@ -133,7 +133,7 @@ def gather(mine: Any) -> list[Any]:
     """What every process gives, in the order of their ids; every process must call this, in the same order.
 
     Takes dicts, lists, strings, numbers, None and NumPy arrays. Raises PeerFailure where another process has stopped
-    because of something that its user can mend.
+    because of something that its user can correct.
     """
     return _Run.channel.gather(mine)
 

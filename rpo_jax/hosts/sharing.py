@@ -23,7 +23,7 @@ def shared(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
             numbers, None and NumPy arrays, nested as one likes; tuples of another process arrive as lists. None of a
             process's items is needed for it to take part: `work` must take an empty list.
 
-    Raises PeerFailure where another process has stopped because of something that its user can mend.
+    Raises PeerFailure where another process has stopped because of something that its user can correct.
     """
     count = processes.num_processes()
     if count == 1:

@@ -19,10 +19,12 @@ MOST_CHUNKS = 4  # times as many as needed: smaller chunks than that would waste
 
 
 class Remat(NamedTuple):
-    """Attributes:
-    policy: what is kept of a layer, besides its input; None keeps everything.
-    chunks: whether the MLP runs on MLP_TOKENS at a time, in both passes. Its inner activations are most of what a
-        layer computes again; in chunks the memory for them does not grow with the batch.
+    """What the backward pass keeps of a layer, and what it computes again.
+
+    Attributes:
+        policy: what is kept of a layer, besides its input; None keeps everything.
+        chunks: whether the MLP runs on MLP_TOKENS at a time, in both passes. Its inner activations are most of what a
+            layer computes again; in chunks the memory for them does not grow with the batch.
     """
 
     policy: Callable[..., bool] | None

@@ -82,9 +82,11 @@ class WholeMatrix(ContrastMatrix):
     mask: Bool[Array, "*G M N"]
 
     def counts(self) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """As ContrastMatrix.counts."""
         return jnp.sum(self.mask), jnp.sum(jnp.any(self.mask, axis=-1))
 
     def sum(self, rows_loss: RowsLoss, chosen: Any, rejected: Any) -> Float[Array, ""]:
+        """As ContrastMatrix.sum."""
         return rows_loss(chosen, rejected, self.weights, self.mask)
 
 

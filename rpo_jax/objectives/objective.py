@@ -84,7 +84,8 @@ class Objective(Traits, ABC):
                 raise ValueError(f"objective.{entry.name}={getattr(self, entry.name)} {fault}.")
 
     @abstractmethod
-    def loss(self, scores: Scores) -> Float[Array, ""]: ...
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        """The objective's own loss, a scalar that jax can differentiate."""
 
     def total_loss(self, scores: Scores) -> Float[Array, ""]:
         """What is minimised: the loss, and what the options add to it."""
@@ -115,10 +116,12 @@ class MatrixObjective(Objective):
     nll_weight: float = 0.0
 
     def total_loss(self, scores: Scores) -> Float[Array, ""]:
+        """The loss, and `nll_weight` times `nll_loss` of the chosen responses."""
         loss = self.loss(scores)
         return loss + self.nll_weight * nll_loss(*likelihood_of(scores["chosen"])) if self.nll_weight else loss
 
     def count(self, scores: Scores) -> Int[Array, ""] | Float[Array, ""]:
+        """The valid entries of the matrix."""
         return scores.contrasts.counts()[0]
 
 

@@ -41,7 +41,7 @@ class Checkpoints:
     checksums of all its files, which are in it before it gets its name.
 
     Args:
-        warn: told of a save that failed, when the next one begins.
+        warn: called with why a save failed, when the next one begins.
         folder: created on the first save.
         keep_last: newest checkpoints to keep.
         keep_best: checkpoints of highest score to keep besides.
@@ -56,7 +56,7 @@ class Checkpoints:
         read_only: bool = False,
         warn: Callable[[str], None] = log.warning,
     ) -> None:
-        # The storage logs every save and restore, and the traceback of an error that is told in one line here.
+        # The storage logs every save and restore, and the traceback of an error that is reported in one line here.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = Path(folder).resolve()
         self._read_only, self._warn = read_only, warn
@@ -128,7 +128,7 @@ class Checkpoints:
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
                 metrics={"score": _UNRANKED if score is None else float(score)},
             )
-        except Exception as error:  # of many kinds; what the disk refuses, the storage tells as ValueError too
+        except Exception as error:  # of many kinds; what the disk refuses, the storage raises as ValueError too
             self._note_failed(error)
 
     def _add_checksums(self) -> None:

@@ -138,7 +138,7 @@ def make_run_folder(
 
 
 def resume_command(config: Config, started: bool) -> str:
-    """The command that goes on with a run: the configuration in its folder, and what this start was told besides.
+    """The command that goes on with a run: the configuration in its folder, and what else this start was given.
 
     Args:
         started: whether the folder is this run's by now; otherwise the command starts it as this start was to.

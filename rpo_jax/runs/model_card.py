@@ -65,7 +65,7 @@ def model_card(
 
 
 def _name(path: str) -> str:
-    """What may be told of a path: a hub name that the cache knows as it is, of anything else the last part."""
+    """What may be published of a path: a hub name that the cache knows as it is, of anything else the last part."""
     return path if _cached(path, "config.json") or _cached(path, None) else Path(path).name
 
 

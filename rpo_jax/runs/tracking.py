@@ -1,4 +1,4 @@
-"""What a run tells: console phases and progress, metrics.jsonl, and the dashboards asked for."""
+"""What a run reports: console phases and progress, metrics.jsonl, and the dashboards asked for."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Reporter:
         self.say("  ".join([f"{name:<22}{seconds:8.1f} s", *notes]))
 
     def first_step(self) -> None:
-        """Tell that the first training step of this run is done."""
+        """Report that the first training step of this run is done."""
         self.phase_seconds[FIRST_STEP] = seconds = time.perf_counter() - self._started
         self.say(f"{FIRST_STEP:<22}{seconds:8.1f} s  from the start of the run to the end of its first step")
 

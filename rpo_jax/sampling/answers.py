@@ -21,11 +21,13 @@ TokenIds = Int[np.ndarray, "_"]
 
 @dataclass(frozen=True)
 class Answer:
-    """Attributes:
-    index: of its prompt.
-    text: without the end token, and up to the stop string that ended it.
-    finish_reason: `eos`, `stop` for a stop string, `length` for the most tokens that it might have.
-    tokens: that the text took, an end token included.
+    """A finished answer to a prompt.
+
+    Attributes:
+        index: of its prompt.
+        text: without the end token, and up to the stop string that ended it.
+        finish_reason: `eos`, `stop` for a stop string, `length` for the most tokens that it might have.
+        tokens: that the text took, an end token included.
     """
 
     index: int

@@ -276,7 +276,7 @@ class Decoder:
             params: as to_decode_layout gives them, on the mesh.
             limits: most tokens of every answer.
             rows: of the batch.
-            stopped: told an answer so far after every slice, says whether it need not go on.
+            stopped: called with an answer so far after every slice; says whether it need not go on.
         """
         if nothing := [number for number in range(len(prompts)) if limits[number] <= 0]:
             yield [(number, []) for number in nothing]

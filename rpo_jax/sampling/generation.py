@@ -106,7 +106,7 @@ class GenerateConfig:
 def generate(config: GenerateConfig) -> Path:
     """Answer all prompts; returns the file, with one row for each of them.
 
-    Raises ValueError for what a user can mend, before anything is loaded or compiled.
+    Raises ValueError for what a user can correct, before anything is loaded or compiled.
     """
     reporter = Reporter()
     out = config.answers_file

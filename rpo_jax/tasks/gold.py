@@ -48,11 +48,13 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class GoldTask:
-    """Args:
-    train_pairs: per topic.
-    held_out_pairs: per topic, on other prompts.
-    met: how likely a chosen answer meets each criterion, before one that meets none is drawn again.
-    noise: share of training pairs whose answers are swapped. Held-out pairs are never wrong.
+    """How much of the generated task is drawn, and how good its pairs are.
+
+    Args:
+        train_pairs: per topic.
+        held_out_pairs: per topic, on other prompts.
+        met: how likely a chosen answer meets each criterion, before one that meets none is drawn again.
+        noise: share of training pairs whose answers are swapped. Held-out pairs are never wrong.
     """
 
     train_pairs: int = 34

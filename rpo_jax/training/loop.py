@@ -149,7 +149,7 @@ def _take_steps(run: Training, source: BatchSource, programs: Programs, limit_at
                 read(late)  # while the devices work on this step
             late = FinishedStep(step, batch, run.num_tokens, facts.efficiency, limit, report)
             if step == run.first_step:
-                read(late)  # at once: how long compiling took is told first
+                read(late)  # at once: how long compiling took is reported first
                 late = None
             wanted = [hook.wants_pause(run) for hook in run.hooks]  # all are asked, on every process alike
             if any(wanted) or run.stop_reason is not None:

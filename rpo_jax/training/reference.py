@@ -229,12 +229,12 @@ def cached_log_probs(
 ) -> tuple[PreferenceData, tuple[str, ...]]:
     """The data with the reference's log-probs filled in, and the kinds of response that had to be computed.
 
-    Of several processes the first reads and writes its cache folder, and tells the others what it found.
+    Of several processes the first reads and writes its cache folder, and sends the others what it found.
 
     Args:
         parts: `slot`, DECISIVE without `format` and `tokens`, and ORIGINS.
         compute: from the kinds of response that the cache lacks to their log-probs; not called if it has them all.
-        say: told why values are computed again where the cache has such values of something else.
+        say: called with why values are computed again, where the cache has such values of something else.
     """
     places: dict[str, tuple[Path, dict[str, str]]] = {}
 

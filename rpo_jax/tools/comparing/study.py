@@ -120,8 +120,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Attributes:
-    against: label of the row that the others' differences are taken to.
+    """Settings that are compared row by row.
+
+    Attributes:
+        against: label of the row that the others' differences are taken to.
     """
 
     name: str
@@ -132,12 +134,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Study:
-    """Attributes:
-    seeds: of the tables' cells.
-    tuning_seed: of the runs that choose settings: other data than the tables' where the task is generated.
-    base: settings of every run; start: of the fine-tuning besides; methods: of each method besides.
-    grids: of each method, the values that are tried; all methods have as many runs.
-    max_tokens: of an answer.
+    """What a comparison trains, tunes and prints.
+
+    Attributes:
+        seeds: of the tables' cells.
+        tuning_seed: of the runs that choose settings: other data than the tables' where the task is generated.
+        base: settings of every run; start: of the fine-tuning besides; methods: of each method besides.
+        grids: of each method, the values that are tried; all methods have as many runs.
+        max_tokens: of an answer.
     """
 
     seeds: tuple[int, ...]

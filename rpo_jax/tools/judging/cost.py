@@ -1,4 +1,4 @@
-"""What asking a judge will cost, told before the first request."""
+"""What asking a judge will cost, reported before the first request."""
 
 from __future__ import annotations
 

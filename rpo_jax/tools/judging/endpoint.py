@@ -20,7 +20,7 @@ from rpo_jax.tools.judging.comparisons import Comparison, Verdict
 from rpo_jax.tools.judging.questions import Task, question, read_answer
 
 OPENAI_URL = "https://api.openai.com/v1"
-_MAX_WAIT_SECONDS = 600.0  # who asks for longer is told to the user
+_MAX_WAIT_SECONDS = 600.0  # an endpoint that asks for longer is reported to the user
 _MAX_BACKOFF_SECONDS = 60.0
 _RETRIED = (408, 409, 425, 429)  # and all from 500
 _FATAL = (401, 403, 404)  # true of every request

@@ -160,7 +160,7 @@ def _endpoint(model: str, config: JudgeConfig, reporter: Reporter, stack: contex
 def _agree_on_cost(
     judge: EndpointJudge, compared: Sequence[Comparison], config: JudgeConfig, reporter: Reporter
 ) -> None:
-    """Tell what the run will cost at most; go on only with a user's word for it."""
+    """Report what the run will cost at most; go on only with a user's word for it."""
     prices = config.prices
     asked = [comparison for comparison in compared if comparison.pair.a != comparison.pair.b]
     new = [judge.question(comparison) for comparison in asked if judge.known(comparison) is None]

@@ -103,8 +103,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Attributes:
-    text: the program, as the compiler made it for one device.
+    """A compiled step.
+
+    Attributes:
+        memory: bytes on one device.
+        text: the program, as the compiler made it for one device.
+        seconds: that compiling took.
     """
 
     memory: Memory
@@ -133,7 +137,7 @@ def tpu_target(topology: str) -> Target:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    # One device a chip: of the generations with two cores, v4 has to be told.
+    # One device a chip: of the generations with two cores, v4 has to be asked for that.
     options = {"chip_config_name": "megacore"} if generation == "v4" else {}
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices

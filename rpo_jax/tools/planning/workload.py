@@ -136,7 +136,7 @@ def planned_batch(
         responses=responses,
         seed=config.run.seed,
         row_tokens=config.batch.row_tokens,
-        row_segments=2 if skips and config.batch.micro_rows is None else 1,  # as rpo_jax.prepare chooses
+        row_segments=2 if skips and config.batch.micro_rows is None else 1,  # as training.prepare chooses
         rows_multiple=config.batch.micro_rows or row_shards,
     )
     steps = range(min(MOST_STEPS, batches.steps_per_epoch))

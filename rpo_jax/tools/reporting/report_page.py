@@ -58,7 +58,7 @@ def make_page(
     """The page.
 
     Args:
-        matrices, rewards: of each run what matrix.for_page and rewards.for_page give, or a sentence that says why
+        matrices, rewards: of each run what for_page of its panel gives, or a sentence that says why
             there is none.
     """
     names = [record.name for record in records]
