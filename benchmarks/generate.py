@@ -29,7 +29,7 @@ from benchmarks.workloads import BOS, EOS, FIRST_WORD, PAD
 from rpo_jax import models
 from rpo_jax.config import MeshConfig
 from rpo_jax.hosts import sharding
-from rpo_jax.sampling.engine import Decoder, Sampling
+from rpo_jax.sampling.engine import Engine, Sampling
 from rpo_jax.sampling.kv_cache import to_decode_layout
 
 RESULTS = Path(__file__).with_name("results") / "generate.jsonl"
@@ -63,11 +63,11 @@ def ours(
     mesh = sharding.make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         placed = jax.jit(to_decode_layout, static_argnums=(1, 2))(params, "float32", mesh.devices.flat[0].platform)
-    decoder = Decoder(model_config, mesh, sampling=sampling, end_ids=())
+    engine = Engine(model_config, mesh, sampling=sampling, end_ids=())
 
     def run(limits: Sequence[int]) -> Tokens:
         with jax.set_mesh(mesh):
-            ended = decoder.answers(placed, prompts, range(len(prompts)), limits, rows)
+            ended = engine.answers(placed, prompts, range(len(prompts)), limits, rows)
             return [ids for _, ids in sorted(pair for some in ended for pair in some)]
 
     return run

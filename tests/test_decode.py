@@ -13,7 +13,7 @@ from rpo_jax.config import LoraConfig, MeshConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
 from rpo_jax.sampling import kv_cache
-from rpo_jax.sampling.engine import SLICE_TOKENS, SMALLEST_CACHE, Decoder, Sampling, bucket, cache_blocks, choose
+from rpo_jax.sampling.engine import SLICE_TOKENS, SMALLEST_CACHE, Engine, Sampling, bucket, cache_blocks, choose
 from tests.models.conftest import CASES, SIZES, torch_model
 from tests.worlds import VOCAB, quantized, small_model
 
@@ -39,7 +39,7 @@ def ragged(lengths, vocab=VOCAB, seed=0):
 
 @functools.cache
 def decoder(sampling=WARM, shape=(1, 1, 1), end_ids=()):
-    return Decoder(MODEL, mesh_of(*shape), sampling=sampling, end_ids=end_ids)
+    return Engine(MODEL, mesh_of(*shape), sampling=sampling, end_ids=end_ids)
 
 
 def answers(prompts, seeds, limit=NEW_TOKENS, *, rows=8, stopped=None, params=None, **which):
@@ -70,7 +70,7 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     prompts = ragged((24, 15, 9, 30), SIZES["vocab_size"])
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
-        made = Decoder(model_config, mesh, sampling=Sampling(), end_ids=ends)
+        made = Engine(model_config, mesh, sampling=Sampling(), end_ids=ends)
         readable = kv_cache.to_decode_layout(params, "float32", "cpu")
         found = in_order(made.answers(readable, prompts, range(4), [new_tokens] * 4, 4))
     for prompt, ids in zip(prompts, found, strict=True):
@@ -116,7 +116,7 @@ def test_any_mesh_samples_the_tokens_of_one_device(shape):
 
 
 def test_few_programs_serve_every_length():
-    made = Decoder(MODEL, mesh_of(1, 1, 1), sampling=Sampling(), end_ids=())
+    made = Engine(MODEL, mesh_of(1, 1, 1), sampling=Sampling(), end_ids=())
     with jax.set_mesh(made.mesh):
         params = kv_cache.to_decode_layout(PARAMS(), "float32", "cpu")
         for length in (3, 17, 32, 20, 31):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
-from rpo_jax.sampling.engine import Decoder
+from rpo_jax.sampling.engine import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,13 +59,13 @@ class Answerer:
     """Answers prompts.
 
     Args:
-        params: as rpo_jax.sampling.kv_cache.to_decode_layout gives them, on the decoder's mesh.
+        params: as rpo_jax.sampling.kv_cache.to_decode_layout gives them, on the engine's mesh.
         end_ids: tokens that end an answer.
         stop: texts that end an answer, and are no part of it.
         rows: of a batch.
     """
 
-    decoder: Decoder
+    engine: Engine
     params: Any
     tokenizer: PreTrainedTokenizerBase
     end_ids: frozenset[int]
@@ -76,7 +76,7 @@ class Answerer:
         self, prompts: Sequence[TokenIds], seeds: Sequence[int], limits: Sequence[int], wanted: Sequence[int]
     ) -> Iterator[list[Answer]]:
         """Answers to the wanted prompts, some at a time as they end."""
-        ended_answers = self.decoder.answers(
+        ended_answers = self.engine.answers(
             self.params,
             [prompts[index] for index in wanted],
             [seeds[index] for index in wanted],

@@ -182,7 +182,7 @@ def _likeliest(
     return jnp.where(bits >= low[:, None], probabilities, 0)
 
 
-class Decoder:
+class Engine:
     """The compiled functions of one model, one way of sampling and one mesh.
 
     Args:

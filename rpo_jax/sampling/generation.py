@@ -26,7 +26,7 @@ from rpo_jax.data.tokenize import TEMPLATES, cut_prompt, encode_prompts, render_
 from rpo_jax.hosts import sharding
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.answers import Answer, Answerer, batch_rows, prompt_seeds
-from rpo_jax.sampling.engine import Decoder, Sampling
+from rpo_jax.sampling.engine import Engine, Sampling
 from rpo_jax.sampling.kv_cache import to_decode_layout
 from rpo_jax.sampling.policy import DTYPES, StoredPolicy, find_policy
 
@@ -153,7 +153,7 @@ def generate(config: GenerateConfig) -> Path:
                 platform = mesh.devices.flat[0].platform
                 readable = jax.jit(to_decode_layout, static_argnums=(1, 2))
                 params = jax.block_until_ready(readable(params, dtype, platform))
-            decoder = Decoder(
+            engine = Engine(
                 policy.model_config,
                 mesh,
                 sampling=config.sampling,
@@ -161,7 +161,7 @@ def generate(config: GenerateConfig) -> Path:
                 compute_dtype=dtype,
             )
             size = batch_rows(config.batch_size, len(rows), sharding.row_shards(mesh))
-            answerer = Answerer(decoder, params, policy.tokenizer, policy.end_ids, config.stop, size)
+            answerer = Answerer(engine, params, policy.tokenizer, policy.end_ids, config.stop, size)
             _write_answers(out, rows, done, answerer.answers(prompts, seeds, limits, wanted), reporter)
     write_jsonl(out, [done[index] for index in range(len(rows))], ascii_only=False)
     if config.alpaca_eval:

@@ -102,7 +102,7 @@ def configured(settings: Mapping[str, Any]) -> Config:
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """A line of a table.
 
     Attributes:
@@ -129,7 +129,7 @@ class Table:
     name: str
     title: str
     against: str
-    rows: tuple[Row, ...]
+    rows: tuple[StudyRow, ...]
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Study:
         start = self.beginning(self.tuning_seed)
         return Cell({**self.base, **self.methods[method], **candidate}, start.start, self.task, self.tuning_seed)
 
-    def cell(self, row: Row, seed: int, tuned: Mapping[str, Settings]) -> Cell:
+    def cell(self, row: StudyRow, seed: int, tuned: Mapping[str, Settings]) -> Cell:
         """A row's run with one seed, once its method is tuned."""
         start = self.beginning(seed, row.task)
         if row.method is None:
@@ -280,7 +280,7 @@ def _table(name: str, content: Any, methods: Mapping[str, Settings]) -> Table:
             raise ValueError(f"{where}: {label}: there is no method {method}; there are {', '.join(methods)}.")
         if method is None and settings:
             raise ValueError(f"{where}: {label}: {', '.join(settings)} need a method beside them.")
-        rows.append(Row(label, method, settings, task))
+        rows.append(StudyRow(label, method, settings, task))
     against = content.get("against", rows[0].label if rows else "")
     if against not in [row.label for row in rows]:
         raise ValueError(f"{where}: against: there is no row {against!r}.")

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rpo_jax.tools.comparing.cells import ACCURACY, LOG_PROB_ACCURACY
-from rpo_jax.tools.comparing.study import Row, Settings, Table
+from rpo_jax.tools.comparing.study import Settings, StudyRow, Table
 
 RESAMPLES = 4000
 Interval = tuple[float, float, float]  # mean, and the ends of its 95 % interval
@@ -150,7 +150,7 @@ def _columns(rows: Sequence[Sequence[Result]]) -> list[Column]:
 
 
 def _line(
-    row: Row, results: Sequence[Result], columns: Sequence[Column], table: Table, against: Sequence[Result]
+    row: StudyRow, results: Sequence[Result], columns: Sequence[Column], table: Table, against: Sequence[Result]
 ) -> list[str]:
     cells = [shown(summarised(column, results), column.digits) for column in columns]
     gap = "" if row.label == table.against else shown(difference(results, against), 1, signed=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-class Answer(NamedTuple):
+class JudgeAnswer(NamedTuple):
     text: str
     prompt_tokens: int
     answer_tokens: int
@@ -45,13 +45,13 @@ class AnswerCache:
             self._database.close()
             raise ValueError(f"--cache {self.path} is no cache that can be written ({error}); give another.") from None
 
-    def get(self, key: str) -> Answer | None:
+    def get(self, key: str) -> JudgeAnswer | None:
         query = "SELECT text, prompt_tokens, answer_tokens FROM answers WHERE key = ?"
         with self._lock:
             row = self._database.execute(query, (key,)).fetchone()
-        return None if row is None else Answer(*row)
+        return None if row is None else JudgeAnswer(*row)
 
-    def put(self, key: str, answer: Answer) -> None:
+    def put(self, key: str, answer: JudgeAnswer) -> None:
         with self._lock:
             self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (key, *answer))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from rpo_jax.tools.judging.cache import Answer, AnswerCache, answer_key
+from rpo_jax.tools.judging.cache import AnswerCache, JudgeAnswer, answer_key
 from rpo_jax.tools.judging.comparisons import Comparison, Verdict
 from rpo_jax.tools.judging.questions import Task, question, read_answer
 
@@ -133,7 +133,7 @@ class EndpointJudge:
     def close(self) -> None:
         self._client.close()
 
-    def known(self, comparison: Comparison) -> Answer | None:
+    def known(self, comparison: Comparison) -> JudgeAnswer | None:
         """The answer to this very question, if it was given before."""
         return self._cache.get(answer_key(self.endpoint, self._request(self.question(comparison))))
 
@@ -186,7 +186,7 @@ class EndpointJudge:
         }
         return {name: value for name, value in {**ours, **self.settings.request}.items() if value is not None}
 
-    def _patiently(self, request: dict[str, Any]) -> Answer:
+    def _patiently(self, request: dict[str, Any]) -> JudgeAnswer:
         """The answer, after as many attempts as are allowed."""
         attempts, failures, answered = self.settings.retries + 1, 0, self._answered
         while True:
@@ -232,7 +232,7 @@ class EndpointJudge:
                 self._say(f"{self.endpoint} asks to wait for {error.wait_seconds:.0f} s")
             self._not_before = max(self._not_before, until)
 
-    def _ask(self, request: dict[str, Any]) -> Answer:
+    def _ask(self, request: dict[str, Any]) -> JudgeAnswer:
         import openai
 
         try:
@@ -248,7 +248,7 @@ class EndpointJudge:
         except (openai.OpenAIError, UnicodeDecodeError) as error:
             raise _Transient(self._clean(f"{type(error).__name__}: {error}")) from None
 
-    def _read(self, body: str) -> Answer:
+    def _read(self, body: str) -> JudgeAnswer:
         """Text and usage of a chat completion; usage is optional in the protocol's imitations."""
         try:
             reply = json.loads(body)
@@ -257,7 +257,7 @@ class EndpointJudge:
             tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError):
             raise _Transient(self._clean(f"the answer is no chat completion: {body[:80]!r}")) from None
-        return Answer(self._clean(text if isinstance(text, str) else ""), *tokens)
+        return JudgeAnswer(self._clean(text if isinstance(text, str) else ""), *tokens)
 
     def _status(self, error: Any) -> Exception:
         """What an HTTP error means: for this attempt, for this request, or for the run."""
@@ -322,6 +322,6 @@ def _first_line(text: object) -> str:
     return (str(text).strip().splitlines() or ["no message"])[0][:300]
 
 
-def _verdict(answer: Answer, *, cached: bool) -> Verdict:
+def _verdict(answer: JudgeAnswer, *, cached: bool) -> Verdict:
     tokens = (0, 0) if cached else (answer.prompt_tokens, answer.answer_tokens)
     return Verdict(read_answer(answer.text), answer.text, False, cached, *tokens)

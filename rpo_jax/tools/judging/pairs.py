@@ -15,14 +15,14 @@ from rpo_jax.tools.judging.comparisons import Comparison, Pair, Prompt
 CHOSEN = "chosen"
 
 
-class Response(NamedTuple):
+class PairedResponse(NamedTuple):
     row_id: str  # where the row says that its prompt came from; its own file and line where it does not
     prompt: Prompt
     text: str
     place: str  # file and line, for messages
 
 
-def read_responses(path: str) -> list[Response]:
+def read_responses(path: str) -> list[PairedResponse]:
     """Rows with `prompt` (a string or messages) and `response`, as `rpo_jax.generate` writes them.
 
     Raises ValueError, naming file and row, for what cannot be read, and for a file without rows.
@@ -30,7 +30,7 @@ def read_responses(path: str) -> list[Response]:
     return [_response(row) for row in read_rows(path)]
 
 
-def _response(row: Any) -> Response:
+def _response(row: Any) -> PairedResponse:
     if isinstance(row, BadRow):
         raise ValueError(f"{row.row_id}: {row.reason}; write the file again.")
     values, place = row.values, row.row_id
@@ -41,7 +41,7 @@ def _response(row: Any) -> Response:
             "one whose rows have 'prompt' and 'response'."
         )
     row_id = values.get("row_id")
-    return Response(place if row_id is None else str(row_id), _prompt(values, place), text, place)
+    return PairedResponse(place if row_id is None else str(row_id), _prompt(values, place), text, place)
 
 
 def _told(values: Mapping[str, Any], name: str) -> str:
@@ -68,17 +68,19 @@ def _prompt(values: Mapping[str, Any], place: str) -> Prompt:
     )
 
 
-def read_chosen(path: str, *, split: str, layout: str) -> list[Response]:
+def read_chosen(path: str, *, split: str, layout: str) -> list[PairedResponse]:
     """The chosen responses of a data set, in file order."""
     examples = make_examples(read_rows(path, split=split), layout=layout).examples
     return [
-        Response(example.row_id, example.prompt, chosen.text, example.row_id)
+        PairedResponse(example.row_id, example.prompt, chosen.text, example.row_id)
         for example in examples
         if (chosen := example.first("chosen")) is not None
     ]
 
 
-def make_pairs(a: Sequence[Response], b: Sequence[Response], *, b_may_have_more: bool = False) -> list[Pair]:
+def make_pairs(
+    a: Sequence[PairedResponse], b: Sequence[PairedResponse], *, b_may_have_more: bool = False
+) -> list[Pair]:
     """Both sides' responses to the same prompts, in a's order.
 
     Prompts are the same where they say the same: a lone user message and a string of its text are, and space around
@@ -109,7 +111,7 @@ def make_pairs(a: Sequence[Response], b: Sequence[Response], *, b_may_have_more:
     ]
 
 
-def _keys(responses: Sequence[Response]) -> list[str]:
+def _keys(responses: Sequence[PairedResponse]) -> list[str]:
     """One key per response: the prompt as JSON, and its number among equal prompts."""
     seen: dict[str, int] = {}
     keys = []
@@ -121,7 +123,7 @@ def _keys(responses: Sequence[Response]) -> list[str]:
     return keys
 
 
-def _shown(response: Response) -> str:
+def _shown(response: PairedResponse) -> str:
     text = response.prompt if isinstance(response.prompt, str) else response.prompt[-1].content
     text = " ".join(text.split())
     return f"{response.place} ({text[:60] + '...' if len(text) > 60 else text!r})"

@@ -16,7 +16,7 @@ from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives import heads
 from rpo_jax.sampling.answers import Answerer, batch_rows, prompt_seeds
-from rpo_jax.sampling.engine import Decoder, Sampling
+from rpo_jax.sampling.engine import Engine, Sampling
 from rpo_jax.sampling.kv_cache import to_decode_layout
 from rpo_jax.training.hooks.hook import Hook, Training
 
@@ -60,7 +60,7 @@ class Sampler(Hook):
         room = (model_config.max_position_embeddings - len(ids) for ids in self._prompts)
         self._limits = [max(0, min(config.train.sample_tokens, left)) for left in room]
         dtype = config.model.compute_dtype
-        self._decoder = Decoder(model_config, mesh, sampling=Sampling(), end_ids=sorted(end_ids), compute_dtype=dtype)
+        self._engine = Engine(model_config, mesh, sampling=Sampling(), end_ids=sorted(end_ids), compute_dtype=dtype)
         self._rows = batch_rows(BATCH_PROMPTS, len(self._prompts), sharding.row_shards(mesh))
         self._frozen, policy = frozen, models.Policy(model_config, config.lora)
 
@@ -74,7 +74,7 @@ class Sampler(Hook):
     def before_evaluation(self, run: Training) -> None:
         """Sample, and write the rows in place of those that an earlier part of the run wrote from this step on."""
         params = self._readable(run.state.params, self._frozen)
-        answerer = Answerer(self._decoder, params, self._tokenizer, self._end_ids, (), self._rows)
+        answerer = Answerer(self._engine, params, self._tokenizer, self._end_ids, (), self._rows)
         batches = answerer.answers(
             self._prompts, prompt_seeds(self._prompts, 0), self._limits, range(len(self._prompts))
         )
