@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 import rpo_jax
 from rpo_jax import export, models, train
 from rpo_jax.core.manifest import NAME, fault, write_manifest
+from rpo_jax.core.store import keep
 from rpo_jax.data import embeddings
 from rpo_jax.runs.checkpoints import Checkpoints, SaveFailed, faults, set_aside_damaged, step_fault
 from rpo_jax.runs.folder import CHECKPOINTS
@@ -446,7 +447,7 @@ ROWS = {bytes([i]) * 32: np.full(8, i, np.float32) for i in range(5)}
 @pytest.mark.parametrize("damage", CACHE_DAMAGES)
 def test_embeddings_are_left_out_where_their_file_is_damaged(tmp_path, damage, caplog):
     store = tmp_path / "store"
-    embeddings._keep(store, ROWS, "print")
+    embeddings._write_file(store, ROWS, "print")
     assert set(embeddings._read_store(store, "print")) == set(ROWS)
     (path,) = store.iterdir()
     CACHE_DAMAGES[damage](path)
@@ -454,12 +455,12 @@ def test_embeddings_are_left_out_where_their_file_is_damaged(tmp_path, damage, c
         assert embeddings._read_store(store, "print") == {}
     if damage != "deleted":
         assert f"{path} are computed again" in caplog.text
-    embeddings._keep(store, ROWS, "print")
+    embeddings._write_file(store, ROWS, "print")
     assert set(embeddings._read_store(store, "print")) == set(ROWS)
 
 
 def test_embeddings_of_another_encoder_are_no_embeddings(tmp_path, caplog):
-    embeddings._keep(tmp_path / "store", ROWS, "another")
+    embeddings._write_file(tmp_path / "store", ROWS, "another")
     with caplog.at_level(logging.WARNING):
         assert embeddings._read_store(tmp_path / "store", "print") == {}
     assert "not {'rpo_jax.embeddings.1': 'print'}" in caplog.text
@@ -469,7 +470,7 @@ def test_caches_that_do_not_fit_are_done_without(tmp_path, caplog):
     rows = {key: np.zeros(4 * ROOM, np.float32) for key in ROWS}
     data = random_data(ROOM)
     with small_files(), caplog.at_level(logging.WARNING):
-        embeddings._keep(tmp_path / "store", rows, "print")
+        keep("Embeddings", lambda: embeddings._write_file(tmp_path / "store", rows, "print"))
         filled_in, _ = cached_log_probs(data, BOTH, PARTS, tmp_path, lambda names: made_up(data, names), print)
     assert caplog.text.count("not kept for the next run: [Errno 27]") == 3
     assert np.isfinite(filled_in.reference_log_probs).all()
