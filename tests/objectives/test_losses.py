@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rpo_jax.config import Config, ContrastConfig, ObjectiveConfig
-from rpo_jax.core.records import RESPONSES
 from rpo_jax.objectives import contrast, losses
+from tests.data.ragged import RESPONSES
 from tests.objectives import laws, oracle
 
 M, N = 5, 5

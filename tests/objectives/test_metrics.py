@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.core.records import RESPONSES
 from rpo_jax.objectives import contrast, metrics
 from rpo_jax.objectives.scores import Responses, Scores
+from tests.data.ragged import RESPONSES
 
 
 def responses(log_prob, reference, valid):
