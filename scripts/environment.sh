@@ -19,6 +19,6 @@ if [ "$(cat "$venv/.made-from" 2>/dev/null)" != "$wanted" ]; then
   [ -x "$python" ] || "$base" -m venv "$venv"
   # torch first and alone: its pin must be settled before another package asks for any torch.
   "$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" torch
-  "$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "${root}[test,minilm${EXTRAS:+,$EXTRAS}]"
+  "$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "${root}[test,minilm,quickstart${EXTRAS:+,$EXTRAS}]"
   echo "$wanted" > "$venv/.made-from"
 fi

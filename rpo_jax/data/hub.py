@@ -8,24 +8,28 @@ from pathlib import Path
 PROBE_SECONDS = 5.0
 
 
-def cached_folder(name: str) -> Path | None:
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
     """Folder of the hub repository `name` in the local cache; None where it is not there. Files may be missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (OSError, HFValidationError):
         return None
 
 
-def download_folder(name: str, patterns: Sequence[str]) -> Path:
-    """Download the files of the hub repository `name` that match `patterns`; ValueError where that fails."""
+def download_folder(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """Download the files of the hub repository `name` that match `patterns`; ValueError where that fails.
+
+    Args:
+        revision: of the repository: a commit, branch or tag; the newest where not given.
+    """
     from huggingface_hub import constants, snapshot_download
 
     try:
         _probe()
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the classes of connection errors differ between versions of the hub client
         raise ValueError(
             f"'{name}' is neither a local folder nor in the local hub cache, and fetching it from "

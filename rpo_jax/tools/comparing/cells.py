@@ -24,7 +24,7 @@ from rpo_jax.core.jsonl import read_jsonl
 from rpo_jax.sampling.engine import Sampling
 from rpo_jax.sampling.generation import GenerateConfig, generate
 from rpo_jax.tasks.gold import GoldTask, make_rows, win
-from rpo_jax.tools.comparing.measure import mean_divergence
+from rpo_jax.tools.comparing.measure import divergences
 from rpo_jax.tools.comparing.study import Cell, configured
 from rpo_jax.tools.exporting import export
 from rpo_jax.training.run import run
@@ -156,7 +156,7 @@ class CellRunner:
     def _divergence(self, cell: Cell, files: dict[str, Path], run_dir: Path, start: Path) -> float:
         answers = self._answers(cell, files, run_dir, 1.0)
         triples = [(answer["prompt"], answer["response"], answer["finish_reason"] == "eos") for answer in answers]
-        return mean_divergence(run_dir, start, triples)
+        return float(divergences(run_dir, start, triples).mean())
 
 
 @contextlib.contextmanager

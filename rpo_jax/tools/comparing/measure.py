@@ -22,11 +22,11 @@ ROWS = 32  # scored at a time
 TOKENS = 32  # widths are multiples of this, so that few programs are compiled
 
 
-def mean_divergence(policy: Path, reference: Path, answers: Sequence[tuple[str, str, bool]]) -> float:
-    """KL(policy || reference) of whole answers, nats, estimated from answers that the policy has sampled.
+def divergences(policy: Path, reference: Path, answers: Sequence[tuple[str, str, bool]]) -> Float[np.ndarray, "n"]:
+    """log policy(y | x) - log reference(y | x) of whole answers, nats, the end token included.
 
-    mean over (x, y ~ policy(. | x)) of log policy(y | x) - log reference(y | x), the end token included: unbiased for
-    answers sampled at temperature 1, as far as their texts have the tokens again that were sampled.
+    Their mean over x and y ~ policy(. | x) is an unbiased estimate of KL(policy || reference) for answers sampled at
+    temperature 1, as far as their texts have the tokens again that were sampled.
 
     Args:
         answers: prompts, the policy's answers to them, and whether they ended rather than ran out of tokens.
@@ -47,7 +47,7 @@ def mean_divergence(policy: Path, reference: Path, answers: Sequence[tuple[str, 
             tokens, scored = _padded(rows[first : first + ROWS], width)
             own, before = (np.asarray(_log_probs(found.model_config, params, tokens, scored)) for params in both)
             totals.append((own - before)[: len(rows) - first])
-    return float(np.mean(np.concatenate(totals)))
+    return np.concatenate(totals)
 
 
 def _padded(
