@@ -1,9 +1,9 @@
 """Write the quickstart's preference pairs and held-out prompts: `python scripts/make_smollm2_data.py [--out DIR]`.
 
 SmolLM2-135M-Instruct answers every training prompt of configs/data/smollm2_prompts.json several times, and VADER scores
-the answers' sentiment. Of the answers that are whole, plain and about their topic, the most cheerful one is chosen and
-the least cheerful one rejected. The bundled pairs are of the package's 4-bit weights; other weights, or another machine's
-rounding, sample other answers.
+the answers' sentiment. Of the answers that are whole, plain and about their topic, the two of like length that differ
+most make a pair. The bundled pairs are of the package's 4-bit weights; other weights, or the rounding of another
+machine, give other answers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ TEMPERATURE = 0.8
 MAX_TOKENS = 40
 MIN_WORDS = 6
 MIN_DIFFERENCE = 0.3  # between the scores of a pair
+MAX_RATIO = 1.4  # of their lengths in words
 
 
 def prompts(part: str) -> list[dict[str, str]]:
@@ -49,7 +50,7 @@ def names_topic(topic: str, answer: str) -> bool:
 
 
 def pairs(answers: Sequence[dict[str, Any]], asked: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """The most and the least cheerful usable answer of every prompt where they differ by MIN_DIFFERENCE.
+    """Of every prompt the two usable answers of like length that differ most, by MIN_DIFFERENCE at least.
 
     Args:
         answers: rows that rpo_jax.generate writes, those to one prompt together.
@@ -58,10 +59,11 @@ def pairs(answers: Sequence[dict[str, Any]], asked: Sequence[dict[str, str]]) ->
     topic_of = {one["text"]: one["topic"] for one in asked}
     for text, found in groupby(answers, key=lambda row: row["prompt"][-1]["content"]):
         usable = [row["response"] for row in found if _is_usable(row, topic_of[text])]
-        ranked = sorted((score(response)["compound"], response) for response in usable)
-        if not ranked or ranked[-1][0] - ranked[0][0] < MIN_DIFFERENCE:
+        scored = sorted((score(response)["compound"], response) for response in usable)
+        apart = [pair for pair in combinations(scored, 2) if _differ(*pair)]
+        if not apart:
             continue
-        (low, rejected), (high, chosen) = ranked[0], ranked[-1]
+        (low, rejected), (high, chosen) = max(apart, key=lambda pair: pair[1][0] - pair[0][0])
         yield {
             "prompt": [{"role": "user", "content": text}],
             "chosen": [{"role": "assistant", "content": chosen}],
@@ -76,6 +78,12 @@ def _is_usable(answer: dict[str, Any], topic: str) -> bool:
     text = answer["response"]
     whole = answer["finish_reason"] == "eos" and len(text.split()) >= MIN_WORDS
     return whole and text.isascii() and "\n" not in text and names_topic(topic, text)
+
+
+def _differ(low: tuple[float, str], high: tuple[float, str]) -> bool:
+    """Whether two scored answers are apart in sentiment but not in length, which is not to be learnt."""
+    words = len(low[1].split()), len(high[1].split())
+    return high[0] - low[0] >= MIN_DIFFERENCE and max(words) <= MAX_RATIO * min(words)
 
 
 def messages(asked: Sequence[dict[str, str]], times: int = 1) -> list[dict[str, Any]]:

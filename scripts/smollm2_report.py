@@ -1,4 +1,4 @@
-"""What the quickstart's RPO changed: sentiment and length of held-out answers before and after, KL, four of the answers.
+"""What the quickstart's RPO changed: sentiment and length of held-out answers, KL, four answers side by side.
 
 Reads the answers that scripts/quickstart.sh has generated with the model and with the trained policy. Sentiment and
 length are those of greedy answers; KL needs answers sampled at temperature 1. At the end transformers answers with the
@@ -21,9 +21,9 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rpo_jax.core.command import run_command
 from rpo_jax.core.jsonl import read_jsonl
+from rpo_jax.core.records import Message
 from rpo_jax.data.tokenize import render_prompt
 from rpo_jax.data.tokenizer import load_tokenizer
-from rpo_jax.core.records import Message
 from rpo_jax.tools.comparing.measure import divergences
 from rpo_jax.tools.judging.statistics import bootstrap
 

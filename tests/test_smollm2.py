@@ -1,6 +1,7 @@
-"""The quickstart on SmolLM2-135M-Instruct: its folder, the bundled preferences, the report; `-m slow` runs all of it."""
+"""The quickstart on SmolLM2-135M-Instruct: folder, bundled preferences, report; and, slow, all of it."""
 
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -29,6 +30,11 @@ def script(monkeypatch):
 
 def rows_of(part: str) -> list[dict]:
     return [json.loads(line) for line in (DATA / f"smollm2_{part}.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def train() -> list[dict]:
+    return rows_of("train")
 
 
 # Its folder.
@@ -129,25 +135,24 @@ def test_held_out_prompts_are_on_other_topics(script):
     assert not {one["topic"].lower() for one in train} & {one["topic"].lower() for one in held_out}
 
 
-@pytest.mark.parametrize("part", ["train", "eval"])
-def test_bundled_rows_are_of_their_own_prompts_and_scored_by_vader(script, part):
-    prompts = script("make_smollm2_data").prompts
-    rows, score = rows_of(part), SentimentIntensityAnalyzer().polarity_scores
-    assert len(rows) >= 200
-    asked = [row["prompt"][0]["content"] for row in rows]
+def test_bundled_pairs_are_of_training_prompts_and_scored_by_vader(script, train):
+    score, asked = SentimentIntensityAnalyzer().polarity_scores, [row["prompt"][0]["content"] for row in train]
     assert len(set(asked)) == len(asked)
-    assert set(asked) <= {one["text"] for one in prompts("train" if part == "train" else "held_out")}
-    for row in rows:
+    assert set(asked) <= {one["text"] for one in script("make_smollm2_data").prompts("train")}
+    for row in train:
         for side in ("chosen", "rejected"):
             assert score(row[side][0]["content"])["compound"] == row[f"score_{side}"]
         assert row["score_chosen"] > row["score_rejected"]
 
 
-def test_length_hardly_tells_chosen_from_rejected():
-    words = {
-        side: sum(len(row[side][0]["content"].split()) for row in rows_of("train")) for side in ("chosen", "rejected")
-    }
-    assert words["chosen"] == pytest.approx(words["rejected"], rel=0.15)
+def test_bundled_held_out_prompts_are_those_of_the_list(script):
+    make = script("make_smollm2_data")
+    assert rows_of("held_out") == make.messages(make.prompts("held_out"))
+
+
+def test_length_hardly_tells_chosen_from_rejected(train):
+    words = {side: sum(len(row[side][0]["content"].split()) for row in train) for side in ("chosen", "rejected")}
+    assert words["chosen"] == pytest.approx(words["rejected"], rel=0.1)
 
 
 def test_bundled_rows_are_few():
@@ -177,10 +182,9 @@ def test_a_pair_is_the_best_and_the_worst_of_the_usable_answers(script, unusable
         "letters": answer("Describe a wet dog.", great.replace("joyful", "joyfül")),
     }[unusable]
     answers = [other, *(answer("Describe a wet dog.", text) for text in (middle, worst, best))]
-    (pair,) = make.pairs(answers, asked, strict=True)
+    (pair,) = make.pairs(answers, asked)
     assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == (best, worst)
-    assert list(make.pairs(answers[:2], asked, strict=True)) == []
-    assert list(make.pairs([answers[1]] * 2, asked, strict=False)) == []
+    assert list(make.pairs(answers[:2], asked)) == []
 
 
 # The report.
@@ -201,7 +205,7 @@ def test_the_report_tells_a_better_answer_from_a_repeated_phrase(script):
         "name their topic, share": (1, 0),
         "given once only, share": (1, 0),
     }
-    console = Console(width=110, record=True, file=open(os.devnull, "w"))
+    console = Console(width=110, record=True, file=io.StringIO())
     console.print(report.table(plain, phrase, topics))
     shown = console.export_text()
     assert "0.61 (0.61 to 0.61)" in shown
