@@ -39,7 +39,7 @@ def render_messages(
     RENDER_SECONDS a prompt and within the memory that template_worker allows. Raises ValueError where the template
     refuses the messages, TemplateError where it is beyond use.
     """
-    given = [message._asdict() for message in messages]
+    given = [message.to_dict() for message in messages]
     if (tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE) == DEFAULT_CHAT_TEMPLATE:
         rendered = tokenizer.apply_chat_template(
             given,

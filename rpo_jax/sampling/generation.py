@@ -132,7 +132,7 @@ def generate(config: GenerateConfig) -> Path:
     rows = [
         {
             "row_id": row.row_id,
-            "prompt": row.prompt if isinstance(row.prompt, str) else [turn._asdict() for turn in row.prompt],
+            "prompt": row.prompt if isinstance(row.prompt, str) else [turn.to_dict() for turn in row.prompt],
             "model": policy.name,
             "settings": settings,
             "seed": seed,
