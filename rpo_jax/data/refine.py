@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rpo_jax.core.records import KINDS, TokenizedExample, TokenizedResponse
-from rpo_jax.data.tokenize import encode_prompts
+from rpo_jax.data.control_tokens import TextEncoder, TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,14 +22,16 @@ def refined(
 ) -> list[TokenizedExample]:
     """The examples with refined prompts, the text before the prompt as it has been cut, and responses that fit.
 
-    One BOS stays at the start, where the tokenizer has one. Raises ValueError, naming the row, where nothing of a
+    What the tokenizer or its template puts in front stays there. Raises ValueError, naming the row, where nothing of a
     response fits.
     """
-    (before,) = encode_prompts([text], tokenizer)
-    has_bos = tokenizer.bos_token_id is not None
+    encoder = TextEncoder(tokenizer)
+    (before,) = encoder.encode([text])
     made = []
     for example in examples:
-        prompt = np.concatenate([before, example.prompt_ids[int(has_bos) :]])
+        own = example.prompt_ids
+        start = _num_leading(own, encoder.prefix, tokenizer.bos_token_id)
+        prompt = np.concatenate([own[:start], before, own[start:]])
         room = max_tokens - len(prompt)
         if room < 1:
             raise ValueError(
@@ -43,3 +45,11 @@ def refined(
         ]
         made.append(replace(example, prompts=(*example.prompts, prompt), responses=(*example.responses, *again)))
     return made
+
+
+def _num_leading(prompt: TokenIds, prefix: TokenIds, bos: int | None) -> int:
+    """How many tokens stand before a prompt's text: the tokenizer's own, or the BOS with which a template begins."""
+    if len(prefix) and np.array_equal(prompt[: len(prefix)], prefix):
+        return len(prefix)
+    # A BOS that comes again marks turns.
+    return int(prompt[:1].tolist() == [bos] and np.count_nonzero(prompt == bos) == 1)

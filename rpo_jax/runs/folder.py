@@ -1,7 +1,7 @@
 """The folder of a run: made whole or not at all, never emptied of what the run itself reads, checked before a resume.
 
-It holds config.yaml, run_id, metrics.jsonl, tensorboard/, checkpoints/, and in model/ all of a Hugging Face folder but
-the weights.
+It holds config.yaml, run_id, data.json (what of the data was cut), metrics.jsonl, tensorboard/, checkpoints/, and in
+model/ all of a Hugging Face folder but the weights.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 RUN_ID = "run_id"
+DATA_COUNTS = "data.json"
 GENERATION_CONFIG = "generation_config.json"
 NETWORK_FOLDER_SECONDS = 30  # until a network folder shows on one host what another wrote
 
