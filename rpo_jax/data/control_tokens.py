@@ -61,6 +61,14 @@ class TextEncoder:
                 return whole[:start]
         return whole[:0]
 
+    def num_leading(self, prompt: TokenIds) -> int:
+        """How many tokens stand before a prompt's text: the tokenizer's own, or a BOS with which a template begins."""
+        size = len(self.prefix)
+        if size and np.array_equal(prompt[:size], self.prefix):
+            return size
+        bos = self.tokenizer.bos_token_id  # where it comes again, it marks turns
+        return int(bos is not None and prompt[:1].tolist() == [bos] and np.count_nonzero(prompt == bos) == 1)
+
     def find(self, text: str) -> list[re.Match[str]]:
         """The control tokens that stand in a text."""
         return list(self._pattern.finditer(text))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rpo_jax.core.records import KINDS, TokenizedExample, TokenizedResponse
-from rpo_jax.data.control_tokens import TextEncoder, TokenIds
+from rpo_jax.data.control_tokens import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ def refined(
     made = []
     for example in examples:
         own = example.prompt_ids
-        start = _num_leading(own, encoder.prefix, tokenizer.bos_token_id)
+        start = encoder.num_leading(own)
         prompt = np.concatenate([own[:start], before, own[start:]])
         room = max_tokens - len(prompt)
         if room < 1:
@@ -45,11 +45,3 @@ def refined(
         ]
         made.append(replace(example, prompts=(*example.prompts, prompt), responses=(*example.responses, *again)))
     return made
-
-
-def _num_leading(prompt: TokenIds, prefix: TokenIds, bos: int | None) -> int:
-    """How many tokens stand before a prompt's text: the tokenizer's own, or the BOS with which a template begins."""
-    if len(prefix) and np.array_equal(prompt[: len(prefix)], prefix):
-        return len(prefix)
-    # A BOS that comes again marks turns.
-    return int(prompt[:1].tolist() == [bos] and np.count_nonzero(prompt == bos) == 1)
