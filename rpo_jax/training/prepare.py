@@ -204,7 +204,7 @@ def _split(config: Config, reporter: Reporter) -> dict[str, _Part]:
     return parts if held_out is None else {**parts, "held_out": part(data.eval_path or data.path, held_out)}
 
 
-def _tokenizer(config: Config, part: _Part, trained: Path | None) -> PreTrainedTokenizerBase:
+def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Reporter) -> PreTrainedTokenizerBase:
     """The policy's tokenizer; for a new model one that is learnt from the training texts.
 
     Where it has no chat template but conversations are rendered, it takes the default one along into the run folder
@@ -213,28 +213,21 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None) -> PreTrainedT
     examples, source = part.found.examples, trained or config.model.path or config.model.tokenizer
     if source != "train":
         tokenizer = load_tokenizer(source)
-        if tokenizer.chat_template is None and _renders(config, part):
+        if not _renders(config, part):
+            return tokenizer
+        if tokenizer.chat_template is None:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+            tags = "<|system|>, <|user|> and <|assistant|> tags"
+            reporter.say(f"{source}: no chat template; {tags} are used, and come with the exported model")
+        elif ChatTemplate(tokenizer, config.data.template_arguments).writes_the_date:
+            reporter.say(
+                f"{source}: the chat template writes today's date, so that another day gives other tokens; "
+                'data.template_arguments, such as {date_string: "26 Jul 2024"}, fixes it'
+            )
         return tokenizer
     texts = [text for e in examples for text in (prompt_text(e), *(response.text for response in e.responses))]
     with tempfile.TemporaryDirectory() as folder:
         return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
-
-
-def _tell_template(config: Config, part: _Part, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> None:
-    """Say what of the template nobody would guess."""
-    if not _renders(config, part):
-        return
-    if tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE and config.model.path is not None:
-        reporter.say(
-            f"the tokenizer of {config.model.path} has no chat template: <|system|>, <|user|> and <|assistant|> tags "
-            "are used, and come with the exported model"
-        )
-    elif ChatTemplate(tokenizer, config.data.template_arguments).writes_the_date:
-        reporter.say(
-            "the chat template writes today's date, so that another day gives other tokens; data.template_arguments, "
-            'such as {date_string: "26 Jul 2024"}, fixes it'
-        )
 
 
 def _renders(config: Config, part: _Part) -> bool:
@@ -329,8 +322,7 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
         notes.append(f"{sizes['train']:,} training and {sizes.get('held_out', 0):,} held-out ")
         notes.append(f"examples, layout {parts['train'].found.layout}")
     with reporter.phase("tokenise") as notes:
-        tokenizer = _tokenizer(config, parts["train"], trained_tokenizer)
-        _tell_template(config, parts["train"], tokenizer, reporter)
+        tokenizer = _tokenizer(config, parts["train"], trained_tokenizer, reporter)
         found = {name: _tokenized(config, part, tokenizer, responses, reporter) for name, part in parts.items()}
         tokenized, counts = ({name: both[index] for name, both in found.items()} for index in (0, 1))
         origins = {name: _origins(name, part, tokenizer) for name, part in parts.items()}
