@@ -209,7 +209,7 @@ LIKE_LLAMA = """
 )
 def test_a_template_renders_as_transformers_has_it(template, tokenizer):
     tokenizer.chat_template = template
-    given = [message._asdict() for message in MESSAGES]
+    given = [message.to_dict() for message in MESSAGES]
     expected = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
     assert render_messages(MESSAGES, tokenizer) == expected
 

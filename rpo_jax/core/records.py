@@ -8,6 +8,7 @@ width; r responses of a data set, those of an example one after another, in the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +35,19 @@ class Row(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A turn of a conversation."""
+    """A turn of a conversation.
 
-    role: str  # system, user or assistant
+    `more` is what else of it a chat template may read (tool_calls, reasoning_content, name, ...), a JSON object as
+    text, so that messages can be compared and hashed; empty where there is nothing.
+    """
+
+    role: str  # system, user, assistant, tool, or another that the tokenizer's template knows
     content: str
+    more: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The message as chat templates and JSON files have it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
 
 
 class Kind(NamedTuple):
@@ -74,18 +84,23 @@ class Response(NamedTuple):
     kind: str  # a name in KINDS
     text: str
     score: float | None = None  # how good the data says it is; None where that was not asked
+    turns: tuple[Message, ...] = ()  # what it is where that is more than an assistant's turn of `text`
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
     """A prompt and any number of responses to it, several of one kind too.
 
-    prompt: a string is used as it is; messages go through the chat template, which opens the assistant's turn.
+    prompt: a string is used as it is; messages go through the chat template, which opens the assistant's turn. Where
+    they end with a turn of the assistant, responses continue that turn.
+    template_arguments: what the template is given beside the messages (tools, ...), a JSON object as text; empty where
+    there is nothing.
     """
 
     row_id: str
     prompt: str | tuple[Message, ...]
     responses: tuple[Response, ...]
+    template_arguments: str = ""
 
     def first(self, kind: str) -> Response | None:
         """The first response of this kind; None where there is none."""

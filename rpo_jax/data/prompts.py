@@ -23,6 +23,7 @@ class PromptRow:
     row_id: str
     prompt: str | tuple[Message, ...]
     values: Mapping[str, Any]
+    template_arguments: str = ""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Parts(NamedTuple):
 
     prompt: str | tuple[Message, ...]
     responses: tuple[Response, ...]
+    template_arguments: str = ""
 
 
 def pair(prompt: str | tuple[Message, ...], chosen: str, rejected: str) -> Parts:
@@ -102,7 +103,7 @@ def finish(row_id: str, parts: Parts) -> PreferenceExample:
             raise Unusable(f"not valid unicode text: lone surrogate U+{code:04X}") from None
         if "\0" in text:  # other control characters may be meant; this one ends the text for half of all programs
             raise Unusable("null character: a text holds U+0000")
-    return PreferenceExample(row_id, prompt, parts.responses)
+    return PreferenceExample(row_id, prompt, parts.responses, parts.template_arguments)
 
 
 def field(values: Mapping[str, Any], name: str) -> Any:

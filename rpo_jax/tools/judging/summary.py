@@ -127,7 +127,7 @@ def _row(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
     prompt = comparison.pair.prompt
     return {
         "row_id": comparison.pair.row_id,
-        "prompt": prompt if isinstance(prompt, str) else [message._asdict() for message in prompt],
+        "prompt": prompt if isinstance(prompt, str) else [message.to_dict() for message in prompt],
         "a": comparison.pair.a,
         "b": comparison.pair.b,
         "first": "a" if comparison.a_first else "b",
