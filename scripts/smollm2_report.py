@@ -22,8 +22,6 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from rpo_jax.core.command import run_command
 from rpo_jax.core.jsonl import read_jsonl
 from rpo_jax.core.records import Message
-from rpo_jax.data.tokenize import render_prompt
-from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.tools.comparing.measure import divergences
 from rpo_jax.tools.judging.statistics import bootstrap
 
@@ -75,11 +73,10 @@ def table(before: Sequence[Answer], after: Sequence[Answer], topics: Sequence[st
 
 def divergence(policy: Path, start: Path, sampled: Sequence[Answer]) -> Float[np.ndarray, "n"]:
     """log policy - log start of every answer that the policy sampled at temperature 1, nats; its mean estimates KL."""
-    tokenizer = load_tokenizer(start)
-    rows = []
-    for answer in sampled:
-        prompt = render_prompt([Message(**message) for message in answer["prompt"]], tokenizer)
-        rows.append((prompt, answer["response"], answer["finish_reason"] == "eos"))
+    rows = [
+        (tuple(Message(**turn) for turn in answer["prompt"]), answer["response"], answer["finish_reason"] == "eos")
+        for answer in sampled
+    ]
     return divergences(policy, start, rows)
 
 

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from rpo_jax import models
 from rpo_jax.config import MeshConfig
-from rpo_jax.data.tokenize import encode_prompts
+from rpo_jax.core.records import Message
+from rpo_jax.data.tokenize import PromptEncoder
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.sampling.policy import find_policy
@@ -22,7 +23,9 @@ ROWS = 32  # scored at a time
 TOKENS = 32  # widths are multiples of this, so that few programs are compiled
 
 
-def divergences(policy: Path, reference: Path, answers: Sequence[tuple[str, str, bool]]) -> Float[np.ndarray, "n"]:
+def divergences(
+    policy: Path, reference: Path, answers: Sequence[tuple[str | tuple[Message, ...], str, bool]]
+) -> Float[np.ndarray, "n"]:
     """log policy(y | x) - log reference(y | x) of whole answers, nats, the end token included.
 
     Their mean over x and y ~ policy(. | x) is an unbiased estimate of KL(policy || reference) for answers sampled at
@@ -33,11 +36,11 @@ def divergences(policy: Path, reference: Path, answers: Sequence[tuple[str, str,
     """
     found, mesh = find_policy(str(policy)), sharding.make_mesh(MeshConfig())
     start = find_policy(str(reference))
-    prompts = encode_prompts([prompt for prompt, _, _ in answers], found.tokenizer)
+    encoder = PromptEncoder(found.tokenizer, "auto", {}, None, "keep_end")
     end = [found.tokenizer.eos_token_id]
     rows = [
-        (list(prompt), found.tokenizer(text, add_special_tokens=False)["input_ids"] + end * ended)
-        for prompt, (_, text, ended) in zip(prompts, answers, strict=True)
+        (encoder.encode(prompt).tolist(), found.tokenizer(text, add_special_tokens=False)["input_ids"] + end * ended)
+        for prompt, text, ended in answers
     ]
     width = -(-max(len(prompt) + len(answer) for prompt, answer in rows) // TOKENS) * TOKENS
     totals = []
