@@ -2,8 +2,11 @@
 
 SmolLM2-135M-Instruct answers every training prompt of configs/data/smollm2_prompts.json several times, and VADER scores
 the answers' sentiment. Of the answers that are whole, plain and about their topic, the two of like length that differ
-most make a pair. The bundled pairs are of the package's 4-bit weights; other weights, or the rounding of another
-machine, give other answers.
+most make a pair.
+
+The bundled pairs are of the package's 4-bit weights, from 1,026 answers to the first 230 prompts, three to seven each (519
+of them sampled with <|endoftext|> in front of the prompt); this script samples all prompts three times. Other weights, or
+the rounding of another machine, give other answers.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ SAMPLES = 3  # of every prompt
 TEMPERATURE = 0.8
 MAX_TOKENS = 40
 MIN_WORDS = 6
+POSITIVE = 0.05  # VADER's own threshold of positive text
 MIN_DIFFERENCE = 0.3  # between the scores of a pair
 MAX_RATIO = 1.4  # of their lengths in words
 
@@ -50,7 +54,7 @@ def names_topic(topic: str, answer: str) -> bool:
 
 
 def pairs(answers: Sequence[dict[str, Any]], asked: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """Of every prompt the two usable answers of like length that differ most, by MIN_DIFFERENCE at least.
+    """Of every prompt the two usable answers of like length, one of them positive, that differ most.
 
     Args:
         answers: rows that rpo_jax.generate writes, those to one prompt together.
@@ -81,9 +85,9 @@ def _is_usable(answer: dict[str, Any], topic: str) -> bool:
 
 
 def _differ(low: tuple[float, str], high: tuple[float, str]) -> bool:
-    """Whether two scored answers are apart in sentiment but not in length, which is not to be learnt."""
+    """Whether the second of two scored answers is positive, the first is not nearly as much, and lengths are alike."""
     words = len(low[1].split()), len(high[1].split())
-    return high[0] - low[0] >= MIN_DIFFERENCE and max(words) <= MAX_RATIO * min(words)
+    return high[0] >= POSITIVE and high[0] - low[0] >= MIN_DIFFERENCE and max(words) <= MAX_RATIO * min(words)
 
 
 def messages(asked: Sequence[dict[str, str]], times: int = 1) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from make_smollm2_data import names_topic, prompts
+from make_smollm2_data import POSITIVE, names_topic, prompts
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from rpo_jax.core.command import run_command
@@ -26,7 +27,6 @@ from rpo_jax.tools.comparing.measure import divergences
 from rpo_jax.tools.judging.statistics import bootstrap
 
 Answer = dict[str, Any]  # a row that rpo_jax.generate writes
-PLEASED = 0.05  # VADER's own threshold of positive text
 SHOWN = 4
 
 
@@ -46,7 +46,7 @@ def measures(answers: Sequence[Answer], topics: Sequence[str]) -> dict[str, Floa
     scores = sentiments(answers)
     return {
         "sentiment (VADER, -1 to 1)": scores,
-        "positive answers, share": (scores >= PLEASED).astype(float),
+        "positive answers, share": (scores >= POSITIVE).astype(float),
         "tokens": np.array([float(answer["tokens"]) for answer in answers]),
         "ended by themselves, share": np.array([float(answer["finish_reason"] == "eos") for answer in answers]),
         "name their topic, share": np.array([float(names_topic(*one)) for one in zip(topics, texts, strict=True)]),
@@ -109,12 +109,12 @@ def report(folder: Path, start: Path) -> None:
         side.add_column(column)
     step = len(asked) // SHOWN + 1  # one of each question, on topics far apart: not chosen by what was answered
     for number in range(0, len(asked), step):
-        cells = [asked[number]["text"]]
+        cells = [Text(asked[number]["text"])]
         for found in (before, after):
             score = sentiments([found[number]])[0]
-            cells.append(f"{found[number]['response'].strip()} ({score:+.2f})")
+            cells.append(Text(f"{found[number]['response'].strip()} ({score:+.2f})"))
         side.add_row(*cells)
-    console.print(side, markup=False, highlight=False)
+    console.print(side)
     out = folder / "rpo" / "hf"
     question = asked[0]["text"]
     console.print(f"run folder    {folder / 'rpo'}\nHugging Face  {out}", markup=False, highlight=False)
