@@ -4,9 +4,9 @@ SmolLM2-135M-Instruct answers every training prompt of configs/data/smollm2_prom
 the answers' sentiment. Of the answers that are whole, plain and about their topic, the two of like length that differ
 most make a pair.
 
-The bundled pairs are of the package's 4-bit weights, from 1,026 answers to the first 230 prompts, three to seven each (519
-of them sampled with <|endoftext|> in front of the prompt); this script samples all prompts three times. Other weights, or
-the rounding of another machine, give other answers.
+The bundled pairs are of the package's 4-bit weights, from 1,026 answers to the first 230 prompts, three to seven each
+(519 of them sampled with <|endoftext|> in front of the prompt); this script samples all prompts three times. Other
+weights, or the rounding of another machine, give other answers.
 """
 
 from __future__ import annotations
