@@ -133,7 +133,7 @@ def make_run_folder(
             if settings.is_file():
                 shutil.copyfile(settings, new / MODEL / GENERATION_CONFIG)
         # What was asked of this start only would, read back from here, ask it again of the next.
-        lasting = dataclasses.replace(config.run, resume="never", overwrite=False)
+        lasting = dataclasses.replace(config.run, resume="never", overwrite=False, force=False)
         lasting = dataclasses.replace(config, run=lasting, distributed=DistributedConfig())
         (new / "config.yaml").write_text(dump_config(lasting), encoding="utf-8")
         (new / RUN_ID).write_text(uuid.uuid4().hex, encoding="utf-8")
@@ -159,7 +159,7 @@ def resume_command(config: Config, started: bool) -> str:
     """
     file = Path(config.run.dir).expanduser() / "config.yaml"
     before = to_json_dict(load_config(file) if started else Config())
-    asked = ("run.resume", "run.overwrite")
+    asked = ("run.resume", "run.overwrite", "run.force")
     told = {
         f"{section}.{key}": value
         for section, values in to_json_dict(config).items()
@@ -200,12 +200,19 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
         # A checkpoint that is older than a setting was made with what is its default now.
         if (before := (defaults[section] | saved.get(section, {}))[key]) != now
         and section not in ("mesh", "distributed", "train", "tracking")
-        and key not in ("dir", "cache_dir", "resume", "overwrite")
+        and key not in ("dir", "cache_dir", "resume", "overwrite", "force")
     }
 
 
-def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
-    """ValueError where the newest checkpoint is of another model, base or optimizer; says what else differs."""
+# Of the settings, those that make another run; of another model, base or optimizer nothing could go on.
+_IDENTITY = ("objective.name", "data.pairing")
+
+
+def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, force: bool) -> None:
+    """ValueError where the newest checkpoint is of another model, base, optimizer or run; says what else differs.
+
+    With `force` another run goes on, as long as it can; `record` then says what it was before.
+    """
     saved = _newest_record(folder)
     assert saved is not None, "check_run_folder found a checkpoint"
     check_architecture(saved["model"], record["model"], folder)
@@ -230,5 +237,19 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) ->
     if "optim.name" in changed:
         before, now = changed["optim.name"]
         raise refused(f"holds the state of optim.name={before}, not of {now}", before)
+    others = [f"{key}={changed[key][0]}, not {changed[key][1]}" for key in _IDENTITY if key in changed]
+    # Checkpoints of earlier versions say neither what their data was nor how long they were to be.
+    if saved.get("data", record["data"]) != record["data"]:
+        others.append("other training data")
+    before, now = saved.get("total_steps"), record["total_steps"]
+    if before not in (None, now) and record["config"]["optim"]["schedule"] != "constant":
+        others.append(f"a learning rate that decays over {before} steps, not {now}")
+    if others and not force:
+        raise refused(
+            f"was trained with {'; '.join(others)}", "its own, or with --force (the rest is then another run)"
+        )
+    if others:
+        reporter.say(f"resuming by --force what was trained with {'; '.join(others)}")
     for key, (before, now) in changed.items():
         reporter.say(f"resuming with another {key}: {before} until now, {now} from here on")
+    record["forced"] = [*saved.get("forced", []), *others]

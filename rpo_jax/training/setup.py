@@ -234,12 +234,19 @@ def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
         )
 
 
+def total_steps_of(config: Config, prepared: Prepared, mesh: Mesh) -> int:
+    """How many steps a run has; ValueError for data that no batch can be made of."""
+    batches = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh))
+    return config.train.steps or max(1, round(config.train.epochs * batches.steps_per_epoch))
+
+
 def make_setup(
     config: Config,
     model_config: ModelConfig,
     prepared: Prepared,
     place: tuple[Mesh, Reporter],
     *,
+    total_steps: int,
     base_fingerprint: str | None,
     resuming: bool,
 ) -> TrainingSetup:
@@ -247,6 +254,7 @@ def make_setup(
 
     Args:
         place: the devices, and where is told what is done.
+        total_steps: as total_steps_of gives it.
         base_fingerprint: as `base_record` has it; None where all weights are trained.
 
     Raises ValueError for data or a reference that does not fit, before anything is loaded or compiled.
@@ -260,8 +268,6 @@ def make_setup(
         architecture = _reference_config(config.reference.path, prepared.tokenizer)
     for path in config.reference.others:
         _reference_config(path, prepared.tokenizer)
-    steps_per_epoch = batches_of(config, prepared.train, prepared.responses, shards).steps_per_epoch
-    total_steps = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
     steps = build_steps(
         config,
         model_config,
