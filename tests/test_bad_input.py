@@ -308,7 +308,7 @@ def test_a_dashboard_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else found(name, *more)
     )
-    assert "pip install rpo-jax[wandb]" in refused({"tracking.wandb": True})
+    assert "run `pip install wandb`" in refused({"tracking.wandb": True})
 
 
 def test_a_run_folder_that_holds_a_run(refused, finished):
