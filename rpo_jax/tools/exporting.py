@@ -58,7 +58,15 @@ def export(
     settings = {
         "tokenizer": run_dir / MODEL,
         "dtype": dtype,
-        "readme": model_card(config, policy.model_config, run_dir=run_dir, step=step, base=start, adapter=adapter),
+        "readme": model_card(
+            config,
+            policy.model_config,
+            run_dir=run_dir,
+            step=step,
+            base=start,
+            adapter=adapter,
+            chat=record.get("rendered", config.data.template == "chat"),  # older checkpoints do not say
+        ),
         "overwrite": overwrite,
     }
     if adapter:

@@ -48,6 +48,7 @@ class Prepared:
     Attributes:
         responses: the kinds of response that the objective needs.
         origins: for train and held_out, what their token ids were made from, as rpo_jax.training.reference names it.
+        rendered: whether a chat template made prompts of the training data.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,6 +56,7 @@ class Prepared:
     held_out: PreferenceData | None
     responses: tuple[str, ...]
     origins: Mapping[str, Mapping[str, str]]
+    rendered: bool = False
 
     @property
     def eval_responses(self) -> tuple[str, ...]:
@@ -209,13 +211,17 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None) -> PreTrainedT
     examples, source = part.found.examples, trained or config.model.path or config.model.tokenizer
     if source != "train":
         tokenizer = load_tokenizer(source)
-        rendered = config.data.template == "chat" or any(not isinstance(e.prompt, str) for e in examples)
-        if tokenizer.chat_template is None and rendered:
+        if tokenizer.chat_template is None and _is_rendered(config, part):
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
         return tokenizer
     texts = [text for e in examples for text in (prompt_text(e), *(response.text for response in e.responses))]
     with tempfile.TemporaryDirectory() as folder:
         return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
+
+
+def _is_rendered(config: Config, part: _Part) -> bool:
+    """Whether the chat template makes prompts of these examples."""
+    return config.data.template == "chat" or any(not isinstance(e.prompt, str) for e in part.found.examples)
 
 
 def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -314,4 +320,6 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
             name: _with_facts(config, part, tokenized[name], name in embedded, reporter) for name, part in parts.items()
         }
         notes.append(config.embedding.encoder if embedded else "not needed")
-    return Prepared(tokenizer, data["train"], data.get("held_out"), responses, origins)
+    return Prepared(
+        tokenizer, data["train"], data.get("held_out"), responses, origins, _is_rendered(config, parts["train"])
+    )

@@ -130,6 +130,7 @@ def _run(asked: _Asked) -> RunResult:
         "model": to_json_dict(model_config),
         "config": to_json_dict(with_defaults_taken(config)),
         "base": base,
+        "rendered": prepared.rendered,
         "versions": installed_versions(),
     }
     if resuming:

@@ -122,6 +122,28 @@ def read_config(folder: Path) -> ModelConfig:
     return model
 
 
+def check_tokenizer(tokenizer: Any, model: ModelConfig, folder: str | Path) -> None:
+    """ValueError for a tokenizer that is not the model's: with ids beyond its embedding, or without its special tokens.
+
+    Fewer tokens than the embedding has rows are usual: those are rounded up. A padding token is not asked for, since
+    some models name one that nobody has; nothing here pads with it.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    if (count := max(ids, default=-1) + 1) > model.vocab_size:
+        raise ValueError(
+            f"The tokenizer in {folder} has {count} tokens, its model only {model.vocab_size}; use the tokenizer that "
+            "belongs to the model."
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(model, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number >= 0 and number not in ids:  # some configurations say -1 for none
+                raise ValueError(
+                    f"The tokenizer in {folder} has no token {number}, which config.json there gives as {name}; use "
+                    "the tokenizer that belongs to the model, or correct config.json."
+                )
+
+
 def _check_sizes(file: Path, values: Mapping[str, Any]) -> None:
     """ValueError for sizes that no model has, before lists are made of their length."""
     for name in _SIZES:
