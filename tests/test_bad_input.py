@@ -9,6 +9,8 @@ import pytest
 from rpo_jax import models, train
 from rpo_jax.data.tokenizer import train_tokenizer
 from rpo_jax.sampling.policy import find_policy
+from rpo_jax.tools.judging.local import RewardJudge
+from rpo_jax.tools.planning.workload import planned_model
 from tests.runs import configured, preference_rows, settings, write_rows
 from tests.worlds import small_model
 
@@ -306,6 +308,11 @@ def test_gguf_is_named_with_the_command_that_converts_it(refused, place):
             assert "gguf_file=" in error
         with pytest.raises(ValueError, match=r"is GGUF.*python -c \"from transformers import"):
             find_policy(str(given))
+    for name in (str(file), str(folder)):
+        with pytest.raises(ValueError, match="is GGUF"):
+            planned_model(configured(place.data, place.run_dir, place.folder, {"model.path": name}), None)
+        with pytest.raises(ValueError, match="is GGUF"):
+            RewardJudge(name)
     assert f"save_pretrained('{folder}/tea.Q4_0')" in refused({"model.path": file})
 
 
