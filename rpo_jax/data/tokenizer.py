@@ -37,9 +37,9 @@ HUB_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
 
 MAX_TOKENS = 1 << 24
 MAX_FILE_BYTES = 1 << 28
-# Of tokenizer_config.json: what transformers would take code, arguments or a path of its choice from.
 # Of tokenizer_config.json: what transformers 5 notes there of how a tokenizer was loaded, which is no part of it.
 LOADING_SETTINGS = ("backend", "is_local", "local_files_only")
+# Of tokenizer_config.json: what transformers would take code, arguments or a path of its choice from.
 REFUSED_SETTINGS = ("auto_map", "init_inputs", "gguf_file", "tokenizer_object", "__slow_tokenizer")
 
 
