@@ -104,7 +104,7 @@ class TrackingConfig:
 
     Args:
         tensorboard: write event files into the run folder.
-        wandb: log to Weights & Biases (needs `pip install rpo-jax[wandb]`; the key comes from the environment).
+        wandb: log to Weights & Biases (needs `pip install wandb`; the key comes from the environment).
         wandb_project: project there.
     """
 

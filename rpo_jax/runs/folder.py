@@ -21,9 +21,11 @@ from rpo_jax.config import Config, DistributedConfig, with_defaults_taken
 from rpo_jax.config.reading import dump_config, load_config
 from rpo_jax.core.files import atomic_directory, read_json, recover
 from rpo_jax.data.tokenize import describe_cuts, describe_notes
+from rpo_jax.data.tokenizer import load_tokenizer, tokenizer_folder
 from rpo_jax.hosts import processes
 from rpo_jax.models import ModelConfig
-from rpo_jax.models.huggingface.folders import folder_fingerprint
+from rpo_jax.models.huggingface.configuration import write_config
+from rpo_jax.models.huggingface.folders import copy_tokenizer, folder_fingerprint
 from rpo_jax.objectives.losses import OBJECTIVES
 from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, to_json_dict
 from rpo_jax.runs.tracking import Reporter
@@ -126,17 +128,27 @@ def make_run_folder(
     if not processes.is_main():
         return
     with atomic_directory(folder, overwrite=True) as new:
-        models.to_transformers(model_config, model_config.dtype).save_pretrained(new / MODEL)
-        tokenizer.save_pretrained(new / MODEL)
-        if config.model.path is not None:
-            settings = models.resolve_folder(config.model.path) / GENERATION_CONFIG
-            if settings.is_file():
-                shutil.copyfile(settings, new / MODEL / GENERATION_CONFIG)
+        _describe_model(config, model_config, tokenizer, new / MODEL)
         # What was asked of this start only would, read back from here, ask it again of the next.
         lasting = dataclasses.replace(config.run, resume="never", overwrite=False, force=False)
         lasting = dataclasses.replace(config, run=lasting, distributed=DistributedConfig())
         (new / "config.yaml").write_text(dump_config(lasting), encoding="utf-8")
         (new / RUN_ID).write_text(uuid.uuid4().hex, encoding="utf-8")
+
+
+def _describe_model(
+    config: Config, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """All of a Hugging Face folder but the weights, the files of the folder that the run starts from as they are."""
+    folder.mkdir()
+    base = None if config.model.path is None else models.resolve_folder(config.model.path)
+    write_config(folder, model_config, model_config.dtype, base)
+    if base is not None and (base / GENERATION_CONFIG).is_file():
+        shutil.copyfile(base / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    source = config.model.path or config.model.tokenizer
+    copy_tokenizer(tokenizer if source == "train" else tokenizer_folder(source), folder)
+    if load_tokenizer(folder).chat_template != tokenizer.chat_template:  # one that the run gave it
+        (folder / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")
 
 
 def data_notes(run_dir: Path, max_tokens: int) -> list[str]:

@@ -133,6 +133,7 @@ def _run(asked: _Asked) -> RunResult:
         "model": to_json_dict(model_config),
         "config": to_json_dict(with_defaults_taken(config)),
         "base": base,
+        "rendered": prepared.rendered,
         "versions": installed_versions(),
         "data": prepared.origins["train"]["data"],
         "total_steps": total_steps_of(config, prepared, mesh),

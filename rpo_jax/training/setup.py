@@ -61,15 +61,11 @@ class TrainingSetup:
 def policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | None, reporter: Reporter) -> ModelConfig:
     """Architecture of the policy: that of its folder, or one of the configured sizes for the tokenizer at hand.
 
-    Raises ValueError for a tokenizer with more tokens than the folder's model.
+    Raises ValueError for a tokenizer that is not the folder's model's.
     """
     tokenizer, size = prepared.tokenizer, config.model
     if loaded is not None:
-        if len(tokenizer) > loaded.vocab_size:
-            raise ValueError(
-                f"The tokenizer in {size.path} has {len(tokenizer)} tokens, its model only {loaded.vocab_size}; "
-                "use the tokenizer that belongs to the model."
-            )
+        models.check_tokenizer(tokenizer, loaded, str(size.path))
         if config.data.max_tokens > loaded.max_position_embeddings:
             reporter.say(
                 f"data.max_tokens={config.data.max_tokens} is more than the {loaded.max_position_embeddings} positions "
