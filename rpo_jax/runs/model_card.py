@@ -5,6 +5,7 @@ Nothing of the machine goes into it: of local paths the last name alone, of the 
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rpo_jax.config import Config, resolve
 from rpo_jax.core.jsonl import read_jsonl
 from rpo_jax.core.templates import render
 from rpo_jax.models import ModelConfig
+from rpo_jax.runs.folder import data_notes
 from rpo_jax.runs.tracking import METRICS
 
 _HIDDEN = ("eval_seconds",)  # of the machine, not of the model
@@ -69,6 +71,7 @@ def model_card(
         adapts=_name(base) if adapter and base is not None else None,
         chat=chat,
         settings=_settings(config, step, _epochs(metrics, step)),
+        notes=data_notes(run_dir, config.data.max_tokens),
         steps=steps,
         held_out=rows,
         eval_rows=config.data.eval_rows,
@@ -153,6 +156,9 @@ def _settings(config: Config, step: int, epochs: str | None) -> list[tuple[str, 
         chosen |= {"reference.mode": config.reference.mode, "reference.path": reference and _name(reference)}
     chosen |= {
         "data.pairing": config.data.pairing,
+        "data.template_arguments": json.dumps(config.data.template_arguments)
+        if config.data.template_arguments
+        else None,
         "data.template": config.data.template,
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
         "data.max_tokens": config.data.max_tokens,

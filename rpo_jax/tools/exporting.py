@@ -75,7 +75,8 @@ def export(
     # As the folder that the run started from had them; otherwise from the architecture.
     settings["config"] = run_dir / MODEL
     settings["generation_config"] = run_dir / MODEL if (run_dir / MODEL / GENERATION_CONFIG).is_file() else None
-    ends = end_tokens(run_dir / MODEL, policy.model_config, load_tokenizer(run_dir / MODEL))
+    tokenizer, arguments = load_tokenizer(run_dir / MODEL), config.data.template_arguments
+    ends = end_tokens(run_dir / MODEL, policy.model_config, tokenizer, arguments)
     return policy.save(out, trained, weights, end_ids=ends, **settings)
 
 
