@@ -39,8 +39,11 @@ def learning_rate_schedule(config: OptimConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, schedule: Schedule, decayed: Any) -> optax.GradientTransformation:
     """Gradient transformation: clip by global norm, precondition, decay weights, scale by the learning rate.
+
+    Args:
+        decayed: tree of bools, which parameters weight decay shrinks (rpo_jax.models.Policy.decayed).
 
     rmsprop has torch.optim.RMSprop's constants: v = decay * v + (1 - decay) * g^2 from v = 0, and
     g / (sqrt(v) + eps) with eps outside the root.
@@ -52,8 +55,20 @@ def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTra
     }[config.name]()
     steps = [optax.clip_by_global_norm(config.max_grad_norm), direction]
     if config.name != "rmsprop" and config.weight_decay:
-        steps.append(optax.add_decayed_weights(config.weight_decay))
+        steps.append(_decay_weights(config.weight_decay, decayed))
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+
+
+def _decay_weights(rate: float, decayed: Any) -> optax.GradientTransformation:
+    """optax.add_decayed_weights(rate, mask=decayed) with the state that it has without a mask.
+
+    A mask would be one more level of it, and checkpoints of earlier runs could not be restored.
+    """
+
+    def update(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda shrinks, u, p: u + rate * p if shrinks else u, decayed, updates, params)
+
+    return optax.stateless(update)
 
 
 def accept_if(good: Bool[Array, ""], new: Any, old: Any) -> Any:
