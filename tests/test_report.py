@@ -180,6 +180,7 @@ def test_rewards_are_those_of_the_last_evaluation(world, prepared):
     assert isinstance(shown, dict)
     assert sum(shown["sides"]["counts"]["chosen"]) == 8
     assert shown["accuracy"] == pytest.approx(last["eval_rewards/accuracies"])
+    assert not shown["tied"]
 
 
 def test_rewards_that_are_alike_or_lost_are_told():
@@ -187,6 +188,7 @@ def test_rewards_that_are_alike_or_lost_are_told():
     assert isinstance(alike, dict)
     assert sum(alike["sides"]["counts"]["chosen"]) == 3
     assert alike["accuracy"] == 0
+    assert alike["tied"]
     lost = rewards_panel.for_page({"chosen": np.full(3, np.nan), "rejected": np.full(3, np.nan)}, 7, beta=0.1)
     assert lost == "No score of the held-out data is a finite number at step 7: the run has diverged."
 

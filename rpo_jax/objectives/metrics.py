@@ -70,9 +70,10 @@ def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, M
     rewards/*: beta (log pi_policy - log pi_reference), over summed log-probs. rewards/margins is chosen minus
     rejected over same pairs, or over all couples of a group's chosen and rejected responses if unpaired.
     rewards/accuracies: share of same pairs whose chosen log-ratio is higher by more than TIE_NATS; logps/accuracies
-    the same of the policy's own log-probs; both only if paired. logps/*: summed log-probs, nats. kl: KTO's estimate,
-    in nats, where there are mismatched responses; it is held above 0 by `finalize`. partition/variance: of the learned log Z within a batch, nats^2,
-    over chosen and rejected responses. A kind that the batch does not hold has no statistics.
+    the same of the policy's own log-probs; rewards/ties: share of pairs whose log-ratios differ by no more; all only if
+    paired. logps/*: summed log-probs, nats. kl: KTO's estimate,
+    in nats, where there are mismatched responses; `finalize` holds it above 0. partition/variance: of the learned log Z
+    within a batch, nats^2, over chosen and rejected responses. A kind that the batch does not hold has no statistics.
     """
     sides = {kind: scores[kind] for kind in ("chosen", "rejected") if kind in scores.responses}
     rewards = {name: beta * side.log_ratio() for name, side in sides.items()}
@@ -96,6 +97,7 @@ def _comparisons(scores: Scores, rewards: dict[str, Float[Array, "*G S"]], paire
         margin = chosen.log_ratio() - rejected.log_ratio()
         metrics["rewards/margins"] = masked(rewards["chosen"] - rewards["rejected"], both)
         metrics["rewards/accuracies"] = masked(margin > TIE_NATS, both)
+        metrics["rewards/ties"] = masked(jnp.abs(margin) <= TIE_NATS, both)
         metrics["logps/accuracies"] = masked(chosen.log_prob - rejected.log_prob > TIE_NATS, both)
     else:
         num_chosen, num_rejected = (jnp.sum(side.valid, axis=-1) for side in sides)

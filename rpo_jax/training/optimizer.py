@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
@@ -14,10 +15,10 @@ from rpo_jax.config import OptimConfig
 
 Schedule = Callable[[Any], Array]  # steps done to learning rate
 
-_DECAYS: dict[str, Callable[[Array], Array]] = {
-    "constant": jnp.ones_like,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+_DECAYS: dict[str, Callable[[Any, Any], Any]] = {  # of numpy or jax.numpy, and the share of the steps that is done
+    "constant": lambda xp, done: xp.ones_like(done),
+    "linear": lambda _, done: 1.0 - done,
+    "cosine": lambda xp, done: 0.5 * (1.0 + xp.cos(xp.pi * done)),
 }
 
 
@@ -27,16 +28,23 @@ def learning_rate_schedule(config: OptimConfig, total_steps: int) -> Schedule:
     lr(s) = learning_rate * min(1, (s + 1) / (warmup_steps + 1)) * decay((s - warmup_steps) / (total - warmup_steps)).
     The warm-up is the authors' release's: the first step already moves.
     """
-    decay = _DECAYS[config.schedule]
-    decay_steps = max(1, total_steps - config.warmup_steps)
 
     def schedule(step: Shaped[ArrayLike, ""]) -> Float[Array, ""]:
-        position = jnp.asarray(step, jnp.float32)
-        warm = jnp.minimum(1.0, (position + 1.0) / (config.warmup_steps + 1.0))
-        done = jnp.clip((position - config.warmup_steps) / decay_steps, 0.0, 1.0)
-        return config.learning_rate * warm * decay(done)
+        return _learning_rate(config, total_steps, jnp.asarray(step, jnp.float32), jnp)
 
     return schedule
+
+
+def learning_rates(config: OptimConfig, total_steps: int) -> Float[np.ndarray, "s"]:
+    """Those of all steps of a run, on the host: nothing is compiled for them."""
+    return _learning_rate(config, total_steps, np.arange(total_steps, dtype=np.float32), np)
+
+
+def _learning_rate(config: OptimConfig, total_steps: int, step: Any, xp: Any) -> Any:
+    decay_steps = max(1, total_steps - config.warmup_steps)
+    warm = xp.minimum(1.0, (step + 1.0) / (config.warmup_steps + 1.0))
+    done = xp.clip((step - config.warmup_steps) / decay_steps, 0.0, 1.0)
+    return config.learning_rate * warm * _DECAYS[config.schedule](xp, done)
 
 
 def make_optimizer(config: OptimConfig, schedule: Schedule, decayed: Any) -> optax.GradientTransformation:

@@ -29,7 +29,7 @@ from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.end_tokens import end_tokens
 from rpo_jax.training.diagnosis import Diagnosis
 from rpo_jax.training.hooks.samples import Sampler
-from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_pass, sweep_of
+from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_pass, sweep_of, total_steps
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, params_fingerprint
 from rpo_jax.training.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 
@@ -261,12 +261,12 @@ def make_setup(
     for path in config.reference.others:
         _reference_config(path, prepared.tokenizer)
     steps_per_epoch = batches_of(config, prepared.train, prepared.responses, shards).steps_per_epoch
-    total_steps = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
+    num_steps = total_steps(config, steps_per_epoch)
     steps = build_steps(
         config,
         model_config,
         mesh,
-        total_steps,
+        num_steps,
         eval_paired=prepared.held_out is not None and is_paired(prepared.held_out),
         reference_config=architecture,
     )
@@ -296,4 +296,4 @@ def make_setup(
             folder = models.resolve_folder(config.model.path)
         end_ids = end_tokens(folder, model_config, prepared.tokenizer)
         sampler = Sampler(config, model_config, prepared, end_ids, mesh, frozen)
-    return TrainingSetup(steps.on(frozen), state, live, batches, held_out, total_steps, diagnosis, sampler)
+    return TrainingSetup(steps.on(frozen), state, live, batches, held_out, num_steps, diagnosis, sampler)

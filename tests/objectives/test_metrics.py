@@ -53,6 +53,7 @@ def test_rewards_and_log_probs_are_means_over_valid_responses():
         "rewards/rejected": valid_rewards(scores["rejected"], 0.1).mean(),
         "rewards/margins": margins.mean(),
         "rewards/accuracies": (margins > 0.1 * metrics.TIE_NATS).mean(),
+        "rewards/ties": (abs(margins) <= 0.1 * metrics.TIE_NATS).mean(),
         "logps/chosen": np.asarray(scores["chosen"].log_prob)[np.asarray(scores["chosen"].valid)].mean(),
         "logps/rejected": np.asarray(scores["rejected"].log_prob)[np.asarray(scores["rejected"].valid)].mean(),
         "logps/accuracies": (log_probs[0] - log_probs[1] > metrics.TIE_NATS).mean(),
@@ -76,6 +77,7 @@ def test_a_difference_of_rounding_is_a_tie_whatever_beta(difference, accuracy):
     for beta in (0.01, 0.1, 10.0):
         got = metrics.finalize(metrics.preference_metrics(scores_of(chosen, rejected, chosen), beta, paired=True))
         assert got["rewards/accuracies"] == got["logps/accuracies"] == accuracy
+        assert got["rewards/ties"] == (abs(difference) < metrics.TIE_NATS)
 
 
 def test_unpaired_margins_compare_all_couples():

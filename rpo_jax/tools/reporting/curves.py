@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from rpo_jax.runs.tracking import TIED, is_tied
 from rpo_jax.tools.reporting.run_records import RunRecord
 
 
@@ -59,12 +60,16 @@ def points(record: RunRecord, key: str) -> list[list[Any]]:
     return [[step, found[step]] for step in sorted(found)]
 
 
+def parts_of(key: str) -> dict[str, str]:
+    """What a metric is called in training and on the held-out data."""
+    return {"train": key, "held_out": f"eval_{key}"}
+
+
 def make_panels(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The panels for which any run has logged something, with a training and a held-out curve of each run."""
     panels = []
     for panel in PANELS:
-        keys = {"train": panel.key, "held_out": f"eval_{panel.key}"}
-        curves = [{part: points(record, key) for part, key in keys.items()} for record in records]
+        curves = [{part: points(record, key) for part, key in parts_of(panel.key).items()} for record in records]
         if any(curve["train"] or curve["held_out"] for curve in curves):
             panels.append({**panel._asdict(), "curves": curves})
     return panels
@@ -77,12 +82,18 @@ def final_values(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
             "title": panel["title"],
             "unit": panel["unit"],
             "about": panel["about"],
-            "values": [{part: _newest(curve[part]) for part in curve} for curve in panel["curves"]],
+            "values": [
+                {part: _last(record, key, curve[part]) for part, key in parts_of(panel["key"]).items()}
+                for record, curve in zip(records, panel["curves"], strict=True)
+            ],
         }
         for panel in make_panels(records)
         if panel["key"] != "learning_rate"
     ]
 
 
-def _newest(curve: list[list[Any]]) -> float | None:
-    return next((value for _, value in reversed(curve) if value is not None), None)
+def _last(record: RunRecord, key: str, curve: list[list[Any]]) -> float | str | None:
+    """The newest value; a word where it is an accuracy of pairs that all tie."""
+    lines = {line["step"]: line for line in record.metrics if key in line}
+    step, value = next((point for point in reversed(curve) if point[1] is not None), (None, None))
+    return TIED if step is not None and is_tied(key, lines[step]) else value
