@@ -55,21 +55,20 @@ def _finite(value: Any) -> float | None:
 
 
 def points(record: RunRecord, key: str) -> list[list[Any]]:
-    """[step, value] of every line that has this metric, ascending; of a step logged twice the last."""
-    found = {line["step"]: _finite(line[key]) for line in record.metrics if key in line}
-    return [[step, found[step]] for step in sorted(found)]
+    """[step, value] of every line that has this metric, ascending; of a step logged twice the last.
 
-
-def parts_of(key: str) -> dict[str, str]:
-    """What a metric is called in training and on the held-out data."""
-    return {"train": key, "held_out": f"eval_{key}"}
+    An accuracy that is 0 because all pairs tie has a word besides, which is shown in its place.
+    """
+    lines = {line["step"]: line for line in record.metrics if key in line}
+    return [[step, _finite(lines[step][key]), *([TIED] if is_tied(key, lines[step]) else [])] for step in sorted(lines)]
 
 
 def make_panels(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The panels for which any run has logged something, with a training and a held-out curve of each run."""
     panels = []
     for panel in PANELS:
-        curves = [{part: points(record, key) for part, key in parts_of(panel.key).items()} for record in records]
+        keys = {"train": panel.key, "held_out": f"eval_{panel.key}"}
+        curves = [{part: points(record, key) for part, key in keys.items()} for record in records]
         if any(curve["train"] or curve["held_out"] for curve in curves):
             panels.append({**panel._asdict(), "curves": curves})
     return panels
@@ -82,18 +81,12 @@ def final_values(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
             "title": panel["title"],
             "unit": panel["unit"],
             "about": panel["about"],
-            "values": [
-                {part: _last(record, key, curve[part]) for part, key in parts_of(panel["key"]).items()}
-                for record, curve in zip(records, panel["curves"], strict=True)
-            ],
+            "values": [{part: _newest(curve[part]) for part in curve} for curve in panel["curves"]],
         }
         for panel in make_panels(records)
         if panel["key"] != "learning_rate"
     ]
 
 
-def _last(record: RunRecord, key: str, curve: list[list[Any]]) -> float | str | None:
-    """The newest value; a word where it is an accuracy of pairs that all tie."""
-    lines = {line["step"]: line for line in record.metrics if key in line}
-    step, value = next((point for point in reversed(curve) if point[1] is not None), (None, None))
-    return TIED if step is not None and is_tied(key, lines[step]) else value
+def _newest(curve: list[list[Any]]) -> float | str | None:
+    return next((point[-1] for point in reversed(curve) if point[1] is not None), None)
