@@ -38,6 +38,28 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def refuse_gguf(path: Path) -> None:
+    """ValueError for a GGUF file, or a folder of nothing else that a model could be read from."""
+    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    files = [file for file in found if file.suffix.lower() == ".gguf" or _first_bytes(file) == b"GGUF"]
+    if not files:
+        return
+    folder, name = files[0].parent, files[0].name
+    load = f"({str(folder)!r}, gguf_file={name!r}"
+    target = f".save_pretrained({str(folder / files[0].stem)!r})"
+    raise ValueError(
+        f"{files[0]} is GGUF, llama.cpp's format, which is not read here. Use the folder that it was made from, or "
+        'convert it once (after pip install gguf) and give the new folder: python -c "from transformers import '
+        "AutoModelForCausalLM as M, AutoTokenizer as T, GgufConfig as G; "
+        f'M.from_pretrained{load}, quantization_config=G(dequantize=True)){target}; T.from_pretrained{load}){target}"'
+    )
+
+
+def _first_bytes(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(4)
+
+
 def read_json(folder: Path, name: str, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The JSON object in a file of a folder; ValueError where it is something else, or larger than `max_bytes`."""
     file = inside(folder, name)
@@ -66,10 +88,15 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 def atomic_replace(partial: Path, path: Path) -> None:
     """Rename a finished file or folder to `path` so that it lasts: its content is on disk before, the name after."""
-    for found in [*sorted(partial.rglob("*")), partial] if partial.is_dir() else [partial]:
-        _sync(found)
+    sync(partial)
     os.replace(partial, path)
-    _sync(path.parent)
+    sync_folder(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or all of a folder, on disk when this returns."""
+    for found in [*sorted(path.rglob("*")), path] if path.is_dir() else [path]:
+        sync_folder(found) if found.is_dir() else _sync(found)
 
 
 @contextlib.contextmanager
@@ -125,11 +152,16 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{path} exists; give another folder, or ask to overwrite it.")
 
 
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder on disk."""
+    # Some network disks, and Windows, cannot flush a folder.
+    with contextlib.suppress(OSError):
+        _sync(path)
+
+
 def _sync(path: Path) -> None:
-    # Some network disks, and Windows, cannot flush a folder; a file that cannot be flushed is an error.
-    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
