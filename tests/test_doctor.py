@@ -32,6 +32,7 @@ jax.monitoring.register_event_duration_secs_listener(_note)
 
 CHANGES = {
     "train.steps": 2,
+    "optim.warmup_steps": 1,
     "train.save_every": 1,
     "train.keep_last": 2,
     "tracking.tensorboard": False,

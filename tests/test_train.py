@@ -31,7 +31,7 @@ PERIODS = {"train.steps": STEPS, "train.save_every": 4, "train.eval_every": 4, "
 SHORT = {"train.steps": 2, "contrast.weights": "uniform", "tracking.tensorboard": False}
 
 PREFERENCE_METRICS = {
-    *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")),
+    *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "ties", "margins")),
     *(f"logps/{name}" for name in ("chosen", "rejected", "accuracies")),
 }
 CONTRAST_METRICS = {

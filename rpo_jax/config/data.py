@@ -95,7 +95,8 @@ class BatchConfig:
             than without micro-batches, but memory that grows with the batch; meant for model.remat=full.
         row_tokens: length of a packed row; where not given, multiples of 64, as packs best.
         order: `shuffled`; `related`, batches of neighbours in embedding space, so that even a small contrast group
-            holds related prompts, composed anew each epoch; or `sequential` in file order.
+            holds related prompts, composed anew each epoch; or `sequential` in file order, where the rarer kind of
+            unpaired responses starts again when it is used up.
     """
 
     pairs: int = 64

@@ -105,9 +105,15 @@ def sweep_of(
         pairing="paired" if is_paired(data) else "unpaired",
         responses=responses,
         order="sequential",
+        once=True,
         seed=0,
         **_batch_shape(config, row_shards, own_rows),
     )
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run."""
+    return config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
 
 
 def _batch_shape(config: Config, row_shards: int, own_rows: OwnRows | None) -> dict[str, Any]:

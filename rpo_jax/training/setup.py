@@ -29,7 +29,7 @@ from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.end_tokens import end_tokens
 from rpo_jax.training.diagnosis import Diagnosis
 from rpo_jax.training.hooks.samples import Sampler
-from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_pass, sweep_of
+from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_pass, sweep_of, total_steps
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, params_fingerprint
 from rpo_jax.training.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 
@@ -233,7 +233,7 @@ def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
 def total_steps_of(config: Config, prepared: Prepared, mesh: Mesh) -> int:
     """How many steps a run has; ValueError for data that no batch can be made of."""
     batches = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh))
-    return config.train.steps or max(1, round(config.train.epochs * batches.steps_per_epoch))
+    return total_steps(config, batches.steps_per_epoch)
 
 
 def make_setup(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rpo_jax import models
 from rpo_jax.config import Config, resolve
+from rpo_jax.core.records import PreferenceExample
 from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_DISTRIBUTION, MINILM_PACKAGE, encoder_folder
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.hub import cached_folder
@@ -15,6 +17,8 @@ from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
+from rpo_jax.training.advice import advise
+from rpo_jax.training.prepare import total_steps
 
 
 def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
@@ -76,20 +80,39 @@ def _check_encoder(config: Config) -> list[Finding]:
         return [failed("encoder", error)]
 
 
-def check_data(config: Config) -> list[Finding]:
-    """Every row of the data, read as a run reads it, but for the tokenizer."""
+def check_data(config: Config, policy: ModelConfig | None) -> list[Finding]:
+    """Every row of the data, read as a run reads it, but for the tokenizer; what a run makes of as many.
+
+    Args:
+        policy: None where its architecture is not known.
+    """
     if config.data.path is None:
         return [failed("data", "data.path is not set", "give a file, a folder or a hub data set")]
-    found, count = _check_source(config, "data", config.data.path, config.data.split)
-    if count is not None and config.data.eval_rows >= max(count, 1):
-        text = f"data.eval_rows={config.data.eval_rows} leaves nothing of {count:,} examples to train on"
+    found, examples = _check_source(config, "data", config.data.path, config.data.split)
+    if examples is not None and config.data.eval_rows >= max(len(examples), 1):
+        text = f"data.eval_rows={config.data.eval_rows} leaves nothing of {len(examples):,} examples to train on"
         found.append(failed("data", text, "lower data.eval_rows"))
+    elif examples is not None and policy is not None:
+        found += _check_training(config, examples[: len(examples) - config.data.eval_rows], policy)
     if config.data.eval_path is not None:
         found += _check_source(config, "held-out data", config.data.eval_path, config.data.eval_split)[0]
     return found
 
 
-def _check_source(config: Config, subject: str, path: str, split: str) -> tuple[list[Finding], int | None]:
+def _check_training(config: Config, examples: Sequence[PreferenceExample], policy: ModelConfig) -> list[Finding]:
+    """What a run on these examples says before it trains."""
+    examples = examples[: config.data.train_rows]
+    draws = len(examples)
+    if config.data.pairing == "unpaired":
+        kinds = Counter(response.kind for example in examples for response in example.responses)
+        draws = max(kinds[kind] for kind in resolve(config).objective.responses)
+    steps = total_steps(config, -(-draws // config.batch.pairs))
+    return [warning("training", *advice) for advice in advise(config, draws, steps, policy.initializer_range)]
+
+
+def _check_source(
+    config: Config, subject: str, path: str, split: str
+) -> tuple[list[Finding], list[PreferenceExample] | None]:
     if not Path(path).expanduser().exists() and path.count("/") == 1 and not Path(path).suffix:
         fix = "if it is a hub data set, it is fetched when the run starts"
         return [warning(subject, f"{path} is not on this machine", fix)], None
@@ -99,7 +122,7 @@ def _check_source(config: Config, subject: str, path: str, split: str) -> tuple[
         return [failed(subject, error)], None
     text = f"{path}: {len(read.examples):,} examples, layout {read.layout}"
     if not read.faults:
-        return [ok(subject, text)], len(read.examples)
+        return [ok(subject, text)], list(read.examples)
     skipped = f"{text}; {read.faults.total:,} rows are skipped ({read.faults.counted()})"
     first = read.faults.first
-    return [warning(subject, skipped, f"look at {first.row_id}: {first.reason}")], len(read.examples)
+    return [warning(subject, skipped, f"look at {first.row_id}: {first.reason}")], list(read.examples)

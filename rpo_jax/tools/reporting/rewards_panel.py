@@ -95,6 +95,7 @@ def for_page(scores: dict[str, Float[np.ndarray, "n"]], step: int, beta: float |
     beta: of rewards; None for log-probs.
     """
     margins = scores["chosen"] - scores["rejected"]
+    tie = TIE_NATS * (1.0 if beta is None else beta)
     pairs = margins[np.isfinite(margins)]
     if not any(np.isfinite(values).any() for values in scores.values()):
         return f"No score of the held-out data is a finite number at step {step}: the run has diverged."
@@ -104,7 +105,8 @@ def for_page(scores: dict[str, Float[np.ndarray, "n"]], step: int, beta: float |
         "unit": "nats" if beta is None else "",
         "sides": _histogram({name: values[np.isfinite(values)] for name, values in scores.items()}),
         "margins": _histogram({"chosen − rejected": pairs}) if len(pairs) else None,
-        "accuracy": float(np.mean(pairs > TIE_NATS * (1.0 if beta is None else beta))) if len(pairs) else None,
+        "accuracy": float(np.mean(pairs > tie)) if len(pairs) else None,
+        "tied": bool(np.all(np.abs(pairs) <= tie)),
     }
 
 
