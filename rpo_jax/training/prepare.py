@@ -151,11 +151,12 @@ class _Part:
 
 def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleSet:
     """The examples of a source, with scores of their responses where the objective needs them."""
-    data, columns = config.data, None
+    data, scores = config.data, None
     if resolve(config).objective.uses_scores:
-        columns = {"chosen": data.chosen_score, "rejected": data.rejected_score}
+        scores = {"chosen": data.chosen_score, "rejected": data.rejected_score}
     try:
-        found = make_examples(read_rows(path, split=split), data.layout, data.on_bad_row, columns)
+        rows = read_rows(path, split=split)
+        found = make_examples(rows, data.layout, data.on_bad_row, scores, data.columns, data.ignore_columns)
     except (ValueError, OSError):
         # All have read before one of them stops the others: each refuses a bad row by itself, in the same words.
         with contextlib.suppress(PeerFailure):

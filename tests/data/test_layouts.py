@@ -212,15 +212,15 @@ def test_preference_reads_explicit_and_implicit_prompts(record, expected):
             "column 'rejected' is not one assistant turn: its roles are none",
         ),
         (
-            {"prompt": [user("q"), assistant("a")], "chosen": "a", "rejected": "b"},
-            "prompt does not end with a user turn: it ends with assistant",
+            {"prompt": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"},
+            "prompt does not end with a user turn: it ends with system",
         ),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "prompt does not end with a user turn"),
         ({"prompt": [user(" ")], "chosen": "a", "rejected": "b"}, "empty prompt"),
         ({"prompt": ["q"], "chosen": "a", "rejected": "b"}, "column 'prompt' does not hold messages: got str"),
         (
-            {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},
-            "column 'prompt' has an unknown role: 'tool'",
+            {"prompt": [{"role": "moderator", "content": "x"}], "chosen": "a", "rejected": "b"},
+            "column 'prompt' has an unknown role: 'moderator'",
         ),
         ({"prompt": [user(None)], "chosen": "a", "rejected": "b"}, "column 'prompt' has a message without text"),
         (

@@ -57,13 +57,13 @@ def test_the_prompts_of_preferences_stay_in_order(tmp_path):
     [
         ("rows.jsonl", '{"prompt": "Why?"}\n{"prompt": " "}\n', "rows.jsonl:2: empty prompt"),
         ("rows.jsonl", '{"prompt": "Why?"}\n{"prompt": 3}\n', "rows.jsonl:2: column 'prompt' does not hold"),
-        ("rows.jsonl", '{"prompt": "Why?"}\n{"question": "Why?"}\n', "rows.jsonl:2: column 'prompt' is missing"),
+        ("rows.jsonl", '{"prompt": "Why?"}\n{"words": "Why?"}\n', "rows.jsonl:2: column 'prompt' is missing"),
         ("rows.jsonl", '{"messages": []}\n', "rows.jsonl:1: prompt does not end with a user turn"),
         ("rows.jsonl", '{"prompt": "Why?"}\n{"prompt\n', "rows.jsonl:2: broken JSON"),
-        ("rows.jsonl", '{"question": "Why?"}\n', "fit no layout"),
+        ("rows.jsonl", '{"words": "Why?"}\n', "fit no layout"),
         ("rows.jsonl", "", "is empty"),
         ("rows.txt", "\n \n", "is empty"),
-        ("rows.csv", "prompt\n", "unknown suffix"),
+        ("rows.xlsx", "prompt\n", "unknown suffix"),
     ],
 )
 def test_a_row_without_a_prompt_is_named(tmp_path, name, content, named):

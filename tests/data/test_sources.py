@@ -164,7 +164,7 @@ def test_an_element_that_is_no_object_is_a_bad_row(tmp_path):
         ("rows.json", b'{"rows": [\n]}', r"neither a list of objects nor"),
         ("rows.json", b'{"data": {"a": 1}}', r"neither a list of objects nor"),
         ("rows.json", b"3", r"neither a list of objects nor"),
-        ("rows.csv", b"a,b\n", r"unknown suffix '.csv'; rows are read from .jsonl, .jsonl.gz, .json"),
+        ("rows.xlsx", b"a,b\n", r"unknown suffix '.xlsx'; rows are read from .jsonl, .jsonl.gz, .json"),
         ("rows.pkl", b"\x80\x04N.", r"unknown suffix '.pkl'"),
         ("rows", b"{}", r"unknown suffix ''"),
         ("rows.parquet", b"PAR1 no more", r"rows.parquet is no readable Parquet file"),

@@ -9,7 +9,8 @@ from pathlib import Path
 from rpo_jax import models
 from rpo_jax.config import Config, resolve
 from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_PACKAGE, encoder_folder
-from rpo_jax.data.examples import make_examples
+from rpo_jax.data.examples import ExampleSet, make_examples
+from rpo_jax.data.faults import plain
 from rpo_jax.data.hub import cached_folder
 from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenizer import load_tokenizer
@@ -92,12 +93,26 @@ def _check_source(config: Config, subject: str, path: str, split: str) -> tuple[
         fix = "if it is a hub data set, it is fetched when the run starts"
         return [warning(subject, f"{path} is not on this machine", fix)], None
     try:
-        read = make_examples(read_rows(path, split=split), config.data.layout, config.data.on_bad_row)
+        read = make_examples(
+            read_rows(path, split=split),
+            config.data.layout,
+            config.data.on_bad_row,
+            columns=config.data.columns,
+            ignore_columns=config.data.ignore_columns,
+        )
     except ValueError as error:
         return [failed(subject, error)], None
-    text = f"{path}: {len(read.examples):,} examples, layout {read.layout}"
+    text = f"{path}: {len(read.examples):,} examples, layout {read.layout}; {_columns(read)}"
     if not read.faults:
         return [ok(subject, text)], len(read.examples)
     skipped = f"{text}; {read.faults.total:,} rows are skipped ({read.faults.counted()})"
     first = read.faults.first
     return [warning(subject, skipped, f"look at {first.row_id}: {first.reason}")], len(read.examples)
+
+
+def _columns(read: ExampleSet) -> str:
+    """Which columns make the examples, and which do not."""
+    prompt = ", ".join(read.prompt_columns) or "what the answers begin with"
+    used = ", ".join(column for column, name in read.columns.items() if name)
+    unused = ", ".join(column for column, name in read.columns.items() if not name)
+    return f"prompt: {plain(prompt)}; columns read: {plain(used)}; not read: {plain(unused) or 'none'}"

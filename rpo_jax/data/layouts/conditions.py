@@ -1,0 +1,166 @@
+"""Columns beside the prompt on which the answers depend: used, or refused by name, whatever the layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rpo_jax.core.records import Message
+from rpo_jax.data.layouts.fields import (
+    Fields,
+    Unusable,
+    is_blank,
+    is_metadata,
+    json_text,
+    list_field,
+    object_field,
+    stand_in,
+    text_field,
+    texts_in,
+)
+from rpo_jax.data.layouts.messages import MEDIA, messages_field, spoken, text_or_messages
+from rpo_jax.data.layouts.parts import Parts, Prompt
+
+PROMPT = "prompt"
+ASKED = ("question", "instruction", "query", "input")  # other names of a prompt, which is then what a user says
+ALIASES = {"system": ("system_prompt", "system_message"), "history": ("chat_history", "conversation_history")}
+USED = ("system", "history", "tools", "documents", "chat_template_kwargs")
+_REFUSED = (*MEDIA, "functions", "context", "contexts", "passage", "passages", "document")
+_RENDERING = (
+    "messages",
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+)
+
+
+def prompt_field(values: Fields) -> Prompt | None:
+    """The prompt that a column states; None where there is no such column.
+
+    Of `prompt` a text is used as it is. Under another name of ASKED it is a user's turn; an `instruction` goes before
+    its `input`. Unusable where two columns hold different prompts.
+    """
+    # Which column it is, is settled where the configuration names one.
+    names = [PROMPT] if values.is_named(PROMPT) else [name for name in (PROMPT, *ASKED) if name in values]
+    first, *others = [name for name in names if not is_blank(values[name])] or names[:1] or [""]
+    if not first:
+        return None
+    prompt = text_or_messages(values, first)
+    if isinstance(prompt, str) and first in ASKED:
+        if first == "instruction" and others == ["input"]:
+            prompt, others = f"{prompt}\n\n{text_field(values, 'input')}", []
+        prompt = (Message("user", prompt),)
+    for other in others:
+        _check_repeats(prompt, first, other, values[other])
+    return prompt
+
+
+def _check_repeats(prompt: Prompt, first: str, other: str, value: Any) -> None:
+    said = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+    if not stand_in(texts_in(value), said):
+        raise Unusable(
+            f"column '{other}' may belong to the prompt, which is taken from {first}: say with data.columns.prompt "
+            f"which it is, or leave '{other}' out with data.ignore_columns"
+        )
+
+
+def states(prompt: Prompt | None, parts: Parts, values: Fields) -> Parts:
+    """Whole conversations beside a prompt, which must be what they begin with, or a turn of it."""
+    if prompt is None:
+        return parts
+    shared, asked = parts.prompt, prompt if isinstance(prompt, str) else prompt[-1].content
+    repeats = prompt == shared[: len(prompt)] or (
+        (isinstance(prompt, str) or len(prompt) == 1) and any(asked == message.content for message in shared)
+    )
+    if not repeats:
+        column = next(name for name in (PROMPT, *ASKED) if not is_blank(values.get(name)))
+        raise Unusable(f"no shared prompt: the column '{column}' is not what both conversations begin with")
+    return parts._replace(implicit=False)
+
+
+def conditioned(parts: Parts, values: Fields) -> Parts:
+    """What a layout found, with what its columns beside say of the conversation.
+
+    `system` and `history` become turns, `tools`, `documents` and `chat_template_kwargs` what the template is given; a
+    text in front of which there are any of them is a user's turn. Unusable for other columns that condition the
+    answers, and, where the prompt is what the answers begin with, for any that may.
+    """
+    for name in _REFUSED:
+        if not is_blank(values.unread(name)):
+            raise Unusable(
+                f"column '{name}' conditions the answers and is not used: put its text into the prompt, or leave it "
+                "out with data.ignore_columns"
+            )
+    system = text_field(values, "system") if values.unread("system") is not None else None
+    earlier = () if is_blank(values.unread("history")) else _history(values)
+    arguments = _template_arguments(values)
+    prompt = parts.prompt
+    if isinstance(prompt, str) and (system is not None or earlier or arguments):
+        prompt = (Message("user", prompt),)
+    if earlier and isinstance(prompt, tuple):
+        prompt = _after(earlier, prompt)
+    if system is not None and system.strip() and isinstance(prompt, tuple):
+        prompt = _under(system, prompt)
+    for name in () if values.is_named(PROMPT) else (PROMPT, *ASKED):
+        if not is_blank(value := values.unread(name)):
+            _check_repeats(prompt, "the conversation", name, value)
+    found = parts._replace(prompt=prompt, template_arguments=json_text(arguments, "tools") if arguments else "")
+    if parts.implicit:
+        _check_rest(found, values)
+    return found
+
+
+def _under(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    if prompt[:1] and prompt[0].role in ("system", "developer"):
+        if prompt[0].content.strip() != system.strip():
+            raise Unusable("two system prompts: one in the column 'system', one in the conversation")
+        return prompt
+    return (Message("system", system), *prompt)
+
+
+def _history(values: Fields) -> tuple[Message, ...]:
+    """Earlier turns: messages, or pairs of what was asked and answered."""
+    pairs = list_field(values, "history")
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair) for pair in pairs):
+        return messages_field(values, "history")
+    return tuple(Message(*turn) for pair in pairs for turn in zip(("user", "assistant"), pair, strict=True))
+
+
+def _after(earlier: tuple[Message, ...], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    if prompt[: len(earlier)] == earlier:
+        return prompt
+    if len(prompt) != 1:
+        raise Unusable("column 'history' stands beside a conversation that has earlier turns of its own")
+    return (*earlier, *prompt)
+
+
+def _template_arguments(values: Fields) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("tools", "documents"):
+        if is_blank(values.unread(name)):
+            continue
+        items = list_field(values, name)
+        if not all(isinstance(item, dict) for item in items):
+            raise Unusable(f"column '{name}' does not hold a list of objects")
+        if items:
+            found[name] = items
+    if not is_blank(values.unread("chat_template_kwargs")):
+        own = {key: value for key, value in object_field(values, "chat_template_kwargs").items() if value is not None}
+        if twice := next((key for key in own if key in found or key in _RENDERING), None):
+            raise Unusable(f"column 'chat_template_kwargs' cannot set '{twice}'")
+        found |= own
+    return found
+
+
+def _check_rest(parts: Parts, values: Fields) -> None:
+    """Unusable where a column that no one has read may be the prompt, or a part of it."""
+    turns = () if isinstance(parts.prompt, str) else parts.prompt
+    said = [parts.prompt] if isinstance(parts.prompt, str) else list(map(spoken, turns))
+    said += [response.text for response in parts.responses]
+    for column, value in values.rest().items():
+        if not is_metadata(column, value) and not stand_in(texts_in(value), said):
+            raise Unusable(
+                f"column '{column}' may belong to the prompt, which is taken from what the answers begin with: name "
+                f"the prompt's column with data.columns.prompt, or leave '{column}' out with data.ignore_columns"
+            )
