@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rpo_jax.core.records import Message
@@ -52,15 +53,16 @@ def prompt_field(values: Fields) -> Prompt | None:
             prompt, others = f"{prompt}\n\n{text_field(values, 'input')}", []
         prompt = (Message("user", prompt),)
     for other in others:
-        _check_repeats(prompt, first, other, values[other])
+        _check_repeats(prompt, f"'{first}'", other, values[other])
     return prompt
 
 
-def _check_repeats(prompt: Prompt, first: str, other: str, value: Any) -> None:
+def _check_repeats(prompt: Prompt, source: str, other: str, value: Any) -> None:
+    """Unusable where another column of a prompt says what the prompt from `source` does not."""
     said = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
     if not stand_in(texts_in(value), said):
         raise Unusable(
-            f"column '{other}' may belong to the prompt, which is taken from {first}: say with data.columns.prompt "
+            f"column '{other}' may belong to the prompt, which is taken from {source}: say with data.columns.prompt "
             f"which it is, or leave '{other}' out with data.ignore_columns"
         )
 
@@ -89,14 +91,19 @@ def conditioned(parts: Parts, values: Fields) -> Parts:
     for name in _REFUSED:
         if not is_blank(values.unread(name)):
             raise Unusable(
-                f"column '{name}' conditions the answers and is not used: put its text into the prompt, or leave it "
-                "out with data.ignore_columns"
+                f"column '{name}' conditions the answers and cannot be used: put it into the prompt where it is text, "
+                "or leave it out with data.ignore_columns"
             )
     system = text_field(values, "system") if values.unread("system") is not None else None
     earlier = () if is_blank(values.unread("history")) else _history(values)
     arguments = _template_arguments(values)
     prompt = parts.prompt
     if isinstance(prompt, str) and (system is not None or earlier or arguments):
+        if parts.implicit:
+            beside = next(name for name in USED if name in values.read.values())
+            raise Unusable(
+                f"column '{beside}' stands beside answers without a prompt: name its column with data.columns.prompt"
+            )
         prompt = (Message("user", prompt),)
     if earlier and isinstance(prompt, tuple):
         prompt = _after(earlier, prompt)
@@ -158,8 +165,9 @@ def _check_rest(parts: Parts, values: Fields) -> None:
     turns = () if isinstance(parts.prompt, str) else parts.prompt
     said = [parts.prompt] if isinstance(parts.prompt, str) else list(map(spoken, turns))
     said += [response.text for response in parts.responses]
+    most_words = 1 if isinstance(parts.prompt, str) else math.inf
     for column, value in values.rest().items():
-        if not is_metadata(column, value) and not stand_in(texts_in(value), said):
+        if not is_metadata(column, value, most_words) and not stand_in(texts_in(value), said):
             raise Unusable(
                 f"column '{column}' may belong to the prompt, which is taken from what the answers begin with: name "
                 f"the prompt's column with data.columns.prompt, or leave '{column}' out with data.ignore_columns"

@@ -27,7 +27,7 @@ _METADATA = frozenset(
         "url uuid verdict version winner worker",
     )
 )
-# These too, as long as they hold a single word: a source may be a book's name, or the text to translate.
+# These too, unless a text without roles is to be told from them: a source may be a book's name, or what to translate.
 _KINDS = frozenset(re.findall(r"\w+", "category dataset domain lang language origin source style task topic type"))
 
 
@@ -110,7 +110,7 @@ def number_field(values: Mapping[str, Any], name: str) -> float:
             raise wrong_type(name, "a number", value) from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong_type(name, "a number", value)
-    if math.isnan(value) or abs(value) > _LARGEST:
+    if not abs(value) <= _LARGEST:  # NaN too; an integer may be beyond any float
         raise Unusable(f"column '{name}' does not hold a finite number: got {shown(value)}")
     return float(value)
 
@@ -198,11 +198,15 @@ def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, list | Mapping) and not value)
 
 
-def is_metadata(name: str, value: Any) -> bool:
-    """Whether a column or a field of a message says something about a text, by its name, or holds no text at all."""
+def is_metadata(name: str, value: Any, most_words: float = math.inf) -> bool:
+    """Whether a column or a field of a message says something about a text, by its name, or holds no text at all.
+
+    Args:
+        most_words: so many words of a name that may be a text's too may have.
+    """
     words = set(re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()))
     texts = [text.split() for text in texts_in(value)]
-    return not any(texts) or bool(words & _METADATA) or (bool(words & _KINDS) and max(map(len, texts)) == 1)
+    return not any(texts) or bool(words & _METADATA) or (bool(words & _KINDS) and max(map(len, texts)) <= most_words)
 
 
 def stand_in(texts: Iterable[str], others: Iterable[str]) -> bool:

@@ -82,9 +82,9 @@ def shared_conversation(answers: Mapping[str, Prompt], kinds: Sequence[str]) -> 
     return Parts(talks[0][:cut], responses, implicit=True)
 
 
-def is_conversation(answer: Prompt) -> bool:
-    """Whether an answer has its prompt in front."""
-    return not isinstance(answer, str) and len(answer) > 1 and answer[0].role != "assistant"
+def is_conversation(answer: Prompt, least: int = 2) -> bool:
+    """Whether an answer has its prompt in front: messages, at least so many, that do not begin with the assistant's."""
+    return not isinstance(answer, str) and len(answer) >= least and answer[0].role != "assistant"
 
 
 def common_prefix(first: str, second: str) -> str:

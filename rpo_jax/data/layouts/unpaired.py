@@ -15,9 +15,9 @@ def parse(values: Fields) -> Parts:
     A completion that is a whole conversation is answered by its last turn, and needs no prompt beside it.
     """
     prompt = prompt_field(values)
-    answers = {"completion": text_or_messages(values, "completion")}
-    kinds = ("chosen" if label_field(values, "label") else "rejected",)
-    if is_conversation(answers["completion"]):
+    completion = text_or_messages(values, "completion")
+    answers, kinds = {"completion": completion}, ("chosen" if label_field(values, "label") else "rejected",)
+    if is_conversation(completion, least=1 if prompt is None else 2):
         return states(prompt, shared_conversation(answers, kinds), values)
     return answered(field(values, PROMPT) if prompt is None else prompt, answers, kinds)
 
