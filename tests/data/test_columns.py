@@ -1,11 +1,13 @@
 """What stands beside the answers in a row: it is used as it is meant, or the row is refused by the column's name."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from rpo_jax.core.records import Message, Row
-from rpo_jax.data.examples import embedding_text, make_examples, prompt_text
+from rpo_jax.data.examples import LAYOUTS, embedding_text, make_examples, prompt_text
 
 LONG = {"chosen": "The capital is Paris.", "rejected": "The capital is Lyon, I think."}
 SHORT = {"chosen": "Bleu.", "rejected": "Blue."}
@@ -35,6 +37,16 @@ def reason_of(record, **options):
     with pytest.raises(ValueError, match=r"^rows\.jsonl:1: ") as caught:
         make_examples(rows_of(record), **options)
     return str(caught.value).removeprefix("rows.jsonl:1: ")
+
+
+def test_the_rows_of_the_documentation_are_read():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    found = {
+        make_examples(rows_of(json.loads(line))).layout
+        for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    }
+    assert found == set(LAYOUTS) - {"oasst1"}, "which takes several rows"
 
 
 # The prompt's column
@@ -67,6 +79,7 @@ def test_no_prompt_is_invented_beside_a_column_that_may_be_it(value):
     assert reason.startswith("column 'words' may belong to the prompt")
     assert "data.columns.prompt" in reason
     assert "data.ignore_columns" in reason
+    assert reason_of({"words": value, **SHORT}).startswith("column 'words' may"), "also where the answers share nothing"
     talk = {name: [user("Hi"), assistant(text)] for name, text in SHORT.items()}
     assert reason_of({"words": value, **talk}).startswith("column 'words' may belong to the prompt")
     transcripts = {name: f"\n\nHuman: Hi\n\nAssistant: {text}" for name, text in SHORT.items()}
@@ -105,9 +118,9 @@ def test_two_columns_of_a_prompt_are_one_or_are_refused():
     assert example_of({"prompt": "", "question": "Why?", **SHORT}).prompt == (ASKED,)
     assert example_of({"prompt": None, "query": "Why?", **SHORT}).prompt == (ASKED,)
     reason = reason_of({"prompt": "Answer.", "question": "Why?", **SHORT})
-    assert reason.startswith("column 'question' may belong to the prompt, which is taken from 'prompt'")
+    assert reason.startswith("column 'question' may belong to the prompt: that is taken from 'prompt'")
     beside_talk = {"conversations": [user("Hi")], "prompt": "Why?", **SHORT}
-    assert reason_of(beside_talk).startswith("column 'prompt' may belong to the prompt, which is taken from the conv")
+    assert reason_of(beside_talk).startswith("column 'prompt' may belong to the prompt: that is taken from the conv")
 
 
 # data.columns and data.ignore_columns
@@ -356,7 +369,7 @@ def test_a_labelled_conversation_is_answered_by_its_last_turn():
 # Numbers
 
 
-@pytest.mark.parametrize("value", [10**400, -(10**400), 1e39, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e39, float("nan"), float("inf")], ids=lambda v: str(v)[:5])
 def test_a_score_that_no_float_can_hold_is_a_row_that_can_be_skipped(value):
     columns = {"chosen": "up", "rejected": "down"}
     rows = rows_of({"prompt": "q", **SHORT, "up": 1, "down": 0}, {"prompt": "q", **SHORT, "up": value, "down": 0})

@@ -349,6 +349,13 @@ def test_ultrafeedback_takes_the_prompt_from_the_conversations():
     assert parts_of(record) == (said(("user", "Hi"), ("assistant", "Hello"), ("user", "Why?")), "So.", "No.")
 
 
+@pytest.mark.parametrize("sides", [("So.", "No."), ([assistant("So.")], [assistant("No.")])])
+def test_pairs_of_answers_whose_prompt_has_an_id_are_no_ultrafeedback(sides):
+    record = {"prompt": "Why?", "prompt_id": "0a", "chosen": sides[0], "rejected": sides[1]}
+    assert detect_layout(rows_of(record)) == "preference"
+    assert parts_of(record)[1:] == ("So.", "No.")
+
+
 @pytest.mark.parametrize(("label", "chosen", "rejected"), [(1, "No.", "So."), (0, "So.", "No.")])
 def test_shp_label_one_prefers_the_first_comment(label, chosen, rejected):
     record = GOOD["shp"][0] | {"labels": label}

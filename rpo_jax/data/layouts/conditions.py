@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import Any
 
 from rpo_jax.core.records import Message
@@ -26,6 +28,8 @@ ASKED = ("question", "instruction", "query", "input")  # other names of a prompt
 ALIASES = {"system": ("system_prompt", "system_message"), "history": ("chat_history", "conversation_history")}
 USED = ("system", "history", "tools", "documents", "chat_template_kwargs")
 _REFUSED = (*MEDIA, "functions", "context", "contexts", "passage", "passages", "document")
+_CONDITIONS = (*_REFUSED, *USED, PROMPT, *ASKED)
+_KNOWN = {*_CONDITIONS, *chain(*ALIASES.values())}
 _RENDERING = (
     "messages",
     "conversation",
@@ -62,8 +66,8 @@ def _check_repeats(prompt: Prompt, source: str, other: str, value: Any) -> None:
     said = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
     if not stand_in(texts_in(value), said):
         raise Unusable(
-            f"column '{other}' may belong to the prompt, which is taken from {source}: say with data.columns.prompt "
-            f"which it is, or leave '{other}' out with data.ignore_columns"
+            f"column '{other}' may belong to the prompt: that is taken from {source}; say which it is with "
+            f"data.columns.prompt, or leave '{other}' out with data.ignore_columns"
         )
 
 
@@ -86,21 +90,23 @@ def conditioned(parts: Parts, values: Fields) -> Parts:
 
     `system` and `history` become turns, `tools`, `documents` and `chat_template_kwargs` what the template is given; a
     text in front of which there are any of them is a user's turn. Unusable for other columns that condition the
-    answers, and, where the prompt is what the answers begin with, for any that may.
+    answers, and, where whole conversations hold the prompt, for any that may be of it.
     """
-    for name in _REFUSED:
-        if not is_blank(values.unread(name)):
+    unread = values.unread()
+    found = [name for name in _CONDITIONS if name in unread] if not unread.isdisjoint(_CONDITIONS) else []
+    for name in found:
+        if name in _REFUSED and not is_blank(values[name]):
             raise Unusable(
                 f"column '{name}' conditions the answers and cannot be used: put it into the prompt where it is text, "
                 "or leave it out with data.ignore_columns"
             )
-    system = text_field(values, "system") if values.unread("system") is not None else None
-    earlier = () if is_blank(values.unread("history")) else _history(values)
-    arguments = _template_arguments(values)
     prompt = parts.prompt
+    system = text_field(values, "system") if "system" in found else None
+    earlier = _history(values) if "history" in found and not is_blank(values["history"]) else ()
+    arguments = _template_arguments(values, found) if found else {}
     if isinstance(prompt, str) and (system is not None or earlier or arguments):
         if parts.implicit:
-            beside = next(name for name in USED if name in values.read.values())
+            beside = next((name for name in USED if not is_blank(values.get(name))), "system")
             raise Unusable(
                 f"column '{beside}' stands beside answers without a prompt: name its column with data.columns.prompt"
             )
@@ -109,13 +115,14 @@ def conditioned(parts: Parts, values: Fields) -> Parts:
         prompt = _after(earlier, prompt)
     if system is not None and system.strip() and isinstance(prompt, tuple):
         prompt = _under(system, prompt)
-    for name in () if values.is_named(PROMPT) else (PROMPT, *ASKED):
-        if not is_blank(value := values.unread(name)):
-            _check_repeats(prompt, "the conversation", name, value)
-    found = parts._replace(prompt=prompt, template_arguments=json_text(arguments, "tools") if arguments else "")
-    if parts.implicit:
-        _check_rest(found, values)
-    return found
+    for name in found:
+        if name in (PROMPT, *ASKED) and not values.is_named(PROMPT):
+            _check_repeats(prompt, "the conversation", name, values[name])
+    if parts.implicit and not isinstance(parts.prompt, str):
+        check_rest(values, [*map(spoken, parts.prompt), *(one.text for one in parts.responses)], is_text=False)
+    if not found:
+        return parts
+    return parts._replace(prompt=prompt, template_arguments=json_text(arguments, "tools") if arguments else "")
 
 
 def _under(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -142,17 +149,17 @@ def _after(earlier: tuple[Message, ...], prompt: tuple[Message, ...]) -> tuple[M
     return (*earlier, *prompt)
 
 
-def _template_arguments(values: Fields) -> dict[str, Any]:
+def _template_arguments(values: Fields, names: Collection[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("tools", "documents"):
-        if is_blank(values.unread(name)):
+        if name not in names or is_blank(values[name]):
             continue
         items = list_field(values, name)
         if not all(isinstance(item, dict) for item in items):
             raise Unusable(f"column '{name}' does not hold a list of objects")
         if items:
             found[name] = items
-    if not is_blank(values.unread("chat_template_kwargs")):
+    if "chat_template_kwargs" in names and not is_blank(values["chat_template_kwargs"]):
         own = {key: value for key, value in object_field(values, "chat_template_kwargs").items() if value is not None}
         if twice := next((key for key in own if key in found or key in _RENDERING), None):
             raise Unusable(f"column 'chat_template_kwargs' cannot set '{twice}'")
@@ -160,15 +167,17 @@ def _template_arguments(values: Fields) -> dict[str, Any]:
     return found
 
 
-def _check_rest(parts: Parts, values: Fields) -> None:
-    """Unusable where a column that no one has read may be the prompt, or a part of it."""
-    turns = () if isinstance(parts.prompt, str) else parts.prompt
-    said = [parts.prompt] if isinstance(parts.prompt, str) else list(map(spoken, turns))
-    said += [response.text for response in parts.responses]
-    most_words = 1 if isinstance(parts.prompt, str) else math.inf
+def check_rest(values: Fields, said: Sequence[str], is_text: bool) -> None:
+    """Unusable where a column that no one has read may be the prompt that the answers are thought to begin with.
+
+    Args:
+        said: what the answers say, prompt included.
+        is_text: whether they have no roles, so that any text may be it.
+    """
     for column, value in values.rest().items():
-        if not is_metadata(column, value, most_words) and not stand_in(texts_in(value), said):
+        known = column in _KNOWN or is_metadata(column, value, 1 if is_text else math.inf)
+        if not known and not stand_in(texts_in(value), said):
             raise Unusable(
-                f"column '{column}' may belong to the prompt, which is taken from what the answers begin with: name "
-                f"the prompt's column with data.columns.prompt, or leave '{column}' out with data.ignore_columns"
+                f"column '{column}' may belong to the prompt: that is taken from what the answers begin with; name its "
+                f"column with data.columns.prompt, or leave '{column}' out with data.ignore_columns"
             )

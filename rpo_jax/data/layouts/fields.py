@@ -50,8 +50,11 @@ class Fields(Mapping[str, Any]):
 
     def _column(self, name: str) -> str | None:
         """The row's name; a column that stands for another has none of its own."""
-        column = self._names.get(name) or (None if name in self._taken else name)
-        return column if column in self._values else None
+        if name in self._names:
+            name = self._names[name]
+        elif name in self._taken:
+            return None
+        return name if name in self._values else None
 
     def __getitem__(self, name: str) -> Any:
         column = self._column(name)
@@ -73,14 +76,14 @@ class Fields(Mapping[str, Any]):
         """Whether a column of another name stands for this one."""
         return name in self._names
 
-    def unread(self, name: str) -> Any:
-        """A column's value where no one has read it; else None."""
-        column = self._column(name)
-        return None if column is None or column in self.read else self[name]
-
     def rest(self) -> dict[str, Any]:
         """What no one has read, by the row's names."""
         return {column: value for column, value in self._values.items() if column not in self.read}
+
+    def unread(self) -> set[str]:
+        """The layout's names of what no one has read and is not null."""
+        own = {column: name for name, column in self._names.items()}
+        return {own.get(column, column) for column, value in self.rest().items() if value is not None}
 
     def told(self, reason: str) -> str:
         """A reason with the row's names of columns."""

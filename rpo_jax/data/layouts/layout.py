@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any, Literal
 
 from rpo_jax.core.records import PreferenceExample, Row
@@ -47,12 +49,18 @@ class Layout:
         """All columns that it reads."""
         return tuple(dict.fromkeys((*self.columns, *self.prompt, *conditions.USED)))
 
+    @cached_property
+    def _other_names(self) -> frozenset[str]:
+        return frozenset(chain(*self.aliases.values(), *conditions.ALIASES.values()))
+
     def fields(
         self, values: Mapping[str, Any], columns: Mapping[str, str] | None = None, ignored: Collection[str] = ()
     ) -> Fields:
         """A row's columns by this layout's names; `columns` and `ignored` as make_examples has them."""
         kept = {name: value for name, value in values.items() if name not in ignored} if ignored else values
         names = dict(columns or {})
+        if self._other_names.isdisjoint(kept):
+            return Fields(kept, names)
         taken = set(names.values())
         for name, others in (*self.aliases.items(), *conditions.ALIASES.items()):
             found = [one for one in (name, *others) if one in kept and one not in taken]

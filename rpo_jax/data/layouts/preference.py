@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rpo_jax.data.layouts.conditions import ASKED, PROMPT, prompt_field, states
+from rpo_jax.data.layouts.conditions import ASKED, PROMPT, check_rest, prompt_field, states
 from rpo_jax.data.layouts.fields import Fields, Unusable
 from rpo_jax.data.layouts.layout import Layout, per_row
 from rpo_jax.data.layouts.messages import text_or_messages
@@ -28,6 +28,7 @@ def parse(values: Fields) -> Parts:
         return answered(prompt, answers, _KINDS)
     chosen, rejected = answers.values()
     if isinstance(chosen, str) and isinstance(rejected, str):
+        check_rest(values, (chosen, rejected), is_text=True)  # first: what they share may be nothing because of it
         return _shared_words(chosen, rejected)
     return shared_conversation(answers, _KINDS)
 

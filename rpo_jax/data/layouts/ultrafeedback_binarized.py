@@ -15,9 +15,15 @@ def parse(values: Fields) -> Parts:
     return shared_conversation({name: messages_field(values, name) for name in _KINDS}, _KINDS)
 
 
+def _has_conversations(values: Fields) -> bool:
+    """Texts and single turns beside a prompt with an id are ordinary pairs."""
+    return all(isinstance(values[name], list) and len(values[name]) > 1 for name in _KINDS)
+
+
 LAYOUT = Layout(
     read=per_row(parse),
     columns=("prompt", "prompt_id", "chosen", "rejected"),
     truncation_side="keep_end",
     description="HuggingFaceH4/ultrafeedback_binarized: chosen and rejected conversations that share their prompt",
+    recognise=_has_conversations,
 )
