@@ -202,7 +202,8 @@ def test_tools_documents_and_template_arguments_reach_the_template():
     for name, value, reason in (
         ("tools", "weather", "column 'tools' does not hold a list: got str"),
         ("tools", ["weather"], "column 'tools' does not hold a list of objects"),
-        ("documents", [{"a": float("nan")}], "column 'tools' holds what is no JSON"),
+        ("documents", [{"a": float("nan")}], "column 'documents' holds what is no JSON"),
+        ("chat_template_kwargs", {"a": float("inf")}, "column 'chat_template_kwargs' holds what is no JSON"),
         ("documents", [{"a": "\0"}], "null character"),
         ("documents", [{"a": "\ud800"}], "not valid unicode text"),
         ("chat_template_kwargs", {"messages": []}, "column 'chat_template_kwargs' cannot set 'messages'"),
@@ -222,6 +223,8 @@ def test_history_comes_before_the_last_turn_and_only_once():
     earlier = (Message("user", "a"), Message("assistant", "b"))
     for history in ([["a", "b"]], [user("a"), assistant("b")]):
         assert example_of({"prompt": "Why?", "history": history, **SHORT}).prompt == (*earlier, ASKED)
+    brief = [{"role": "system", "content": "Be brief."}, user("Why?")]
+    assert example_of({"prompt": brief, "history": [["a", "b"]], **SHORT}).prompt == (SYSTEM, *earlier, ASKED)
     whole = [user("a"), assistant("b"), user("Why?")]
     assert example_of({"prompt": whole, "history": [["a", "b"]], **SHORT}).prompt == (*earlier, ASKED)
     assert reason_of({"prompt": whole, "history": [["c", "d"]], **SHORT}).startswith("column 'history' stands beside")

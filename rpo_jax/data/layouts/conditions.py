@@ -28,6 +28,7 @@ ASKED = ("question", "instruction", "query", "input")  # other names of a prompt
 ALIASES = {"system": ("system_prompt", "system_message"), "history": ("chat_history", "conversation_history")}
 USED = ("system", "history", "tools", "documents", "chat_template_kwargs")
 _REFUSED = (*MEDIA, "functions", "context", "contexts", "passage", "passages", "document")
+_INSTRUCTING = ("system", "developer")
 _CONDITIONS = (*_REFUSED, *USED, PROMPT, *ASKED)
 _KNOWN = {*_CONDITIONS, *chain(*ALIASES.values())}
 _RENDERING = (
@@ -103,7 +104,7 @@ def conditioned(parts: Parts, values: Fields) -> Parts:
     prompt = parts.prompt
     system = text_field(values, "system") if "system" in found else None
     earlier = _history(values) if "history" in found and not is_blank(values["history"]) else ()
-    arguments = _template_arguments(values, found) if found else {}
+    arguments = _template_arguments(values, found) if found else ""
     if isinstance(prompt, str) and (system is not None or earlier or arguments):
         if parts.implicit:
             beside = next((name for name in USED if not is_blank(values.get(name))), "system")
@@ -122,11 +123,11 @@ def conditioned(parts: Parts, values: Fields) -> Parts:
         check_rest(values, [*map(spoken, parts.prompt), *(one.text for one in parts.responses)], is_text=False)
     if not found:
         return parts
-    return parts._replace(prompt=prompt, template_arguments=json_text(arguments, "tools") if arguments else "")
+    return parts._replace(prompt=prompt, template_arguments=arguments)
 
 
 def _under(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
-    if prompt[:1] and prompt[0].role in ("system", "developer"):
+    if prompt[:1] and prompt[0].role in _INSTRUCTING:
         if prompt[0].content.strip() != system.strip():
             raise Unusable("two system prompts: one in the column 'system', one in the conversation")
         return prompt
@@ -142,14 +143,15 @@ def _history(values: Fields) -> tuple[Message, ...]:
 
 
 def _after(earlier: tuple[Message, ...], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
-    if prompt[: len(earlier)] == earlier:
+    start = sum(message.role in _INSTRUCTING for message in prompt[:1])
+    if prompt[start : start + len(earlier)] == earlier:
         return prompt
-    if len(prompt) != 1:
+    if len(prompt) != start + 1:
         raise Unusable("column 'history' stands beside a conversation that has earlier turns of its own")
-    return (*earlier, *prompt)
+    return (*prompt[:start], *earlier, *prompt[start:])
 
 
-def _template_arguments(values: Fields, names: Collection[str]) -> dict[str, Any]:
+def _template_arguments(values: Fields, names: Collection[str]) -> str:
     found: dict[str, Any] = {}
     for name in ("tools", "documents"):
         if name not in names or is_blank(values[name]):
@@ -158,13 +160,13 @@ def _template_arguments(values: Fields, names: Collection[str]) -> dict[str, Any
         if not all(isinstance(item, dict) for item in items):
             raise Unusable(f"column '{name}' does not hold a list of objects")
         if items:
-            found[name] = items
+            json_text(found.setdefault(name, items), name)
+    own: dict[str, Any] = {}
     if "chat_template_kwargs" in names and not is_blank(values["chat_template_kwargs"]):
         own = {key: value for key, value in object_field(values, "chat_template_kwargs").items() if value is not None}
         if twice := next((key for key in own if key in found or key in _RENDERING), None):
             raise Unusable(f"column 'chat_template_kwargs' cannot set '{twice}'")
-        found |= own
-    return found
+    return json_text(found | own, "chat_template_kwargs") if found or own else ""
 
 
 def check_rest(values: Fields, said: Sequence[str], is_text: bool) -> None:
