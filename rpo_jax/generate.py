@@ -8,6 +8,7 @@ AlpacaEval besides.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,13 @@ from rpo_jax.sampling.generation import GenerateConfig, generate
 from rpo_jax.sampling.policy import DTYPES
 
 __all__ = ["generate", "main"]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=32, help="prompts at a time (32)")
     add("--template", choices=TEMPLATES, help="chat: text prompts become a user's message; default as in training")
+    add("--template-arguments", type=_json_object, help='JSON object for the chat template: {"enable_thinking": false}')
     add("--max-prompt-tokens", type=int, help="cut longer prompts, as training does")
     add("--dtype", choices=DTYPES, dest="compute_dtype", help="default: the run's; float32 for folders")
     add("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")

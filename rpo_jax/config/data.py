@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rpo_jax.config.checks import ConfigError, positive
 
@@ -31,6 +31,7 @@ class DataConfig:
             texts to summarise.
         template: `auto` renders conversations with the tokenizer's chat template and uses string prompts as they
             are; `chat` wraps string prompts into a user turn too.
+        template_arguments: what the chat template is given besides the messages, for example enable_thinking: false.
         chosen_score: column with a number for each chosen response, how good it is; read where the objective needs it.
         rejected_score: the same of rejected responses.
         on_bad_row: `error` refuses data with an unusable row; `skip` drops, counts and reports such rows.
@@ -50,6 +51,7 @@ class DataConfig:
     max_tokens: int = 512
     truncation_side: Literal["auto", "keep_start", "keep_end"] = "auto"
     template: Literal["auto", "chat"] = "auto"
+    template_arguments: dict[str, Any] = field(default_factory=dict)
     chosen_score: str = "score_chosen"
     rejected_score: str = "score_rejected"
     on_bad_row: Literal["error", "skip"] = "error"

@@ -66,10 +66,15 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 def atomic_replace(partial: Path, path: Path) -> None:
     """Rename a finished file or folder to `path` so that it lasts: its content is on disk before, the name after."""
-    for found in [*sorted(partial.rglob("*")), partial] if partial.is_dir() else [partial]:
-        _sync(found)
+    sync(partial)
     os.replace(partial, path)
-    _sync(path.parent)
+    sync_folder(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or all of a folder, on disk when this returns."""
+    for found in [*sorted(path.rglob("*")), path] if path.is_dir() else [path]:
+        sync_folder(found) if found.is_dir() else _sync(found)
 
 
 @contextlib.contextmanager
@@ -125,11 +130,16 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{path} exists; give another folder, or ask to overwrite it.")
 
 
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder on disk."""
+    # Some network disks, and Windows, cannot flush a folder.
+    with contextlib.suppress(OSError):
+        _sync(path)
+
+
 def _sync(path: Path) -> None:
-    # Some network disks, and Windows, cannot flush a folder; a file that cannot be flushed is an error.
-    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

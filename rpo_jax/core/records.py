@@ -37,8 +37,8 @@ class Row(NamedTuple):
 class Message(NamedTuple):
     """A turn of a conversation.
 
-    `more` is what else of it a chat template may read (tool_calls, reasoning_content, name, ...), a JSON object as text,
-    so that messages can be compared and hashed; empty where there is nothing.
+    `more` is what else of it a chat template may read (tool_calls, reasoning_content, name, ...), a JSON object as
+    text, so that messages can be compared and hashed; empty where there is nothing.
     """
 
     role: str  # system, user, assistant, tool, or another that the tokenizer's template knows

@@ -6,22 +6,25 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpo_jax.core.records import Message
+from rpo_jax.data.control_tokens import TextEncoder
 from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_SECONDS = 10.0  # for one prompt; a template takes well below a millisecond
+RENDER_SECONDS = 10.0  # for a prompt and its answers; a template takes well below a millisecond for each
 MAX_ANSWER_BYTES = 1 << 29
+_PROBE = "\ue000answer\ue001"  # private-use characters: no template changes them
 WORKER = Path(__file__).with_name("template_worker.py")
 
 
@@ -30,33 +33,128 @@ class TemplateError(ValueError):
 
 
 def render_messages(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = True
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_generation_prompt: bool = True,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str:
     """The text that messages make by the tokenizer's chat template, DEFAULT_CHAT_TEMPLATE where it has none.
 
-    It ends where the assistant is to go on, or with add_generation_prompt=False with the last message. Any template but
-    the default one runs in jinja's sandbox, in a process without this one's environment variables, for at most
-    RENDER_SECONDS a prompt and within the memory that template_worker allows. Raises ValueError where the template
-    refuses the messages, TemplateError where it is beyond use.
+    It ends where the assistant is to go on, or with add_generation_prompt=False with the last message; `arguments` are
+    what else the template reads (tools, enable_thinking, ...). Any template but the default one runs in jinja's
+    sandbox, in a process without this one's environment variables, for at most RENDER_SECONDS and within the
+    memory that template_worker allows. Raises ValueError where the template refuses the messages, TemplateError where
+    it is beyond use.
     """
-    given = [message.to_dict() for message in messages]
+    (outcome,) = _render_all([(messages, add_generation_prompt)], tokenizer, dict(arguments or {}))
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return outcome
+
+
+Wanted = tuple[Sequence[Message], bool]  # messages, and whether the assistant's turn is to be opened after them
+
+
+def _render_all(
+    wanted: Sequence[Wanted], tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
+) -> list[str | ValueError]:
+    """The text of each, or why the template refuses it; in one request, for each takes two changes of process."""
+    given = [([message.to_dict() for message in messages], opened) for messages, opened in wanted]
     if (tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE) == DEFAULT_CHAT_TEMPLATE:
-        rendered = tokenizer.apply_chat_template(
-            given,
-            chat_template=DEFAULT_CHAT_TEMPLATE,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-        return str(rendered)
-    worker = _worker_for(json.dumps([tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)]))
-    return worker.ask([given, add_generation_prompt])
+        return [
+            str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=DEFAULT_CHAT_TEMPLATE, tokenize=False, add_generation_prompt=opened
+                )
+            )
+            for messages, opened in given
+        ]
+    template = tokenizer.get_chat_template(tools=arguments.get("tools"))
+    worker = _worker_for(json.dumps([template, dict(tokenizer.special_tokens_map)]))
+    outcomes = worker.ask([[messages, opened, arguments] for messages, opened in given])
+    return [text if outcome == "ok" else ValueError(text) for outcome, text in outcomes]
+
+
+class Ending(NamedTuple):
+    """What a template writes after an assistant's last turn.
+
+    `text` is what it writes up to the end token, that included; `token` the end token, None where it writes none.
+    """
+
+    text: str
+    token: str | None
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer with its arguments, and what it makes of conversations.
+
+    Attributes:
+        encoder: knows the special tokens, and those added ones that this template itself writes, as control tokens.
+        ending: how an answer ends; None where the template refuses a plain question and answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> None:
+        self._tokenizer, self._arguments = tokenizer, dict(arguments or {})
+        self.source = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+        self.check_arguments(self._arguments, "data.template_arguments")
+        probe = self._probe()
+        # Role tags are not always special tokens; what opens and closes thoughts the assistant writes itself.
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+        self.encoder = TextEncoder(tokenizer, (name for name in added if name in probe and "think" not in name))
+        after = probe.partition(_PROBE)[2]
+        tokens = self.encoder.find(after)
+        self.ending = None
+        if probe:
+            self.ending = Ending(after[: tokens[0].end()], tokens[0][0]) if tokens else Ending(after, None)
+
+    def _probe(self) -> str:
+        for opening in ((), (Message("system", "a"),)):
+            try:
+                (text,) = self.render([((*opening, Message("user", "a"), Message("assistant", _PROBE)), False)])
+            except TemplateError:
+                break  # it is told when a conversation is to be rendered
+            if isinstance(text, str):
+                return text
+        return ""
+
+    def check_arguments(self, arguments: Mapping[str, Any], where: str) -> None:
+        """ValueError for an argument that the template does not read."""
+        sources = list(self.source.values()) if isinstance(self.source, dict) else [self.source]
+        for name in arguments:
+            taken = name in ("messages", "add_generation_prompt")
+            if taken or not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+                raise ValueError(f"{where}: the tokenizer's chat template does not read {name!r}; leave it out.")
+
+    def render(self, wanted: Sequence[Wanted], more: Mapping[str, Any] | None = None) -> list[str | ValueError]:
+        """What render_messages gives for each, with `more` arguments of this conversation, or why it is refused."""
+        return _render_all(wanted, self._tokenizer, {**self._arguments, **(more or {})})
+
+    @property
+    def end_texts(self) -> tuple[str, ...]:
+        """The tokens that may end an answer: the template's, and EOS."""
+        own = self.ending.token if self.ending is not None else None
+        return tuple(token for token in (own, self._tokenizer.eos_token) if token)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The token that ends an answer, where the template writes one."""
+        if self.ending is None or self.ending.token is None:
+            return frozenset()
+        return frozenset({int(self._tokenizer.convert_tokens_to_ids(self.ending.token))})
+
+    @property
+    def writes_the_date(self) -> bool:
+        """Whether the template asks for today's date, so that another day gives other tokens."""
+        return "strftime_now" in str(self.source) and "date_string" not in self._arguments
 
 
 def _worker_for(program: str) -> _Worker:
-    """The worker of a template and its values; one is kept, for there is one tokenizer to a run."""
+    """The worker of a template and its values; two are kept, for a tokenizer may have another template for tools."""
     worker = _kept.get(program)
     if worker is None:
-        close_worker()
+        if len(_kept) > 1:
+            close_worker()
         worker = _kept[program] = _Worker(program)
     return worker
 
@@ -80,13 +178,10 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env={**paths, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"},
         )
-        try:
-            self.ask(json.loads(program))
-        except TemplateError:
-            raise
-        except ValueError as error:
+        ((outcome, reason),) = self.ask(json.loads(program))
+        if outcome == "error":
             self.close()
-            raise TemplateError(f"The tokenizer's chat template cannot be used: {error}") from None
+            raise TemplateError(f"The tokenizer's chat template cannot be used: {reason}")
 
     def close(self) -> None:
         for program in [program for program, worker in _kept.items() if worker is self]:
@@ -98,13 +193,13 @@ class _Worker:
             with contextlib.suppress(OSError):  # what could not be written to a process that died
                 stream.close()
 
-    def ask(self, request: Any) -> str:
-        """The answer's text; ValueError with its reason where it is an error, TemplateError where none comes."""
+    def ask(self, request: Any) -> list[tuple[str, str]]:
+        """For each thing asked ["ok", text] or ["error", reason]; TemplateError where no answer comes."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            outcome, text = json.loads(self._line(time.monotonic() + RENDER_SECONDS))
+            return json.loads(self._line(time.monotonic() + RENDER_SECONDS))
         except (OSError, EOFError) as error:
             self.close()
             reason = str(error) or "it used too much memory"
@@ -112,9 +207,6 @@ class _Worker:
                 f"The tokenizer's chat template was stopped: {reason}; use a tokenizer whose template you trust, or "
                 "remove chat_template from its files."
             ) from None
-        if outcome == "error":
-            raise ValueError(text)
-        return text
 
     def _line(self, deadline: float) -> bytes:
         assert self._process.stdout is not None

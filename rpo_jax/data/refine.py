@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rpo_jax.core.records import KINDS, TokenizedExample, TokenizedResponse
-from rpo_jax.data.tokenize import encode_prompts
+from rpo_jax.data.control_tokens import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,14 +22,16 @@ def refined(
 ) -> list[TokenizedExample]:
     """The examples with refined prompts, the text before the prompt as it has been cut, and responses that fit.
 
-    One BOS stays at the start, where the tokenizer has one. Raises ValueError, naming the row, where nothing of a
+    What the tokenizer or its template puts in front stays there. Raises ValueError, naming the row, where nothing of a
     response fits.
     """
-    (before,) = encode_prompts([text], tokenizer)
-    has_bos = tokenizer.bos_token_id is not None
+    encoder = TextEncoder(tokenizer)
+    (before,) = encoder.encode([text])
     made = []
     for example in examples:
-        prompt = np.concatenate([before, example.prompt_ids[int(has_bos) :]])
+        own = example.prompt_ids
+        start = encoder.num_leading(own)
+        prompt = np.concatenate([own[:start], before, own[start:]])
         room = max_tokens - len(prompt)
         if room < 1:
             raise ValueError(

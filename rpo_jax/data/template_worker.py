@@ -1,7 +1,7 @@
 """Renders chat templates of others: run as a process of its own, which can be stopped and may not grow.
 
-Reads JSON lines: first [template, values], then [messages, add_generation_prompt]; answers each with ["ok", text] or
-["error", reason].
+Reads JSON lines: first [template, values], then lists of [messages, add_generation_prompt, arguments]; answers each
+line with a list, for each ["ok", text] or ["error", reason].
 The environment has what transformers gives to chat templates, and no more. Standard library and jinja2 only.
 """
 
@@ -60,10 +60,10 @@ def _compiled(template):
     return environment.from_string(template)
 
 
-def _render(template, messages, add_generation_prompt, values):
-    given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+def _render(template, values, messages, add_generation_prompt, arguments):
+    own = {"messages": messages, "add_generation_prompt": add_generation_prompt}
     pieces, length = [], 0
-    for piece in template.generate(**given, **values):
+    for piece in template.generate({"tools": None, "documents": None, **values, **arguments, **own}):
         length += len(piece)
         if length > MAX_CHARACTERS:
             raise ValueError(f"it writes more than {MAX_CHARACTERS:,} characters")
@@ -77,19 +77,23 @@ def main():
     template, values = None, {}
     for line in sys.stdin:
         request = json.loads(line)
-        try:
-            if template is None:
-                template, values = _compiled(request[0]), request[1]
-                answer = ["ok", ""]
-            else:
-                messages, add_generation_prompt = request
-                answer = ["ok", _render(template, messages, add_generation_prompt, values)]
-        except Exception as error:  # a template is a program: it may fail in any way
-            # What the template itself says needs no name before it.
-            kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
-            answer = ["error", f"{kind}{error}"[:2000]]
-        sys.stdout.write(json.dumps(answer) + "\n")
+        if template is None:
+            outcome, template = _attempt(_compiled, request[0])
+            values = request[1]
+            answers = [[outcome, "" if outcome == "ok" else template]]
+        else:
+            answers = [_attempt(_render, template, values, *wanted) for wanted in request]
+        sys.stdout.write(json.dumps(answers) + "\n")
         sys.stdout.flush()
+
+
+def _attempt(function, *arguments):
+    try:
+        return ["ok", function(*arguments)]
+    except Exception as error:  # a template is a program: it may fail in any way
+        # What the template itself says needs no name before it.
+        kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
+        return ["error", f"{kind}{error}"[:2000]]
 
 
 if __name__ == "__main__":

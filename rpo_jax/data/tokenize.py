@@ -1,44 +1,58 @@
-"""Examples to token ids: one prompt per pair, one BOS, and EOS only after a response that was not cut."""
+"""Examples to token ids: what the tokenizer and its chat template make, one prompt for all responses to it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Int
 
 from rpo_jax.core.records import Message, PreferenceExample, TokenizedExample, TokenizedResponse
-from rpo_jax.data.chat_template import TemplateError, render_messages
+from rpo_jax.data.chat_template import ChatTemplate, TemplateError
+from rpo_jax.data.control_tokens import TextEncoder, TokenIds
+from rpo_jax.data.conversations import AnswerText, Conversation, without_end
 from rpo_jax.data.faults import Faults
+from rpo_jax.data.layouts.layout import common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRUNCATION_SIDES = ("keep_start", "keep_end")
 TEMPLATES = ("auto", "chat")
-# One call of the tokenizer returns Python lists, many times as large as the text: these bound them.
-TEXTS_PER_CALL = 2048
-CHARACTERS_PER_CALL = 2**22
+_THOUGHTS = ("<think>", "</think>")
 
-TokenIds = Int[np.ndarray, "_"]
+MANY_CUT = 0.05  # of prompts or responses: a warning
+# What may be worth a word about usable examples, besides `prompts_cut` and `responses_cut`: the name under which it is
+# counted, and what is said.
+NOTES = {
+    "parted": "examples in which the template writes an answer otherwise than it opens one, from where they part",
+    "control_text": "examples whose texts hold what looks like a control token; it stays text",
+    "raw_prompts": "string prompts used as they are, though the tokenizer has a chat template (data.template=chat "
+    "makes turns of them)",
+    "doubled_bos": "string prompts that begin with BOS, which the tokenizer adds as well",
+}
 
 
 @dataclass(frozen=True)
 class TokenLimits:
     """How prompts are rendered and sequences are cut.
 
-    Where a prompt and the longest response to it, its EOS included, exceed `max_tokens`, the prompt is cut to
-    `max_prompt_tokens` (BOS stays), and then each response to what is left; a cut response has no EOS. `template` is
-    as for render_prompt. Raises ValueError for limits that leave no room for a response.
+    Where a prompt and the longest response to it, its end token included, exceed `max_tokens`, the prompt is cut to
+    `max_prompt_tokens`, and then each response to what is left; a cut response has no end token. Of a conversation
+    whole turns are left out, the oldest first, a system turn at its start stays, and where the last turn of the user
+    alone is too long, its text is cut. `template` is as for render_prompt, `template_arguments` is what the chat
+    template gets besides. Raises ValueError for limits that leave no room for a response.
     """
 
     max_prompt_tokens: int
     max_tokens: int
     truncation_side: Literal["keep_start", "keep_end"]
     template: Literal["auto", "chat"] = "auto"
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         side = self.truncation_side
@@ -51,6 +65,19 @@ class TokenLimits:
             raise ValueError(f"truncation_side={side!r} is unknown; use one of {', '.join(TRUNCATION_SIDES)}.")
 
 
+@dataclass
+class Tokenized:
+    """Examples in token ids, the rows that cannot be used, and what is worth a word about the others.
+
+    Attributes:
+        counts: `examples` and `responses` that can be used, and by a name in NOTES, how many.
+    """
+
+    examples: list[TokenizedExample]
+    faults: Faults
+    counts: dict[str, int]
+
+
 def tokenize_examples(
     examples: Sequence[PreferenceExample],
     tokenizer: PreTrainedTokenizerBase,
@@ -60,12 +87,26 @@ def tokenize_examples(
 ) -> tuple[list[TokenizedExample], Faults]:
     """Tokenise examples in order; returns them, and the rows that cannot be used.
 
-    Prompt and responses are tokenised apart, so no token straddles their boundary. With `mismatched`, each example also
-    gets the response to the next different prompt of the data, cyclically.
+    Conversations: the prompt is what the template makes of it, a response what the template adds with it, up to its end
+    token. Text: prompt and responses are tokenised apart, so no token straddles their boundary. With `mismatched`, each
+    example also gets the response to the next different prompt of the data, cyclically.
 
     Raises ValueError for a tokenizer without EOS, and for `mismatched` on data with a single prompt.
     """
-    return join_encoded(examples, encode_examples(examples, tokenizer, limits), limits, mismatched=mismatched)
+    joined = join_encoded(examples, encode_examples(examples, tokenizer, limits), limits, mismatched=mismatched)
+    return joined.examples, joined.faults
+
+
+@dataclass
+class _Text:
+    """An example as texts. Those of a conversation begin with the prompt, those of text alone do not."""
+
+    prompt: str
+    answers: tuple[AnswerText, ...] | None = None
+    responses: tuple[tuple[str, str | None], ...] = ()  # of text alone: each without its end token, and that token
+    # Where the last control token begins that the prompt shares with all answers. Tokenizers split text at control
+    # tokens and encode what stands between apart: what stands before this one need not be encoded with each answer.
+    boundary: int = 0
 
 
 def encode_examples(
@@ -74,30 +115,176 @@ def encode_examples(
     """What each example is in tokens, whatever other examples there are.
 
     That is `fault`, why it cannot be used; or `prompt`, its ids, `responses`, their ids, not yet cut to the room that
-    the prompt leaves, and `rendered`, a hash of the prompt's text. Raises ValueError for a tokenizer without EOS.
+    the prompt leaves, `rendered`, a hash of the prompt's text, and `notes`, names in NOTES. Raises ValueError for a
+    tokenizer without EOS.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no EOS token, so a model could not learn to end a response; set eos_token in its "
-            "tokenizer_config.json."
-        )
-    has_bos = tokenizer.bos_token_id is not None
-    rendered = [_rendered(example, tokenizer, limits.template) for example in examples]
-    prompts = _encode_distinct([text for text, fault in rendered if not fault], encode_prompts, tokenizer)
-    usable = [example for example, (_, fault) in zip(examples, rendered, strict=True) if not fault]
-    responses = _encode_distinct([one.text for e in usable for one in e.responses], encode_responses, tokenizer)
-    encoded = []
-    for example, (text, fault) in zip(examples, rendered, strict=True):
-        if fault:
-            encoded.append({"fault": fault})
-            continue
-        prompt, own = prompts[text], [responses[one.text] for one in example.responses]
-        if len(prompt) + max(map(len, own)) > limits.max_tokens:
-            prompt = cut_prompt(prompt, limits.max_prompt_tokens, limits.truncation_side, has_bos)
-        own = [ids[: limits.max_tokens] for ids in own]
-        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()  # 128 bits: none of a billion texts share it
-        encoded.append({"fault": None, "prompt": prompt, "responses": own, "rendered": key})
-    return encoded
+    return _ExampleEncoder(tokenizer, limits).encode(examples)
+
+
+class _ExampleEncoder:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: TokenLimits) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The tokenizer has no EOS token, so a model could not learn to end a response; set eos_token in its "
+                "tokenizer_config.json."
+            )
+        self.tokenizer, self.limits = tokenizer, limits
+        self.template = ChatTemplate(tokenizer, limits.template_arguments)
+        self.encoder = self.template.encoder
+        self.eos = np.array([tokenizer.eos_token_id], np.int32)
+
+    def encode(self, examples: Sequence[PreferenceExample]) -> list[dict[str, Any]]:
+        texts: list[_Text | str] = []  # or why there are none
+        for example in examples:
+            try:
+                texts.append(self._text(example, as_messages(example.prompt, self.limits.template)))
+            except TemplateError:
+                raise  # no row is to blame
+            except ValueError as error:
+                texts.append(str(error))
+        ids = _Encoded(self.encoder, [text for text in texts if isinstance(text, _Text)])
+        encoded = []
+        for example, text in zip(examples, texts, strict=True):
+            try:
+                if isinstance(text, str):
+                    raise ValueError(text)
+                encoded.append(self._encoded(example, text, ids))
+            except TemplateError:
+                raise
+            except ValueError as error:
+                encoded.append({"fault": str(error)})
+        return encoded
+
+    def _text(self, example: PreferenceExample, prompt: str | tuple[Message, ...]) -> _Text:
+        if isinstance(prompt, str):
+            if example.template_arguments:
+                raise ValueError("template arguments of a text: tools and the like need a prompt of messages")
+            if not prompt and not len(self.encoder.prefix):
+                raise ValueError("the prompt is empty, and the tokenizer has no BOS to stand for it")
+            ends = self.template.end_texts
+            return _Text(prompt, responses=tuple(without_end(one.text, ends) for one in example.responses))
+        rendered = Conversation(self.template, prompt, example.template_arguments, example.responses)
+        shared = len(reduce(common_prefix, (answer.text for answer in rendered.answers), rendered.text))
+        found = (token for token in self.encoder.find(rendered.text) if self.encoder.is_bare(token[0]))
+        tokens = [token for token in found if token.end() <= shared]
+        return _Text(rendered.text, rendered.answers, boundary=tokens[-1].start() if tokens else 0)
+
+    def _encoded(self, example: PreferenceExample, text: _Text, ids: _Encoded) -> dict[str, Any]:
+        limits, notes = self.limits, []
+        prompt, responses, parted = self._joined(text, ids)
+        if len(prompt) + max(map(len, responses)) > limits.max_tokens and len(prompt) > limits.max_prompt_tokens:
+            notes.append("prompts_cut")
+            if text.answers is None:
+                prompt = cut_prompt(prompt, limits.max_prompt_tokens, limits.truncation_side, len(self.encoder.prefix))
+            else:
+                messages = as_messages(example.prompt, limits.template)
+                assert not isinstance(messages, str)
+                shorter = fit_messages(self.template, messages, example.template_arguments, limits)
+                again = self._text(example, shorter)
+                prompt, responses, parted = self._joined(again, _Encoded(self.encoder, [again]))
+        if parted:
+            notes.append("parted")
+        if text.answers is None:
+            has_template = self.tokenizer.chat_template is not None
+            controls = self.encoder.find(text.prompt)
+            notes += ["raw_prompts"] * (has_template and not controls)
+            prefix = self.encoder.prefix
+            notes += ["doubled_bos"] * bool(len(prefix) and prompt[1:2].tolist() == prefix[:1].tolist())
+            hidden = any(self.encoder.find(response) for response, _ in text.responses)
+        else:
+            hidden = any(self.encoder.is_marked(answer.text) for answer in text.answers)
+        notes += ["control_text"] * hidden
+        # 128 bits: none of a billion texts share it.
+        key = hashlib.blake2b(self.encoder.without_key(text.prompt).encode(), digest_size=16).hexdigest()
+        responses = [one[: limits.max_tokens + 1] for one in responses]  # one more tells that it is cut
+        return {"fault": None, "prompt": prompt, "responses": responses, "rendered": key, "notes": notes}
+
+    def _joined(self, text: _Text, ids: _Encoded) -> tuple[TokenIds, list[TokenIds], bool]:
+        """Prompt and responses in tokens, and whether a response begins before the end of the prompt's text."""
+        if text.answers is None:
+            ends = (self.eos if end is None else self._end(end) for _, end in text.responses)
+            own = [np.concatenate([ids.plain[one], end]) for (one, _), end in zip(text.responses, ends, strict=True)]
+            return np.concatenate([self.encoder.prefix, ids.rendered[text.prompt]]), own, False
+        start = text.boundary
+        head, opening = ids.rendered[text.prompt[:start]], ids.rendered[text.prompt[start:]]
+        ways, shared = [], len(opening)
+        for answer in text.answers:
+            whole = ids.rendered[answer.text[start:]]
+            common = _common(opening, whole)
+            if answer.continues is not None and common < len(opening):
+                # A token of the whole straddles the end of the prompt; the model goes on after the prompt's own.
+                whole, common = np.concatenate([opening, self.encoder.continuation(answer.continues)]), len(opening)
+            ways.append(whole if answer.ended else np.concatenate([whole, self.eos]))
+            shared = min(shared, common)
+        return np.concatenate([head, opening[:shared]]), [way[shared:] for way in ways], shared < len(opening)
+
+    def _end(self, token: str) -> TokenIds:
+        return np.array([self.tokenizer.convert_tokens_to_ids(token)], np.int32)
+
+
+class _Encoded:
+    """Token ids of the texts of examples; equal texts are encoded once."""
+
+    def __init__(self, encoder: TextEncoder, texts: Sequence[_Text]) -> None:
+        parts: dict[str, None] = {}
+        for text in texts:
+            start = text.boundary
+            wanted = [text.prompt[:start], text.prompt[start:], *(one.text[start:] for one in text.answers or ())]
+            parts |= dict.fromkeys(wanted)
+        plain = dict.fromkeys(response for text in texts for response, _ in text.responses)
+        self.rendered = dict(zip(parts, encoder.encode(list(parts)), strict=True))
+        self.plain = dict(zip(plain, encoder.encode(list(plain), as_text=True), strict=True))
+
+
+def _common(first: TokenIds, second: TokenIds) -> int:
+    size = min(len(first), len(second))
+    different = np.flatnonzero(first[:size] != second[:size])
+    return int(different[0]) if len(different) else size
+
+
+def as_messages(prompt: str | tuple[Message, ...], template: str) -> str | tuple[Message, ...]:
+    """A prompt as it is rendered: a string stays one with template `auto`, and is a user's message with `chat`."""
+    if template not in TEMPLATES:
+        raise ValueError(f"template={template!r} is unknown; use one of {', '.join(TEMPLATES)}.")
+    return (Message("user", prompt),) if isinstance(prompt, str) and template == "chat" else prompt
+
+
+def fit_messages(
+    template: ChatTemplate, messages: tuple[Message, ...], arguments: str, limits: TokenLimits
+) -> tuple[Message, ...]:
+    """The messages that fit max_prompt_tokens; ValueError where none do.
+
+    The oldest turns are left out, so that what is left begins with a user's turn, but for system turns at the start;
+    then the text of the last user's turn is cut.
+    """
+
+    def fits(some: Sequence[Message]) -> bool:
+        text = Conversation(template, some, arguments).text
+        return len(template.encoder.encode([text])[0]) <= limits.max_prompt_tokens
+
+    opening = next((i for i, message in enumerate(messages) if message.role not in ("system", "developer")), 0)
+    starts = [i for i, message in enumerate(messages) if message.role == "user" and i >= opening]
+    for start in starts:
+        if fits(kept := (*messages[:opening], *messages[start:])):
+            return kept
+    last = starts[-1] if starts else None
+    if last is not None:
+        content = messages[last].content
+
+        def cut(size: int) -> tuple[Message, ...]:
+            text = content[:size] if limits.truncation_side == "keep_start" else content[len(content) - size :]
+            return (*messages[:opening], messages[last]._replace(content=text), *messages[last + 1 :])
+
+        low, high = 0, len(content)  # the most characters that fit, by halves
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(cut(middle)) else (low, middle)
+        if low:
+            return cut(low)
+    raise ValueError(
+        "the prompt does not fit: without its older turns and its text it takes more than "
+        f"data.max_prompt_tokens={limits.max_prompt_tokens}"
+    )
 
 
 def join_encoded(
@@ -106,13 +293,16 @@ def join_encoded(
     limits: TokenLimits,
     *,
     mismatched: bool = False,
-) -> tuple[list[TokenizedExample], Faults]:
-    """What `encode_examples` made of all of a data set, as tokenize_examples returns it."""
-    faults = Faults()
+) -> Tokenized:
+    """What `encode_examples` made of all of a data set, as tokenize_examples returns it, and notes on it."""
+    faults, notes = Faults(), Counter[str]()
+    usable: list[tuple[PreferenceExample, Mapping[str, Any]]] = []
     for example, found in zip(examples, encoded, strict=True):
-        if found["fault"]:
-            faults.add(example.row_id, found["fault"])
-    usable = [(e, found) for e, found in zip(examples, encoded, strict=True) if not found["fault"]]
+        fault = found["fault"] or _made_equal(example, found, limits)
+        if fault:
+            faults.add(example.row_id, fault)
+        else:
+            usable.append((example, found))
     prompt_ids: dict[str, int] = {}
     text_ids: dict[str, int] = {}
     tokenized = []
@@ -122,6 +312,8 @@ def join_encoded(
             TokenizedResponse(one.kind, ids[:room], text_ids.setdefault(one.text, len(text_ids)))
             for one, ids in zip(example.responses, found["responses"], strict=True)
         ]
+        notes.update(found["notes"])
+        notes["responses_cut"] += sum(len(ids) > room for ids in found["responses"])
         number = prompt_ids.setdefault(found["rendered"], len(prompt_ids))
         tokenized.append(TokenizedExample(example.row_id, number, (found["prompt"],), tuple(responses)))
     if mismatched:
@@ -131,37 +323,45 @@ def join_encoded(
             _with_response(example, "mismatched", usable[partner][1]["responses"][0], limits.max_tokens)
             for example, partner in zip(tokenized, partners, strict=True)
         ]
-    return tokenized, faults
+    num_responses = sum(len(example.responses) for example, _ in usable)
+    return Tokenized(tokenized, faults, {"examples": len(usable), "responses": num_responses, **+notes})
+
+
+def describe_cuts(counts: Mapping[str, int], max_tokens: int) -> str | None:
+    """How many prompts and responses were cut, in one line, with advice where they are many; None where none was."""
+    prompts, responses = counts.get("prompts_cut", 0), counts.get("responses_cut", 0)
+    if not prompts and not responses:
+        return None
+    text = f"{prompts:,} prompts and {responses:,} responses cut (data.max_tokens {max_tokens})"
+    share = max(prompts / counts["examples"], responses / counts["responses"])
+    return text if share <= MANY_CUT else f"{text}: {share:.0%}; raise data.max_tokens and data.max_prompt_tokens"
+
+
+def describe_notes(counts: Mapping[str, int]) -> list[str]:
+    """What else is worth a word, a line each."""
+    return [f"{counts[name]:,} {text}" for name, text in NOTES.items() if counts.get(name)]
+
+
+def _made_equal(example: PreferenceExample, found: Mapping[str, Any], limits: TokenLimits) -> str | None:
+    """Why responses that differ as texts do not as tokens; None where they do."""
+    room = limits.max_tokens - len(found["prompt"])
+    made: dict[str, dict[bytes, int]] = {"chosen": {}, "rejected": {}}
+    for response, ids in zip(example.responses, found["responses"], strict=True):
+        made.setdefault(response.kind, {})[ids[:room].tobytes()] = len(ids)
+    equal = made["chosen"].keys() & made["rejected"].keys()
+    if not equal:
+        return None
+    if any(made["chosen"][ids] > room for ids in equal):
+        return (
+            f"chosen equals rejected once cut: data.max_tokens={limits.max_tokens} leaves {room} tokens after the "
+            "prompt; raise it"
+        )
+    return "chosen equals rejected in tokens: the chat template or the tokenizer drops what differs"
 
 
 def _with_response(example: TokenizedExample, kind: str, ids: TokenIds, max_tokens: int) -> TokenizedExample:
     response = TokenizedResponse(kind, ids[: max_tokens - len(example.prompt_ids)])
     return replace(example, responses=(*example.responses, response))
-
-
-def _rendered(
-    example: PreferenceExample, tokenizer: PreTrainedTokenizerBase, template: Literal["auto", "chat"]
-) -> tuple[str, str | None]:
-    """The prompt's text, and why it cannot be used; None where it can."""
-    try:
-        text = render_prompt(example.prompt, tokenizer, template)
-    except TemplateError:
-        raise  # no row is to blame
-    except ValueError as error:
-        return "", str(error)
-    if not text and tokenizer.bos_token_id is None:
-        return "", "the prompt is empty, and the tokenizer has no BOS to stand for it"
-    return text, None
-
-
-def _encode_distinct(
-    texts: Sequence[str],
-    encode: Callable[[Sequence[str], PreTrainedTokenizerBase], list[TokenIds]],
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, TokenIds]:
-    """Token ids by text; equal texts are encoded once."""
-    distinct = list(dict.fromkeys(texts))
-    return dict(zip(distinct, encode(distinct, tokenizer), strict=True))
 
 
 def render_prompt(
@@ -173,73 +373,62 @@ def render_prompt(
     as it is with template `auto`, and as one user message with `chat`. Raises ValueError where the template
     refuses the messages, TemplateError where it cannot be used at all.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"template={template!r} is unknown; use one of {', '.join(TEMPLATES)}.")
-    if isinstance(prompt, str):
-        if template == "auto":
-            return prompt
-        prompt = (Message("user", prompt),)
-    try:
-        return render_messages(prompt, tokenizer)
-    except TemplateError:
-        raise  # no row is to blame
-    except Exception as error:  # a template is a program: it may refuse what it is given in any way
-        roles = ", ".join(message.role for message in prompt)
-        raise ValueError(f"the tokenizer's chat template refuses the messages: roles {roles}: {error}") from error
+    messages = as_messages(prompt if isinstance(prompt, str) else tuple(prompt), template)
+    if isinstance(messages, str):
+        return messages
+    chat = ChatTemplate(tokenizer)
+    return chat.encoder.shown(Conversation(chat, messages).text)
 
 
 def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[TokenIds]:
-    """Token ids of rendered prompts: exactly one BOS, at the start, where the tokenizer has one.
+    """Token ids of prompts that are text: as the tokenizer encodes them, with what it puts in front by itself."""
+    encoder = TextEncoder(tokenizer)
+    return [np.concatenate([encoder.prefix, ids]) for ids in encoder.encode(texts)]
 
-    A template may have written BOS already, at the start or before every turn. A tokenizer whose BOS is its EOS
-    keeps those further in, which end turns.
+
+class PromptEncoder:
+    """Prompts that are to be answered to token ids, as training makes them.
+
+    Args:
+        max_prompt_tokens: longer prompts are cut as in training; None leaves them as they are.
     """
-    bos = tokenizer.bos_token_id
-    encoded = _encode(texts, tokenizer)
-    if bos is None:
-        return encoded
-    start = np.array([bos], np.int32)
-    if bos == tokenizer.eos_token_id:
-        return [ids if len(ids) and ids[0] == bos else np.concatenate([start, ids]) for ids in encoded]
-    return [np.concatenate([start, ids[ids != bos]]) for ids in encoded]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Literal["auto", "chat"],
+        template_arguments: Mapping[str, Any],
+        max_prompt_tokens: int | None,
+        truncation_side: Literal["keep_start", "keep_end"],
+    ) -> None:
+        self.template = ChatTemplate(tokenizer, template_arguments)
+        size = max_prompt_tokens or 1
+        self._limits = TokenLimits(size, size + 1, truncation_side, template, template_arguments)
+        self._cuts = max_prompt_tokens is not None
+
+    def encode(self, prompt: str | tuple[Message, ...], arguments: str = "") -> TokenIds:
+        """Token ids of one prompt; ValueError with the reason for one that cannot be used."""
+        encoder, limits = self.template.encoder, self._limits
+        messages = as_messages(prompt, limits.template)
+        if isinstance(messages, str):
+            if arguments:
+                raise ValueError("template arguments of a text: tools and the like need a prompt of messages")
+            ids = np.concatenate([encoder.prefix, *encoder.encode([messages])])
+            if not self._cuts:
+                return ids
+            return cut_prompt(ids, limits.max_prompt_tokens, limits.truncation_side, len(encoder.prefix))
+        (ids,) = encoder.encode([Conversation(self.template, messages, arguments).text])
+        if not self._cuts or len(ids) <= limits.max_prompt_tokens:
+            return ids
+        shorter = fit_messages(self.template, messages, arguments, limits)
+        return encoder.encode([Conversation(self.template, shorter, arguments).text])[0]
 
 
-def encode_responses(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[TokenIds]:
-    """Token ids of responses: no BOS, and EOS at the end, once also where the text brings its own."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    end = np.array([eos], np.int32)
-    encoded = _encode(texts, tokenizer)
-    if bos is not None and bos != eos:
-        encoded = [ids[ids != bos] for ids in encoded]
-    return [ids if len(ids) and ids[-1] == eos else np.concatenate([ids, end]) for ids in encoded]
-
-
-def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[TokenIds]:
-    encoded = []
-    for some in _in_calls(texts):
-        # verbose=False: longer than the model's context is no news, the cut comes later.
-        ids = tokenizer(some, add_special_tokens=False, verbose=False)
-        encoded += [np.array(row, np.int32) for row in ids["input_ids"]]
-    return encoded
-
-
-def _in_calls(texts: Sequence[str]) -> Iterator[list[str]]:
-    some, characters = [], 0
-    for text in texts:
-        if some and (len(some) == TEXTS_PER_CALL or characters + len(text) > CHARACTERS_PER_CALL):
-            yield some
-            some, characters = [], 0
-        some.append(text)
-        characters += len(text)
-    if some:
-        yield some
-
-
-def cut_prompt(ids: TokenIds, max_prompt_tokens: int, truncation_side: str, has_bos: bool) -> TokenIds:
-    """The start of a prompt, or its end after BOS."""
+def cut_prompt(ids: TokenIds, max_prompt_tokens: int, truncation_side: str, num_prefix: int) -> TokenIds:
+    """The start of a prompt, or its end after the tokens that the tokenizer puts in front."""
     if len(ids) <= max_prompt_tokens or truncation_side == "keep_start":
         return ids[:max_prompt_tokens]
-    head = ids[: int(has_bos)]
+    head = ids[:num_prefix]
     return np.concatenate([head, ids[len(ids) - (max_prompt_tokens - len(head)) :]])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -19,7 +20,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.path import atomicity
 
+from rpo_jax.core.files import sync, sync_folder
 from rpo_jax.core.manifest import NAME, fault, has_manifest, write_manifest
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,20 @@ _UNRANKED = -1e30  # score of a checkpoint without an evaluation of its own: orb
 
 class SaveFailed(OSError):
     """A checkpoint is not on disk; the message says why."""
+
+
+class _DurablePath(atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint that counts, and pushes out an older one, once all of it and its name are on disk.
+
+    The storage itself syncs tensors, not its metadata, nor the folders that they are in.
+    """
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        step = Path(self.get_final())
+        await asyncio.to_thread(sync, step)
+        for folder in (step.parent, step.parent.parent):  # its name, and that of the folder of checkpoints
+            await asyncio.to_thread(sync_folder, folder)
 
 
 class Checkpoints:
@@ -73,6 +90,7 @@ class Checkpoints:
             # What a process that was killed had begun to write.
             cleanup_tmp_directories=not read_only,
             todelete_subdir=None if read_only else _REMOVED,
+            temporary_path_class=_DurablePath,
             async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
         )
         self._saving: int | None = None
@@ -285,18 +303,25 @@ def faults(folder: Path) -> dict[int, str]:
 def set_aside_damaged(folder: Path, say: Callable[[str], None]) -> None:
     """Rename the checkpoints that are damaged, so that a run resumes from the newest of the others.
 
-    Raises ValueError where none is left.
+    Where none is left, one that was to be removed is taken back. Raises ValueError where there is none either.
     """
     reasons = faults(folder)
     whole = [path for path in folder.glob("*") if path.name.isdecimal() and int(path.name) not in reasons]
+    taken_back = None
     if not whole and (reasons or any(folder.glob(f"{_DAMAGED}*"))):
-        raise ValueError(_none_left(folder, reasons))
+        removed = sorted(int(path.name) for path in (folder / _REMOVED).glob("*") if path.name.isdecimal())
+        usable = (step for step in reversed(removed) if step_fault(folder / _REMOVED / str(step)) is None)
+        if (taken_back := next(usable, None)) is None:
+            raise ValueError(_none_left(folder, reasons))
     for step, reason in reasons.items():
         aside = folder / f"{_DAMAGED}{step}"
         if aside.exists():
             shutil.rmtree(aside)
         (folder / str(step)).rename(aside)
         say(f"the checkpoint of step {step} is damaged and not used: {reason}; it is {aside} now")
+    if taken_back is not None:
+        (folder / _REMOVED / str(taken_back)).rename(folder / str(taken_back))
+        say(f"the checkpoint of step {taken_back} was to be removed and is taken back, as no other is whole")
 
 
 def _none_left(folder: Path, reasons: dict[int, str]) -> str:

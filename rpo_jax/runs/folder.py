@@ -1,7 +1,7 @@
 """The folder of a run: made whole or not at all, never emptied of what the run itself reads, checked before a resume.
 
-It holds config.yaml, run_id, metrics.jsonl, tensorboard/, checkpoints/, and in model/ all of a Hugging Face folder but
-the weights.
+It holds config.yaml, run_id, data.json (what of the data was cut), metrics.jsonl, tensorboard/, checkpoints/, and in
+model/ all of a Hugging Face folder but the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rpo_jax import models
 from rpo_jax.config import Config, DistributedConfig, with_defaults_taken
 from rpo_jax.config.reading import dump_config, load_config
-from rpo_jax.core.files import atomic_directory, recover
+from rpo_jax.core.files import atomic_directory, read_json, recover
+from rpo_jax.data.tokenize import describe_cuts, describe_notes
 from rpo_jax.hosts import processes
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.folders import folder_fingerprint
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 RUN_ID = "run_id"
+DATA_COUNTS = "data.json"
 GENERATION_CONFIG = "generation_config.json"
 NETWORK_FOLDER_SECONDS = 30  # until a network folder shows on one host what another wrote
 
@@ -135,6 +137,18 @@ def make_run_folder(
         lasting = dataclasses.replace(config, run=lasting, distributed=DistributedConfig())
         (new / "config.yaml").write_text(dump_config(lasting), encoding="utf-8")
         (new / RUN_ID).write_text(uuid.uuid4().hex, encoding="utf-8")
+
+
+def data_notes(run_dir: Path, max_tokens: int) -> list[str]:
+    """What of a run's data was cut or is worth a word, a line each; nothing for runs older than the file."""
+    if not (run_dir / DATA_COUNTS).is_file():
+        return []
+    notes = []
+    for part, counts in read_json(run_dir, DATA_COUNTS).items():
+        cuts = describe_cuts(counts, max_tokens)
+        lines = [*([cuts] if cuts else []), *describe_notes(counts)]
+        notes += [f"{part.replace('_', '-')} data: {line}" for line in lines]
+    return notes
 
 
 def resume_command(config: Config, started: bool) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from rpo_jax.core.files import atomic_write
 from rpo_jax.core.jsonl import complete_lines, to_line, write_jsonl
 from rpo_jax.data.hub import newest_file
 from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
-from rpo_jax.data.tokenize import TEMPLATES, cut_prompt, encode_prompts, render_prompt
+from rpo_jax.data.tokenize import TEMPLATES, PromptEncoder
 from rpo_jax.hosts import sharding
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.answers import Answer, Answerer, batch_rows, prompt_seeds
@@ -50,6 +50,8 @@ class GenerateConfig:
         batch_size: prompts at a time.
         template: `auto` gives messages to the chat template and leaves text as it is, `chat` makes text a user's
             message; that of the run where not given, otherwise auto.
+        template_arguments: what the chat template gets besides the messages, such as enable_thinking; those of the run
+            where not given.
         max_prompt_tokens: longer prompts are cut as in training; where not given, those that do not fit are refused.
         compute_dtype: float32 or bfloat16; the run's where not given, float32 for folders.
         base: of a LoRA run: where the model that it started from is now, if it has moved.
@@ -68,6 +70,7 @@ class GenerateConfig:
     seed: int = 0
     batch_size: int = 32
     template: str | None = None
+    template_arguments: Mapping[str, Any] | None = None
     max_prompt_tokens: int | None = None
     compute_dtype: str | None = None
     base: str | None = None
@@ -117,7 +120,8 @@ def generate(config: GenerateConfig) -> Path:
     policy = find_policy(config.model, checkpoint=config.checkpoint, base=config.base)
     asked = read_prompts(config.prompts or _alpaca_eval_set())
     template = config.template or policy.template or "auto"
-    prompts = _encoded(asked, policy, template, config.max_prompt_tokens)
+    arguments = policy.template_arguments if config.template_arguments is None else config.template_arguments
+    prompts = _encoded(asked, policy, template, arguments, config.max_prompt_tokens)
     seeds = prompt_seeds(prompts, config.seed)
     dtype = config.compute_dtype or policy.compute_dtype
     settings = {
@@ -126,6 +130,7 @@ def generate(config: GenerateConfig) -> Path:
         "stop": list(config.stop),
         "seed": config.seed,
         "template": template,
+        **({"template_arguments": dict(arguments)} if arguments else {}),
         "max_prompt_tokens": config.max_prompt_tokens,
         "compute_dtype": dtype,
     }
@@ -169,20 +174,21 @@ def generate(config: GenerateConfig) -> Path:
     return out
 
 
-def _encoded(asked: PromptSet, policy: StoredPolicy, template: Any, max_prompt_tokens: int | None) -> list[np.ndarray]:
+def _encoded(
+    asked: PromptSet,
+    policy: StoredPolicy,
+    template: Any,
+    arguments: Mapping[str, Any],
+    max_prompt_tokens: int | None,
+) -> list[np.ndarray]:
     """Token ids of the prompts as training would have made them."""
-    texts = []
+    encoder = PromptEncoder(policy.tokenizer, template, arguments, max_prompt_tokens, asked.truncation_side)
+    encoded, positions = [], policy.model_config.max_position_embeddings
     for row in asked.rows:
         try:
-            texts.append(render_prompt(row.prompt, policy.tokenizer, template))
+            ids = encoder.encode(row.prompt, row.template_arguments)
         except ValueError as error:
             raise ValueError(f"{row.row_id}: {error}; mend the row, or leave it out.") from None
-    encoded = encode_prompts(texts, policy.tokenizer)
-    if max_prompt_tokens is not None:
-        has_bos = policy.tokenizer.bos_token_id is not None
-        encoded = [cut_prompt(ids, max_prompt_tokens, asked.truncation_side, has_bos) for ids in encoded]
-    positions = policy.model_config.max_position_embeddings
-    for row, ids in zip(asked.rows, encoded, strict=True):
         if not len(ids):
             raise ValueError(f"{row.row_id}: the prompt is empty, and the tokenizer has no BOS to stand for it.")
         if len(ids) >= positions:
@@ -190,6 +196,7 @@ def _encoded(asked: PromptSet, policy: StoredPolicy, template: Any, max_prompt_t
                 f"{row.row_id}: the prompt has {len(ids)} tokens, and {policy.name} has {positions} positions for "
                 "prompt and answer; leave it out, or cut long prompts with --max-prompt-tokens."
             )
+        encoded.append(ids)
     return encoded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class StoredPolicy:
         policy: what of it was trained.
         end_ids: tokens that end an answer: those of the model, its generation_config.json and the tokenizer.
         template: data.template of its run; None for a folder.
+        template_arguments: data.template_arguments of its run; empty for a folder.
         compute_dtype: that of its run; float32 for a folder.
         folder: of the weights; None for a run that trained all of them.
         run_dir: None for a folder.
@@ -53,6 +55,7 @@ class StoredPolicy:
     folder: Path | None
     run_dir: Path | None = None
     step: int = 0
+    template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -98,9 +101,12 @@ def _of_run(run_dir: Path, path: str, checkpoint: str, base: str | None) -> Stor
         raise ValueError(f"base={base} is for LoRA runs, and {path} trained all weights; leave it out.")
     folder = checked_base(base, record["base"], run_dir) if policy.trains_adapters else None
     tokenizer = load_tokenizer(run_dir / MODEL)
-    ends = end_tokens(run_dir / MODEL, policy.model_config, tokenizer)
+    ends = end_tokens(run_dir / MODEL, policy.model_config, tokenizer, config.data.template_arguments)
     name, dtype = f"{path}@{step}", config.model.compute_dtype
-    return StoredPolicy(name, policy, tokenizer, ends, config.data.template, dtype, folder, run_dir, step)
+    data = config.data
+    return StoredPolicy(
+        name, policy, tokenizer, ends, data.template, dtype, folder, run_dir, step, data.template_arguments
+    )
 
 
 def find_checkpoint(

@@ -21,13 +21,14 @@ from jaxtyping import Bool
 from rpo_jax import models
 from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample
+from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.embeddings import embed_texts
 from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, prompt_text
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.data.refine import refined
 from rpo_jax.data.sources import read_rows
-from rpo_jax.data.tokenize import TokenLimits, encode_examples, join_encoded
+from rpo_jax.data.tokenize import TokenLimits, describe_cuts, describe_notes, encode_examples, join_encoded
 from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from rpo_jax.hosts import processes
 from rpo_jax.hosts.channel import PeerFailure
@@ -48,6 +49,7 @@ class Prepared:
     Attributes:
         responses: the kinds of response that the objective needs.
         origins: for train and held_out, what their token ids were made from, as rpo_jax.training.reference names it.
+        counts: for train and held_out, what was cut, and what else rpo_jax.data.tokenize counts.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,6 +57,7 @@ class Prepared:
     held_out: PreferenceData | None
     responses: tuple[str, ...]
     origins: Mapping[str, Mapping[str, str]]
+    counts: Mapping[str, Mapping[str, int]]
 
     @property
     def eval_responses(self) -> tuple[str, ...]:
@@ -195,13 +198,14 @@ def _split(config: Config, reporter: Reporter) -> dict[str, _Part]:
 
     def part(path: str, found: ExampleSet) -> _Part:
         side = found.truncation_side if data.truncation_side == "auto" else data.truncation_side
-        return _Part(path, found, TokenLimits(data.max_prompt_tokens, data.max_tokens, side, data.template))
+        lengths = data.max_prompt_tokens, data.max_tokens
+        return _Part(path, found, TokenLimits(*lengths, side, data.template, data.template_arguments))
 
     parts = {"train": part(data.path, train)}
     return parts if held_out is None else {**parts, "held_out": part(data.eval_path or data.path, held_out)}
 
 
-def _tokenizer(config: Config, part: _Part, trained: Path | None) -> PreTrainedTokenizerBase:
+def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Reporter) -> PreTrainedTokenizerBase:
     """The policy's tokenizer; for a new model one that is learnt from the training texts.
 
     Where it has no chat template but conversations are rendered, it takes the default one along into the run folder
@@ -210,13 +214,25 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None) -> PreTrainedT
     examples, source = part.found.examples, trained or config.model.path or config.model.tokenizer
     if source != "train":
         tokenizer = load_tokenizer(source)
-        rendered = config.data.template == "chat" or any(not isinstance(e.prompt, str) for e in examples)
-        if tokenizer.chat_template is None and rendered:
+        if not _renders(config, part):
+            return tokenizer
+        if tokenizer.chat_template is None:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+            tags = "<|system|>, <|user|> and <|assistant|> tags"
+            reporter.say(f"{source}: no chat template; {tags} are used, and come with the exported model")
+        elif ChatTemplate(tokenizer, config.data.template_arguments).writes_the_date:
+            reporter.say(
+                f"{source}: the chat template writes today's date, so that another day gives other tokens; "
+                'data.template_arguments, such as {date_string: "26 Jul 2024"}, fixes it'
+            )
         return tokenizer
     texts = [text for e in examples for text in (prompt_text(e), *(response.text for response in e.responses))]
     with tempfile.TemporaryDirectory() as folder:
         return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
+
+
+def _renders(config: Config, part: _Part) -> bool:
+    return config.data.template == "chat" or any(not isinstance(e.prompt, str) for e in part.found.examples)
 
 
 def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -229,17 +245,18 @@ def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict
         "slot": f"{name} data, {local.resolve() if local.exists() else part.path}",
         "data": hashlib.sha256(hashes).hexdigest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": limits.template,
+        "template": limits.template + (f" {limits.template_arguments}" if limits.template_arguments else ""),
         "truncation": f"{lengths} {limits.truncation_side}",
     }
 
 
 def _tokenized(
     config: Config, part: _Part, tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...], reporter: Reporter
-) -> list[TokenizedExample]:
+) -> tuple[list[TokenizedExample], Mapping[str, int]]:
     examples = part.found.examples
     encoded = shared(examples, partial(encode_examples, tokenizer=tokenizer, limits=part.limits))
-    tokenized, faults = join_encoded(examples, encoded, part.limits, mismatched="mismatched" in responses)
+    joined = join_encoded(examples, encoded, part.limits, mismatched="mismatched" in responses)
+    tokenized, faults = joined.examples, joined.faults
     if REFINED[0] in responses:
         settings: Any = config.objective  # options come from the table
         tokenized = refined(tokenized, settings.sr_prompt, tokenizer, config.data.max_tokens)
@@ -248,7 +265,9 @@ def _tokenized(
         raise faults.error(f"{len(examples)} examples cannot be tokenised", on_bad_row, "none is left")
     if faults:
         reporter.say(f"{faults.total} examples that cannot be tokenised skipped\n{faults.report()}")
-    return tokenized
+    for line in describe_notes(joined.counts):
+        reporter.say(f"{part.path}: {line}")
+    return tokenized, joined.counts
 
 
 def _with_facts(
@@ -300,14 +319,18 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
     responses = method.objective.responses
     with reporter.phase("read") as notes:
         parts = _split(config, reporter)
-        counts = {name: len(part.found.examples) for name, part in parts.items()}
-        notes.append(f"{counts['train']:,} training and {counts.get('held_out', 0):,} held-out ")
+        sizes = {name: len(part.found.examples) for name, part in parts.items()}
+        notes.append(f"{sizes['train']:,} training and {sizes.get('held_out', 0):,} held-out ")
         notes.append(f"examples, layout {parts['train'].found.layout}")
     with reporter.phase("tokenise") as notes:
-        tokenizer = _tokenizer(config, parts["train"], trained_tokenizer)
-        tokenized = {name: _tokenized(config, part, tokenizer, responses, reporter) for name, part in parts.items()}
+        tokenizer = _tokenizer(config, parts["train"], trained_tokenizer, reporter)
+        found = {name: _tokenized(config, part, tokenizer, responses, reporter) for name, part in parts.items()}
+        tokenized, counts = ({name: both[index] for name, both in found.items()} for index in (0, 1))
         origins = {name: _origins(name, part, tokenizer) for name, part in parts.items()}
         notes.append(f"vocabulary {len(tokenizer):,}")
+        for name, part in parts.items():
+            if cuts := describe_cuts(counts[name], part.limits.max_tokens):
+                notes.append(cuts if name == "train" else f"held out: {cuts}")
     # Held-out data is read in file order: its prompts are embedded for their weights alone.
     embedded = set(parts) if method.embeds_all else {"train"} if method.embeds_training else set()
     with reporter.phase("embed") as notes:
@@ -315,4 +338,4 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
             name: _with_facts(config, part, tokenized[name], name in embedded, reporter) for name, part in parts.items()
         }
         notes.append(config.embedding.encoder if embedded else "not needed")
-    return Prepared(tokenizer, data["train"], data.get("held_out"), responses, origins)
+    return Prepared(tokenizer, data["train"], data.get("held_out"), responses, origins, counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from jax.sharding import Mesh
 
 from rpo_jax import models
 from rpo_jax.config import Config, options_taken, with_defaults_taken
+from rpo_jax.core.files import atomic_write
 from rpo_jax.hosts import processes, sharding
 from rpo_jax.hosts.memory import trim_after_compiling
 from rpo_jax.hosts.stopping import Stopped, Stopping
 from rpo_jax.runs.checkpoints import Checkpoints, set_aside_damaged, to_json_dict
 from rpo_jax.runs.folder import (
     CHECKPOINTS,
+    DATA_COUNTS,
     MODEL,
     RUN_ID,
     base_record,
@@ -142,6 +145,8 @@ def _run(asked: _Asked) -> RunResult:
         setup = make_setup(config, model_config, prepared, place, base_fingerprint=fingerprint, resuming=resuming)
         if not resuming:
             make_run_folder(config, model_config, prepared.tokenizer, run_dir)
+            if processes.is_main():
+                atomic_write(run_dir / DATA_COUNTS, json.dumps(prepared.counts, indent=2) + "\n")
         check_shared(run_dir)
         stopping.started = True
         result = _train(asked, setup, mesh, record)

@@ -294,6 +294,6 @@ def make_setup(
         folder = Path(config.run.dir).expanduser() / MODEL if resuming else None
         if folder is None and config.model.path is not None:
             folder = models.resolve_folder(config.model.path)
-        end_ids = end_tokens(folder, model_config, prepared.tokenizer)
+        end_ids = end_tokens(folder, model_config, prepared.tokenizer, config.data.template_arguments)
         sampler = Sampler(config, model_config, prepared, end_ids, mesh, frozen)
     return TrainingSetup(steps.on(frozen), state, live, batches, held_out, total_steps, diagnosis, sampler)

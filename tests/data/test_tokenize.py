@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rpo_jax.core.records import Message, PreferenceExample, Response
@@ -23,11 +23,15 @@ from .ragged import ids_of, pair
 BOS, EOS = 0, 1
 
 
-def words_tokenizer(**special) -> PreTrainedTokenizerFast:
-    """One token per word: w2 is id 2, w3 is id 3, ..."""
+def words_tokenizer(adds_bos=True, **special) -> PreTrainedTokenizerFast:
+    """One token per word: w2 is id 2, w3 is id 3, ...; BOS in front where there is one, unless it adds none."""
     vocabulary = {"<s>": BOS, "</s>": EOS} | {f"w{number}": number for number in range(2, 60)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w59"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos and (bos := special.get("bos_token")):
+        words.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, vocabulary[bos])]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
@@ -99,16 +103,16 @@ def test_bos_counts_and_survives_truncation(num_prompt, side, max_prompt_tokens,
 @given(sizes=st.tuples(*[st.integers(0, 30)] * 3), side=st.sampled_from(["keep_start", "keep_end"]), bos=st.booleans())
 def test_laws_of_truncation(sizes, side, bos):
     tokenizer = words_tokenizer(eos_token="</s>", **({"bos_token": "<s>"} if bos else {}))
-    example = pair("w2 " + words(2, sizes[0]), words(20, sizes[1]), words(20, sizes[2]))
+    example = pair("w2 " + words(2, sizes[0]), "w3 " + words(20, sizes[1]), "w4 " + words(20, sizes[2]))
     got = one(tokenizer, example, truncation_side=side, max_prompt_tokens=9, max_tokens=20)
-    for ids, num_words in ((ids_of(got, "chosen"), sizes[1]), (ids_of(got, "rejected"), sizes[2])):
+    for ids, num_words in ((ids_of(got, "chosen"), 1 + sizes[1]), (ids_of(got, "rejected"), 1 + sizes[2])):
         assert 1 <= len(ids) <= 20 - len(got.prompt_ids)
         cut = len(ids) < num_words + 1
         assert ids.tolist().count(EOS) == (not cut)
         assert not cut or len(got.prompt_ids) + len(ids) == 20, "cut no more than needed"
     assert got.prompt_ids.tolist().count(BOS) == bos
     assert (got.prompt_ids[0] == BOS) == bos
-    if bos + 1 + sizes[0] + max(sizes[1:]) + 1 <= 20:
+    if bos + 1 + sizes[0] + max(sizes[1:]) + 2 <= 20:
         assert len(got.prompt_ids) == bos + 1 + sizes[0]
     else:
         assert len(got.prompt_ids) == min(9, bos + 1 + sizes[0])
@@ -122,17 +126,25 @@ def test_prompt_and_response_are_tokenised_apart(tokenizer):
     assert tokenizer.decode(ids_of(got, "chosen")) == "ital</s>"
 
 
-def test_special_tokens_in_the_text_are_not_doubled(tokenizer):
-    got = one(tokenizer, pair("<s>Hi<s>", "<s>Yes</s>", "No"), max_prompt_tokens=40, max_tokens=50)
-    assert tokenizer.decode(got.prompt_ids) == "<s>Hi"
-    assert tokenizer.decode(ids_of(got, "chosen")) == "Yes</s>"
+def test_control_tokens_in_a_text_prompt_count_and_in_a_response_are_text(tokenizer):
+    got = one(tokenizer, pair("<s>Hi<s>", "<s>Yes</s> </s>\n", "No"), max_prompt_tokens=40, max_tokens=50)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert got.prompt_ids.tolist() == tokenizer("<s>Hi<s>")["input_ids"]
+    assert got.prompt_ids.tolist().count(bos) == 3
+    chosen = ids_of(got, "chosen").tolist()
+    assert tokenizer.decode(chosen) == "<s>Yes</s>"
+    assert bos not in chosen
+    assert chosen.count(eos) == 1
 
 
-def test_a_bos_that_is_eos_ends_turns_too():
+def test_bos_stands_in_front_where_the_tokenizer_puts_it():
     tokenizer = words_tokenizer(bos_token="</s>", eos_token="</s>")
-    first, second = encode_prompts(["w2 </s> w3", "</s> w2 </s> w3"], tokenizer)
-    assert first.tolist() == second.tolist() == [EOS, 2, EOS, 3]
+    first, second = encode_prompts(["w2 </s> w3", "</s> w2"], tokenizer)
+    assert first.tolist() == [EOS, 2, EOS, 3]
+    assert second.tolist() == [EOS, EOS, 2]
     assert ids_of(one(tokenizer, pair("w2", "w3", "w4")), "chosen").tolist() == [3, EOS]
+    without = words_tokenizer(adds_bos=False, bos_token="<s>", eos_token="</s>")
+    assert one(without, pair("w2 w3", "w4", "w5")).prompt_ids.tolist() == [2, 3]
 
 
 def test_messages_use_the_default_tags_or_the_tokenizers_own_template(tokenizer):
@@ -144,7 +156,8 @@ def test_messages_use_the_default_tags_or_the_tokenizers_own_template(tokenizer)
     own.chat_template = "{% for m in messages %}[{{ m.role }}]{{ bos_token }}{{ m.content }}{% endfor %}"
     assert render_prompt(messages, own) == "[system]<s>s[user]<s>u[assistant]<s>a[user]<s>v"
     got = one(own, pair(messages, "yes", "no"), max_prompt_tokens=60, max_tokens=80)
-    assert tokenizer.decode(got.prompt_ids) == "<s>[system]s[user]u[assistant]a[user]v"
+    assert tokenizer.decode(got.prompt_ids) == "[system]<s>s[user]<s>u[assistant]<s>a[user]<s>v"
+    assert tokenizer.decode(ids_of(got, "chosen")) == "[assistant]<s>yes</s>"
 
 
 def test_a_string_prompt_is_a_user_message_only_if_asked(tokenizer):
@@ -275,5 +288,6 @@ def test_what_an_example_is_in_tokens_does_not_depend_on_what_it_comes_with():
     examples[4] = pair("", "w2", "w3", "file:4")
     parts = [encode_examples(examples[first : first + 7], tokenizer, limits) for first in range(0, 30, 7)]
     joined = join_encoded(examples, [found for part in parts for found in part], limits, mismatched=True)
-    assert repr(joined) == repr(tokenize_examples(examples, tokenizer, limits, mismatched=True))
-    assert joined[1].rows == [("file:4", "the prompt is empty, and the tokenizer has no BOS to stand for it")]
+    whole = tokenize_examples(examples, tokenizer, limits, mismatched=True)
+    assert repr((joined.examples, joined.faults)) == repr(whole)
+    assert joined.faults.rows == [("file:4", "the prompt is empty, and the tokenizer has no BOS to stand for it")]

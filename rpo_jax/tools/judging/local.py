@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rpo_jax.core.records import Message
-from rpo_jax.data.chat_template import render_messages
+from rpo_jax.data.chat_template import ChatTemplate
+from rpo_jax.data.conversations import hidden
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.tools.judging.comparisons import Choice, Comparison, Prompt, Verdict
 
@@ -64,6 +65,7 @@ class RewardJudge:
         limits = (self._tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
         self._limit = min((int(limit) for limit in limits if limit and limit < _MOST_TOKENS), default=_MOST_TOKENS)
         self._tokenizer.truncation_side = "left"
+        self._template = ChatTemplate(self._tokenizer) if self._tokenizer.chat_template else None
 
     def verdicts(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
         wanted: dict[tuple[Prompt, str], float | None] = {}
@@ -90,22 +92,20 @@ class RewardJudge:
                     yield index, Verdict(higher(first, second), f"rewards {first:.6g} and {second:.6g}")
 
     def _encode(self, prompt: Prompt, response: str) -> tuple[dict[str, list[int]], bool]:
-        if self._tokenizer.chat_template:
-            asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-            texts = [self._rendered((*asked, Message("assistant", response)))]
-            options = {"add_special_tokens": False}  # the template has them
-        else:
-            texts, options = [_text(prompt), response], {}
-        whole = self._tokenizer(*texts, **options, truncation=False, verbose=False)
-        if len(whole["input_ids"]) <= self._limit:
-            return dict(whole), False
-        return dict(self._tokenizer(*texts, **options, truncation=True, max_length=self._limit)), True
-
-    def _rendered(self, messages: tuple[Message, ...]) -> str:
-        try:
-            return render_messages(messages, self._tokenizer, add_generation_prompt=False)
-        except ValueError as error:
-            raise ValueError(f"the reward model {self.name} cannot be asked: {error}") from None
+        if self._template is None:
+            texts = _text(prompt), response
+            whole = self._tokenizer(*texts, truncation=False, verbose=False)
+            if len(whole["input_ids"]) <= self._limit:
+                return dict(whole), False
+            return dict(self._tokenizer(*texts, truncation=True, max_length=self._limit)), True
+        asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+        encoder = self._template.encoder
+        turns = [hidden(message, encoder) for message in (*asked, Message("assistant", response))]
+        (text,) = self._template.render([(turns, False)])
+        if isinstance(text, ValueError):
+            raise ValueError(f"the reward model {self.name} cannot be asked: {text}")
+        ids = encoder.encode([text])[0].tolist()
+        return {"input_ids": ids[-self._limit :]}, len(ids) > self._limit
 
     def _scores(self, encoded: list[dict[str, list[int]]]) -> list[float]:
         import torch

@@ -72,6 +72,7 @@ def make_page(
                 "matrix": matrix,
                 "rewards": reward,
                 "samples": samples(record),
+                "notes": record.data_notes,
             }
             for record, matrix, reward in zip(records, matrices, rewards, strict=True)
         ],

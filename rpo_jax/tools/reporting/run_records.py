@@ -10,6 +10,7 @@ from typing import Any
 from rpo_jax.config import Config
 from rpo_jax.config.reading import load_config
 from rpo_jax.core.jsonl import read_jsonl
+from rpo_jax.runs.folder import data_notes
 from rpo_jax.runs.tracking import METRICS
 from rpo_jax.training.hooks.samples import SAMPLES
 
@@ -22,6 +23,7 @@ class RunRecord:
         name: what tells it from the other runs of a report: as few last parts of its path as do.
         metrics: lines of metrics.jsonl, as written.
         samples: lines of samples.jsonl; none where the run did not sample.
+        data_notes: what of its data was cut, and what else is worth a word.
     """
 
     name: str
@@ -29,6 +31,7 @@ class RunRecord:
     config: Config
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    data_notes: list[str]
 
 
 def read_runs(folders: Sequence[str]) -> list[RunRecord]:
@@ -66,4 +69,4 @@ def _read_run(given: str, folder: Path, name: str) -> RunRecord:
     if not metrics:
         raise ValueError(f"--run {given} has no metrics yet: {METRICS} is missing or empty; let it reach a first step.")
     samples = read_jsonl(folder / SAMPLES, ("step", "row_id", "prompt", "response"))
-    return RunRecord(name, folder, config, metrics, samples)
+    return RunRecord(name, folder, config, metrics, samples, data_notes(folder, config.data.max_tokens))

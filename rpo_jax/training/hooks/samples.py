@@ -12,6 +12,7 @@ from rpo_jax import models
 from rpo_jax.config import Config
 from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.core.records import TokenizedExample
+from rpo_jax.data.control_tokens import TextEncoder, TokenIds
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives import heads
@@ -84,7 +85,7 @@ class Sampler(Hook):
             row = {
                 "step": run.step,
                 "row_id": example.row_id,
-                "prompt": self._shown(example.prompt_ids.tolist()),
+                "prompt": self._shown(example.prompt_ids),
                 "response": answer.text,
                 "finish_reason": answer.finish_reason,
                 "tokens": answer.tokens,
@@ -92,6 +93,6 @@ class Sampler(Hook):
             rows.append(row)
         write_jsonl(self._file, rows)
 
-    def _shown(self, prompt_ids: list[int]) -> str:
-        """A prompt as text, with the tags that tell whose turn is whose, but without BOS."""
-        return str(self._tokenizer.decode(prompt_ids[prompt_ids[:1] == [self._tokenizer.bos_token_id] :]))
+    def _shown(self, prompt_ids: TokenIds) -> str:
+        """A prompt as text, with the tags that tell whose turn is whose, but without the BOS before it."""
+        return str(self._tokenizer.decode(prompt_ids[TextEncoder(self._tokenizer).num_leading(prompt_ids) :]))

@@ -1,0 +1,165 @@
+"""A prompt and its answers as texts: where the prompt ends, what an answer is, and what a template would drop."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rpo_jax.core.records import Message, Response
+from rpo_jax.data.chat_template import ChatTemplate, Wanted
+
+if TYPE_CHECKING:
+    from rpo_jax.data.control_tokens import TextEncoder
+
+_OPENED = re.compile(r"<think>\s*\Z")
+_CONTINUED = "\ue000continued\ue001"
+# The names of an assistant's reasoning in a message, as transformers takes them; it gives templates the first and last.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class AnswerText:
+    """What a template makes of a conversation with its answer, up to the end token.
+
+    Attributes:
+        text: all of it, control tokens of its contents marked as text.
+        continues: where it does not begin with the prompt's text: what goes on after that; None where it parts from it.
+        ended: the template wrote the end token; otherwise EOS follows.
+    """
+
+    text: str
+    continues: str | None
+    ended: bool
+
+
+class Conversation:
+    """The messages of a prompt, rendered, and answers to it.
+
+    Raises ValueError, with a reason whose words before the first colon name the kind of fault, for messages that the
+    template refuses, or of which it leaves something out.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        arguments: str = "",
+        responses: Sequence[Response] = (),
+    ) -> None:
+        self._template, self._encoder = template, template.encoder
+        given: dict[str, Any] = json.loads(arguments) if arguments else {}
+        template.check_arguments(given, "template arguments of the row")
+        self._more = self._encoder.hide(given)
+        self._messages = tuple(hidden(message, self._encoder) for message in messages)
+        self._continued = messages[-1].role == "assistant"  # the responses go on with that turn
+        asked = (self._messages, True)
+        if self._continued:
+            *before, last = self._messages
+            asked = ((*before, last._replace(content=last.content + _CONTINUED)), False)
+        turns = [self._turns(response) for response in responses]
+        self.text, *answered = self._render([asked, *((own, False) for own in turns)])
+        if self._continued:
+            self.text, mark, _ = self.text.partition(_CONTINUED)
+            if not mark:
+                raise ValueError("the assistant's turn that a response is to continue is not in the rendered prompt")
+        self._check_nothing_is_left_out()
+        self.answers = tuple(map(self._answer, responses, (own[-1] for own in turns), answered))
+
+    def _render(self, wanted: Sequence[Wanted]) -> list[str]:
+        texts = self._template.render(wanted, self._more)
+        for (messages, _), text in zip(wanted, texts, strict=True):
+            if isinstance(text, ValueError):
+                roles = ", ".join(message.role for message in messages)
+                raise ValueError(f"the tokenizer's chat template refuses the messages: roles {roles}: {text}")
+        return [str(text) for text in texts]
+
+    def _turns(self, response: Response) -> tuple[Message, ...]:
+        """The conversation with a response, whose own end token, and what follows it, is left out."""
+        *turns, last = response.turns or (Message("assistant", response.text),)
+        last = last._replace(content=without_end(last.content, self._template.end_texts)[0])
+        *turns, last = (hidden(turn, self._encoder) for turn in (*turns, last))
+        if self._continued and not turns:
+            *before, started = self._messages
+            return (*before, started._replace(content=started.content + last.content))
+        return (*self._messages, *turns, last)
+
+    def _check_nothing_is_left_out(self) -> None:
+        """ValueError for turns, tools and calls that condition the answer and are not in the rendered prompt."""
+        dropped = [
+            number
+            for number, message in enumerate(self._messages)
+            if message.role != "assistant" and message.content.strip() not in self.text
+        ]
+        if dropped:  # or written otherwise: as JSON, say
+            marks = {number: f"\ue000turn {number}\ue001" for number in dropped}
+            probe = [
+                message._replace(content=marks.get(number, message.content))
+                for number, message in enumerate(self._messages)
+            ]
+            (text,) = self._render([(probe, not self._continued)])
+            for number, mark in marks.items():
+                if mark not in text:
+                    role = self._messages[number].role
+                    raise ValueError(f"the tokenizer's chat template leaves out turns: those of the role {role!r}")
+        for message in self._messages:
+            for call in _more(message).get("tool_calls") or ():
+                name = call.get("function", call).get("name") if isinstance(call, Mapping) else None
+                if isinstance(name, str) and name not in self.text:
+                    raise ValueError(f"the tokenizer's chat template leaves out tool calls: that of {name!r}")
+
+    def _answer(self, response: Response, last: Message, whole: str) -> AnswerText:
+        """ValueError for a response that the template does not write as it is."""
+        ending, encoder = self._template.ending, self._encoder
+        for name in _REASONING:
+            text = _more(last).get(name)
+            if isinstance(text, str) and text.strip() not in whole:
+                raise ValueError(
+                    f"the tokenizer's chat template leaves out {name}: that of the {response.kind} response"
+                )
+        content = last.content
+        if content.lstrip().startswith("<think>") and "</think>" not in content:
+            raise ValueError(f"<think> is left open: the {response.kind} response never closes it")
+        end, ended = len(whole), False
+        if ending is None or ending.token is not None:
+            tokens = [found for found in encoder.find(whole) if ending is None or found[0] == ending.token]
+            if tokens:
+                end, ended = tokens[-1].end(), True
+        elif whole.endswith(ending.text):
+            end -= len(ending.text)
+        whole = whole[:end]
+        opened = _OPENED.search(self.text)
+        if whole.startswith(self.text):
+            return AnswerText(whole, whole[len(self.text) :], ended)
+        if opened and "</think>" in content:
+            # Templates drop thoughts of earlier turns, often of the last one too; the model is to go on with them.
+            thoughts = content.lstrip().removeprefix("<think>").lstrip() if "<think>" in content else content
+            rest = thoughts + (ending.text if ending is not None and ending.token else "")
+            return AnswerText(self.text + rest, rest, bool(ending and ending.token))
+        return AnswerText(whole, None, ended)
+
+
+def without_end(text: str, ends: Sequence[str]) -> tuple[str, str | None]:
+    """A text without end tokens, and white space after them, at its end; and the first of these tokens."""
+    found = None
+    while True:
+        bare = text.rstrip()
+        token = next((token for token in ends if bare.endswith(token)), None)
+        if token is None:
+            return text, found
+        text, found = bare.removesuffix(token), token
+
+
+def hidden(message: Message, encoder: TextEncoder) -> Message:
+    """The message with all control tokens in its texts marked, its reasoning under the names that templates read."""
+    more = _more(message)
+    reasoning = next((more[name] for name in _REASONING if more.get(name) is not None), None)
+    if reasoning is not None:
+        more = {"thinking": reasoning, **more, "reasoning_content": reasoning}
+    return Message(message.role, encoder.hide(message.content), json.dumps(encoder.hide(more)) if more else "")
+
+
+def _more(message: Message) -> dict[str, Any]:
+    return json.loads(message.more) if message.more else {}
