@@ -30,11 +30,17 @@ def _known() -> dict[str, None]:
     return dict.fromkeys([*known_keys(), *(section.name for section in fields(Config))])
 
 
+@functools.cache
+def _mappings() -> tuple[str, ...]:
+    """Keys below which the user's own names stand."""
+    return tuple(key for key, default in known_keys().items() if isinstance(default, dict))
+
+
 def _reject_unknown(keys: Iterable[str], where: str) -> None:
     sections = [section.name for section in fields(Config)]
     known = list(_known())
     for key in keys:
-        if key in _known():
+        if key in _known() or key.rpartition(".")[0] in _mappings():
             continue
         section = key.partition(".")[0]
         # In a section that exists, another section is no help: its own keys are.

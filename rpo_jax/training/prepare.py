@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from rpo_jax import models
-from rpo_jax.config import Config, resolve
+from rpo_jax.config import Config, DataConfig, resolve
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.embeddings import embed_texts
@@ -162,11 +162,12 @@ class _Part:
 
 def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleSet:
     """The examples of a source, with scores of their responses where the objective needs them."""
-    data, columns = config.data, None
+    data, scores = config.data, None
     if resolve(config).objective.uses_scores:
-        columns = {"chosen": data.chosen_score, "rejected": data.rejected_score}
+        scores = {"chosen": data.chosen_score, "rejected": data.rejected_score}
     try:
-        found = make_examples(read_rows(path, split=split), data.layout, data.on_bad_row, columns)
+        rows = read_rows(path, split=split)
+        found = make_examples(rows, data.layout, data.on_bad_row, scores, data.columns, data.ignore_columns)
     except (ValueError, OSError):
         # All have read before one of them stops the others: each refuses a bad row by itself, in the same words.
         with contextlib.suppress(PeerFailure):
@@ -182,6 +183,12 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
     if found.faults:
         reporter.say(f"{path}: {found.faults.total} unusable rows skipped\n{found.faults.report()}")
     return found
+
+
+def token_limits(data: DataConfig, found: ExampleSet) -> TokenLimits:
+    """How the examples of a source are rendered and cut."""
+    side = found.truncation_side if data.truncation_side == "auto" else data.truncation_side
+    return TokenLimits(data.max_prompt_tokens, data.max_tokens, side, data.template, data.template_arguments)
 
 
 def _split(config: Config, reporter: Reporter) -> dict[str, _Part]:
@@ -204,9 +211,7 @@ def _split(config: Config, reporter: Reporter) -> dict[str, _Part]:
     train = replace(train, examples=train.examples[: data.train_rows])
 
     def part(path: str, found: ExampleSet) -> _Part:
-        side = found.truncation_side if data.truncation_side == "auto" else data.truncation_side
-        lengths = data.max_prompt_tokens, data.max_tokens
-        return _Part(path, found, TokenLimits(*lengths, side, data.template, data.template_arguments))
+        return _Part(path, found, token_limits(data, found))
 
     parts = {"train": part(data.path, train)}
     return parts if held_out is None else {**parts, "held_out": part(data.eval_path or data.path, held_out)}
@@ -245,7 +250,10 @@ def _is_rendered(config: Config, part: _Part) -> bool:
 
 def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What the token ids of a part of the data are made from: the cache of reference log-probs says what changed."""
-    texts = (repr((e.prompt, *(response.text for response in e.responses))) for e in part.found.examples)
+    texts = (
+        repr((e.prompt, e.template_arguments, *((one.text, one.turns) for one in e.responses)))
+        for e in part.found.examples
+    )
     hashes = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
     local, limits = Path(part.path).expanduser(), part.limits
     lengths = f"max_prompt_tokens={limits.max_prompt_tokens} max_tokens={limits.max_tokens}"

@@ -11,14 +11,16 @@ from rpo_jax import models
 from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import PreferenceExample
 from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_DISTRIBUTION, MINILM_PACKAGE, encoder_folder
-from rpo_jax.data.examples import make_examples
+from rpo_jax.data.examples import ExampleSet, make_examples
+from rpo_jax.data.faults import plain
 from rpo_jax.data.hub import cached_folder
 from rpo_jax.data.sources import read_rows
+from rpo_jax.data.tokenize import describe_cuts, describe_notes, encode_examples, join_encoded
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
 from rpo_jax.training.advice import advise
-from rpo_jax.training.prepare import total_steps
+from rpo_jax.training.prepare import token_limits, total_steps
 
 
 def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
@@ -81,7 +83,7 @@ def _check_encoder(config: Config) -> list[Finding]:
 
 
 def check_data(config: Config, policy: ModelConfig | None) -> list[Finding]:
-    """Every row of the data, read as a run reads it, but for the tokenizer; what a run makes of as many.
+    """Every row of the data, read and tokenised as in a run; what a run makes of as many.
 
     Args:
         policy: None where its architecture is not known.
@@ -117,12 +119,48 @@ def _check_source(
         fix = "if it is a hub data set, it is fetched when the run starts"
         return [warning(subject, f"{path} is not on this machine", fix)], None
     try:
-        read = make_examples(read_rows(path, split=split), config.data.layout, config.data.on_bad_row)
+        read = make_examples(
+            read_rows(path, split=split),
+            config.data.layout,
+            config.data.on_bad_row,
+            columns=config.data.columns,
+            ignore_columns=config.data.ignore_columns,
+        )
     except ValueError as error:
         return [failed(subject, error)], None
-    text = f"{path}: {len(read.examples):,} examples, layout {read.layout}"
-    if not read.faults:
-        return [ok(subject, text)], list(read.examples)
-    skipped = f"{text}; {read.faults.total:,} rows are skipped ({read.faults.counted()})"
-    first = read.faults.first
-    return [warning(subject, skipped, f"look at {first.row_id}: {first.reason}")], list(read.examples)
+    text = f"{path}: {len(read.examples):,} examples, layout {read.layout}; {_columns(read)}"
+    found = [ok(subject, text)]
+    if read.faults:
+        skipped = f"{text}; {read.faults.total:,} rows are skipped ({read.faults.counted()})"
+        found = [warning(subject, skipped, f"look at {read.faults.first.row_id}: {read.faults.first.reason}")]
+    return found + _check_tokens(config, subject, read), list(read.examples)
+
+
+def _check_tokens(config: Config, subject: str, read: ExampleSet) -> list[Finding]:
+    """What is cut and what else tokenising says, where the tokenizer is on this machine already."""
+    source, limits = config.model.path or config.model.tokenizer, token_limits(config.data, read)
+    if source == "train" or not Path(_place(source)).exists():
+        return []
+    try:
+        encoded = encode_examples(read.examples, load_tokenizer(_place(source)), limits)
+        joined = join_encoded(read.examples, encoded, limits)
+    except ValueError as error:
+        return [failed(subject, error)]
+    found = [ok(subject, line) for line in describe_notes(joined.counts)]
+    if joined.faults:
+        first = joined.faults.first
+        text = f"{joined.faults.total:,} examples cannot be tokenised ({joined.faults.counted()})"
+        fix = f"look at {first.row_id}: {first.reason}"
+        found.append((failed if config.data.on_bad_row == "error" else warning)(subject, text, fix))
+    if joined.counts["examples"] and (cuts := describe_cuts(joined.counts, limits.max_tokens)):
+        what, _, fix = cuts.partition("; ")
+        found.append(warning(subject, what, fix) if fix else ok(subject, what))
+    return found
+
+
+def _columns(read: ExampleSet) -> str:
+    """Which columns make the examples, and which do not."""
+    prompt = ", ".join(read.prompt_columns) or "what the answers begin with"
+    used = ", ".join(column for column, name in read.columns.items() if name)
+    unused = ", ".join(column for column, name in read.columns.items() if not name)
+    return f"prompt: {plain(prompt)}; columns read: {plain(used)}; not read: {plain(unused) or 'none'}"
