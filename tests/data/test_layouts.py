@@ -172,6 +172,12 @@ def test_a_missing_null_or_mistyped_column_is_named(name, column):
         ),
         ({"chosen": "Sky is\tblue", "rejected": "Sky is grey"}, ("Sky is", "\tblue", " grey")),
         ({"chosen": "Is it? Yes.", "rejected": "Is it? Yes. No."}, ("Is it?", " Yes.", " Yes. No.")),
+        # A template that was rendered before: its line break belongs to the prompt.
+        (
+            {"chosen": "Hi<e>\n<b>bot\nSo.<e>", "rejected": "Hi<e>\n<b>bot\nNo.<e>"},
+            ("Hi<e>\n<b>bot\n", "So.<e>", "No.<e>"),
+        ),
+        ({"chosen": "<b>bot\nSo.", "rejected": "<b>bot\n\nSo."}, ("<b>bot\n", "So.", "\nSo.")),
         (
             {
                 "prompt": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("Wh", "y?")]}],

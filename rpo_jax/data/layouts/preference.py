@@ -10,8 +10,7 @@ from rpo_jax.data.layouts.layout import Layout, per_row
 from rpo_jax.data.layouts.messages import text_or_messages
 from rpo_jax.data.layouts.parts import Parts, answered, common_prefix, is_conversation, pair, shared_conversation
 
-_LAST_WORD = re.compile(r"\s+\S*\Z")
-_LINE_BREAKS = re.compile(r"[ \t]*[\r\n]\s*")
+_LAST_SPACE = re.compile(r"(\s+)\S*\Z")
 _KINDS = ("chosen", "rejected")
 
 
@@ -39,11 +38,9 @@ def _shared_words(chosen: str, rejected: str) -> Parts:
     cut = len(common_prefix(chosen, rejected))
     at_word_end = chosen[cut : cut + 1].isspace() and rejected[cut : cut + 1].isspace()
     if not at_word_end:
-        last_word = _LAST_WORD.search(chosen[:cut])
-        cut = last_word.start() if last_word else 0
-    breaks = [_LINE_BREAKS.match(text, cut) for text in (chosen, rejected)]
-    if all(breaks) and breaks[0][0] == breaks[1][0]:
-        cut += len(breaks[0][0])
+        space = _LAST_SPACE.search(chosen[:cut])
+        # A line break ends what is before it; a space begins what is after.
+        cut = 0 if space is None else space.end(1) if "\n" in space[1] else space.start()
     if not chosen[:cut].strip():
         raise Unusable("no shared prompt: chosen and rejected do not begin with the same words")
     return pair(chosen[:cut], chosen[cut:], rejected[cut:])._replace(implicit=True)
