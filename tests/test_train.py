@@ -103,7 +103,7 @@ def test_a_run_folder_holds_what_a_run_needs(world, finished):
     run_dir = finished.run_dir
     assert run_dir == world.folder / "finished"
     inside = {path.name for path in run_dir.iterdir()}
-    assert inside == {"config.yaml", "run_id", "model", "checkpoints", "metrics.jsonl", "tensorboard"}
+    assert inside == {"config.yaml", "run_id", "data.json", "model", "checkpoints", "metrics.jsonl", "tensorboard"}
     assert load_config(run_dir / "config.yaml") == world.configured("finished", PERIODS)
     assert finished.checkpoint == run_dir / "checkpoints" / str(STEPS)
     assert finished.checkpoint.is_dir()
