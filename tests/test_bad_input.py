@@ -8,6 +8,9 @@ import pytest
 
 from rpo_jax import models, train
 from rpo_jax.data.tokenizer import train_tokenizer
+from rpo_jax.sampling.policy import find_policy
+from rpo_jax.tools.judging.local import RewardJudge
+from rpo_jax.tools.planning.workload import planned_model
 from tests.runs import configured, preference_rows, settings, write_rows
 from tests.worlds import small_model
 
@@ -275,6 +278,44 @@ def test_a_tokenizer_that_is_larger_than_its_model(refused, place):
     assert "64" in error
 
 
+def test_a_tokenizer_without_its_model_s_special_tokens(refused, place):
+    folder = place.copy_of_model("other_special_tokens")
+    change_config(folder, eos_token_id=[2, 310])
+    error = refused({"model.path": folder})
+    assert f"The tokenizer in {folder} has no token 310, which config.json there gives as eos_token_id" in error
+    with pytest.raises(ValueError, match="has no token 310"):
+        find_policy(str(folder))
+    change_config(folder, eos_token_id=2, bos_token_id=-1, pad_token_id=310)
+    assert find_policy(str(folder)).end_ids == {2}
+
+
+def test_gguf_is_named_with_the_command_that_converts_it(refused, place):
+    """As a file of whatever name, or as a folder of such files, wherever a model is given."""
+    folder = place.folder / "quantized"
+    folder.mkdir(exist_ok=True)
+    file = folder / "tea.Q4_0.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00")
+    named = place.folder / "blob"
+    named.write_bytes(file.read_bytes())
+    described = place.copy_of_model("described")  # config.json and tokenizer, the weights as GGUF
+    (described / "model.safetensors").rename(described / "model.gguf")
+    for given in (folder, file, named, described):
+        for key in ("model.path", "reference.path", "model.tokenizer"):
+            if (given, key) == (described, "model.tokenizer"):
+                continue
+            error = refused({key: given})
+            assert "is GGUF, llama.cpp's format" in error
+            assert "gguf_file=" in error
+        with pytest.raises(ValueError, match=r"is GGUF.*python -c \"from transformers import"):
+            find_policy(str(given))
+    for name in (str(file), str(folder)):
+        with pytest.raises(ValueError, match="is GGUF"):
+            planned_model(configured(place.data, place.run_dir, place.folder, {"model.path": name}), None)
+        with pytest.raises(ValueError, match="is GGUF"):
+            RewardJudge(name)
+    assert f"save_pretrained('{folder}/tea.Q4_0')" in refused({"model.path": file})
+
+
 def test_a_reference_with_a_smaller_vocabulary(refused, place):
     folder = place.folder / "small_reference"
     model_config = small_model(vocab_size=64)
@@ -308,7 +349,7 @@ def test_a_dashboard_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else found(name, *more)
     )
-    assert "pip install rpo-jax[wandb]" in refused({"tracking.wandb": True})
+    assert "run `pip install wandb`" in refused({"tracking.wandb": True})
 
 
 def test_a_run_folder_that_holds_a_run(refused, finished):

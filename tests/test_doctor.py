@@ -32,6 +32,7 @@ jax.monitoring.register_event_duration_secs_listener(_note)
 
 CHANGES = {
     "train.steps": 2,
+    "optim.warmup_steps": 1,
     "train.save_every": 1,
     "train.keep_last": 2,
     "tracking.tensorboard": False,
@@ -80,7 +81,9 @@ def test_a_sound_run(seen):
     assert "0 warnings, 0 failed" in said
     assert f"jax {metadata.version('jax')}" in said
     assert "8 x cpu, cpu: data 8, fsdp 1, tensor 1" in said
-    assert "32 examples, layout preference" in said
+    assert (
+        "32 examples, layout preference; prompt: prompt; columns read: prompt, chosen, rejected; not read: none" in said
+    )
     assert "reference cache 4 files, all whole" in said
     assert "step 2 reads back: " in said
     assert "besides 1" in said

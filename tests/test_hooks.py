@@ -1,15 +1,25 @@
 """Hooks of a user's own: called in order, at the same steps after a resume, and able to stop a run."""
 
+import contextlib
 import json
 import math
+import re
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 import rpo_jax
-from rpo_jax.hosts.stopping import Stopped
+from rpo_jax.config import GuardConfig, TrackingConfig
+from rpo_jax.hosts.stopping import Stopped, Stopping
 from rpo_jax.models.huggingface.folders import resolve_folder
+from rpo_jax.runs.tracking import MetricsLog, Reporter
 from rpo_jax.sampling.end_tokens import end_tokens
+from rpo_jax.training.hooks.guard import Guard
+from rpo_jax.training.hooks.hook import FinishedStep, Training
+from rpo_jax.training.hooks.logging import Logging
+from rpo_jax.training.loop import Programs
 from tests.runs import configured, metric_lines, without_timings, write_rows
 
 CHANGES = {
@@ -166,3 +176,40 @@ def test_end_tokens_are_those_of_the_model_its_folder_and_the_tokenizer(tmp_path
     (tmp_path / "generation_config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="is not a JSON object"):
         end_tokens(tmp_path, model, tokenizer)
+
+
+def test_a_step_that_compares_nothing_is_not_the_run_s_result(tmp_path, capsys):
+    """As one whose responses are all of one kind: its loss, a mean of nothing, is 0."""
+    log = MetricsLog(tmp_path, TrackingConfig(tensorboard=False), 0, "id", {})
+    hook = Logging(1, log, Reporter(), Guard(GuardConfig()), contextlib.ExitStack())
+    run = Training(None, 0, 0, 3, 3, Stopping(None), [hook])  # pyright: ignore[reportArgumentType]
+    hook.before_first_step(run)
+    sides = {"chosen": SimpleNamespace(valid=np.ones(2, bool)), "rejected": SimpleNamespace(valid=np.zeros(2, bool))}
+    for step, compared in ((1, 4), (2, 0), (3, 0)):
+        report = {"loss": np.float32(0.5 if compared else 0.0), "compared": np.float32(compared), "skipped": 0.0}
+        batch: Any = SimpleNamespace(sides=sides)
+        hook.after_step(run, FinishedStep(step, batch, 9 * step, 0.5, None, report, 1.0))
+    log.close()
+    assert [line.get("loss") for line in metric_lines(tmp_path)] == [0.5, None, None]
+    assert log.training["step"] == 1
+    told = capsys.readouterr().out
+    assert told.count("had nothing to compare in its 2 chosen and 0 rejected responses") == 1
+    assert "batch.order=shuffled" in told
+
+
+def test_a_compilation_is_told_once_for_each_shape_of_batch():
+    said = []
+    steps: Any = SimpleNamespace(train=lambda *_, **__: said.append("trained"))
+    programs = Programs(steps, None, None, None, None, said.append)  # pyright: ignore[reportArgumentType]
+    for shape in ((8, 64), (8, 64), (16, 64)):
+        programs.train(None, SimpleNamespace(tokens=np.zeros(shape)), None)  # pyright: ignore[reportArgumentType]
+    told = [re.sub(r"\d+\.\d s", "S", line) for line in said]
+    assert told == [
+        "compiling the step (8 rows of 64 tokens)",
+        "trained",
+        "compiled the step (8 rows of 64 tokens) in S",
+        "trained",
+        "compiling the step (16 rows of 64 tokens)",
+        "trained",
+        "compiled the step (16 rows of 64 tokens) in S",
+    ]

@@ -14,7 +14,7 @@ import rpo_jax
 from rpo_jax import export, models
 from rpo_jax.config.reading import load_config
 from rpo_jax.runs.model_card import model_card
-from tests.runs import configured, metric_lines, write_rows
+from tests.runs import configured, metric_lines, preference_rows, write_rows
 
 BASE_CARD = """---
 license: other
@@ -87,6 +87,13 @@ def test_the_card_says_what_was_done(kind, world):
     held_out = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in held_out] == [0, 2]
     assert f"| loss | {held_out[0]['eval_loss']:.4f} | {held_out[1]['eval_loss']:.4f} |" in text
+    # Before training, a policy that is its own reference tells nothing apart.
+    accuracies = f"{held_out[1].get('eval_rewards/accuracies', 0):.4f}"
+    assert (f"| rewards/accuracies | tied | {accuracies} |" in text) == (kind != "sft")
+    assert "-0.0000" not in text
+    assert "| data.template | auto |" in text
+    assert "| batch.order | shuffled |" in text
+    assert f"| epochs | {2 / 3:.3g} |" in text  # 24 pairs in batches of 8
     assert "On the last 8 usable rows of `tea preferences.jsonl`." in text
 
 
@@ -144,12 +151,38 @@ def test_a_card_of_an_earlier_step_has_its_metrics_and_one_without_metrics_has_n
     assert "| metric | step 0 | step 2 |" in card(2)
     assert "| metric | step 0 |\n" in card(1)
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    assert "| epochs | 1.33 |" in card(4)
+    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"step": 2, "eval_rewards/margins": -1e-9}) + "\n")
+    assert "| rewards/margins | 0.0000 | 0.0000 |" in card(2)
     broken = {"step": 2, "eval_loss": float("nan"), "eval_rewards/margins": 0.25}
     (run_dir / "metrics.jsonl").write_text(json.dumps(broken) + "\n" + lines[:20], encoding="utf-8")  # and cut short
     assert "| rewards/margins | 0.2500 |" in card(2)
     assert "nan" not in card(2).lower()
     (run_dir / "metrics.jsonl").unlink()
     assert "Held-out" not in card(2)
+
+
+def test_a_card_shows_messages_where_prompts_were_rendered(world, tmp_path):
+    """The whole way: rows of conversations, a run, its export, and the card's code run on the folder."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in preference_rows()
+    ]
+    data = write_rows(tmp_path / "chats.jsonl", rows)
+    settings = {"train.steps": 1, "tracking.tensorboard": False, "objective.name": "sft"}
+    run_dir = rpo_jax.run(configured(data, tmp_path / "run", tmp_path / "cache", settings)).run_dir
+    saved = export.export(run_dir, tmp_path / "hf")
+    text = (saved / "README.md").read_text(encoding="utf-8")
+    assert 'messages = [{"role": "user", "content": "..."}]' in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("path/to/this/folder", str(saved))
+    exec(compile(code.replace("max_new_tokens=64", "max_new_tokens=2"), "card", "exec"), {})
+    _, made = world
+    assert "messages" not in (made["sft"] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("content", ["", "# no metadata", "---\n: [\n---\n", "---\nlicense: [mit]\n---\n", "\x00\xff"])

@@ -1,12 +1,18 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
+from flax.traverse_util import flatten_dict
 
-from rpo_jax.config import OptimConfig
+from rpo_jax import models
+from rpo_jax.config import LoraConfig, OptimConfig
+from rpo_jax.objectives import heads
 from rpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tests.worlds import small_model
 
 STEPS = 20
 
@@ -19,7 +25,7 @@ def _trajectories(config: OptimConfig, torch_optimizer, scale: float = 1.0):
 
     weight = torch.nn.Parameter(torch.tensor(start))
     theirs = torch_optimizer([weight])
-    optimizer = make_optimizer(config, learning_rate_schedule(config, STEPS))
+    optimizer = make_optimizer(config, learning_rate_schedule(config, STEPS), decayed=True)
     params = jnp.asarray(start)
     state = optimizer.init(params)
     for gradient in gradients:
@@ -49,7 +55,7 @@ def test_adamw_is_torchs():
 
 def test_lion_moves_by_the_sign():
     config = OptimConfig(name="lion", learning_rate=0.5, warmup_steps=0, max_grad_norm=1e9)
-    optimizer = make_optimizer(config, learning_rate_schedule(config, STEPS))
+    optimizer = make_optimizer(config, learning_rate_schedule(config, STEPS), decayed=True)
     params = jnp.array([1.0, 1.0])
     updates, _ = optimizer.update(jnp.array([3.0, -1e-3]), optimizer.init(params), params)
     np.testing.assert_allclose(updates, [-0.5, 0.5])
@@ -57,7 +63,7 @@ def test_lion_moves_by_the_sign():
 
 def test_clipping_uses_the_global_norm():
     config = OptimConfig(name="lion", learning_rate=1.0, warmup_steps=0, max_grad_norm=1.0)
-    optimizer = make_optimizer(config, learning_rate_schedule(config, STEPS))
+    optimizer = make_optimizer(config, learning_rate_schedule(config, STEPS), decayed=True)
     gradients = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     clip_state = optimizer.init(gradients)
     _, state = optimizer.update(gradients, clip_state, gradients)
@@ -76,3 +82,41 @@ def test_schedule(schedule, half, end):
     np.testing.assert_allclose([rate(0), rate(1), rate(2), rate(3)], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
     np.testing.assert_allclose(rate(53), 2.0 * half, atol=1e-6)
     np.testing.assert_allclose(rate(103), 2.0 * end, atol=1e-6)
+
+
+MODELS = {
+    "llama": replace(small_model(), qkv_bias=True, output_bias=True, mlp_bias=True),
+    "qwen2": small_model(family="qwen2", tie_embeddings=True),
+    "qwen3": small_model(family="qwen3"),
+}
+TRAINED = {
+    **{name: models.Policy(config) for name, config in MODELS.items()},
+    "lora": models.Policy(MODELS["llama"], LoraConfig(rank=2)),
+}
+
+
+def decayed_for_ten_steps(policy: models.Policy, heads_too: dict):
+    """Every parameter, which begins as ones, after ten steps without a gradient."""
+    config = OptimConfig(name="adamw", learning_rate=0.1, warmup_steps=0, weight_decay=0.1)
+    decayed = {**policy.decayed, **heads.decayed(tuple(heads_too))}
+    optimizer = make_optimizer(config, learning_rate_schedule(config, 10), decayed)
+    params = {**jax.tree.map(lambda leaf: jnp.ones(leaf.shape), policy.trained.shapes), **heads_too}
+    state, nothing = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+    # The same state as with no weight decay's mask: checkpoints of earlier runs are restored into it.
+    assert jax.tree.structure(state[2]) == jax.tree.structure(optax.add_decayed_weights(0.1).init(params))
+    for _ in range(10):
+        updates, state = optimizer.update(nothing, state, params)
+        params = optax.apply_updates(params, updates)
+    return flatten_dict(params)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_weight_decay_leaves_norms_and_biases_alone(name):
+    """As transformers' Trainer does, whose AdamW decays what is a matrix, embeddings and LoRA's factors included."""
+    value_head = jax.tree.map(jnp.ones_like, heads.init(("value",), 32))
+    found = decayed_for_ten_steps(TRAINED[name], value_head)
+    for path, values in found.items():
+        expected = 1.0 if path[-1] in ("scale", "bias") else (1 - 0.1 * 0.1) ** 10
+        np.testing.assert_allclose(values, expected, rtol=1e-6, err_msg="/".join(path))
+    kinds = {path[-1] for path in found}
+    assert kinds >= ({"lora_a", "lora_b"} if name == "lora" else {"scale", "kernel", "bias", "embed"})

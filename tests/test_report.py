@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -19,7 +20,7 @@ from rpo_jax.runs.folder import MODEL
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.exporting import export
 from rpo_jax.tools.reporting import contrast_panel, rewards_panel
-from rpo_jax.tools.reporting.curves import make_panels, points
+from rpo_jax.tools.reporting.curves import final_values, make_panels, points
 from rpo_jax.tools.reporting.report_page import make_page
 from rpo_jax.tools.reporting.run_records import read_runs
 from rpo_jax.training.prepare import batches_of, prepare
@@ -180,6 +181,7 @@ def test_rewards_are_those_of_the_last_evaluation(world, prepared):
     assert isinstance(shown, dict)
     assert sum(shown["sides"]["counts"]["chosen"]) == 8
     assert shown["accuracy"] == pytest.approx(last["eval_rewards/accuracies"])
+    assert not shown["tied"]
 
 
 def test_rewards_that_are_alike_or_lost_are_told():
@@ -187,6 +189,7 @@ def test_rewards_that_are_alike_or_lost_are_told():
     assert isinstance(alike, dict)
     assert sum(alike["sides"]["counts"]["chosen"]) == 3
     assert alike["accuracy"] == 0
+    assert alike["tied"]
     lost = rewards_panel.for_page({"chosen": np.full(3, np.nan), "rejected": np.full(3, np.nan)}, 7, beta=0.1)
     assert lost == "No score of the held-out data is a finite number at step 7: the run has diverged."
 
@@ -233,6 +236,16 @@ def test_a_last_line_that_was_cut_short_is_left_out(world, tmp_path):
         file.write('{"step": 99, "lo')
     (record,) = read_runs([str(folder)])
     assert record.metrics == metric_lines(world / "dpo")
+
+
+def test_pairs_that_all_tie_are_called_so(world):
+    """Before the first step, where the policy still is its reference: 0 would be the worst accuracy there is."""
+    (record,) = read_runs([str(world / "rpo")])
+    assert points(record, "eval_rewards/accuracies")[0] == [0, 0.0, "tied"]
+    start = replace(record, metrics=record.metrics[:1])
+    values = {row["title"]: row["values"] for row in final_values([start])}
+    assert values["Reward accuracy"] == [{"train": None, "held_out": "tied"}]
+    assert all(len(point) == 2 for point in points(record, "eval_logps/accuracies"))
 
 
 DAMAGE = {

@@ -1,6 +1,9 @@
 """Stopped by a signal or by its time limit, at any step, and resumed: bit for bit the run that was never stopped."""
 
+import json
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +115,49 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(world, monkeypatch):
     resumed = world.run(name, {"run.resume": "auto"})
     assert resumed.stopped is None
     world.assert_as_never_stopped(name)
+
+
+def other_rows(world):
+    """The same file with the first row's responses swapped."""
+    first, *rest = world.data.read_text().splitlines()
+    row = json.loads(first)
+    row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    path = world.folder / "swapped.jsonl"
+    path.write_text("\n".join([json.dumps(row), *rest]))
+    return {"data.path": path}
+
+
+SHORT = {"optim.schedule": "cosine", "train.steps": 2, "train.save_every": 1, "train.eval_every": 2}
+
+
+@pytest.fixture(scope="module")
+def short(world):
+    """A run of 2 steps that has lost its last checkpoint."""
+    world.run("short", SHORT)
+    shutil.rmtree(world.folder / "short" / CHECKPOINTS / "2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (lambda world: {"objective.name": "ipo"}, "objective.name=rpo, not ipo"),
+        (lambda world: {"data.pairing": "unpaired"}, "data.pairing=paired, not unpaired"),
+        (other_rows, "other training data"),
+        (lambda world: {"train.steps": 3}, "a learning rate that decays over 2 steps, not 3"),
+    ],
+    ids=["objective", "pairing", "data", "schedule"],
+)
+def test_what_would_be_another_run_is_refused(world, short, changes, reason):
+    with pytest.raises(ValueError, match=re.escape(f"was trained with {reason}; resume with its own, or with --force")):
+        world.run("short", {**SHORT, "run.resume": "auto", **changes(world)})
+
+
+def test_another_run_goes_on_by_force_and_says_so(world, short, capsys):
+    world.run("short", {**SHORT, "run.resume": "auto", "run.force": True, **other_rows(world)})
+    assert "resuming by --force what was trained with other training data" in capsys.readouterr().out
+    checkpoints = Checkpoints(world.folder / "short" / CHECKPOINTS, read_only=True)
+    assert checkpoints.record(checkpoints.latest_step())["forced"] == ["other training data"]
+    checkpoints.close()
 
 
 def test_an_interrupted_cell_of_a_notebook_saves(world, monkeypatch):

@@ -144,6 +144,12 @@ def test_importing_the_commands_loads_no_heavy_library():
     assert not loaded & HEAVY
 
 
+def test_hints_name_packages_that_can_be_installed():
+    """This package is installed from a checkout; the extras of one that is not published cannot be had by its name."""
+    for path in SOURCES:
+        assert "rpo-jax[" not in path.read_text(encoding="utf-8"), path
+
+
 def test_what_is_imported_is_declared():
     """Directly, not by way of what some other package happens to need; extras count for what they are for."""
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]

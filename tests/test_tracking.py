@@ -92,6 +92,19 @@ def test_the_summary_is_short_and_ordered():
     assert line == "loss 0.6931  pairs/s 12.3  accuracy 0.750"
 
 
+def test_pairs_that_all_tie_are_no_accuracy_of_zero():
+    tied = {"eval_loss": 0.6931, "eval_rewards/accuracies": 0.0, "eval_rewards/ties": 1.0, "eval_logps/accuracies": 0.5}
+    assert summary(tied) == "held-out loss 0.6931  held-out accuracy tied  held-out accuracy of log-probs 0.500"
+    assert "held-out accuracy 0.000" in summary({**tied, "eval_rewards/ties": 0.9})
+    assert summary({"rewards/accuracies": 0.0}) == "accuracy 0.000", "runs of earlier versions counted no ties"
+
+
+@pytest.mark.parametrize(("rate", "shown"), [(0.0123, "0.012"), (0.5, "0.5"), (1.26, "1.3"), (345.6, "345.6")])
+def test_a_slow_rate_is_not_zero(rate, shown):
+    assert summary({"pairs_per_second": rate}) == f"pairs/s {shown}"
+    assert summary({"generated_per_second": 0.04}) == "tokens/s 0.04"
+
+
 def use_reporter(reporter):
     with reporter.phase("read") as notes:
         notes.append("[3 rows]")
@@ -106,7 +119,7 @@ def test_where_there_is_no_terminal_lines_are_plain(capsys):
     use_reporter(reporter)
     phase, *progress = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"read +\d+\.\d s  \[3 rows\]", phase), "square brackets are text, not markup"
-    assert progress == ["train 1/4  loss 0.5000", "train 3/4  loss 0.2500"]
+    assert progress == ["train 1/4  loss 0.5000", "train 3/4  loss 0.2500  0:00 left"]
     assert list(reporter.phase_seconds) == ["read"]
 
 
@@ -140,3 +153,42 @@ def test_a_phase_that_fails_reports_no_time(capsys):
         raise ValueError("no rows")
     assert reporter.phase_seconds == {}
     assert capsys.readouterr().out == ""
+
+
+class SlowClock:
+    """Steps of 100 s each, the first of 1,000."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(tracking.time, "perf_counter", lambda: self.now)
+
+    def take(self, reporter, steps):
+        with reporter.progress("train", 60) as update:
+            for step in range(1, steps + 1):
+                self.now += 100 if step > 1 else 1000
+                update(step, {"loss": 0.5})
+
+
+def test_the_time_left_is_told_once_a_step_without_compiling_is_timed(capsys, monkeypatch):
+    clock = SlowClock(monkeypatch)
+    clock.take(Reporter(), 3)
+    assert capsys.readouterr().out.splitlines() == [
+        "train 1/60  loss 0.5000",
+        "train 2/60  loss 0.5000  1:36:40 left",
+        "train 3/60  loss 0.5000  1:35:00 left",
+    ]
+
+
+def test_a_bar_knows_the_time_left_of_slow_steps(capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "Console", lambda **given: Console(**given, force_terminal=True, width=160))
+    clock = SlowClock(monkeypatch)
+    bars = []
+
+    class Bar(tracking.Progress):
+        def __init__(self, *columns, **given):
+            super().__init__(*columns, get_time=lambda: clock.now, **given)
+            bars.append(self)
+
+    monkeypatch.setattr(tracking, "Progress", Bar)
+    clock.take(Reporter(), 3)
+    assert bars[0].tasks[0].time_remaining == 57 * 100

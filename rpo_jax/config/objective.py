@@ -159,7 +159,7 @@ class OptimConfig:
         warmup_steps: steps of linear warm-up.
         schedule: after the warm-up: constant, or linear or cosine decay to zero at the last step.
         max_grad_norm: gradients are scaled down to this global norm.
-        weight_decay: decoupled weight decay of adamw and lion.
+        weight_decay: decoupled weight decay of adamw and lion; scales of norms, and biases, are left alone.
         b1: first-moment decay of adamw and lion.
         b2: second-moment decay of adamw and lion.
         decay: squared-gradient decay of rmsprop.

@@ -30,11 +30,17 @@ def _known() -> dict[str, None]:
     return dict.fromkeys([*known_keys(), *(section.name for section in fields(Config))])
 
 
+@functools.cache
+def _mappings() -> tuple[str, ...]:
+    """Keys below which the user's own names stand."""
+    return tuple(key for key, default in known_keys().items() if isinstance(default, dict))
+
+
 def _reject_unknown(keys: Iterable[str], where: str) -> None:
     sections = [section.name for section in fields(Config)]
     known = list(_known())
     for key in keys:
-        if key in _known():
+        if key in _known() or key.rpartition(".")[0] in _mappings():
             continue
         section = key.partition(".")[0]
         # In a section that exists, another section is no help: its own keys are.
@@ -82,7 +88,7 @@ def _parser() -> ArgumentParser:
 
 
 # Short forms on the command line for what is typed most often.
-_FLAGS = {"--resume": "--run.resume", "--overwrite": "--run.overwrite"}
+_FLAGS = {"--resume": "--run.resume", "--overwrite": "--run.overwrite", "--force": "--run.force"}
 
 
 def parse_config(arguments: Sequence[str]) -> Config:
@@ -107,7 +113,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
             _read_yaml(Path(value if equals else following))
         elif name != "--help":
             _reject_unknown([name.removeprefix("--")], "command line")
-        if name == "--run.overwrite" and not equals and following.startswith("--"):
+        if name in ("--run.overwrite", "--run.force") and not equals and following.startswith("--"):
             value, equals = "true", "="
         expanded.append(name + equals + value)
     parser = _parser()

@@ -17,6 +17,8 @@ class RunConfig:
         seed: seed of data order, and of the initial weights of a model from scratch or of LoRA adapters.
         resume: `auto` continues from the newest checkpoint in `dir`, or starts where there is none.
         overwrite: empty an existing run folder first.
+        force: resume also where that makes another run of it: other data or pairing, another objective, or another
+            length of a decaying learning rate. It is recorded in the checkpoints.
         cache_dir: prepared embeddings, reference log-probs and compiled programs; shared between runs.
     """
 
@@ -24,6 +26,7 @@ class RunConfig:
     seed: int = 0
     resume: Literal["never", "auto"] = "never"
     overwrite: bool = False
+    force: bool = False
     cache_dir: str = "~/.cache/rpo_jax"
 
     def __post_init__(self) -> None:
@@ -101,7 +104,7 @@ class TrackingConfig:
 
     Args:
         tensorboard: write event files into the run folder.
-        wandb: log to Weights & Biases (needs `pip install rpo-jax[wandb]`; the key comes from the environment).
+        wandb: log to Weights & Biases (needs `pip install wandb`; the key comes from the environment).
         wandb_project: project there.
     """
 

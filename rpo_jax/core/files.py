@@ -38,6 +38,28 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def refuse_gguf(path: Path) -> None:
+    """ValueError for a GGUF file, or a folder of nothing else that a model could be read from."""
+    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    files = [file for file in found if file.suffix.lower() == ".gguf" or _first_bytes(file) == b"GGUF"]
+    if not files:
+        return
+    folder, name = files[0].parent, files[0].name
+    load = f"({str(folder)!r}, gguf_file={name!r}"
+    target = f".save_pretrained({str(folder / files[0].stem)!r})"
+    raise ValueError(
+        f"{files[0]} is GGUF, llama.cpp's format, which is not read here. Use the folder that it was made from, or "
+        'convert it once (after pip install gguf) and give the new folder: python -c "from transformers import '
+        "AutoModelForCausalLM as M, AutoTokenizer as T, GgufConfig as G; "
+        f'M.from_pretrained{load}, quantization_config=G(dequantize=True)){target}; T.from_pretrained{load}){target}"'
+    )
+
+
+def _first_bytes(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(4)
+
+
 def read_json(folder: Path, name: str, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The JSON object in a file of a folder; ValueError where it is something else, or larger than `max_bytes`."""
     file = inside(folder, name)

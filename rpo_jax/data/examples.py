@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Literal
@@ -12,9 +12,12 @@ from typing import Literal
 from rpo_jax.core.records import PreferenceExample, Row
 from rpo_jax.data.faults import BadRow, Faults, plain
 from rpo_jax.data.layouts import LAYOUTS
-from rpo_jax.data.layouts.layout import Unusable, number_field
+from rpo_jax.data.layouts.fields import Fields, Unusable, number_field
+from rpo_jax.data.layouts.layout import Layout
+from rpo_jax.data.layouts.messages import turns_text
 
 _DETECTION_ROWS = 100  # the layout is a vote, so that a broken first row does not hide it
+_NAMED_COLUMNS, _NAME_CHARACTERS = 200, 100  # so many are reported, and none longer: junk has any number
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class ExampleSet:
 
     Attributes:
         num_rows: that were read, unusable ones too.
+        columns: those that rows have, and which of the layout's each was read as; empty where no one read it.
     """
 
     examples: tuple[PreferenceExample, ...]
@@ -30,6 +34,12 @@ class ExampleSet:
     truncation_side: Literal["keep_start", "keep_end"]
     faults: Faults
     num_rows: int
+    columns: Mapping[str, str]
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """Where prompts were found; none where they are what the answers begin with."""
+        return tuple(column for column, name in self.columns.items() if name in LAYOUTS[self.layout].prompt)
 
 
 def make_examples(
@@ -37,6 +47,8 @@ def make_examples(
     layout: str = "auto",
     on_bad_row: Literal["error", "skip"] = "error",
     scores: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Collection[str] = (),
 ) -> ExampleSet:
     """Examples of every usable row. What of a row makes no example is not kept, so `rows` may be a stream.
 
@@ -46,9 +58,11 @@ def make_examples(
         on_bad_row: `error` raises if any row is unusable, naming the first by file and line, and counting all by
             kind; `skip` leaves them out and returns their counts as `faults`.
         scores: for each kind of response the column with its score; a row that lacks one that it needs is unusable.
+        columns: what the rows call columns of the layout, where their names differ.
+        ignore_columns: columns that are as if they were not there.
 
-    Raises ValueError also for an unknown layout, columns that fit none, scores asked of a layout that makes one example
-    of several rows, or where no row is usable.
+    Raises ValueError also for an unknown layout, columns that fit none, `columns` that the layout or the rows do not
+    have, scores asked of a layout that makes one example of several rows, or where no row is usable.
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"data.on_bad_row is '{on_bad_row}'; use 'error' or 'skip'.")
@@ -65,7 +79,8 @@ def make_examples(
 
     stream = readable()
     start = deque(islice(stream, _DETECTION_ROWS))
-    name = detect_layout(start) if layout == "auto" and start else layout
+    _check_found(start, columns or {})
+    name = detect_layout(start, columns, ignore_columns) if layout == "auto" and start else layout
     if name not in LAYOUTS and (start or name != "auto"):
         nearest = difflib.get_close_matches(name, LAYOUTS, n=1, cutoff=0.0)[0]
         raise ValueError(f"data.layout '{name}' is unknown; did you mean '{nearest}'? Known are {', '.join(LAYOUTS)}.")
@@ -75,12 +90,14 @@ def make_examples(
             "without scores, or data with a row for each pair."
         )
     everything = chain((start.popleft() for _ in range(len(start))), stream)  # each given up as it is taken
-    examples = []
-    for outcome in _read(name, everything, scores) if start else ():
-        if isinstance(outcome, PreferenceExample):
-            examples.append(outcome)
-        else:
-            faults.add(*outcome)
+    examples, read = [], _Read(columns or {}, ignore_columns)
+    if num_rows > faults.total:
+        read.check(name)
+        for outcome in read.outcomes(LAYOUTS[name], everything, scores):
+            if isinstance(outcome, PreferenceExample):
+                examples.append(outcome)
+            else:
+                faults.add(*outcome)
     if faults and (on_bad_row == "error" or not examples):
         raise faults.error(
             f"{num_rows} rows cannot be used", on_bad_row, "none is left, so check the data or data.layout"
@@ -90,17 +107,69 @@ def make_examples(
             f"no preference found: none of the {num_rows} rows gave an example in the layout '{name}' "
             f"({LAYOUTS[name].description}); check the data or data.layout."
         )
-    return ExampleSet(tuple(examples), name, LAYOUTS[name].truncation_side, faults, num_rows)
+    side = LAYOUTS[name].truncation_side
+    return ExampleSet(tuple(examples), name, side, faults, num_rows, read.found)
 
 
-def _read(layout: str, rows: Iterable[Row], scores: Mapping[str, str] | None) -> Iterator[PreferenceExample | BadRow]:
-    read = LAYOUTS[layout].read
-    if scores is None:
-        yield from read(rows)
-        return
-    for row in rows:
-        for outcome in read([row]):
-            yield _scored(outcome, row, scores) if isinstance(outcome, PreferenceExample) else outcome
+def _check_found(rows: Collection[Row], columns: Mapping[str, str]) -> None:
+    """Raises ValueError for the first of `columns` that no row has."""
+    for name, column in columns.items():
+        if rows and not any(column in row.values for row in rows):
+            raise ValueError(
+                f"{next(iter(rows)).file}: data.columns.{name} is '{plain(column)}', but the columns are "
+                f"{_listed(rows)}; name one of them."
+            )
+
+
+def _listed(rows: Iterable[Row]) -> str:
+    return plain(", ".join(dict.fromkeys(str(name) for row in rows for name in row.values))) or "none"
+
+
+class _Read:
+    """Rows on their way through a layout, and what was read of them.
+
+    Attributes:
+        found: as ExampleSet.columns.
+    """
+
+    def __init__(self, columns: Mapping[str, str], ignored: Collection[str]) -> None:
+        self._columns, self._ignored = columns, frozenset(ignored)
+        self.found: dict[str, str] = {}
+
+    def check(self, layout: str) -> None:
+        """Raises ValueError for a name that the layout does not know."""
+        names = LAYOUTS[layout].names
+        for name in self._columns:
+            if name not in names:
+                nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"data.columns.{name}: the layout '{layout}' has no column of this name; did you mean '{nearest}'? "
+                    f"It reads {', '.join(names)}."
+                )
+
+    def outcomes(
+        self, layout: Layout, rows: Iterable[Row], scores: Mapping[str, str] | None
+    ) -> Iterator[PreferenceExample | BadRow]:
+        fields = self._fields(layout, rows)
+        if scores is None:
+            yield from layout.read(fields)
+            return
+        for row in fields:
+            for outcome in layout.read([row]):
+                yield _scored(outcome, row, scores) if isinstance(outcome, PreferenceExample) else outcome
+
+    def _fields(self, layout: Layout, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            values = layout.fields(row.values, self._columns, self._ignored)
+            yield row._replace(values=values)
+            self._note(row.values, values)
+
+    def _note(self, values: Mapping[str, object], fields: Fields) -> None:
+        for column in values:
+            if column in fields.read:
+                self.found[column] = fields.read[column]
+            elif len(self.found) < _NAMED_COLUMNS and len(column) <= _NAME_CHARACTERS:
+                self.found.setdefault(column, "")
 
 
 def _scored(example: PreferenceExample, row: Row, columns: Mapping[str, str]) -> PreferenceExample | BadRow:
@@ -112,13 +181,17 @@ def _scored(example: PreferenceExample, row: Row, columns: Mapping[str, str]) ->
     return replace(example, responses=tuple(responses))
 
 
-def detect_layout(rows: Iterable[Row]) -> str:
+def detect_layout(
+    rows: Iterable[Row], columns: Mapping[str, str] | None = None, ignore_columns: Collection[str] = ()
+) -> str:
     """The layout whose columns the first rows have; where several fit, the one that asks for more.
+
+    `columns` and `ignore_columns` are as for make_examples.
 
     Raises ValueError, listing the columns found and those each layout needs, where none fits or two fit equally.
     """
     rows = list(islice(rows, _DETECTION_ROWS))
-    votes = Counter(tuple(_fitting(row)) for row in rows)
+    votes = Counter(tuple(_fitting(row, columns, ignore_columns)) for row in rows)
     votes.pop((), None)
     if votes:
         names = votes.most_common(1)[0][0]
@@ -127,21 +200,21 @@ def detect_layout(rows: Iterable[Row]) -> str:
         problem = f"fit the layouts {' and '.join(names)} alike"
     else:
         problem = "fit no layout"
-    columns = plain(", ".join(dict.fromkeys(str(name) for row in rows for name in row.values)))
     needs = "; ".join(f"{name}: {', '.join(layout.columns)}" for name, layout in LAYOUTS.items())
     where = f"{rows[0].file}: " if rows else ""
     raise ValueError(
-        f"{where}the columns ({columns or 'none'}) {problem}; set data.layout, or rename the columns. "
+        f"{where}the columns ({_listed(rows)}) {problem}; set data.layout, or say with data.columns what they are. "
         f"Layouts and the columns they need: {needs}."
     )
 
 
-def _fitting(row: Row) -> list[str]:
-    fits = {
-        name: (set(layout.columns), layout.recognise is not None)
-        for name, layout in LAYOUTS.items()
-        if set(layout.columns) <= set(row.values) and (layout.recognise is None or layout.recognise(row.values))
-    }
+def _fitting(row: Row, columns: Mapping[str, str] | None, ignore_columns: Collection[str]) -> list[str]:
+    fits = {}
+    for name, layout in LAYOUTS.items():
+        values = layout.fields(row.values, columns, ignore_columns)
+        recognised = layout.recognise is not None
+        if all(column in values for column in layout.columns) and (not recognised or layout.recognise(values)):
+            fits[name] = (set(layout.columns), recognised)
     # Recognised by its values says more than the same columns alone.
     return [
         name
@@ -152,9 +225,7 @@ def _fitting(row: Row) -> list[str]:
 
 def prompt_text(example: PreferenceExample) -> str:
     """The whole prompt as text: a string as it is, messages as "role: content" with blank lines between."""
-    if isinstance(example.prompt, str):
-        return example.prompt
-    return "\n\n".join(f"{message.role}: {message.content}" for message in example.prompt)
+    return example.prompt if isinstance(example.prompt, str) else turns_text(example.prompt)
 
 
 def embedding_text(
@@ -167,9 +238,11 @@ def embedding_text(
             Table 6); `last_turn` is the last user message alone, or the whole of a string prompt.
         response: the response in question; used by `prompt_response` only.
     """
+    prompt, text = example.prompt, prompt_text(example)
+    if isinstance(prompt, str):
+        return f"{text}\n\n{response}" if kind == "prompt_response" else text
     if kind == "prompt_response":
-        answer = response if isinstance(example.prompt, str) else f"assistant: {response}"
-        return f"{prompt_text(example)}\n\n{answer}"
-    if kind == "last_turn" and not isinstance(example.prompt, str):
-        return example.prompt[-1].content
-    return prompt_text(example)
+        return text + ("" if prompt[-1].role == "assistant" else "\n\nassistant: ") + response
+    if kind == "last_turn":
+        return next((turn.content for turn in reversed(prompt) if turn.role == "user"), prompt[-1].content)
+    return text

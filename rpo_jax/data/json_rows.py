@@ -5,35 +5,37 @@ JSON Lines are read a line at a time, so memory does not grow with the file; a J
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rpo_jax.core.records import Row
-from rpo_jax.data.faults import BadRow, BrokenFile
-
-MAX_LINE_BYTES = 16 * 2**20  # a few million tokens: beyond that a line is no preference, and memory has a bound
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_OTHER_ENCODINGS = {b"\xff\xfe\x00\x00": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+from rpo_jax.data.faults import BadRow
+from rpo_jax.data.lines import (
+    BYTE_ORDER_MARK,
+    GZIP_ERRORS,
+    MAX_LINE_BYTES,
+    TOO_LONG,
+    broken_gzip,
+    check_encoding,
+    open_bytes,
+    read_line,
+)
 
 
 def read_json_lines(path: Path) -> Iterator[Row | BadRow]:
     """One object a line; blank lines are no rows. Raises BrokenFile where a compressed file breaks off."""
-    with _open(path) as stream:
+    with open_bytes(path) as stream:
         line = 0
-        while raw := _read_line(stream):
+        while raw := read_line(stream):
             line += 1
             if line == 1:
-                _check_encoding(raw, path)
+                check_encoding(raw, path)
             if len(raw) > MAX_LINE_BYTES:
-                yield BadRow(f"{path}:{line}", f"too long: the line has more than {MAX_LINE_BYTES // 2**20} MiB")
+                yield BadRow(f"{path}:{line}", TOO_LONG)
                 continue
-            raw = raw.removeprefix(_BYTE_ORDER_MARK)  # also where files were put one after another
+            raw = raw.removeprefix(BYTE_ORDER_MARK)  # also where files were put one after another
             if raw.strip():
                 yield _parse_line(raw, str(path), line)
 
@@ -47,32 +49,6 @@ def read_json(path: Path) -> Iterator[Row | BadRow]:
         return
     for number, value in enumerate(content, start=1):
         yield _record(value, str(path), number)
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _read_line(stream: io.BufferedIOBase) -> bytes:
-    """The next line; of one longer than MAX_LINE_BYTES, its start and one byte more than that."""
-    try:
-        raw = stream.readline(MAX_LINE_BYTES + 1)
-        rest = raw
-        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = stream.readline(MAX_LINE_BYTES + 1)
-        return raw
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise BrokenFile(_gzip_reason(error)) from None
-
-
-def _gzip_reason(error: Exception) -> str:
-    return f"truncated or no gzip file ({error}); fetch it again, or drop '.gz' from its name if it is not compressed"
-
-
-def _check_encoding(raw: bytes, path: Path) -> None:
-    for mark, name in _OTHER_ENCODINGS.items():
-        if raw.startswith(mark):
-            raise ValueError(f"{path} is not UTF-8: it is {name}; save the file as UTF-8.")
 
 
 class _Repeated:
@@ -125,13 +101,13 @@ class _JsonLines(Exception):
 def _read_document(path: Path) -> list[Any]:
     """The elements of a JSON document; those that name a key twice as `_Repeated`."""
     try:
-        with _open(path) as stream:
-            raw = stream.read().removeprefix(_BYTE_ORDER_MARK)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise BrokenFile(_gzip_reason(error)) from None
+        with open_bytes(path) as stream:
+            raw = stream.read().removeprefix(BYTE_ORDER_MARK)
+    except GZIP_ERRORS as error:
+        raise broken_gzip(error) from None
     if not raw.strip():
         return []
-    _check_encoding(raw, path)
+    check_encoding(raw, path)
     try:
         content, repeats = _decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -72,8 +72,7 @@ class PreferenceBatches:
         pairs: slots of each side of a batch: M = pairs, N = pairs or 0, K = pairs or 0.
         pairing: `paired` gives slot i of every side to one example, of which it takes the first response of each kind;
             `unpaired` draws all chosen and all rejected responses from two pools, shuffled apart, as many of each: the
-            larger pool's size is the epoch, the smaller one starts again in a new order when it is used up; in
-            sequential order its slots stay empty instead.
+            larger pool's size is the epoch, the smaller one starts again when it is used up, shuffled in a new order.
         responses: which of KINDS to load; slot i of a kind belongs to slot i of the kind that KINDS names with it. Both
             sides are refined or none.
         order: `shuffled` anew each epoch; `related`, batches of neighbours in embedding space, other ones each epoch
@@ -84,6 +83,8 @@ class PreferenceBatches:
         row_tokens: length of a row; where not given, multiples of 64, as packs best.
         row_segments: how many of the longest segments the longest of those rows may hold.
         rows_multiple: the number of rows of a batch is a multiple of this.
+        once: leave the smaller pool's slots empty when it is used up, so that nothing is served twice; in sequential
+            order only.
         own_rows: from the number of rows of a batch to the rows that this process fills; all where not given. The
             other rows of its batches stay empty.
 
@@ -108,8 +109,10 @@ class PreferenceBatches:
         row_tokens: int | None = None,
         row_segments: int = 1,
         rows_multiple: int = 1,
+        once: bool = False,
         own_rows: Callable[[int], Bool[np.ndarray, "R"]] | None = None,
     ) -> None:
+        assert not once or order == "sequential"
         _check_arguments(pairs, pairing, responses, order, rows_multiple, row_segments)
         _check_related(data, pairs, order, group)
         self.data = data
@@ -118,6 +121,7 @@ class PreferenceBatches:
         self.responses = tuple(name for name in KINDS if name in responses)
         self.order = order
         self.seed = seed
+        self.once = once
         self.sizes = (pairs,) if group in (None, pairs) else (pairs, group)
         self._permutation = lru_cache(maxsize=8)(self._new_permutation)
         self._related = lru_cache(maxsize=2)(self._new_related)
@@ -149,7 +153,7 @@ class PreferenceBatches:
 
     def _most_tokens(self, pool: _Pool, tokens: Int[np.ndarray, "d"]) -> int:
         """Tokens that such segments of this pool hold in the worst batch."""
-        if pool.size < self.epoch_draws and self.order != "sequential":
+        if pool.size < self.epoch_draws and not self.once:
             # The smaller pool starts again within a batch: a draw may come once in each round that it touches. Of
             # neighbours a batch has those of all rounds of the epoch.
             places = self.epoch_draws if self.order == "related" else self.pairs
@@ -180,9 +184,9 @@ class PreferenceBatches:
         for name, pool in self._pools.items():
             index = np.full(self.pairs, NO_RESPONSE, np.int64)
             if self.order == "sequential":
-                # A sweep has everything once: evaluation must not count the smaller pool's responses twice.
-                here = np.arange(first, min(first + count, pool.size))
-                index[: len(here)] = here
+                here = first + np.arange(count)
+                # Training compares something in every step; evaluation must not count a response twice.
+                index[:count] = np.where(here < pool.size, here, NO_RESPONSE) if self.once else here % pool.size
             elif self.order == "related":
                 index[:count] = self._related(epoch)[name][first : first + count]
             else:

@@ -1,16 +1,20 @@
-"""Prompts alone, to be answered: lines of text, rows of prompts, messages or instructions, or preferences."""
+"""Prompts alone, to be answered: lines of text, rows of prompts, messages or questions, or preferences."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rpo_jax.core.records import Message, Response, Row
+from rpo_jax.core.records import Message, PreferenceExample, Response, Row
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.faults import BadRow
-from rpo_jax.data.layouts.layout import Parts, Unusable, finish, messages_field, prompt_field, text_field
+from rpo_jax.data.layouts.conditions import ASKED, PROMPT, prompt_field
+from rpo_jax.data.layouts.fields import Fields, field
+from rpo_jax.data.layouts.layout import Layout, per_row
+from rpo_jax.data.layouts.messages import messages_field
+from rpo_jax.data.layouts.parts import Parts
 from rpo_jax.data.sources import read_rows
 
 TEXT_SUFFIX = ".txt"
@@ -32,15 +36,24 @@ class PromptSet:
     truncation_side: Literal["keep_start", "keep_end"]
 
 
-def read_prompts(path: str | Path, *, split: str = "train", layout: str = "auto") -> PromptSet:
+def read_prompts(
+    path: str | Path,
+    *,
+    split: str = "train",
+    layout: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Collection[str] = (),
+) -> PromptSet:
     """The prompts of a source, in its order.
 
     Args:
         path: a .txt file with a prompt a line, or what data.path may be. Rows hold `prompt` (text, or messages),
-            `messages` (whose last turn is left out where it is the assistant's), `instruction` (and `input`), or
-            preferences in a layout of rpo_jax.data.examples.
+            `question`, `query`, `instruction` (and `input`), `messages` (whose last turn is left out where it is the
+            assistant's), with `system`, `tools` and so on beside them, or preferences in a layout of
+            rpo_jax.data.examples.
         split: as for read_rows.
         layout: as for make_examples, for rows of preferences.
+        columns: as for make_examples, and so is `ignore_columns`.
 
     Raises ValueError for a source that cannot be read or is empty, and for the first row that holds no prompt.
     """
@@ -51,12 +64,14 @@ def read_prompts(path: str | Path, *, split: str = "train", layout: str = "auto"
         if isinstance(row, BadRow):
             raise ValueError(f"{row.row_id}: {row.reason}; mend the row, or leave it out.")
         rows.append(row)
-    if not _holds_prompts(rows[0].values):
-        found = make_examples(rows, layout)
-        by_id = {row.row_id: row.values for row in rows}
-        examples = (PromptRow(one.row_id, one.prompt, by_id.get(one.row_id, {})) for one in found.examples)
-        return PromptSet(tuple(examples), found.truncation_side)
-    return PromptSet(tuple(map(_prompt_row, rows)), "keep_end")
+    fields = [_PROMPTS.fields(row.values, columns, ignore_columns) for row in rows]
+    if _holds_prompt(fields[0]):
+        found = _PROMPTS.read(row._replace(values=values) for row, values in zip(rows, fields, strict=True))
+        return PromptSet(tuple(map(_prompt_row, found, rows)), _PROMPTS.truncation_side)
+    pairs = make_examples(rows, layout, columns=columns, ignore_columns=ignore_columns)
+    by_id = {row.row_id: row for row in rows}
+    examples = (_prompt_row(example, by_id[example.row_id]) for example in pairs.examples)
+    return PromptSet(tuple(examples), pairs.truncation_side)
 
 
 def _lines(path: Path) -> list[PromptRow]:
@@ -70,30 +85,34 @@ def _lines(path: Path) -> list[PromptRow]:
     return found
 
 
-def _holds_prompts(values: Mapping[str, Any]) -> bool:
+def _holds_prompt(values: Fields) -> bool:
     """Whether a row is a prompt and no preference."""
-    return not {"chosen", "rejected", "completion"} & set(values) and any(name in values for name in _READERS)
+    return not any(name in values for name in ("chosen", "rejected", "completion")) and any(
+        name in values for name in _PROMPTS.prompt
+    )
 
 
-def _prompt_row(row: Row) -> PromptRow:
-    try:
-        name = next((name for name in _READERS if name in row.values), "prompt")
-        prompt = _READERS[name](row.values)
-        # A response stands in: what makes a prompt unusable is the same as in any example.
-        finish(row.row_id, Parts(prompt, (Response("chosen", "none yet"),)))
-    except Unusable as reason:
-        raise ValueError(f"{row.row_id}: {reason}; mend the row, or leave it out.") from None
-    return PromptRow(row.row_id, prompt, row.values)
+def _prompt_row(found: PreferenceExample | BadRow, row: Row) -> PromptRow:
+    if isinstance(found, BadRow):
+        raise ValueError(f"{found.row_id}: {found.reason}; mend the row, or leave it out.")
+    return PromptRow(found.row_id, found.prompt, row.values, found.template_arguments)
 
 
-def _read_messages(values: Mapping[str, Any]) -> tuple[Message, ...]:
-    messages = messages_field(values, "messages")
-    return messages[:-1] if messages and messages[-1].role == "assistant" else messages
+def _parse(values: Fields) -> Parts:
+    prompt = prompt_field(values)
+    if prompt is None and "messages" in values:
+        prompt = messages_field(values, "messages")
+        prompt = prompt[:-1] if prompt[-1:] and prompt[-1].role == "assistant" else prompt
+    # A response stands in: what makes a prompt unusable is the same as in any example.
+    stand_in = (Response("chosen", "none yet"),)
+    return Parts(field(values, PROMPT) if prompt is None else prompt, stand_in, prefilled=True)
 
 
-def _read_instruction(values: Mapping[str, Any]) -> tuple[Message, ...]:
-    parts = [text_field(values, "instruction"), text_field(values, "input") if values.get("input") else ""]
-    return (Message("user", "\n\n".join(part for part in parts if part)),)
-
-
-_READERS = {"prompt": prompt_field, "messages": _read_messages, "instruction": _read_instruction}
+_PROMPTS = Layout(
+    read=per_row(_parse),
+    columns=(),
+    truncation_side="keep_end",
+    description="prompts alone",
+    prompt=(PROMPT, *ASKED, "messages"),
+    aliases={"messages": ("conversations", "conversation")},
+)

@@ -13,6 +13,7 @@ from pathlib import Path
 from rpo_jax.core.files import inside
 from rpo_jax.core.records import Row
 from rpo_jax.data.arrow_folder import check_arrow_folder
+from rpo_jax.data.csv_rows import read_csv
 from rpo_jax.data.faults import BadRow, BrokenFile, plain
 from rpo_jax.data.json_rows import read_json, read_json_lines
 from rpo_jax.data.table_rows import read_dataset, read_parquet
@@ -26,9 +27,9 @@ def read_rows(path: str | Path, *, split: str = "train") -> Iterator[Row | BadRo
     """Every record of a source, in file order, read as it is asked for.
 
     Args:
-        path: a `.jsonl`, `.json` (a list of objects, or {"data": [...]}; `.gz` too) or `.parquet` file, a folder
-            of such files (read in name order), a folder written by `datasets.save_to_disk`, or a hub name as
-            `owner/name` or `owner/name:config`.
+        path: a `.jsonl`, `.json` (a list of objects, or {"data": [...]}), `.csv` or `.tsv` (`.gz` too) or `.parquet`
+            file, a folder of such files (read in name order), a folder written by `datasets.save_to_disk`, or a hub
+            name as `owner/name` or `owner/name:config`.
         split: split of a hub name or of an Arrow folder with several; in a folder of files, those whose names
             speak of another split are left out.
 
@@ -158,5 +159,9 @@ _READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     ".jsonl.gz": read_json_lines,
     ".json": read_json,
     ".json.gz": read_json,
+    ".csv": read_csv,
+    ".csv.gz": read_csv,
+    ".tsv": read_csv,
+    ".tsv.gz": read_csv,
     ".parquet": read_parquet,
 }

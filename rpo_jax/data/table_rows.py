@@ -48,12 +48,33 @@ def read_dataset(dataset: Dataset, name: str) -> Iterator[Row | BadRow]:
 
 
 def _of_batch(batch: RecordBatch, first: int, count: int) -> list[dict[str, Any]]:
-    return batch.slice(first, count).to_pylist()
+    return list(map(_without_padding, batch.slice(first, count).to_pylist()))
 
 
 def _of_dataset(dataset: Dataset, start: int, first: int, count: int) -> list[dict[str, Any]]:
     columns = dataset[start + first : start + first + count]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows = zip(*columns.values(), strict=True)
+    return [_without_padding(dict(zip(columns, values, strict=True))) for values in rows]
+
+
+def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
+    """A table gives every object in a list the keys of all others, with nulls: here without, inside the objects.
+
+    Of a message's own keys and of a row's the nulls stay, as readers name them. TRL's remove_none_values does the same.
+    """
+    for column, value in row.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            row[column] = [
+                {key: _without_nulls(inner) for key, inner in item.items()} if isinstance(item, dict) else item
+                for item in value
+            ]
+    return row
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _records(

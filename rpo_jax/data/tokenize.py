@@ -16,7 +16,7 @@ from rpo_jax.data.chat_template import ChatTemplate, TemplateError
 from rpo_jax.data.control_tokens import TextEncoder, TokenIds
 from rpo_jax.data.conversations import AnswerText, Conversation, without_end
 from rpo_jax.data.faults import Faults
-from rpo_jax.data.layouts.layout import common_prefix
+from rpo_jax.data.layouts.parts import common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rpo_jax.core.files import inside, read_json
+from rpo_jax.core.files import inside, read_json, refuse_gguf
 from rpo_jax.data.hub import cached_folder, download_folder
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ HUB_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
 
 MAX_TOKENS = 1 << 24
 MAX_FILE_BYTES = 1 << 28
+# Of tokenizer_config.json: what transformers 5 notes there of how a tokenizer was loaded, which is no part of it.
+LOADING_SETTINGS = ("backend", "is_local", "local_files_only")
 # Of tokenizer_config.json: what transformers would take code, arguments or a path of its choice from.
 REFUSED_SETTINGS = ("auto_map", "init_inputs", "gguf_file", "tokenizer_object", "__slow_tokenizer")
 
@@ -48,8 +50,9 @@ def load_tokenizer(folder_or_hub_name: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    folder = _tokenizer_folder(str(folder_or_hub_name))
-    if not _has_vocabulary(folder):
+    folder = tokenizer_folder(str(folder_or_hub_name))
+    if not has_vocabulary(folder):
+        refuse_gguf(folder)
         raise ValueError(
             f"{folder} holds no tokenizer (none of {', '.join(VOCABULARY_FILES)}); copy the model's tokenizer files "
             "there, or name a folder that has them."
@@ -90,15 +93,17 @@ def _check_files(folder: Path) -> None:
         )
 
 
-def _tokenizer_folder(name: str) -> Path:
+def tokenizer_folder(name: str) -> Path:
+    """The local folder of a tokenizer: itself, or of the hub's repository of that name, downloaded once."""
     path = Path(name).expanduser()
     if path.exists():
         return path
     cached = cached_folder(name)
-    return cached if cached and _has_vocabulary(cached) else download_folder(name, HUB_PATTERNS)
+    return cached if cached and has_vocabulary(cached) else download_folder(name, HUB_PATTERNS)
 
 
-def _has_vocabulary(folder: Path) -> bool:
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
     return any((folder / file).is_file() for file in VOCABULARY_FILES)
 
 
@@ -148,8 +153,30 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     # Beside first, the vocabulary last: a folder that has it is complete, whenever the run is stopped.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         tokenizer.save_pretrained(beside)
+        make_portable(Path(beside))
         for file in sorted(Path(beside).iterdir(), key=lambda path: path.name == "tokenizer.json"):
             os.replace(file, folder / file.name)
+
+
+def make_portable(folder: Path) -> None:
+    """Rewrite tokenizer_config.json where transformers 4 could not read what 5 wrote; 5 reads both alike.
+
+    4 knows TokenizersBackend by its older name, and a list of further special tokens as additional_special_tokens.
+    """
+    name = "tokenizer_config.json"
+    if not (folder / name).is_file():
+        return
+    settings = read_json(folder, name)
+    portable = {key: value for key, value in settings.items() if key not in LOADING_SETTINGS}
+    if portable.get("tokenizer_class") == "TokenizersBackend":
+        portable["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(portable.get("extra_special_tokens"), list):
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
+    if isinstance(named := portable.pop("model_specific_special_tokens", None), dict):
+        portable["extra_special_tokens"] = named
+    if portable != settings:
+        content = json.dumps(portable, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (folder / name).write_text(content, encoding="utf-8")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

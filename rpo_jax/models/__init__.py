@@ -13,7 +13,13 @@ from rpo_jax.models.decoder import (
     param_axes,
 )
 from rpo_jax.models.families import FAMILIES
-from rpo_jax.models.huggingface.configuration import configured, new_config, read_config, to_transformers
+from rpo_jax.models.huggingface.configuration import (
+    check_tokenizer,
+    configured,
+    new_config,
+    read_config,
+    to_transformers,
+)
 from rpo_jax.models.huggingface.folders import resolve_folder
 from rpo_jax.models.huggingface.loading import check_pretrained, load_pretrained
 from rpo_jax.models.huggingface.saving import save_pretrained
@@ -38,6 +44,7 @@ __all__ = [
     "check_attention",
     "check_choices",
     "check_pretrained",
+    "check_tokenizer",
     "configured",
     "count_params",
     "hidden_states",

@@ -252,7 +252,7 @@ def save_adapter(
         readme: the folder's README.md.
         overwrite: replace an existing folder.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     check_dtype(dtype or "float32")
     pairs, tensors = flat_params(adapters), {}
@@ -284,8 +284,9 @@ def save_adapter(
         copy_tokenizer(tokenizer, folder)
         if readme is not None:
             (folder / "README.md").write_text(readme, encoding="utf-8")
-        # save_file writes the buffer as it lies in memory, so a transposed view must become an array of its own.
+        # The library writes the buffer as it lies in memory, so a transposed view must become an array of its own.
         contiguous = {name: np.ascontiguousarray(tensor.astype(target_dtype)) for name, tensor in tensors.items()}
-        save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        # Not its save_file, whose file only its owner can read.
+        (folder / "adapter_model.safetensors").write_bytes(save(contiguous, metadata={"format": "pt"}))
         (folder / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return target

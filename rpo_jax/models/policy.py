@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -111,6 +112,17 @@ class Policy:
             return Parameters(param_axes(self.model_config), abstract_params(self.model_config))
         arguments = self.model_config, self.lora
         return Parameters(adapters.adapter_axes(*arguments), adapters.abstract_adapters(*arguments))
+
+    @property
+    def decayed(self) -> Params:
+        """Which of what is trained weight decay shrinks, a tree of bools: not what files hold as a vector.
+
+        That is scales of norms, and biases. By their own shapes they cannot be told: layers are stacked, and the bias
+        of a projection has heads.
+        """
+        rules = FAMILIES[self.model_config.family].weights
+        vectors = {rule.path for rule in rules if rule.layout == "vector"}
+        return unflatten_dict({path: path not in vectors for path in flatten_dict(self.trained.shapes)})
 
     @property
     def frozen(self) -> Parameters:

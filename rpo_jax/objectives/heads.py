@@ -23,6 +23,11 @@ def axes(names: tuple[str, ...]) -> dict[str, Any]:
     return {name: HEADS[name] for name in names}
 
 
+def decayed(names: tuple[str, ...]) -> dict[str, dict[str, bool]]:
+    """Which of their parameters weight decay shrinks: not biases."""
+    return {name: {part: part != "bias" for part in HEADS[name]} for name in names}
+
+
 def split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trained parameters without the heads, and the heads by their names."""
     model = {name: part for name, part in params.items() if name not in HEADS}

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rpo_jax.objectives.contrast import ContrastWeights, row_perplexity
-from rpo_jax.objectives.losses import kl_estimate
+from rpo_jax.objectives.objective import Term
 from rpo_jax.objectives.scores import Scores, masked_mean, zero_where_invalid
 
+KL = "kl"
 _PER_BATCH = ("contrast/uncalibrated_rows", "contrast/tied_rows")  # numbers of rows, not means over rows
 # Two programs round one log-prob to 1e-6 and more of its hundreds of nats: without a gap, a policy that is its own
 # reference would have any accuracy.
@@ -23,10 +24,13 @@ RELATED_COSINE = 0.5  # the 99th percentile between random prompts of Anthropic-
 
 
 class Mean(NamedTuple):
-    """A mean in two parts, so that batches of different sizes combine to the mean over all of them."""
+    """A mean in two parts, so that batches of different sizes combine to the mean over all of them.
 
-    total: Float[Array, ""]
-    count: Float[Array, ""]
+    A sum of K means, each over something else, has an entry for each.
+    """
+
+    total: Float[Array, "*K"]
+    count: Float[Array, "*K"]
 
 
 def combine(first: dict[str, Mean], second: dict[str, Mean]) -> dict[str, Mean]:
@@ -44,7 +48,15 @@ def of_one_batch(means: dict[str, Mean]) -> dict[str, Mean]:
 
 def finalize(means: dict[str, Mean]) -> dict[str, Float[Array, ""]]:
     """The means as scalars; 0 where nothing was counted."""
-    return {name: mean.total / jnp.maximum(mean.count, 1.0) for name, mean in means.items()}
+    found = {name: jnp.sum(mean.total / jnp.maximum(mean.count, 1.0)) for name, mean in means.items()}
+    # Here and not before batches combine: the largest of 0 and a mean is no mean.
+    return {name: jnp.maximum(value, 0.0) if name == KL else value for name, value in found.items()}
+
+
+def in_parts(*terms: Term) -> Mean:
+    """The sum of these terms, each weighted by what it is a mean over."""
+    counts = jnp.stack([jnp.asarray(term.count, jnp.float32) for term in terms])
+    return Mean(jnp.stack([term.mean for term in terms]) * counts, counts)
 
 
 def masked(x: Float[Array, "*S"] | Bool[Array, "*S"], mask: Bool[Array, "*S"]) -> Mean:
@@ -58,9 +70,10 @@ def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, M
     rewards/*: beta (log pi_policy - log pi_reference), over summed log-probs. rewards/margins is chosen minus
     rejected over same pairs, or over all couples of a group's chosen and rejected responses if unpaired.
     rewards/accuracies: share of same pairs whose chosen log-ratio is higher by more than TIE_NATS; logps/accuracies
-    the same of the policy's own log-probs; both only if paired. logps/*: summed log-probs, nats. kl: KTO's estimate,
-    in nats, where there are mismatched responses. partition/variance: of the learned log Z within a batch, nats^2,
-    over chosen and rejected responses. A kind that the batch does not hold has no statistics.
+    the same of the policy's own log-probs; rewards/ties: share of pairs whose log-ratios differ by no more; all only if
+    paired. logps/*: summed log-probs, nats. kl: KTO's estimate,
+    in nats, where there are mismatched responses; `finalize` holds it above 0. partition/variance: of the learned log Z
+    within a batch, nats^2, over chosen and rejected responses. A kind that the batch does not hold has no statistics.
     """
     sides = {kind: scores[kind] for kind in ("chosen", "rejected") if kind in scores.responses}
     rewards = {name: beta * side.log_ratio() for name, side in sides.items()}
@@ -71,9 +84,7 @@ def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, M
     if len(sides) == 2:
         metrics |= _comparisons(scores, rewards, paired)
     if "mismatched" in scores.responses:
-        valid = scores["mismatched"].valid
-        count = jnp.sum(valid).astype(jnp.float32)
-        metrics["kl"] = Mean(kl_estimate(scores["mismatched"].log_ratio(), valid) * count, count)
+        metrics[KL] = masked(scores["mismatched"].log_ratio(), scores["mismatched"].valid)
     return metrics
 
 
@@ -86,6 +97,7 @@ def _comparisons(scores: Scores, rewards: dict[str, Float[Array, "*G S"]], paire
         margin = chosen.log_ratio() - rejected.log_ratio()
         metrics["rewards/margins"] = masked(rewards["chosen"] - rewards["rejected"], both)
         metrics["rewards/accuracies"] = masked(margin > TIE_NATS, both)
+        metrics["rewards/ties"] = masked(jnp.abs(margin) <= TIE_NATS, both)
         metrics["logps/accuracies"] = masked(chosen.log_prob - rejected.log_prob > TIE_NATS, both)
     else:
         num_chosen, num_rejected = (jnp.sum(side.valid, axis=-1) for side in sides)

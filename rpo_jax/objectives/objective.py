@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -67,6 +68,18 @@ class Traits:
     mixes_references: bool = False
 
 
+class Term(NamedTuple):
+    """A mean that is part of a loss, and what it is a mean over: batches of different size combine term by term."""
+
+    mean: Float[Array, ""]
+    count: Int[Array, ""] | Float[Array, ""]
+
+
+def total(terms: Sequence[Term]) -> Float[Array, ""]:
+    first, *others = (term.mean for term in terms)
+    return sum(others, start=first)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective(Traits, ABC):
     """What training minimises. The fields that a subclass adds are its options, with its own defaults.
@@ -85,15 +98,23 @@ class Objective(Traits, ABC):
 
     @abstractmethod
     def loss(self, scores: Scores) -> Float[Array, ""]:
-        """The objective's own loss, a scalar that jax can differentiate."""
-
-    def total_loss(self, scores: Scores) -> Float[Array, ""]:
-        """What is minimised: the loss, and what the options add to it."""
-        return self.loss(scores)
+        """The objective's own loss, a mean and a scalar that jax can differentiate."""
 
     @abstractmethod
     def count(self, scores: Scores) -> Int[Array, ""] | Float[Array, ""]:
-        """What the loss is a mean over, so that the means of batches of different size combine."""
+        """What `loss` is a mean over."""
+
+    def added(self, scores: Scores) -> tuple[Term, ...]:
+        """Means over something else that are added to the loss, their weights in them."""
+        return ()
+
+    def terms(self, scores: Scores) -> tuple[Term, ...]:
+        """What the minimised value is the sum of."""
+        return Term(self.loss(scores), self.count(scores)), *self.added(scores)
+
+    def total_loss(self, scores: Scores) -> Float[Array, ""]:
+        """What is minimised: the loss, and what is added to it."""
+        return total(self.terms(scores))
 
     def options(self) -> dict[str, Any]:
         """Its options with their values."""
@@ -115,14 +136,17 @@ class MatrixObjective(Objective):
     weights: str | None = "pair"
     nll_weight: float = 0.0
 
-    def total_loss(self, scores: Scores) -> Float[Array, ""]:
-        """The loss, and `nll_weight` times `nll_loss` of the chosen responses."""
-        loss = self.loss(scores)
-        return loss + self.nll_weight * nll_loss(*likelihood_of(scores["chosen"])) if self.nll_weight else loss
+    def added(self, scores: Scores) -> tuple[Term, ...]:
+        """`nll_weight` times `nll_loss` of the chosen responses, where it has a weight."""
+        if not self.nll_weight:
+            return ()
+        chosen = scores["chosen"]
+        return (Term(self.nll_weight * nll_loss(*likelihood_of(chosen)), jnp.sum(chosen.valid)),)
 
     def count(self, scores: Scores) -> Int[Array, ""] | Float[Array, ""]:
-        """The valid entries of the matrix."""
-        return scores.contrasts.counts()[0]
+        """What the matrix's mean is over: its valid entries, or its rows where weights are on the losses."""
+        entries, rows = scores.contrasts.counts()
+        return entries if scores.contrasts.weights_on == "score" else rows
 
 
 def nll_loss(

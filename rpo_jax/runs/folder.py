@@ -21,9 +21,11 @@ from rpo_jax.config import Config, DistributedConfig, with_defaults_taken
 from rpo_jax.config.reading import dump_config, load_config
 from rpo_jax.core.files import atomic_directory, read_json, recover
 from rpo_jax.data.tokenize import describe_cuts, describe_notes
+from rpo_jax.data.tokenizer import load_tokenizer, tokenizer_folder
 from rpo_jax.hosts import processes
 from rpo_jax.models import ModelConfig
-from rpo_jax.models.huggingface.folders import folder_fingerprint
+from rpo_jax.models.huggingface.configuration import write_config
+from rpo_jax.models.huggingface.folders import copy_tokenizer, folder_fingerprint
 from rpo_jax.objectives.losses import OBJECTIVES
 from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, to_json_dict
 from rpo_jax.runs.tracking import Reporter
@@ -126,17 +128,27 @@ def make_run_folder(
     if not processes.is_main():
         return
     with atomic_directory(folder, overwrite=True) as new:
-        models.to_transformers(model_config, model_config.dtype).save_pretrained(new / MODEL)
-        tokenizer.save_pretrained(new / MODEL)
-        if config.model.path is not None:
-            settings = models.resolve_folder(config.model.path) / GENERATION_CONFIG
-            if settings.is_file():
-                shutil.copyfile(settings, new / MODEL / GENERATION_CONFIG)
+        _describe_model(config, model_config, tokenizer, new / MODEL)
         # What was asked of this start only would, read back from here, ask it again of the next.
-        lasting = dataclasses.replace(config.run, resume="never", overwrite=False)
+        lasting = dataclasses.replace(config.run, resume="never", overwrite=False, force=False)
         lasting = dataclasses.replace(config, run=lasting, distributed=DistributedConfig())
         (new / "config.yaml").write_text(dump_config(lasting), encoding="utf-8")
         (new / RUN_ID).write_text(uuid.uuid4().hex, encoding="utf-8")
+
+
+def _describe_model(
+    config: Config, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """All of a Hugging Face folder but the weights, the files of the folder that the run starts from as they are."""
+    folder.mkdir()
+    base = None if config.model.path is None else models.resolve_folder(config.model.path)
+    write_config(folder, model_config, model_config.dtype, base)
+    if base is not None and (base / GENERATION_CONFIG).is_file():
+        shutil.copyfile(base / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    source = config.model.path or config.model.tokenizer
+    copy_tokenizer(tokenizer if source == "train" else tokenizer_folder(source), folder)
+    if load_tokenizer(folder).chat_template != tokenizer.chat_template:  # one that the run gave it
+        (folder / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")
 
 
 def data_notes(run_dir: Path, max_tokens: int) -> list[str]:
@@ -159,7 +171,7 @@ def resume_command(config: Config, started: bool) -> str:
     """
     file = Path(config.run.dir).expanduser() / "config.yaml"
     before = to_json_dict(load_config(file) if started else Config())
-    asked = ("run.resume", "run.overwrite")
+    asked = ("run.resume", "run.overwrite", "run.force")
     told = {
         f"{section}.{key}": value
         for section, values in to_json_dict(config).items()
@@ -200,12 +212,19 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
         # A checkpoint that is older than a setting was made with what is its default now.
         if (before := (defaults[section] | saved.get(section, {}))[key]) != now
         and section not in ("mesh", "distributed", "train", "tracking")
-        and key not in ("dir", "cache_dir", "resume", "overwrite")
+        and key not in ("dir", "cache_dir", "resume", "overwrite", "force")
     }
 
 
-def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
-    """ValueError where the newest checkpoint is of another model, base or optimizer; says what else differs."""
+# Of the settings, those that make another run; of another model, base or optimizer nothing could go on.
+_IDENTITY = ("objective.name", "data.pairing")
+
+
+def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, force: bool) -> None:
+    """ValueError where the newest checkpoint is of another model, base, optimizer or run; says what else differs.
+
+    With `force` another run goes on, as long as it can; `record` then says what it was before.
+    """
     saved = _newest_record(folder)
     assert saved is not None, "check_run_folder found a checkpoint"
     check_architecture(saved["model"], record["model"], folder)
@@ -230,5 +249,19 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter) ->
     if "optim.name" in changed:
         before, now = changed["optim.name"]
         raise refused(f"holds the state of optim.name={before}, not of {now}", before)
+    others = [f"{key}={changed[key][0]}, not {changed[key][1]}" for key in _IDENTITY if key in changed]
+    # Checkpoints of earlier versions say neither what their data was nor how long they were to be.
+    if saved.get("data", record["data"]) != record["data"]:
+        others.append("other training data")
+    before, now = saved.get("total_steps"), record["total_steps"]
+    if before not in (None, now) and record["config"]["optim"]["schedule"] != "constant":
+        others.append(f"a learning rate that decays over {before} steps, not {now}")
+    if others and not force:
+        raise refused(
+            f"was trained with {'; '.join(others)}", "its own, or with --force (the rest is then another run)"
+        )
+    if others:
+        reporter.say(f"resuming by --force what was trained with {'; '.join(others)}")
     for key, (before, now) in changed.items():
         reporter.say(f"resuming with another {key}: {before} until now, {now} from here on")
+    record["forced"] = [*saved.get("forced", []), *others]

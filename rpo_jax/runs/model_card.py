@@ -5,6 +5,7 @@ Nothing of the machine goes into it: of local paths the last name alone, of the 
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,21 @@ from rpo_jax.config import Config, resolve
 from rpo_jax.core.jsonl import read_jsonl
 from rpo_jax.core.templates import render
 from rpo_jax.models import ModelConfig
+from rpo_jax.runs.folder import data_notes
 from rpo_jax.runs.tracking import METRICS
 
 _HIDDEN = ("eval_seconds",)  # of the machine, not of the model
 
 
 def model_card(
-    config: Config, model_config: ModelConfig, *, run_dir: Path, step: int, base: str | None, adapter: bool
+    config: Config,
+    model_config: ModelConfig,
+    *,
+    run_dir: Path,
+    step: int,
+    base: str | None,
+    adapter: bool,
+    chat: bool = False,
 ) -> str:
     """The card of a run's policy after a step.
 
@@ -27,10 +36,12 @@ def model_card(
         base: folder or hub name that the run started from; None for a model from scratch. Its own card, where it has
             one, gives the license, and for a local folder the hub's model that it came from.
         adapter: the folder holds LoRA adapters alone.
+        chat: prompts were rendered by the tokenizer's chat template.
     """
     from huggingface_hub import ModelCardData
 
-    objective = resolve(config).objective
+    method, reference = resolve(config), config.reference
+    objective = method.objective
     of_base = _card_of(base)
     # Adapters fit their base alone; whole weights descend also from what their base was made of.
     on_hub = base if base is not None and _cached(base, "config.json") else None
@@ -46,7 +57,9 @@ def model_card(
         **{key: of_base[key] for key in ("license", "license_name", "license_link") if _license(key, of_base.get(key))},
     )
     start = f"a new {model_config.family} model" if base is None else _name(base)
-    steps, rows = _held_out(run_dir, step)
+    metrics = [line for line in read_jsonl(run_dir / METRICS) if line["step"] <= step]
+    is_own_reference = method.reference is not None and reference.path is None and not reference.others
+    steps, rows = _held_out(metrics, is_own_reference)
     return render(
         "model_card.md",
         metadata=metadata.to_yaml(),
@@ -56,7 +69,9 @@ def model_card(
         data=_data_name(data),
         family=model_config.family,
         adapts=_name(base) if adapter and base is not None else None,
-        settings=_settings(config, step),
+        chat=chat,
+        settings=_settings(config, step, _epochs(metrics, step)),
+        notes=data_notes(run_dir, config.data.max_tokens),
         steps=steps,
         held_out=rows,
         eval_rows=config.data.eval_rows,
@@ -114,7 +129,13 @@ def _license(key: str, value: Any) -> bool:
     return isinstance(value, str) and (key != "license_link" or value.startswith("https://"))
 
 
-def _settings(config: Config, step: int) -> list[tuple[str, str]]:
+def _epochs(metrics: list[dict[str, float]], step: int) -> str | None:
+    """Passes over the training data until a step; None where no line says."""
+    rates = [line["epoch"] / line["step"] for line in metrics if line["step"] > 0 and "epoch" in line]
+    return f"{rates[-1] * step:.3g}" if rates else None
+
+
+def _settings(config: Config, step: int, epochs: str | None) -> list[tuple[str, str]]:
     """The keys that decide what was computed, as they are written in a configuration."""
     method, contrast, optim = resolve(config), config.contrast, config.optim
     chosen: dict[str, Any] = {
@@ -135,10 +156,16 @@ def _settings(config: Config, step: int) -> list[tuple[str, str]]:
         chosen |= {"reference.mode": config.reference.mode, "reference.path": reference and _name(reference)}
     chosen |= {
         "data.pairing": config.data.pairing,
+        "data.template_arguments": json.dumps(config.data.template_arguments)
+        if config.data.template_arguments
+        else None,
+        "data.template": config.data.template,
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
         "data.max_tokens": config.data.max_tokens,
         "batch.pairs": config.batch.pairs,
+        "batch.order": config.batch.order,
         "steps": step,
+        "epochs": epochs,
         "optim.name": optim.name,
         "optim.learning_rate": optim.learning_rate,
         "optim.warmup_steps": optim.warmup_steps,
@@ -158,22 +185,27 @@ def _settings(config: Config, step: int) -> list[tuple[str, str]]:
     return [(key, _cell(value)) for key, value in chosen.items() if value is not None]
 
 
-def _held_out(run_dir: Path, step: int) -> tuple[list[int], list[tuple[str, ...]]]:
-    """The last held-out metrics up to the step, beside those before training: their steps and a line of each."""
+def _held_out(metrics: list[dict[str, float]], is_own_reference: bool) -> tuple[list[int], list[tuple[str, ...]]]:
+    """The last held-out metrics of these lines, beside those before training: their steps and a line of each."""
     found: dict[int, dict[str, float]] = {}
-    for metrics in read_jsonl(run_dir / METRICS):
+    for line in metrics:
         held_out = {
             name.removeprefix("eval_"): value
-            for name, value in metrics.items()
+            for name, value in line.items()
             if name.startswith("eval_") and name not in _HIDDEN and math.isfinite(value)
         }
-        if held_out and metrics["step"] <= step:
-            found[int(metrics["step"])] = held_out
+        if held_out:
+            found[int(line["step"])] = held_out
     steps = sorted({min(found), max(found)}) if found else []
-    return steps, [
-        (_cell(name), *(f"{found[at][name]:.4f}" if name in found[at] else "" for at in steps))
-        for name in (found[steps[-1]] if steps else ())
-    ]
+
+    def told(name: str, at: int) -> str:
+        if name not in found[at]:
+            return ""
+        if is_own_reference and at == 0 and name == "rewards/accuracies":
+            return "tied"  # every reward is 0, whatever rounding makes of it
+        return f"{round(found[at][name], 4) + 0.0:.4f}"  # 0 has no sign
+
+    return steps, [(_cell(name), *(told(name, at) for at in steps)) for name in (found[steps[-1]] if steps else ())]
 
 
 def _cell(value: Any) -> str:

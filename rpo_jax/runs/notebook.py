@@ -45,8 +45,8 @@ class NotebookProgress:
         seconds, did = time.perf_counter() - self._started, self._done - self._begun
         left = self._total - self._done
         if left <= 0 or did <= 0:
-            return f"{_clock(seconds)} taken"
-        return f"{_clock(seconds / did * left)} left"
+            return f"{clock(seconds)} taken"
+        return f"{clock(seconds / did * left)} left"
 
     def __repr__(self) -> str:
         parts = (f"{self._name} {self._done}/{self._total}", self._times(), self._text)
@@ -57,6 +57,8 @@ class NotebookProgress:
         return f'<div style="font-family: monospace; white-space: pre-wrap">{bar} {html.escape(repr(self))}</div>'
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours where there are any, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -18,27 +18,45 @@ from rich.table import Column
 
 from rpo_jax.config import TrackingConfig
 from rpo_jax.core.jsonl import read_jsonl, write_jsonl
-from rpo_jax.runs.notebook import NotebookProgress, in_notebook
+from rpo_jax.runs.notebook import NotebookProgress, clock, in_notebook
 
 METRICS = "metrics.jsonl"
+TIED = "tied"  # in place of an accuracy
+SPEED_SECONDS = 86_400.0  # that a bar remembers: two steps, however slow, or it knows no time left
 FIRST_STEP = "first step"  # its key in phase_seconds
 
+
+def _rate(digits: int) -> Callable[[float], str]:
+    """So many decimals, and two digits of what is below 1: a slow machine's rate is not 0."""
+    return lambda value: f"{value:.{digits}f}" if value >= 1 else f"{value:.2g}"
+
+
 # What the progress bar and the plain lines show where a run has it; a narrow terminal cuts the end.
-_SHOWN = (
-    ("loss", "loss", "{:.4f}"),
-    ("pairs_per_second", "pairs/s", "{:.1f}"),
-    ("generated_per_second", "tokens/s", "{:.0f}"),
-    ("rewards/accuracies", "accuracy", "{:.3f}"),
-    ("rewards/margins", "margin", "{:.3f}"),
-    ("eval_loss", "held-out loss", "{:.4f}"),
-    ("eval_rewards/accuracies", "held-out accuracy", "{:.3f}"),
-    ("eval_logps/accuracies", "held-out accuracy of log-probs", "{:.3f}"),
+_SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("loss", "loss", "{:.4f}".format),
+    ("pairs_per_second", "pairs/s", _rate(1)),
+    ("generated_per_second", "tokens/s", _rate(0)),
+    ("rewards/accuracies", "accuracy", "{:.3f}".format),
+    ("rewards/margins", "margin", "{:.3f}".format),
+    ("eval_loss", "held-out loss", "{:.4f}".format),
+    ("eval_rewards/accuracies", "held-out accuracy", "{:.3f}".format),
+    ("eval_logps/accuracies", "held-out accuracy of log-probs", "{:.3f}".format),
 )
+
+
+def is_tied(name: str, metrics: Mapping[str, float]) -> bool:
+    """Whether this is an accuracy of 0 because all pairs tie, as where the policy still is its reference."""
+    accuracy = name.endswith("rewards/accuracies")
+    return accuracy and metrics.get(name.replace("accuracies", "ties")) == 1.0
 
 
 def summary(metrics: Mapping[str, float]) -> str:
     """The key metrics in one short line."""
-    return "  ".join(f"{label} {form.format(metrics[key])}" for key, label, form in _SHOWN if key in metrics)
+    return "  ".join(
+        f"{label} {TIED if is_tied(name, metrics) else form(metrics[name])}"
+        for name, label, form in _SHOWN
+        if name in metrics
+    )
 
 
 class Reporter:
@@ -92,10 +110,17 @@ class Reporter:
                 shown.draw()
             return
         if not self._live:
+            first: tuple[int, float] | None = None  # its own time is that of compiling
 
             def plain(done: int, metrics: Mapping[str, float]) -> None:
+                nonlocal first
+                now = time.perf_counter()
+                first = first or (done, now)
                 if metrics:
-                    self.say(f"{name} {done}/{total}  {summary(metrics)}")
+                    timed = first[0] < done < total
+                    left = (now - first[1]) / (done - first[0]) * (total - done) if timed else 0.0
+                    ending = [f"{clock(left)} left"] if timed else []
+                    self.say("  ".join([f"{name} {done}/{total}", summary(metrics), *ending]))
 
             yield plain
             return
@@ -109,7 +134,7 @@ class Reporter:
         )
         # What a narrow terminal cuts.
         shown = TextColumn("{task.fields[shown]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-        with Progress(*fixed, shown, console=self._console) as bar:
+        with Progress(*fixed, shown, console=self._console, speed_estimate_period=SPEED_SECONDS) as bar:
             task = bar.add_task(name, total=total, completed=start, shown="")
 
             def update(done: int, metrics: Mapping[str, float]) -> None:
@@ -122,7 +147,7 @@ class Reporter:
 def check_tracking(config: TrackingConfig) -> None:
     """Raise ValueError if a dashboard that was asked for is not installed."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("tracking.wandb=true, but wandb is not installed; run `pip install rpo-jax[wandb]`.")
+        raise ValueError("tracking.wandb=true, but wandb is not installed; run `pip install wandb`.")
 
 
 class MetricsLog:

@@ -89,6 +89,7 @@ def find_policy(path: str, *, checkpoint: str | None = None, base: str | None = 
     folder = models.resolve_folder(path)
     policy = models.Policy(models.check_pretrained(folder))
     tokenizer = load_tokenizer(folder)
+    models.check_tokenizer(tokenizer, policy.model_config, folder)
     ends = end_tokens(folder, policy.model_config, tokenizer)
     return StoredPolicy(path, policy, tokenizer, ends, None, "float32", folder)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from rpo_jax import models
 from rpo_jax.config.reading import load_config
 from rpo_jax.core.files import check_target
+from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.runs.folder import GENERATION_CONFIG, MODEL
 from rpo_jax.runs.model_card import model_card
+from rpo_jax.sampling.end_tokens import end_tokens
 from rpo_jax.sampling.policy import checked_base, find_checkpoint, restored
 
 
@@ -56,15 +58,26 @@ def export(
     settings = {
         "tokenizer": run_dir / MODEL,
         "dtype": dtype,
-        "readme": model_card(config, policy.model_config, run_dir=run_dir, step=step, base=start, adapter=adapter),
+        "readme": model_card(
+            config,
+            policy.model_config,
+            run_dir=run_dir,
+            step=step,
+            base=start,
+            adapter=adapter,
+            chat=record.get("rendered", config.data.template == "chat"),  # older checkpoints do not say
+        ),
         "overwrite": overwrite,
     }
     if adapter:
         return policy.save_adapter(out, trained, base=_base_name(base, record["base"], run_dir), **settings)
     weights = _checked_base(base, record["base"], run_dir) if policy.trains_adapters else None
-    # As the folder that the run started from had it; otherwise from the architecture.
-    given = run_dir / MODEL if (run_dir / MODEL / GENERATION_CONFIG).is_file() else None
-    return policy.save(out, trained, weights, generation_config=given, **settings)
+    # As the folder that the run started from had them; otherwise from the architecture.
+    settings["config"] = run_dir / MODEL
+    settings["generation_config"] = run_dir / MODEL if (run_dir / MODEL / GENERATION_CONFIG).is_file() else None
+    tokenizer, arguments = load_tokenizer(run_dir / MODEL), config.data.template_arguments
+    ends = end_tokens(run_dir / MODEL, policy.model_config, tokenizer, arguments)
+    return policy.save(out, trained, weights, end_ids=ends, **settings)
 
 
 def _base_name(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> str:

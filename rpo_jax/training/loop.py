@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
@@ -56,6 +57,7 @@ class Programs:
         reference: parameters of a live reference; None where log-probs are in the data, or none are used.
         diagnosis: asked where a batch goes wrong, once the run gives up.
         data: what the batches' examples are.
+        say: is told of each compilation, which a shape of batches waits for the first time.
     """
 
     steps: Steps
@@ -63,6 +65,8 @@ class Programs:
     reference: Params | None
     diagnosis: Diagnosis
     data: PreferenceData
+    say: Callable[[str], None]
+    _compiled: set[tuple[str, tuple[int, ...]]] = field(default_factory=set, init=False)
 
     def place(self, batch: Batch) -> Batch:
         """A batch of the host on the devices."""
@@ -71,11 +75,27 @@ class Programs:
     def train(self, state: TrainState, placed: Batch, limit: np.float32 | None) -> tuple[TrainState, dict[str, Any]]:
         """The state after a step on a placed batch, and its metrics; `limit` is the gradient norm's, None for none."""
         limited = {} if limit is None else {"limit": limit}
-        return self.steps.train(state, placed, self.reference, **limited)
+        with self._compiling("step", placed):
+            return self.steps.train(state, placed, self.reference, **limited)
 
     def evaluate(self, params: Params, batch: Batch) -> Means:
         """The metrics' means on a batch of the host."""
-        return self.steps.evaluate(params, self.place(batch), self.reference)
+        with self._compiling("evaluation", batch):
+            return self.steps.evaluate(params, self.place(batch), self.reference)
+
+    @contextlib.contextmanager
+    def _compiling(self, what: str, batch: Batch) -> Iterator[None]:
+        """Say before and after a call that it compiles, which takes long; the call does not wait for the devices."""
+        shape = batch.tokens.shape
+        if (what, shape) in self._compiled:
+            yield
+            return
+        name = f"the {what} ({shape[0]} rows of {shape[1]} tokens)"
+        self.say(f"compiling {name}")
+        started = time.perf_counter()
+        yield
+        self._compiled.add((what, shape))
+        self.say(f"compiled {name} in {time.perf_counter() - started:.1f} s")
 
     def explain(self, params: Params, batch: Batch) -> list[str]:
         """What is not finite where a batch of the host is trained on, a line for each finding."""

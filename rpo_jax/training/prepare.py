@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from rpo_jax import models
-from rpo_jax.config import Config, resolve
+from rpo_jax.config import Config, DataConfig, resolve
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.embeddings import embed_texts
@@ -50,6 +50,7 @@ class Prepared:
         responses: the kinds of response that the objective needs.
         origins: for train and held_out, what their token ids were made from, as rpo_jax.training.reference names it.
         counts: for train and held_out, what was cut, and what else rpo_jax.data.tokenize counts.
+        rendered: whether a chat template made prompts of the training data.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ class Prepared:
     responses: tuple[str, ...]
     origins: Mapping[str, Mapping[str, str]]
     counts: Mapping[str, Mapping[str, int]]
+    rendered: bool
 
     @property
     def eval_responses(self) -> tuple[str, ...]:
@@ -103,9 +105,15 @@ def sweep_of(
         pairing="paired" if is_paired(data) else "unpaired",
         responses=responses,
         order="sequential",
+        once=True,
         seed=0,
         **_batch_shape(config, row_shards, own_rows),
     )
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run."""
+    return config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
 
 
 def _batch_shape(config: Config, row_shards: int, own_rows: OwnRows | None) -> dict[str, Any]:
@@ -154,11 +162,12 @@ class _Part:
 
 def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleSet:
     """The examples of a source, with scores of their responses where the objective needs them."""
-    data, columns = config.data, None
+    data, scores = config.data, None
     if resolve(config).objective.uses_scores:
-        columns = {"chosen": data.chosen_score, "rejected": data.rejected_score}
+        scores = {"chosen": data.chosen_score, "rejected": data.rejected_score}
     try:
-        found = make_examples(read_rows(path, split=split), data.layout, data.on_bad_row, columns)
+        rows = read_rows(path, split=split)
+        found = make_examples(rows, data.layout, data.on_bad_row, scores, data.columns, data.ignore_columns)
     except (ValueError, OSError):
         # All have read before one of them stops the others: each refuses a bad row by itself, in the same words.
         with contextlib.suppress(PeerFailure):
@@ -174,6 +183,12 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
     if found.faults:
         reporter.say(f"{path}: {found.faults.total} unusable rows skipped\n{found.faults.report()}")
     return found
+
+
+def token_limits(data: DataConfig, found: ExampleSet) -> TokenLimits:
+    """How the examples of a source are rendered and cut."""
+    side = found.truncation_side if data.truncation_side == "auto" else data.truncation_side
+    return TokenLimits(data.max_prompt_tokens, data.max_tokens, side, data.template, data.template_arguments)
 
 
 def _split(config: Config, reporter: Reporter) -> dict[str, _Part]:
@@ -196,9 +211,7 @@ def _split(config: Config, reporter: Reporter) -> dict[str, _Part]:
     train = replace(train, examples=train.examples[: data.train_rows])
 
     def part(path: str, found: ExampleSet) -> _Part:
-        side = found.truncation_side if data.truncation_side == "auto" else data.truncation_side
-        lengths = data.max_prompt_tokens, data.max_tokens
-        return _Part(path, found, TokenLimits(*lengths, side, data.template, data.template_arguments))
+        return _Part(path, found, token_limits(data, found))
 
     parts = {"train": part(data.path, train)}
     return parts if held_out is None else {**parts, "held_out": part(data.eval_path or data.path, held_out)}
@@ -213,7 +226,7 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Repo
     examples, source = part.found.examples, trained or config.model.path or config.model.tokenizer
     if source != "train":
         tokenizer = load_tokenizer(source)
-        if not _renders(config, part):
+        if not _is_rendered(config, part):
             return tokenizer
         if tokenizer.chat_template is None:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
@@ -230,13 +243,17 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Repo
         return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
 
 
-def _renders(config: Config, part: _Part) -> bool:
+def _is_rendered(config: Config, part: _Part) -> bool:
+    """Whether the chat template makes prompts of these examples."""
     return config.data.template == "chat" or any(not isinstance(e.prompt, str) for e in part.found.examples)
 
 
 def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What the token ids of a part of the data are made from: the cache of reference log-probs says what changed."""
-    texts = (repr((e.prompt, *(response.text for response in e.responses))) for e in part.found.examples)
+    texts = (
+        repr((e.prompt, e.template_arguments, *((one.text, one.turns) for one in e.responses)))
+        for e in part.found.examples
+    )
     hashes = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
     local, limits = Path(part.path).expanduser(), part.limits
     lengths = f"max_prompt_tokens={limits.max_prompt_tokens} max_tokens={limits.max_tokens}"
@@ -337,4 +354,5 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
             name: _with_facts(config, part, tokenized[name], name in embedded, reporter) for name, part in parts.items()
         }
         notes.append(config.embedding.encoder if embedded else "not needed")
-    return Prepared(tokenizer, data["train"], data.get("held_out"), responses, origins, counts)
+    rendered = _is_rendered(config, parts["train"])
+    return Prepared(tokenizer, data["train"], data.get("held_out"), responses, origins, counts, rendered)

@@ -34,6 +34,7 @@ from rpo_jax.runs.folder import (
 )
 from rpo_jax.runs.tracking import MetricsLog, Reporter, check_tracking
 from rpo_jax.runs.versions import installed_versions
+from rpo_jax.training.advice import advise
 from rpo_jax.training.hooks.evaluation import Evaluation
 from rpo_jax.training.hooks.guard import FILE as GUARD_FILE
 from rpo_jax.training.hooks.guard import Guard, Guarding
@@ -42,7 +43,7 @@ from rpo_jax.training.hooks.logging import Logging
 from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.hooks.stopping import StopRequests
 from rpo_jax.training.loop import Programs, train
-from rpo_jax.training.prepare import prepare
+from rpo_jax.training.prepare import batches_of, prepare, total_steps
 from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config
 
 
@@ -128,21 +129,36 @@ def _run(asked: _Asked) -> RunResult:
     loaded = None if config.model.path is None else models.check_pretrained(config.model.path)
     prepared = prepare(config, reporter, run_dir / MODEL if resuming else None)
     model_config = policy_config(config, prepared, loaded, reporter)
+    batches = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh))
+    steps = total_steps(config, batches.steps_per_epoch)
+    for advice in advise(config, batches.epoch_draws, steps, model_config.initializer_range):
+        reporter.say(str(advice))
     base = base_record(config)
     record = {
         "model": to_json_dict(model_config),
         "config": to_json_dict(with_defaults_taken(config)),
         "base": base,
+        "rendered": prepared.rendered,
         "versions": installed_versions(),
+        "data": prepared.origins["train"]["data"],
+        "total_steps": steps,
     }
     if resuming:
-        check_resumable(run_dir, record, reporter)
+        check_resumable(run_dir, record, reporter, config.run.force)
     # An accelerator may multiply float32 at less than float32's precision unless told otherwise.
     precision = "float32" if config.model.compute_dtype == "float32" else None
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
         fingerprint = None if base is None else base["fingerprint"]
         place = mesh, reporter
-        setup = make_setup(config, model_config, prepared, place, base_fingerprint=fingerprint, resuming=resuming)
+        setup = make_setup(
+            config,
+            model_config,
+            prepared,
+            place,
+            total_steps=record["total_steps"],
+            base_fingerprint=fingerprint,
+            resuming=resuming,
+        )
         if not resuming:
             make_run_folder(config, model_config, prepared.tokenizer, run_dir)
             if processes.is_main():
@@ -179,7 +195,7 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
     bad_steps = run_dir / GUARD_FILE if processes.is_main() else None
     guard = Guard(config.guard, bad_steps, first_step, saved.get("guard", {}))  # absent from older checkpoints
     stopping.defer()
-    programs = Programs(setup.steps, mesh, setup.live_reference, setup.diagnosis, setup.batches.data)
+    programs = Programs(setup.steps, mesh, setup.live_reference, setup.diagnosis, setup.batches.data, reporter.say)
     # A checkpoint is ranked by an evaluation of its own.
     evaluations = (settings.eval_every, settings.save_every if settings.keep_best else 0)
     try:

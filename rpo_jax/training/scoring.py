@@ -17,6 +17,7 @@ from rpo_jax.config import Method
 from rpo_jax.core.records import Batch, Side
 from rpo_jax.objectives import blocked, contrast, metrics, partition
 from rpo_jax.objectives.matrix import ContrastMatrix, WholeMatrix
+from rpo_jax.objectives.objective import total
 from rpo_jax.objectives.scores import Responses, Scores, Tokens
 from rpo_jax.training.micro_batches import LogProbs, TokenScores
 
@@ -139,10 +140,10 @@ def make_loss(
 
     def loss(batch: Batch, reference: TokenScores | None, paired: bool, log_probs: LogProbs) -> tuple[Array, Means]:
         scores, means = scores_of(log_probs, batch, paired, reference)
-        value, count = objective.total_loss(scores), objective.count(scores).astype(jnp.float32)
+        terms = objective.terms(scores)
         preferences = metrics.preference_metrics(scores, objective.beta, paired)
         if not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
             preferences = {name: mean for name, mean in preferences.items() if not name.startswith("rewards/")}
-        return value, {"loss": metrics.Mean(value * count, count), **means, **preferences}
+        return total(terms), {"loss": metrics.in_parts(*terms), **means, **preferences}
 
     return loss

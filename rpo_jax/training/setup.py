@@ -29,7 +29,7 @@ from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.end_tokens import end_tokens
 from rpo_jax.training.diagnosis import Diagnosis
 from rpo_jax.training.hooks.samples import Sampler
-from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_pass, sweep_of
+from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_pass, sweep_of, total_steps
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, params_fingerprint
 from rpo_jax.training.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 
@@ -61,15 +61,11 @@ class TrainingSetup:
 def policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | None, reporter: Reporter) -> ModelConfig:
     """Architecture of the policy: that of its folder, or one of the configured sizes for the tokenizer at hand.
 
-    Raises ValueError for a tokenizer with more tokens than the folder's model.
+    Raises ValueError for a tokenizer that is not the folder's model's.
     """
     tokenizer, size = prepared.tokenizer, config.model
     if loaded is not None:
-        if len(tokenizer) > loaded.vocab_size:
-            raise ValueError(
-                f"The tokenizer in {size.path} has {len(tokenizer)} tokens, its model only {loaded.vocab_size}; "
-                "use the tokenizer that belongs to the model."
-            )
+        models.check_tokenizer(tokenizer, loaded, str(size.path))
         if config.data.max_tokens > loaded.max_position_embeddings:
             reporter.say(
                 f"data.max_tokens={config.data.max_tokens} is more than the {loaded.max_position_embeddings} positions "
@@ -234,12 +230,19 @@ def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
         )
 
 
+def total_steps_of(config: Config, prepared: Prepared, mesh: Mesh) -> int:
+    """How many steps a run has; ValueError for data that no batch can be made of."""
+    batches = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh))
+    return total_steps(config, batches.steps_per_epoch)
+
+
 def make_setup(
     config: Config,
     model_config: ModelConfig,
     prepared: Prepared,
     place: tuple[Mesh, Reporter],
     *,
+    total_steps: int,
     base_fingerprint: str | None,
     resuming: bool,
 ) -> TrainingSetup:
@@ -247,6 +250,7 @@ def make_setup(
 
     Args:
         place: the devices, and where is told what is done.
+        total_steps: as total_steps_of gives it.
         base_fingerprint: as `base_record` has it; None where all weights are trained.
 
     Raises ValueError for data or a reference that does not fit, before anything is loaded or compiled.
@@ -260,8 +264,6 @@ def make_setup(
         architecture = _reference_config(config.reference.path, prepared.tokenizer)
     for path in config.reference.others:
         _reference_config(path, prepared.tokenizer)
-    steps_per_epoch = batches_of(config, prepared.train, prepared.responses, shards).steps_per_epoch
-    total_steps = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
     steps = build_steps(
         config,
         model_config,

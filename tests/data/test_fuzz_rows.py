@@ -1,6 +1,9 @@
 """Whatever a file of preferences holds, reading it gives examples, counted faults, or our own error."""
 
+import csv
 import gzip
+import io
+import itertools
 import json
 import traceback
 from pathlib import Path
@@ -141,11 +144,14 @@ def test_any_bytes(tmp_path, tokenizer, examples):
         path.write_bytes(raw)
         feed(path, layout, tokenizer)
 
-    names = ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet"]
+    names = ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet", "rows.csv", "rows.tsv.gz"]
     fuzz(body, examples, raw=st.binary(max_size=200), name=st.sampled_from(names), layout=LAYOUT)
 
 
-COLUMNS = sorted({column for layout in LAYOUTS.values() for column in layout.columns} | {"system", "deleted"})
+COLUMNS = sorted(
+    {name for layout in LAYOUTS.values() for name in (*layout.names, *itertools.chain(*layout.aliases.values()))}
+    | {"deleted", "images", "words"}
+)
 KEYS = ["role", "content", "from", "value", "type", "text", "subreddit", "title", "post"]
 WORDS = ["", " ", "a", "b", "user", "assistant", "gpt", "\ud800", "\0", "\x1b[2J", "\n\nHuman: a\n\nAssistant: b"]
 SCALARS = (
@@ -164,7 +170,10 @@ JUNK = st.recursive(
     max_leaves=8,
 )
 # Turns that are nearly sound reach further than junk does.
-TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": SCALARS})
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", "function_call"]), "content": SCALARS},
+    optional={"tool_calls": JUNK, "name": JUNK},
+)
 VALUE = JUNK | st.lists(TURN, max_size=4) | st.sampled_from(WORDS)
 
 
@@ -185,6 +194,27 @@ def test_any_json(tmp_path, tokenizer, examples):
         layout=LAYOUT,
         extra=st.lists(VALUE, min_size=5, max_size=5),
         document=st.booleans(),
+    )
+
+
+@pytest.mark.parametrize("examples", [FEW, MANY])
+def test_csv_files_mutated(tmp_path, tokenizer, examples):
+    def body(header, cells, changes, name, layout):
+        text = io.StringIO()
+        rows = [cells[start : start + len(header)] for start in range(0, len(cells), len(header))]
+        csv.writer(text, delimiter="," if "csv" in name else "\t").writerows([header, *rows])
+        path = tmp_path / name
+        path.write_bytes(mutated(text.getvalue().encode("utf-8", "surrogatepass"), changes))
+        feed(path, layout, tokenizer)
+
+    fuzz(
+        body,
+        examples,
+        header=st.just(["prompt", "chosen", "rejected"]) | st.lists(st.sampled_from(COLUMNS), min_size=1, max_size=5),
+        cells=st.lists(st.sampled_from([*WORDS, "true", "0"]) | st.builds(json.dumps, VALUE), max_size=12),
+        changes=mutations(),
+        name=st.sampled_from(["rows.csv", "rows.tsv"]),
+        layout=LAYOUT,
     )
 
 

@@ -172,6 +172,12 @@ def test_a_missing_null_or_mistyped_column_is_named(name, column):
         ),
         ({"chosen": "Sky is\tblue", "rejected": "Sky is grey"}, ("Sky is", "\tblue", " grey")),
         ({"chosen": "Is it? Yes.", "rejected": "Is it? Yes. No."}, ("Is it?", " Yes.", " Yes. No.")),
+        # A template that was rendered before: its line break belongs to the prompt.
+        (
+            {"chosen": "Hi<e>\n<b>bot\nSo.<e>", "rejected": "Hi<e>\n<b>bot\nNo.<e>"},
+            ("Hi<e>\n<b>bot\n", "So.<e>", "No.<e>"),
+        ),
+        ({"chosen": "<b>bot\nSo.", "rejected": "<b>bot\n\nSo."}, ("<b>bot\n", "So.", "\nSo.")),
         (
             {
                 "prompt": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("Wh", "y?")]}],
@@ -212,15 +218,15 @@ def test_preference_reads_explicit_and_implicit_prompts(record, expected):
             "column 'rejected' is not one assistant turn: its roles are none",
         ),
         (
-            {"prompt": [user("q"), assistant("a")], "chosen": "a", "rejected": "b"},
-            "prompt does not end with a user turn: it ends with assistant",
+            {"prompt": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"},
+            "prompt does not end with a user turn: it ends with system",
         ),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "prompt does not end with a user turn"),
         ({"prompt": [user(" ")], "chosen": "a", "rejected": "b"}, "empty prompt"),
         ({"prompt": ["q"], "chosen": "a", "rejected": "b"}, "column 'prompt' does not hold messages: got str"),
         (
-            {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},
-            "column 'prompt' has an unknown role: 'tool'",
+            {"prompt": [{"role": "moderator", "content": "x"}], "chosen": "a", "rejected": "b"},
+            "column 'prompt' has an unknown role: 'moderator'",
         ),
         ({"prompt": [user(None)], "chosen": "a", "rejected": "b"}, "column 'prompt' has a message without text"),
         (
@@ -347,6 +353,13 @@ def test_ultrafeedback_takes_the_prompt_from_the_conversations():
         "rejected": [*earlier, user("Why?"), assistant("No.")],
     }
     assert parts_of(record) == (said(("user", "Hi"), ("assistant", "Hello"), ("user", "Why?")), "So.", "No.")
+
+
+@pytest.mark.parametrize("sides", [("So.", "No."), ([assistant("So.")], [assistant("No.")])])
+def test_pairs_of_answers_whose_prompt_has_an_id_are_no_ultrafeedback(sides):
+    record = {"prompt": "Why?", "prompt_id": "0a", "chosen": sides[0], "rejected": sides[1]}
+    assert detect_layout(rows_of(record)) == "preference"
+    assert parts_of(record)[1:] == ("So.", "No.")
 
 
 @pytest.mark.parametrize(("label", "chosen", "rejected"), [(1, "No.", "So."), (0, "So.", "No.")])

@@ -248,11 +248,19 @@ def test_an_empty_pool_is_refused():
 
 
 def test_a_sweep_over_unequal_pools_has_every_response_once():
-    batches = PreferenceBatches(unpaired_data(7, 3), pairs=2, pairing="unpaired", order="sequential", seed=0)
+    data = unpaired_data(7, 3)
+    batches = PreferenceBatches(data, pairs=2, pairing="unpaired", order="sequential", once=True, seed=0)
     assert batches.steps_per_epoch == 4
     for epoch in (0, 1):
         assert served(batches, epoch, "chosen") == [0, 1, 2, 3, 4, 5, 6]
         assert served(batches, epoch, "rejected") == [7, 8, 9]
+
+
+def test_training_in_file_order_compares_something_in_every_step():
+    batches = PreferenceBatches(unpaired_data(7, 3), pairs=2, pairing="unpaired", order="sequential", seed=0)
+    for epoch in (0, 1):
+        assert served(batches, epoch, "chosen") == [0, 1, 2, 3, 4, 5, 6]
+        assert served(batches, epoch, "rejected") == [7, 8, 9, 7, 8, 9, 7]
 
 
 def many_responses(mismatched=False):

@@ -21,6 +21,9 @@ REPLY = {"role": "assistant", "content": "Because."}
         ({"messages": [TURN, REPLY]}, (USER,)),
         ({"messages": [{"role": "system", "content": "Be brief."}, TURN]}, (Message("system", "Be brief."), USER)),
         ({"instruction": "Why?", "output": "A reference."}, (USER,)),
+        ({"question": "Why?"}, (USER,)),
+        ({"query": "Why?", "system": "Be brief.", "id": 3}, (Message("system", "Be brief."), USER)),
+        ({"conversations": [{"from": "human", "value": "Why?"}]}, (USER,)),
         ({"instruction": "Say why:", "input": "rain"}, (Message("user", "Say why:\n\nrain"),)),
         ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, "Why?"),
         ({"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."}, (USER,)),
@@ -34,6 +37,18 @@ def test_a_row_gives_its_prompt(tmp_path, row, prompt):
     listed = tmp_path / "rows.json"
     listed.write_text(json.dumps([row]), encoding="utf-8")
     assert read_prompts(listed).rows[0].prompt == prompt
+
+
+def test_prompts_take_columns_and_what_stands_beside_them(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "Why?", "tools": [{"name": "f"}], "context": "Rain."}])
+    (found,) = read_prompts(file, columns={"prompt": "text"}, ignore_columns=["context"]).rows
+    assert (found.prompt, found.template_arguments) == ((USER,), '{"tools": [{"name": "f"}]}')
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: column 'context' conditions the answers"):
+        read_prompts(file, columns={"prompt": "text"})
+    with pytest.raises(ValueError, match=r"data.columns.prompt is 'words', but the columns are text, tools, context"):
+        read_prompts(file, columns={"prompt": "words"})
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"text": "Why?", "chosen": "So.", "rejected": "No."}])
+    assert read_prompts(pairs, columns={"prompt": "text"}).rows[0].prompt == "Why?"
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
@@ -57,13 +72,13 @@ def test_the_prompts_of_preferences_stay_in_order(tmp_path):
     [
         ("rows.jsonl", '{"prompt": "Why?"}\n{"prompt": " "}\n', "rows.jsonl:2: empty prompt"),
         ("rows.jsonl", '{"prompt": "Why?"}\n{"prompt": 3}\n', "rows.jsonl:2: column 'prompt' does not hold"),
-        ("rows.jsonl", '{"prompt": "Why?"}\n{"question": "Why?"}\n', "rows.jsonl:2: column 'prompt' is missing"),
+        ("rows.jsonl", '{"prompt": "Why?"}\n{"words": "Why?"}\n', "rows.jsonl:2: column 'prompt' is missing"),
         ("rows.jsonl", '{"messages": []}\n', "rows.jsonl:1: prompt does not end with a user turn"),
         ("rows.jsonl", '{"prompt": "Why?"}\n{"prompt\n', "rows.jsonl:2: broken JSON"),
-        ("rows.jsonl", '{"question": "Why?"}\n', "fit no layout"),
+        ("rows.jsonl", '{"words": "Why?"}\n', "fit no layout"),
         ("rows.jsonl", "", "is empty"),
         ("rows.txt", "\n \n", "is empty"),
-        ("rows.csv", "prompt\n", "unknown suffix"),
+        ("rows.xlsx", "prompt\n", "unknown suffix"),
     ],
 )
 def test_a_row_without_a_prompt_is_named(tmp_path, name, content, named):

@@ -78,6 +78,24 @@ def test_parquet_round_trip(tmp_path):
     assert [row.row_id for row in rows] == [f"{path}:1", f"{path}:2"]
 
 
+def test_a_tables_padding_of_calls_and_tools_is_no_part_of_them(tmp_path):
+    import datasets
+
+    def turn(name, **arguments):
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": name, "arguments": arguments}}],
+        }
+
+    records = [{"chosen": [turn("f", a=1)], "tools": [{"name": "f", "more": {"x": 1}}]}]
+    records += [{"chosen": [turn("g", b=[{"c": 2}, {"d": 3}])], "tools": [{"name": "g", "more": {"y": 1}}]}]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(records).save_to_disk(tmp_path / "arrow")
+    for name in ("rows.parquet", "arrow"):
+        assert values(read_rows(tmp_path / name)) == records
+
+
 def test_arrow_folder_round_trip_and_its_splits(tmp_path):
     import datasets
 
@@ -164,7 +182,7 @@ def test_an_element_that_is_no_object_is_a_bad_row(tmp_path):
         ("rows.json", b'{"rows": [\n]}', r"neither a list of objects nor"),
         ("rows.json", b'{"data": {"a": 1}}', r"neither a list of objects nor"),
         ("rows.json", b"3", r"neither a list of objects nor"),
-        ("rows.csv", b"a,b\n", r"unknown suffix '.csv'; rows are read from .jsonl, .jsonl.gz, .json"),
+        ("rows.xlsx", b"a,b\n", r"unknown suffix '.xlsx'; rows are read from .jsonl, .jsonl.gz, .json"),
         ("rows.pkl", b"\x80\x04N.", r"unknown suffix '.pkl'"),
         ("rows", b"{}", r"unknown suffix ''"),
         ("rows.parquet", b"PAR1 no more", r"rows.parquet is no readable Parquet file"),

@@ -256,7 +256,7 @@ def test_an_adapter_folder_says_what_peft_would_and_is_written_whole(hf_folder, 
 
     with pytest.raises(ValueError, match="exists"):
         write(tmp_path / "a", base=str(folder), tokenizer=tokenizer)
-    monkeypatch.setattr("safetensors.numpy.save_file", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("safetensors.numpy.save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(tmp_path / "b", base=str(folder), tokenizer=tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

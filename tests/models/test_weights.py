@@ -201,4 +201,9 @@ def test_generation_config_is_derived_given_or_copied(hf_folder, tmp_path):
     assert written("given", generation_config={"max_new_tokens": 7})["max_new_tokens"] == 7
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "generation_config.json").write_text('{"top_k": 3}')
-    assert written("copied", generation_config=tmp_path / "source") == {"top_k": 3}
+    assert written("copied", generation_config=tmp_path / "source") == {"top_k": 3, "eos_token_id": [2, 3]}
+    (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": [5, 3, 2]}')
+    assert written("more", generation_config=tmp_path / "source", end_ids={5, 4}) == {"eos_token_id": [5, 3, 2, 4]}
+    (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id must be a token's number or a list"):
+        written("named", generation_config=tmp_path / "source")

@@ -221,7 +221,7 @@ def test_sft_and_slic_agree_with_the_oracle():
 
         def loss(c, r, weights=weights, num_tokens=num_tokens, mask=mask):
             scores = laws.scores_of(c, r, weights, mask, num_tokens=(num_tokens, num_tokens))
-            return laws.named("slic", slic_margin=1.5, slic_nll_weight=0.3).loss(scores)
+            return laws.named("slic", slic_margin=1.5, slic_nll_weight=0.3).total_loss(scores)
 
         value, gradients = jax.value_and_grad(loss, (0, 1))(chosen, rejected)
         assert_agree((value, *gradients), oracle.slic(chosen, rejected, num_tokens, weights, mask, 1.5, 0.3))
@@ -287,12 +287,12 @@ def test_the_objectives_of_the_table_compute_their_losses(name, average):
     expected = expected_objective(name, laws.draw_scores(0), average)
     options = {} if name == "sft" else {"average_log_prob": average}
     objective = laws.named(name, **options, **({"slic_nll_weight": 0.5} if name == "slic" else {}))
-    np.testing.assert_allclose(objective.loss(laws.draw_scores(0)), expected, rtol=1e-5)
+    np.testing.assert_allclose(objective.total_loss(laws.draw_scores(0)), expected, rtol=1e-5)
     dirty = laws.draw_scores(0, fill=np.nan)
 
     def loss(log_prob):
         chosen = dirty["chosen"]._replace(log_prob=log_prob)
-        return objective.loss(replace(dirty, responses={**dirty.responses, "chosen": chosen}))
+        return objective.total_loss(replace(dirty, responses={**dirty.responses, "chosen": chosen}))
 
     value, gradient = jax.value_and_grad(loss)(dirty["chosen"].log_prob)
     np.testing.assert_allclose(value, expected, rtol=1e-5)

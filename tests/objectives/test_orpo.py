@@ -38,7 +38,7 @@ def test_odds_stay_finite_at_certainty_and_keep_their_digits_near_it():
 
 def test_the_row_is_supervised_fine_tuning_and_the_penalty():
     scores = laws.draw_scores(1, fill=np.nan)
-    got = laws.named("orpo", orpo_weight=0.3).loss(scores)
+    got = laws.named("orpo", orpo_weight=0.3).total_loss(scores)
     sides = [(np.asarray(s.log_prob, np.float64) / s.num_tokens,) for s in laws.sides_of(scores)]
     nll = oracle.sft(scores["chosen"].log_prob, scores["chosen"].num_tokens, np.asarray(scores["chosen"].valid))[0]
     penalty = equation(*sides, *laws.matrix_of(scores), None)

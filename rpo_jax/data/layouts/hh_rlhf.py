@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from rpo_jax.core.records import Message
-from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, common_prefix, pair, per_row, text_field
+from rpo_jax.data.layouts.fields import Fields, Unusable, text_field
+from rpo_jax.data.layouts.layout import Layout, per_row
+from rpo_jax.data.layouts.parts import Parts, common_prefix, pair
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def parse(values: Mapping[str, Any]) -> Parts:
+def parse(values: Fields) -> Parts:
     """The prompt is the longest common prefix of both texts, backed up to the last "\\n\\nAssistant:".
 
     What follows it is the response, also where it runs into further turns (5 of 2,312 rows of the harmless test
@@ -26,7 +26,7 @@ def parse(values: Mapping[str, Any]) -> Parts:
     if cut < 0 or not shared.startswith(_HUMAN):
         raise Unusable("no shared prompt: the texts do not begin with the same Human and Assistant turns")
     responses = [text[cut + len(_ASSISTANT) :].strip() for text in (chosen, rejected)]
-    return pair(_messages(shared[:cut]), *responses)
+    return pair(_messages(shared[:cut]), *responses)._replace(implicit=True)
 
 
 def _messages(transcript: str) -> tuple[Message, ...]:
@@ -41,7 +41,7 @@ def _messages(transcript: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _is_transcript(values: Mapping[str, Any]) -> bool:
+def _is_transcript(values: Fields) -> bool:
     texts = (values["chosen"], values["rejected"])
     return "prompt" not in values and all(
         isinstance(text, str) and text.startswith(_HUMAN) and _ASSISTANT in text for text in texts

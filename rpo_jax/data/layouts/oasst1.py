@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from rpo_jax.core.records import Message, PreferenceExample, Row
 from rpo_jax.data.faults import BadRow, shown
-from rpo_jax.data.layouts.layout import ROLES, Layout, Unusable, finish, pair, text_field
+from rpo_jax.data.layouts.fields import Unusable, is_blank, number_field, text_field
+from rpo_jax.data.layouts.layout import Layout
+from rpo_jax.data.layouts.messages import ROLES
+from rpo_jax.data.layouts.parts import finish, pair
 
 
 class _Node(NamedTuple):
@@ -51,16 +53,14 @@ def read(rows: Iterable[Row]) -> Iterator[PreferenceExample | BadRow]:
 
 def _node(row: Row) -> tuple[str, _Node]:
     values = row.values
-    parent = None if "parent_id" in values and values["parent_id"] is None else text_field(values, "parent_id")
+    parent = None if "parent_id" in values and is_blank(values["parent_id"]) else text_field(values, "parent_id")
     role = text_field(values, "role")
     if role not in ROLES:
         raise Unusable(f"column 'role' has an unknown role: {shown(role)}")
     rank = values.get("rank")
-    if isinstance(rank, float) and math.isnan(rank):  # a null, where pandas wrote the file
-        rank = None
-    if rank is not None and not isinstance(rank, int | float):
-        raise Unusable(f"column 'rank' does not hold a number: got {type(rank).__name__}")
-    ranked = None if values.get("deleted") else rank
+    null = is_blank(rank) or rank != rank  # NaN, where pandas wrote the file
+    deleted = values.get("deleted") and str(values["deleted"]).lower() not in ("false", "0")  # the text of a CSV file
+    ranked = None if null or deleted else number_field(values, "rank")
     return text_field(values, "message_id"), _Node(row.row_id, parent, ROLES[role], text_field(values, "text"), ranked)
 
 
@@ -83,5 +83,6 @@ LAYOUT = Layout(
     columns=("message_id", "parent_id", "text", "role", "rank"),
     truncation_side="keep_end",
     description="OpenAssistant/oasst1: one message a row; the best ranked reply against every other ranked one",
+    prompt=("text",),
     joins_rows=True,
 )

@@ -3,68 +3,47 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
-from rpo_jax.core.records import Message
-from rpo_jax.data.layouts.layout import (
-    Layout,
-    Parts,
-    Unusable,
-    as_answered,
-    common_prefix,
-    field,
-    pair,
-    per_row,
-    prompt_field,
-    reply_field,
-    shared_conversation,
-    text_field,
-)
+from rpo_jax.data.layouts.conditions import ASKED, PROMPT, check_rest, prompt_field, states
+from rpo_jax.data.layouts.fields import Fields, Unusable
+from rpo_jax.data.layouts.layout import Layout, per_row
+from rpo_jax.data.layouts.messages import text_or_messages
+from rpo_jax.data.layouts.parts import Parts, answered, common_prefix, is_conversation, pair, shared_conversation
 
-_LAST_WORD = re.compile(r"\s+\S*\Z")
+_LAST_SPACE = re.compile(r"(\s+)\S*\Z")
+_KINDS = ("chosen", "rejected")
 
 
-def parse(values: Mapping[str, Any]) -> Parts:
+def parse(values: Fields) -> Parts:
     """Prompt, chosen and rejected of one row; all text is kept as it is.
 
-    Without a `prompt` column, the prompt is what both responses begin with: all turns but the last, or whole
-    words, the space before the responses staying with them.
+    Without a column for it, the prompt is what both responses begin with: the turns that they share, or whole
+    words, the space before the responses staying with them, unless that is a line break, as after `assistant` where a
+    template was rendered.
     """
-    if "prompt" not in values:
-        if isinstance(field(values, "chosen"), str):
-            return _shared_words(text_field(values, "chosen"), text_field(values, "rejected"))
-        return shared_conversation(values)
     prompt = prompt_field(values)
-    if _is_longer_conversation(values):
-        parts = shared_conversation(values)
-        if not _repeats(prompt, parts.prompt):
-            raise Unusable("no shared prompt: the column 'prompt' is not what both conversations begin with")
-        return parts
-    chosen, rejected = reply_field(values, "chosen"), reply_field(values, "rejected")
-    return pair(as_answered(prompt, values["chosen"]), chosen, rejected)
-
-
-def _is_longer_conversation(values: Mapping[str, Any]) -> bool:
-    chosen = values.get("chosen")
-    return isinstance(chosen, list) and len(chosen) > 1
-
-
-def _repeats(prompt: str | tuple[Message, ...], shared: str | tuple[Message, ...]) -> bool:
-    if isinstance(prompt, str):
-        return any(prompt == message.content for message in shared if isinstance(message, Message))
-    return prompt == shared[: len(prompt)]
+    answers = {name: text_or_messages(values, name) for name in _KINDS}
+    if any(map(is_conversation, answers.values())):
+        return states(prompt, shared_conversation(answers, _KINDS), values)
+    if prompt is not None:
+        return answered(prompt, answers, _KINDS)
+    chosen, rejected = answers.values()
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        check_rest(values, (chosen, rejected), is_text=True)  # first: what they share may be nothing because of it
+        return _shared_words(chosen, rejected)
+    return shared_conversation(answers, _KINDS)
 
 
 def _shared_words(chosen: str, rejected: str) -> Parts:
     cut = len(common_prefix(chosen, rejected))
     at_word_end = chosen[cut : cut + 1].isspace() and rejected[cut : cut + 1].isspace()
     if not at_word_end:
-        last_word = _LAST_WORD.search(chosen[:cut])
-        cut = last_word.start() if last_word else 0
+        space = _LAST_SPACE.search(chosen[:cut])
+        # A line break ends what is before it; a space begins what is after.
+        cut = 0 if space is None else space.end(1) if "\n" in space[1] else space.start()
     if not chosen[:cut].strip():
         raise Unusable("no shared prompt: chosen and rejected do not begin with the same words")
-    return pair(chosen[:cut], chosen[cut:], rejected[cut:])
+    return pair(chosen[:cut], chosen[cut:], rejected[cut:])._replace(implicit=True)
 
 
 LAYOUT = Layout(
@@ -72,4 +51,6 @@ LAYOUT = Layout(
     columns=("chosen", "rejected"),
     truncation_side="keep_end",
     description="TRL preference data: prompt, chosen, rejected as text or messages; the prompt may be implicit",
+    prompt=(PROMPT, *ASKED),
+    aliases={"chosen": ("chosen_response",), "rejected": ("rejected_response",)},
 )

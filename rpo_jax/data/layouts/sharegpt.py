@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from rpo_jax.data.layouts.conditions import ASKED, PROMPT
+from rpo_jax.data.layouts.fields import Fields, Unusable
+from rpo_jax.data.layouts.layout import Layout, per_row
+from rpo_jax.data.layouts.messages import messages_field, text_or_messages
+from rpo_jax.data.layouts.parts import Parts, answered
 
-from rpo_jax.core.records import Message
-from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, messages_field, pair, per_row, reply_field, text_field
+_KINDS = ("chosen", "rejected")
 
 
-def parse(values: Mapping[str, Any]) -> Parts:
-    """The conversation, after the text of an optional `system` column; text as it is."""
+def parse(values: Fields) -> Parts:
+    """The conversation and its two answers; text as it is."""
     prompt = messages_field(values, "conversations")
-    if values.get("system") is not None and (system := text_field(values, "system")).strip():
-        if any(message.role == "system" for message in prompt):
-            raise Unusable("two system prompts: one in the column 'system', one in 'conversations'")
-        prompt = (Message("system", system), *prompt)
-    return pair(prompt, reply_field(values, "chosen"), reply_field(values, "rejected"))
+    answers = {name: text_or_messages(values, name) for name in _KINDS}
+    return answered(prompt, answers, _KINDS)._replace(prefilled=False)
+
+
+def _waits(values: Fields) -> bool:
+    """Whether the conversation is under its own name, or is there for its answers and no copy of one of them."""
+    if not values.is_named("conversations"):
+        return True
+    try:
+        turns = messages_field(values, "conversations")
+    except Unusable:
+        return False
+    return not any(name in values for name in (PROMPT, *ASKED)) and turns[-1:] != () and turns[-1].role != "assistant"
 
 
 LAYOUT = Layout(
@@ -24,4 +34,7 @@ LAYOUT = Layout(
     columns=("conversations", "chosen", "rejected"),
     truncation_side="keep_end",
     description="ShareGPT preference data (LLaMA-Factory): conversations, chosen and rejected as from/value turns",
+    prompt=("conversations",),
+    aliases={"conversations": ("messages", "conversation")},
+    recognise=_waits,
 )

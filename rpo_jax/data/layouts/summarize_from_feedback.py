@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from rpo_jax.data.faults import shown
-from rpo_jax.data.layouts.layout import (
-    Layout,
-    Parts,
-    Unusable,
-    field,
-    list_field,
-    object_field,
-    pair,
-    per_row,
-    text_field,
-)
+from rpo_jax.data.layouts.fields import Fields, Unusable, label_field, list_field, object_field, text_field
+from rpo_jax.data.layouts.layout import Layout, per_row
+from rpo_jax.data.layouts.parts import Parts, pair
 
 
-def parse(values: Mapping[str, Any]) -> Parts:
+def parse(values: Fields) -> Parts:
     """The prompt states subreddit, title and post and ends with "TL;DR:"; a response is " " and the summary.
 
     The summary is stripped first, so that the one space joins it to the prompt. News articles, which have no
@@ -34,9 +24,7 @@ def parse(values: Mapping[str, Any]) -> Parts:
     summaries = list_field(values, "summaries")
     if len(summaries) != 2 or not all(isinstance(summary, Mapping) for summary in summaries):
         raise Unusable("column 'summaries' does not hold two objects")
-    choice = field(values, "choice")
-    if not isinstance(choice, int) or choice not in (0, 1):
-        raise Unusable(f"column 'choice' is neither 0 nor 1: got {shown(choice)}")
+    choice = int(label_field(values, "choice", "0 nor 1"))
     prompt = f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
     chosen, rejected = (text_field(summaries[index], "text").strip() for index in (choice, 1 - choice))
     return pair(prompt, f" {chosen}", f" {rejected}")
@@ -45,6 +33,7 @@ def parse(values: Mapping[str, Any]) -> Parts:
 LAYOUT = Layout(
     read=per_row(parse),
     columns=("info", "summaries", "choice"),
+    prompt=("info",),
     truncation_side="keep_start",
     description="openai/summarize_from_feedback comparisons, the Reddit part: info, two summaries, choice",
 )

@@ -1,28 +1,35 @@
-"""TRL's unpaired preference layout: prompt, completion, label."""
+"""TRL's unpaired preference layout: prompt, completion, label; LLaMA-Factory's KTO files too."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from rpo_jax.data.layouts.conditions import ASKED, PROMPT, prompt_field, states
+from rpo_jax.data.layouts.fields import Fields, field, label_field
+from rpo_jax.data.layouts.layout import Layout, per_row
+from rpo_jax.data.layouts.messages import text_or_messages
+from rpo_jax.data.layouts.parts import Parts, answered, is_conversation, shared_conversation
 
-from rpo_jax.core.records import Response
-from rpo_jax.data.faults import shown
-from rpo_jax.data.layouts.layout import Layout, Parts, Unusable, as_answered, field, per_row, prompt_field, reply_field
 
+def parse(values: Fields) -> Parts:
+    """A chosen response where `label` is true or 1, a rejected one where it is false or 0; text as it is.
 
-def parse(values: Mapping[str, Any]) -> Parts:
-    """A chosen response where `label` is true or 1, a rejected one where it is false or 0; text as it is."""
+    A completion that is a whole conversation is answered by its last turn, and needs no prompt beside it.
+    """
     prompt = prompt_field(values)
-    completion = reply_field(values, "completion")
-    label = field(values, "label")
-    if not isinstance(label, bool | int) or label not in (0, 1):
-        raise Unusable(f"column 'label' is neither true nor false: got {shown(label)}")
-    return Parts(as_answered(prompt, values["completion"]), (Response("chosen" if label else "rejected", completion),))
+    completion = text_or_messages(values, "completion")
+    answers, kinds = {"completion": completion}, ("chosen" if label_field(values, "label") else "rejected",)
+    if is_conversation(completion, least=1 if prompt is None else 2):
+        return states(prompt, shared_conversation(answers, kinds), values)
+    return answered(field(values, PROMPT) if prompt is None else prompt, answers, kinds)
 
 
 LAYOUT = Layout(
     read=per_row(parse),
-    columns=("prompt", "completion", "label"),
+    columns=("completion", "label"),
     truncation_side="keep_end",
     description="TRL unpaired preference data: prompt, completion, label (true or false)",
+    prompt=(PROMPT, *ASKED),
+    aliases={
+        "completion": ("response", "output", "messages", "conversations", "conversation"),
+        "label": ("kto_tag",),
+    },
 )

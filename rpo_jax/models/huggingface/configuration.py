@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rpo_jax.config import PolicyConfig
-from rpo_jax.core.files import read_json
+from rpo_jax.core.files import read_json, refuse_gguf
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.families import FAMILIES, check_family
 from rpo_jax.models.rope import ROPE_KINDS, Rope, frequencies
@@ -100,6 +102,7 @@ def read_config(folder: Path) -> ModelConfig:
     """The architecture that a folder's config.json describes; its dtype is what config.json says."""
     file = folder / "config.json"
     if not file.is_file():
+        refuse_gguf(folder)
         raise ValueError(f"{folder} has no config.json; a model folder is what transformers' save_pretrained writes.")
     values = read_json(folder, file.name)
     family = str(values.get("model_type"))
@@ -117,6 +120,28 @@ def read_config(folder: Path) -> ModelConfig:
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
     return model
+
+
+def check_tokenizer(tokenizer: Any, model: ModelConfig, folder: str | Path) -> None:
+    """ValueError for a tokenizer that is not the model's: with ids beyond its embedding, or without its special tokens.
+
+    Fewer tokens than the embedding has rows are usual: those are rounded up. A padding token is not asked for, since
+    some models name one that nobody has; nothing here pads with it.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    if (count := max(ids, default=-1) + 1) > model.vocab_size:
+        raise ValueError(
+            f"The tokenizer in {folder} has {count} tokens, its model only {model.vocab_size}; use the tokenizer that "
+            "belongs to the model."
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(model, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number >= 0 and number not in ids:  # some configurations say -1 for none
+                raise ValueError(
+                    f"The tokenizer in {folder} has no token {number}, which config.json there gives as {name}; use "
+                    "the tokenizer that belongs to the model, or correct config.json."
+                )
 
 
 def _check_sizes(file: Path, values: Mapping[str, Any]) -> None:
@@ -165,6 +190,42 @@ def to_transformers(model: ModelConfig, dtype: str) -> Any:
     if _from_transformers(model.family, config, model.dtype) != model:
         raise ValueError(f"transformers' {family.config_class} cannot express this architecture: {model}.")
     return config
+
+
+def write_config(folder: Path, model: ModelConfig, dtype: str, base: Path | None = None) -> None:
+    """Write a config.json that transformers 4 and 5 read alike.
+
+    Version 5 has the whole rotary embedding in rope_parameters, 4 looks for rope_theta and rope_scaling, and where they
+    are absent goes on with a base of 10000 without scaling, and without a word. Both are written.
+
+    Args:
+        dtype: of the weights beside it.
+        base: folder whose config.json is kept but for what is said here, byte for byte where that is nothing.
+
+    Raises ValueError where the base's architecture is another.
+    """
+    if base is None:
+        content, original = None, {}
+        values = {"torch_dtype": dtype, **json.loads(to_transformers(model, dtype).to_json_string())}
+    else:
+        if dataclasses.replace(read_config(base), dtype=model.dtype) != model:
+            raise ValueError(f"{base / 'config.json'} describes another architecture than {model}.")
+        content, original = (base / "config.json").read_bytes(), read_json(base, "config.json")
+        values = dict(original)
+    values.pop("auto_map", None)  # names code that is neither needed nor beside it
+    kind, scaling = model.rope.kind, dict(model.rope.scaling)
+    if values.get("rope_parameters") is None:
+        values["rope_parameters"] = {"rope_type": kind, "rope_theta": model.rope.theta, **scaling}
+    if values.get("rope_theta") is None:
+        values["rope_theta"] = model.rope.theta
+    if values.get("rope_scaling") is None:
+        values["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **scaling}
+    named = [name for name in ("dtype", "torch_dtype") if values.get(name) is not None]
+    if named or dtype != "float32":
+        values |= dict.fromkeys(named or ("dtype", "torch_dtype"), dtype)
+    if content is None or values != original:
+        content = (json.dumps(values, indent=2, sort_keys=base is None, ensure_ascii=False) + "\n").encode()
+    (folder / "config.json").write_bytes(content)
 
 
 def _stored_dtype(values: Mapping[str, Any]) -> str:

@@ -8,18 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.core.files import inside, read_json
+from rpo_jax.core.files import inside, read_json, refuse_gguf
 from rpo_jax.data.hub import newest_folder
+from rpo_jax.data.tokenizer import VOCABULARY_FILES, has_vocabulary, make_portable
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+    *VOCABULARY_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
@@ -36,6 +35,7 @@ def resolve_folder(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
+        refuse_gguf(folder)
         raise ValueError(f"{path} is a file; give the folder that holds config.json and the weights.")
     if not _HUB_NAME.fullmatch(str(path)):
         raise ValueError(f"There is no model folder {path}; give an existing folder or a hub name such as org/model.")
@@ -101,22 +101,27 @@ def _read_index(folder: Path) -> dict[str, str] | None:
             'you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
+    refuse_gguf(folder)
     raise ValueError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}: there are no weights to load.")
 
 
 def copy_tokenizer(tokenizer: Any, target: Path) -> None:
-    """Write a tokenizer, its chat template included, from its folder or from the loaded object."""
+    """Write a tokenizer, its chat template included, from the loaded object, or the files of its folder as they are.
+
+    Only what transformers 4 could not read is written anew.
+    """
     if not isinstance(tokenizer, str | Path):
         tokenizer.save_pretrained(target)
+        make_portable(target)
         return
     source = Path(tokenizer).expanduser()
-    found = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern)]
-    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & {file.name for file in found}:
-        raise ValueError(f"{source} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json).")
-    for file in found:
+    if not has_vocabulary(source):
+        raise ValueError(f"{source} holds no tokenizer (none of {', '.join(VOCABULARY_FILES)}).")
+    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(inside(source, str(file.relative_to(source))), copy)
+    make_portable(target)
 
 
 def some(names: list[str], limit: int = 6) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rpo_jax.core.files import atomic_directory
+from rpo_jax.core.files import atomic_directory, read_json
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params
-from rpo_jax.models.huggingface.configuration import to_transformers
+from rpo_jax.models.huggingface.configuration import write_config
 from rpo_jax.models.huggingface.folders import WEIGHTS, WEIGHTS_INDEX, copy_tokenizer
 from rpo_jax.models.huggingface.loading import DTYPES, check_dtype
 from rpo_jax.models.huggingface.tensors import TensorLayout, flat_params, tensors_of
@@ -26,22 +26,29 @@ def save_pretrained(
     model_config: ModelConfig,
     params: Params,
     *,
+    config: str | Path | None = None,
     tokenizer: Any = None,
     generation_config: Mapping[str, Any] | str | Path | None = None,
+    end_ids: Collection[int] = (),
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     readme: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a Hugging Face folder that transformers' AutoModelForCausalLM loads; whole or not at all.
+    """Write a Hugging Face folder that AutoModelForCausalLM of transformers 4 and 5 loads alike; whole or not at all.
+
+    Files of other folders are copied byte for byte where nothing in them is to change.
 
     Args:
         path: folder to make; an existing one is refused unless `overwrite`.
         model_config: the architecture.
         params: NumPy or fully addressable jax arrays.
+        config: folder of the model that these weights descend from, whose config.json is kept.
         tokenizer: a tokenizer, or a folder whose tokenizer files and chat template are copied.
         generation_config: its values, or a folder whose generation_config.json is copied; by default the
             architecture's special tokens.
+        end_ids: tokens that end an answer, besides those of the architecture and of the generation_config; all of them
+            are written there.
         dtype: of the written tensors; by default the architecture's, so that load and save give equal bytes.
         max_shard_bytes: a larger model is split over several files with an index.
         readme: the folder's README.md.
@@ -58,8 +65,8 @@ def save_pretrained(
             copy_tokenizer(tokenizer, folder)
         if readme is not None:
             (folder / "README.md").write_text(readme, encoding="utf-8")
-        to_transformers(model_config, dtype).save_pretrained(folder)
-        _write_generation_config(folder, model_config, generation_config)
+        write_config(folder, model_config, dtype, None if config is None else Path(config).expanduser())
+        _write_generation_config(folder, model_config, generation_config, end_ids)
         _write_shards(folder, tensors, flat, dtype, max_shard_bytes)
     return target
 
@@ -75,20 +82,34 @@ def _check_params(model_config: ModelConfig, flat: Mapping[tuple[str, ...], Any]
         )
 
 
-def _write_generation_config(folder: Path, model_config: ModelConfig, given: Any) -> None:
+def _write_generation_config(folder: Path, model_config: ModelConfig, given: Any, end_ids: Collection[int]) -> None:
+    """The given values with every end token: what generates takes its end tokens from this file alone."""
     from transformers import GenerationConfig
 
-    if isinstance(given, str | Path):
-        content = (Path(given).expanduser() / "generation_config.json").read_bytes()
-        (folder / "generation_config.json").write_bytes(content)
-        return
-    eos = model_config.eos_token_id
-    special = {
-        "bos_token_id": model_config.bos_token_id,
-        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-        "pad_token_id": model_config.pad_token_id,
-    }
-    GenerationConfig(**(special | dict(given or {}))).save_pretrained(folder)
+    name, source = "generation_config.json", Path(given).expanduser() if isinstance(given, str | Path) else None
+    if source is not None:
+        values = read_json(source, name)
+    else:
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        values = {key: getattr(model_config, key) for key in special} | dict(given or {})
+    told = _token_ids(values.get("eos_token_id"), source and source / name)
+    further = sorted({*_token_ids(model_config.eos_token_id), *end_ids} - {*told})
+    ends = told + further
+    values["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    if source is None:
+        GenerationConfig(**values).save_pretrained(folder)
+    elif further:
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    else:
+        (folder / name).write_bytes((source / name).read_bytes())
+
+
+def _token_ids(value: Any, file: Path | None = None) -> list[int]:
+    """The ids of a setting that may be absent, one, or several."""
+    ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if not all(type(number) is int for number in ids):
+        raise ValueError(f"{file}: eos_token_id must be a token's number or a list of them, got {str(value)[:100]}.")
+    return ids
 
 
 def _shards(tensors: Mapping[str, TensorLayout], item_bytes: int, limit: int) -> Iterator[list[str]]:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rpo_jax.objectives.methods.sft import sft_loss
-from rpo_jax.objectives.objective import MatrixObjective, likelihood_of, option
+from rpo_jax.objectives.methods.sft import sft_term
+from rpo_jax.objectives.objective import MatrixObjective, Term, option
 from rpo_jax.objectives.scores import Scores
 
 LEAST_SURPRISE = 1e-6  # nats per token: a certain response has finite odds, and so has a slot that holds none
@@ -40,7 +40,10 @@ class ORPO(MatrixObjective):
         return scores.contrasts.mean(((chosen, rejected),), lambda u, _: jax.nn.softplus(-u))
 
     def loss(self, scores: Scores) -> Float[Array, ""]:
-        return sft_loss(*likelihood_of(scores["chosen"])) + self.orpo_weight * self.odds_ratio_loss(scores)
+        return self.orpo_weight * self.odds_ratio_loss(scores)
+
+    def added(self, scores: Scores) -> tuple[Term, ...]:
+        return sft_term(scores), *super().added(scores)
 
 
 OBJECTIVES = {"orpo": ORPO(description="Odds Ratio Preference Optimization", source="arXiv 2403.07691, Eqs. 6 and 7")}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rpo_jax.objectives.objective import Objective, likelihood_of
+from rpo_jax.objectives.objective import Objective, Term, likelihood_of
 from rpo_jax.objectives.scores import Scores, zero_where_invalid
 
 
@@ -24,6 +24,12 @@ def sft_loss(
     return -jnp.sum(zero_where_invalid(chosen_log_prob, mask)) / jnp.maximum(num_tokens, 1)
 
 
+def sft_term(scores: Scores, weight: float = 1.0) -> Term:
+    """`sft_loss` of a batch times a weight, with the number of tokens that it is a mean over."""
+    chosen = scores["chosen"]
+    return Term(weight * sft_loss(*likelihood_of(chosen)), jnp.sum(jnp.where(chosen.valid, chosen.num_tokens, 0)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SFT(Objective):
     """`sft_loss` of a batch."""
@@ -32,10 +38,10 @@ class SFT(Objective):
     uses_reference: bool = False
 
     def loss(self, scores: Scores) -> Float[Array, ""]:
-        return sft_loss(*likelihood_of(scores["chosen"]))
+        return sft_term(scores).mean
 
-    def count(self, scores: Scores) -> Int[Array, ""]:
-        return jnp.sum(jnp.where(scores["chosen"].valid, scores["chosen"].num_tokens, 0))
+    def count(self, scores: Scores) -> Int[Array, ""] | Float[Array, ""]:
+        return sft_term(scores).count
 
 
 OBJECTIVES = {"sft": SFT(description="supervised fine-tuning on chosen responses", source="-")}

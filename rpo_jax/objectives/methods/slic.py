@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rpo_jax.objectives.methods.sft import sft_loss
-from rpo_jax.objectives.objective import MatrixObjective, likelihood_of, option
+from rpo_jax.objectives.methods.sft import sft_term
+from rpo_jax.objectives.objective import MatrixObjective, Term, option
 from rpo_jax.objectives.scores import Scores
 
 
@@ -29,10 +29,12 @@ class SLiC(MatrixObjective):
     )
 
     def loss(self, scores: Scores) -> Float[Array, ""]:
-        calibration = scores.contrasts.mean(
+        return scores.contrasts.mean(
             (scores.policy_scores(self.average_log_prob),), lambda u, _: jnp.maximum(0.0, self.slic_margin - u)
         )
-        return calibration + self.slic_nll_weight * sft_loss(*likelihood_of(scores["chosen"]))
+
+    def added(self, scores: Scores) -> tuple[Term, ...]:
+        return sft_term(scores, self.slic_nll_weight), *super().added(scores)
 
 
 OBJECTIVES = {"slic": SLiC(description="sequence likelihood calibration", source="arXiv 2305.10425")}

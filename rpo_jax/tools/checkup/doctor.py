@@ -45,7 +45,7 @@ def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
     found += machine.check_devices(config)
     of_models, model_config = inputs.check_models(config)
     found += of_models
-    found += inputs.check_data(config)
+    found += inputs.check_data(config, model_config)
     found += stored.check_caches(config)
     of_checkpoints, existing = stored.check_checkpoints(config, folder)
     found += of_checkpoints

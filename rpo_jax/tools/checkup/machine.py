@@ -39,10 +39,10 @@ def check_devices(config: Config) -> list[Finding]:
 
 def checkpoint_bytes(config: Config, model_config: ModelConfig) -> int:
     """Bytes of one checkpoint: what is trained, in float32, and the optimizer's state of it."""
-    params = models.Policy(model_config, config.lora).trained.shapes
-    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, 1))
-    state = jax.eval_shape(optimizer.init, params)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
+    policy = models.Policy(model_config, config.lora)
+    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, 1), policy.decayed)
+    state = jax.eval_shape(optimizer.init, policy.trained.shapes)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((policy.trained.shapes, state)))
 
 
 def folder_bytes(folder: Path) -> int:

@@ -106,7 +106,7 @@ class EndpointJudge:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         if importlib.util.find_spec("openai") is None:
-            raise ValueError("--judge openai: needs the openai package; run `pip install rpo-jax[judge]`.")
+            raise ValueError("--judge openai: needs the openai package; run `pip install openai`.")
         import openai
 
         self.name = settings.model

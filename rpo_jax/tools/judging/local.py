@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rpo_jax.core.files import refuse_gguf
 from rpo_jax.core.records import Message
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.conversations import hidden
@@ -38,6 +39,7 @@ class RewardJudge:
     def __init__(self, folder: str, say: Callable[[str], None] = lambda text: None) -> None:
         path = Path(folder).expanduser()
         if not (path / "config.json").is_file():
+            refuse_gguf(path)
             raise ValueError(f"--judge reward:{folder} is no model folder: it has no config.json.")
         from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification

@@ -130,8 +130,7 @@ def tpu_target(topology: str) -> Target:
         raise ValueError(f"--topology {topology} is not known; give a generation and its layout, as v5p:4x4x4. {known}")
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ValueError(
-            "--topology needs libtpu, which compiles for TPUs without one: "
-            f"pip install '{libtpu_requirement()}', or the extra 'plan' of rpo-jax."
+            f"--topology needs libtpu, which compiles for TPUs without one: pip install '{libtpu_requirement()}'."
         )
     for name, value in _NOWHERE.items():
         os.environ.setdefault(name, value)

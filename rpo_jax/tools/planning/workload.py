@@ -12,6 +12,7 @@ import numpy as np
 
 from rpo_jax import models
 from rpo_jax.config import Config
+from rpo_jax.core.files import refuse_gguf
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample, TokenizedResponse
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.models import ModelConfig
@@ -75,6 +76,7 @@ def planned_model(config: Config, name: str | None) -> tuple[ModelConfig, str]:
         return model, f"{config.model.family} of the configured sizes"
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
+        refuse_gguf(folder)
         raise ValueError(
             f"model.path={path} is no folder with a config.json here; give --model with one of "
             f"{', '.join(KNOWN_MODELS)}, or sizes with --model.path null --model.hidden_size ..."

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from rpo_jax.runs.tracking import TIED, is_tied
 from rpo_jax.tools.reporting.run_records import RunRecord
 
 
@@ -54,9 +55,12 @@ def _finite(value: Any) -> float | None:
 
 
 def points(record: RunRecord, key: str) -> list[list[Any]]:
-    """[step, value] of every line that has this metric, ascending; of a step logged twice the last."""
-    found = {line["step"]: _finite(line[key]) for line in record.metrics if key in line}
-    return [[step, found[step]] for step in sorted(found)]
+    """[step, value] of every line that has this metric, ascending; of a step logged twice the last.
+
+    An accuracy that is 0 because all pairs tie has a word besides, which is shown in its place.
+    """
+    lines = {line["step"]: line for line in record.metrics if key in line}
+    return [[step, _finite(lines[step][key]), *([TIED] if is_tied(key, lines[step]) else [])] for step in sorted(lines)]
 
 
 def make_panels(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -84,5 +88,5 @@ def final_values(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     ]
 
 
-def _newest(curve: list[list[Any]]) -> float | None:
-    return next((value for _, value in reversed(curve) if value is not None), None)
+def _newest(curve: list[list[Any]]) -> float | str | None:
+    return next((point[-1] for point in reversed(curve) if point[1] is not None), None)

@@ -18,7 +18,7 @@ from rpo_jax.runs.folder import MODEL, base_record
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.policy import find_policy
 from rpo_jax.training.prepare import Prepared
-from rpo_jax.training.setup import make_setup
+from rpo_jax.training.setup import make_setup, total_steps_of
 from rpo_jax.training.step import build_log_probs, put_batch
 
 BINS = 32
@@ -69,6 +69,7 @@ def held_out_scores(
             model_config,
             prepared,
             (mesh, reporter),
+            total_steps=total_steps_of(settings, prepared, mesh),
             base_fingerprint=None if started_from is None else started_from["fingerprint"],
             resuming=True,
         )
@@ -94,6 +95,7 @@ def for_page(scores: dict[str, Float[np.ndarray, "n"]], step: int, beta: float |
     beta: of rewards; None for log-probs.
     """
     margins = scores["chosen"] - scores["rejected"]
+    tie = TIE_NATS * (1.0 if beta is None else beta)
     pairs = margins[np.isfinite(margins)]
     if not any(np.isfinite(values).any() for values in scores.values()):
         return f"No score of the held-out data is a finite number at step {step}: the run has diverged."
@@ -103,7 +105,8 @@ def for_page(scores: dict[str, Float[np.ndarray, "n"]], step: int, beta: float |
         "unit": "nats" if beta is None else "",
         "sides": _histogram({name: values[np.isfinite(values)] for name, values in scores.items()}),
         "margins": _histogram({"chosen − rejected": pairs}) if len(pairs) else None,
-        "accuracy": float(np.mean(pairs > TIE_NATS * (1.0 if beta is None else beta))) if len(pairs) else None,
+        "accuracy": float(np.mean(pairs > tie)) if len(pairs) else None,
+        "tied": bool(np.all(np.abs(pairs) <= tie)),
     }
 
 

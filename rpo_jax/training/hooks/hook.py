@@ -43,7 +43,7 @@ class FinishedStep:
     @cached_property
     def metrics(self) -> Metrics:
         """The step's own metrics, as metrics.jsonl names them; read from the devices the first time."""
-        return {name: float(value) for name, value in self.report.items() if name != "skipped"}
+        return {name: float(value) for name, value in self.report.items() if name not in ("skipped", "compared")}
 
 
 @dataclass

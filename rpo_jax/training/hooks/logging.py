@@ -34,6 +34,7 @@ class Logging(Hook):
     _pairs: int = 0
     _tokens_before: int = 0
     _said_uncalibrated: bool = False
+    _said_nothing_compared: bool = False
 
     def before_first_step(self, run: Training) -> None:
         self._tokens_before = run.num_tokens
@@ -61,6 +62,9 @@ class Logging(Hook):
             "step_seconds": self._seconds / self._steps,
         }
         self._steps, self._seconds, self._pairs, self._tokens_before = 0, 0.0, 0, finished.num_tokens
+        if not finished.report["compared"]:
+            del metrics["loss"]  # the mean of nothing, which would be the run's result if this is its last step
+            self._say_nothing_compared(finished)
         self.log.write(metrics)
         self._progress(finished.step, metrics)
         self._say_uncalibrated(metrics)
@@ -68,6 +72,17 @@ class Logging(Hook):
     def after_evaluation(self, run: Training, metrics: Metrics) -> None:
         self.log.write(metrics)
         self.reporter.say(f"step {run.step}  {summary(metrics)}")
+
+    def _say_nothing_compared(self, finished: FinishedStep) -> None:
+        if self._said_nothing_compared:
+            return
+        self._said_nothing_compared = True
+        counts = {kind: int(np.sum(side.valid)) for kind, side in finished.batch.sides.items()}
+        held = " and ".join(f"{counts[kind]} {kind}" for kind in ("chosen", "rejected") if kind in counts)
+        self.reporter.say(
+            f"step {finished.step}  had nothing to compare in its {held} responses: its line has no loss, and the "
+            "run's result is a step's that had; said once; batch.order=shuffled or more batch.pairs mix the responses"
+        )
 
     def _say_uncalibrated(self, metrics: Metrics) -> None:
         """Say once why rows miss contrast.perplexity; how many they are is logged with every step."""
