@@ -90,7 +90,8 @@ def make_rows(records: Iterable[Record]) -> list[Row]:
         spec = record.get("spec")
         if spec is None or spec["system"].startswith("ceiling-"):
             continue
-        parts = list(spec["settings"])
+        parts = [f"LoRA {rank}"] if (rank := spec.get("lora_rank")) else []
+        parts += spec["settings"]
         if not spec["system"].startswith("ours") and spec["micro"] != spec["pairs"]:
             parts.append(f"{spec['pairs'] // spec['micro']} x {spec['micro']}")
         system = spec["system"] + (f" ({', '.join(parts)})" if parts else "")
