@@ -250,7 +250,7 @@ def _record(system: str, seconds: list[float], repeat: int = 0, **measured) -> d
 def test_the_table_compares_with_the_fastest_peer():
     records = [
         {"spec": {"system": "ceiling-jax"}, "status": "ok", "measured": {"flops_per_second": {"a": 8e9, "b": 1e10}}},
-        _record("ours-cached", [1.0, 2.0]),
+        _record("ours-cached", [1.0, 2.0], processor_seconds=[1.5, 2.5]),
         _record("ours-cached", [1.0, 4.0], repeat=1),
         _record("torch-rpo", [5.0, 5.0], peak_rss_bytes=2**31),
         _record("trl", [9.0, 9.0]),
@@ -263,6 +263,7 @@ def test_the_table_compares_with_the_fastest_peer():
     # Steps of 1 and, at the median of both rounds, 3 seconds: 2 each.
     assert (first["pairs/s"], first["useful tokens/s"], first["speed-up"]) == ("4.00", "500", "2.50")
     assert (first["share of ceiling"], first["memory ratio"], first["first step, s"]) == ("20%", "0.50", "9.0 / 8.0")
+    assert (first["processor s"], cells["trl"]["processor s"]) == ("2.00", "")
     assert cells["torch-rpo"]["speed-up"] == "1.00"
     assert cells["trl"]["speed-up"] == "0.56"
     assert cells["trl-best"]["seconds a step (min-max)"] == "out of memory"
