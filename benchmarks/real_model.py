@@ -169,6 +169,11 @@ def relative(ours: Any, theirs: Any) -> float:
     return abs(ours - theirs) / max(abs(theirs), 1.0)
 
 
+def name_of(path: Path) -> str:
+    """What the table calls a file."""
+    return path.name.split(".")[0]
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bash benchmarks/run.sh real-model", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -184,6 +189,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for path in (options.model, *options.data):
         if not path.exists():
             parser.error(f"{path} is not there")
+    if len({*map(name_of, options.data)}) < len(options.data):
+        parser.error("two files of --data have the same name")
     if options.peers_python is None:
         parser.error("--peers-python is not given; benchmarks/run.sh provides it")
     return options
@@ -192,19 +199,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parse_arguments(arguments))
     pythons = {name: options.pop(name) for name, _ in CHILDREN}
-    model, data = (
-        options.pop("model").resolve(),
-        {path.name.split(".")[0]: path.resolve() for path in options.pop("data")},
-    )
+    model = str(options.pop("model").resolve())
+    data = {name_of(path): str(path.resolve()) for path in options.pop("data")}
     keep = options.pop("keep")
     if keep is not None:
         keep.mkdir(parents=True)
     with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
-        files = {name: str(path) for name, path in data.items()}
-        plan = Plan(model=str(model), data=files, folder=str(Path(folder).resolve()), **options)
+        plan = Plan(model=model, data=data, folder=str(Path(folder).resolve()), **options)
         for python, module in CHILDREN:
             print(f"{module} ...", flush=True)
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
             subprocess.run([pythons[python], "-m", module, plan.to_json()], env=environment, check=True)
         table = list(lines(plan))
     print("| what | found | bound | holds |\n|---|---|---|---|")
