@@ -43,6 +43,7 @@ class Plan:
         folder: what each process writes into, and reads what another has written.
         pairs: of the batch of each file: its first rows that need no cut at `max_tokens`.
         max_tokens: of a prompt and a response.
+        logit_rows: of each batch, whose logits are compared.
         steps: DPO steps on that batch.
         prompts: how many are answered.
         new_tokens: most of an answer.
@@ -53,7 +54,8 @@ class Plan:
     data: dict[str, str]
     folder: str
     pairs: int = 8
-    max_tokens: int = 384
+    max_tokens: int = 256
+    logit_rows: int = 4
     steps: int = 3
     prompts: int = 32
     new_tokens: int = 64
@@ -130,9 +132,9 @@ def _all_equal(what: str, equal: int, count: int) -> Line:
 
 def lines(plan: Plan) -> Iterator[Line]:
     """The table, of what both processes wrote."""
-    ours, theirs = plan.read("ours"), plan.read("trl")
+    ids, ours, theirs = plan.read("ids"), plan.read("ours"), plan.read("trl")
     for name in plan.data:
-        yield from token_lines(name, ours["ids"][name], theirs["ids"][name])
+        yield from token_lines(name, ids["all"][name], theirs["ids"][name])
     logits = ours["logits"]
     yield Line("logits: positions, and the largest logit", f"{logits['positions']:,}, {logits['largest']:.1f}")
     yield Line("logits: greatest difference to torch, float32", f"{logits['ours_torch32']:.1e}")
@@ -179,7 +181,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder with a chat template")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="preference files of conversations")
-    for name in ("pairs", "max-tokens", "steps", "prompts", "new-tokens", "lora-rank"):
+    for name in ("pairs", "max-tokens", "logit-rows", "steps", "prompts", "new-tokens", "lora-rank"):
         field = name.replace("-", "_")
         parser.add_argument(f"--{name}", type=int, default=getattr(Plan, field), help=f"{getattr(Plan, field)}")
     parser.add_argument("--keep", type=Path, help="folder for what the processes write, which otherwise is removed")

@@ -204,7 +204,8 @@ def test_a_real_model_s_differences_are_held_to_their_bounds(tmp_path):
     logits |= dict.fromkeys(("ours_torch32", "torch32_torch64", "ours_torch64"), 8e-5)
     greedy = {"count": 2, "same_prompts": 2, "same": 2, "tokens": 8, "ended": 1, "gaps": []}
     lora = {"changed": 0.5, "relative": 1e-6}
-    plan.write("ours", {"ids": ids, "logits": logits, "greedy": greedy, "dpo": dpo, "lora": lora})
+    plan.write("ids", {"all": ids, "batch": ids})
+    plan.write("ours", {"logits": logits, "greedy": greedy, "dpo": dpo, "lora": lora})
     other = {"log_probs": [[-100.001, -50.0]], "own_log_probs": [[-100.2, -50.0]], **steps}
     plan.write("trl", {"ids": ids, "dpo": {"rows": other}})
     found = list(real_model.lines(plan))

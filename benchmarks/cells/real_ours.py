@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,22 +109,29 @@ def compare_greedy(plan: Plan, examples: list[PreferenceExample]) -> dict[str, A
         limits = [plan.new_tokens] * len(prompts)
         ended = engine.answers(params, prompts, range(len(prompts)), limits, len(prompts))
         ours = dict(pair for some in ended for pair in some)
-    theirs, gaps, same_prompts = torch_model(plan, torch.float32), [], 0
-    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        rendered: Any = policy.tokenizer.apply_chat_template(
+    theirs, gaps, longest = torch_model(plan, torch.float32), [], max(map(len, prompts))
+    ids, seen = np.zeros((2, len(prompts), longest), np.int64)
+    for row, prompt in enumerate(prompts):  # on the left, as a decoder's batches are padded
+        ids[row, longest - len(prompt) :], seen[row, longest - len(prompt) :] = prompt, 1
+    with torch.inference_mode():
+        whole = theirs.generate(
+            torch.tensor(ids), attention_mask=torch.tensor(seen), do_sample=False, max_new_tokens=plan.new_tokens
+        )
+        for row, answer in enumerate(whole[:, longest:].tolist()):
+            # A row that has ended is padded to the longest answer.
+            answer = answer[: next((at + 1 for at, token in enumerate(answer) if token in policy.end_ids), len(answer))]
+            if answer != ours[row]:
+                parted = next(i for i, pair in enumerate(zip(answer, ours[row], strict=False)) if len({*pair}) > 1)
+                read = whole[row : row + 1, longest - len(prompts[row]) : longest + parted]
+                two = theirs(read).logits[0, -1].topk(2).values
+                gaps.append(float(two[0] - two[1]))
+    rendered: list[Any] = [
+        policy.tokenizer.apply_chat_template(
             as_conversations(example)["prompt"], add_generation_prompt=True, return_dict=True
         )
-        same_prompts += rendered["input_ids"] == prompt.tolist()
-        tokens = torch.tensor(prompt[None].astype(np.int64))
-        with torch.inference_mode():
-            whole = theirs.generate(
-                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=plan.new_tokens
-            )
-            answer = whole[0, len(prompt) :].tolist()
-            if answer != ours[number]:
-                parted = next(i for i, pair in enumerate(zip(answer, ours[number], strict=False)) if len({*pair}) > 1)
-                two = theirs(whole[:, : len(prompt) + parted]).logits[0, -1].topk(2).values
-                gaps.append(float(two[0] - two[1]))
+        for example in examples
+    ]
+    same_prompts = sum(one["input_ids"] == ids.tolist() for one, ids in zip(rendered, prompts, strict=True))
     return {
         "count": len(prompts),
         "same_prompts": same_prompts,
@@ -214,18 +222,22 @@ def main() -> None:
         text = "".join(json.dumps(as_conversations(example)) + "\n" for example, _ in batches[name])
         plan.path(f"batch-{name}.jsonl").write_text(text, encoding="utf-8")
         plan.write(f"rows-{name}", [as_conversations(example) for example, _ in pairs])
+    every, of_batch = ({name: [ids for _, ids in some] for name, some in part.items()} for part in (rows, batches))
+    plan.write("ids", {"all": every, "batch": of_batch})
     first = next(iter(plan.data))
     room = [example for example, ids in rows[first] if len(ids[0]) <= plan.max_tokens]
-    chosen = [ids[0] + ids[1] for pairs in batches.values() for _, ids in pairs]
+    sequences = [ids[0] + ids[1] for batch in of_batch.values() for ids in batch[: plan.logit_rows]]
+    parts: dict[str, Callable[[], Any]] = {
+        "dpo": lambda: {name: run_dpo(plan, name) for name in plan.data},
+        "lora": lambda: compare_lora(plan, first, of_batch[first]),
+        "greedy": lambda: compare_greedy(plan, room[: plan.prompts]),
+        "logits": lambda: compare_logits(plan, sequences),
+    }
+    found = {}
     with jax.default_matmul_precision("float32"):
-        found = {
-            "ids": {name: [ids for _, ids in pairs] for name, pairs in rows.items()},
-            "batch": {name: [ids for _, ids in pairs] for name, pairs in batches.items()},
-            "logits": compare_logits(plan, chosen),
-            "greedy": compare_greedy(plan, room[: plan.prompts]),
-            "dpo": {name: run_dpo(plan, name) for name in plan.data},
-            "lora": compare_lora(plan, first, [ids for _, ids in batches[first]]),
-        }
+        for name, part in parts.items():
+            found[name] = part()
+            print(name, found[name], flush=True)
     plan.write("ours", found)
 
 

@@ -68,13 +68,13 @@ def run_dpo(trainer: DPOTrainer, ours: list[Ids], own: list[Ids]) -> dict[str, A
 
 def main() -> None:
     plan = Plan.from_json(sys.argv[1])
-    ours = plan.read("ours")
+    ours = plan.read("ids")
     found: dict[str, Any] = {"ids": {}, "dpo": {}}
     for name in plan.data:
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(plan, plan.read(f"rows-{name}"), folder)
             found["ids"][name] = made = [[row[key] for key in IDS] for row in list(trainer.train_dataset)]
-            of_batch = [made[ours["ids"][name].index(ids)] for ids in ours["batch"][name]]
+            of_batch = [made[ours["all"][name].index(ids)] for ids in ours["batch"][name]]
             found["dpo"][name] = run_dpo(trainer, ours["batch"][name], of_batch)
     plan.write("trl", found)
 
