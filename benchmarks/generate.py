@@ -48,7 +48,7 @@ def make_model(size: str) -> tuple[models.ModelConfig, Any]:
         num_heads=sizes.num_heads,
         num_kv_heads=sizes.num_kv_heads,
         tie_embeddings=sizes.tie_embeddings,
-        rope_theta=10_000.0,
+        rope_theta=sizes.rope_theta,
         max_position_embeddings=MAX_POSITIONS,
         bos_token_id=BOS,
         eos_token_id=EOS,

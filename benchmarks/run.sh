@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Benchmark rpo_jax beside its peers: bash benchmarks/run.sh [options]; --help lists them.
+# bash benchmarks/run.sh real-model [options] compares a real model's numbers instead of speed.
 # DEV_PYTHON and PEERS_PYTHON name interpreters to use instead of .venv and .venv-peers.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,11 +19,16 @@ if [ -z "${PEERS_PYTHON:-}" ]; then
     [ -x "$PEERS_PYTHON" ] || "${PYTHON:-python3}" -m venv "$root/.venv-peers"
     # torch first and alone: its pin must be settled before another package asks for any torch.
     "$PEERS_PYTHON" -m pip install --quiet --disable-pip-version-check -c "$pins" torch
-    "$PEERS_PYTHON" -m pip install --quiet --disable-pip-version-check -c "$pins" trl
+    "$PEERS_PYTHON" -m pip install --quiet --disable-pip-version-check -c "$pins" trl peft
     echo "$wanted" > "$root/.venv-peers/.made-from"
   fi
 fi
 
 cd "$root"
 export DEV_PYTHON PEERS_PYTHON
-exec "$DEV_PYTHON" -m benchmarks.suite "$@"
+module=benchmarks.suite
+if [ "${1:-}" = real-model ]; then
+  module=benchmarks.real_model
+  shift
+fi
+exec "$DEV_PYTHON" -m "$module" "$@"

@@ -21,6 +21,7 @@ class ModelSizes:
     num_kv_heads: int
     vocab_size: int
     tie_embeddings: bool = False
+    rope_theta: float = 10_000.0
 
     @property
     def head_dim(self) -> int:
@@ -33,6 +34,17 @@ MODELS = {
     ),
     "tiny": ModelSizes(
         hidden_size=64, intermediate_size=176, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=512
+    ),
+    # The sizes of SmolLM2-135M-Instruct.
+    "smollm2-135m": ModelSizes(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        vocab_size=49_152,
+        tie_embeddings=True,
+        rope_theta=100_000.0,
     ),
     # The sizes of Llama-3.2-1B.
     "llama-1b": ModelSizes(
@@ -63,6 +75,7 @@ class CellSpec:
         steps: timed steps.
         repeat: how often the suite has measured this cell before.
         model: key of MODELS.
+        lora_rank: of adapters on every linear layer of a frozen model; 0 trains all weights.
         dtype: of the matrix products.
         device: cpu or gpu.
         shrink: every length of the workload is divided by this.
@@ -80,6 +93,7 @@ class CellSpec:
     steps: int
     repeat: int = 0
     model: str = "small"
+    lora_rank: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "gpu"] = "cpu"
     shrink: int = 1
@@ -109,6 +123,7 @@ class Measurement:
         step_seconds: one per timed step.
         useful_tokens: one per timed step: each prompt once, and its responses.
         necessary_flops: one per timed step, see rpo_jax.tools.planning.arithmetic.
+        processor_seconds: of all cores, one per timed step: over `step_seconds`, how many cores were at work.
         first_step_seconds: from the start of the process to the end of the first training step, of which
             `reference_seconds` went into reference log-probs computed ahead.
         peak_rss_bytes: of the whole process, compilation included.
@@ -119,6 +134,7 @@ class Measurement:
     step_seconds: list[float] = field(default_factory=list)
     useful_tokens: list[int] = field(default_factory=list)
     necessary_flops: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
     first_step_seconds: float = 0.0
     reference_seconds: float = 0.0
     peak_rss_bytes: int = 0

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.spec import MODELS, CellSpec
 from benchmarks.table import read_records, render
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import MODEL_OF, WORKLOADS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -63,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
     parser.add_argument("--name", default="results", help="results go to benchmarks/results/NAME.jsonl")
     parser.add_argument("--append", action="store_true", help="add to the file instead of starting it again")
-    parser.add_argument("--workloads", type=names, default=list(WORKLOADS), help=f"of {','.join(WORKLOADS)}")
+    parser.add_argument("--workloads", type=names, default=["A", "B", "H"], help=f"of {','.join(WORKLOADS)}")
     parser.add_argument("--pairs", type=numbers, help="pairs a step, comma-separated; 8,64 where not given")
     parser.add_argument("--systems", type=names, default=list(MEASURED), help=f"of {','.join(MEASURED)}")
     parser.add_argument("--steps", type=int, help=f"timed steps; 3 up to {SMALL_BATCH} pairs, else 1")
@@ -71,7 +71,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--micro", type=int, default=8, help="pairs in a forward pass of the peers")
     parser.add_argument("--repeats", type=int, default=2, help="rounds over everything")
     parser.add_argument("--set", dest="settings", action="append", default=[], help="section.key=value of rpo_jax")
-    parser.add_argument("--model", choices=sorted(MODELS), default="small")
+    parser.add_argument("--model", choices=sorted(MODELS), help="smollm2-135m for S, else small, where not given")
+    parser.add_argument("--lora-rank", type=int, default=0, help="adapters of this rank, in every system; 0: none")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short texts, to see that it runs")
@@ -106,7 +107,8 @@ def make_cells(options: argparse.Namespace) -> list[CellSpec]:
             warmup=int(brief) if options.warmup is None else options.warmup,
             steps=options.steps or (3 if brief else 1),
             repeat=repeat,
-            model="tiny" if options.tiny else options.model,
+            model="tiny" if options.tiny else options.model or MODEL_OF.get(workload, "small"),
+            lora_rank=options.lora_rank,
             dtype=options.dtype,
             device=options.device,
             shrink=8 if options.tiny else 1,

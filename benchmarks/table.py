@@ -22,6 +22,7 @@ COLUMNS = (
     "pairs",
     "system",
     "seconds a step (min-max)",
+    "processor s",
     "pairs/s",
     "useful tokens/s",
     "peak memory, GiB",
@@ -70,6 +71,12 @@ class Row:
         return sum(self._by_step(work)) / sum(self._by_step("step_seconds"))
 
     @property
+    def processor_seconds(self) -> str:
+        """Of all cores, a step; nothing of records that are older than this column."""
+        seconds = [spent for measured in self.done for spent in measured.get("processor_seconds", [])]
+        return f"{median(seconds):.2f}" if seconds else ""
+
+    @property
     def peak_bytes(self) -> int:
         return max(measured["peak_device_bytes"] or measured["peak_rss_bytes"] for measured in self.done)
 
@@ -90,7 +97,8 @@ def make_rows(records: Iterable[Record]) -> list[Row]:
         spec = record.get("spec")
         if spec is None or spec["system"].startswith("ceiling-"):
             continue
-        parts = list(spec["settings"])
+        parts = [f"LoRA {rank}"] if (rank := spec.get("lora_rank")) else []
+        parts += spec["settings"]
         if not spec["system"].startswith("ours") and spec["micro"] != spec["pairs"]:
             parts.append(f"{spec['pairs'] // spec['micro']} x {spec['micro']}")
         system = spec["system"] + (f" ({', '.join(parts)})" if parts else "")
@@ -111,6 +119,7 @@ def _cells(row: Row, peer: Row | None, limit: float) -> list[str]:
     return [
         *start,
         f"{median(row.timings):.2f} ({min(row.timings):.2f}-{max(row.timings):.2f})",
+        row.processor_seconds,
         f"{row.pairs / row.seconds:.2f}",
         f"{row.rate_of('useful_tokens'):,.0f}",
         f"{row.peak_bytes / GIB:.2f}",

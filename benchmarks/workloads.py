@@ -1,4 +1,4 @@
-"""The data of the benchmark: lengths of three workloads, and random token ids of these lengths. NumPy only."""
+"""The data of the benchmark: lengths of its workloads, and random token ids of these lengths. NumPy only."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from benchmarks.spec import CellSpec, ModelSizes
 from rpo_jax.tools.planning.arithmetic import necessary_flops
 
 HH_LENGTHS = Path(__file__).with_name("hh_lengths.json")
+SMOLLM2_LENGTHS = Path(__file__).with_name("hh_lengths_smollm2.json")
 
 PAD, BOS, EOS = 0, 1, 2
 FIRST_WORD = 3  # ids below are special
@@ -30,17 +31,23 @@ def _uniform(prompt: tuple[int, int], response: tuple[int, int]) -> Callable[[np
     return draw
 
 
-def _anthropic_hh(rng: np.random.Generator, count: int) -> Lengths:
-    """Lengths of the real file, each pair's three together, in random order; again from the start if need be."""
-    lengths = np.array(json.loads(HH_LENGTHS.read_text(encoding="utf-8"))["lengths"])
-    return lengths[rng.permutation(len(lengths))[np.arange(count) % len(lengths)]]
+def _real(file: Path) -> Callable[[np.random.Generator, int], Lengths]:
+    """Lengths of a real file, each pair's three together, in random order; again from the start if need be."""
+
+    def draw(rng: np.random.Generator, count: int) -> Lengths:
+        lengths = np.array(json.loads(file.read_text(encoding="utf-8"))["lengths"])
+        return lengths[rng.permutation(len(lengths))[np.arange(count) % len(lengths)]]
+
+    return draw
 
 
 WORKLOADS: dict[str, Callable[[np.random.Generator, int], Lengths]] = {
     "A": _uniform((32, 256), (16, 256)),
     "B": _uniform((192, 256), (16, 64)),
-    "H": _anthropic_hh,
+    "H": _real(HH_LENGTHS),
+    "S": _real(SMOLLM2_LENGTHS),
 }
+MODEL_OF = {"S": "smollm2-135m"}  # key of MODELS; of the others "small"
 
 
 def make_lengths(workload: str, count: int, *, seed: int, shrink: int = 1) -> Lengths:
@@ -62,8 +69,8 @@ class Pair:
     def useful_tokens(self) -> int:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
-    def necessary_flops(self, sizes: ModelSizes) -> int:
-        return necessary_flops(sizes, len(self.prompt), (len(self.chosen), len(self.rejected)))
+    def necessary_flops(self, sizes: ModelSizes, frozen: bool = False) -> int:
+        return necessary_flops(sizes, len(self.prompt), (len(self.chosen), len(self.rejected)), frozen=frozen)
 
 
 def make_pairs(spec: CellSpec) -> list[Pair]:
@@ -95,4 +102,5 @@ def timed_work(spec: CellSpec, pairs: list[Pair]) -> tuple[list[int], list[float
     """Useful tokens and necessary operations of each timed step."""
     batches = [batch_of(spec, pairs, step) for step in range(spec.warmup, spec.warmup + spec.steps)]
     tokens = [sum(pair.useful_tokens for pair in batch) for batch in batches]
-    return tokens, [float(sum(pair.necessary_flops(spec.sizes) for pair in batch)) for batch in batches]
+    frozen = spec.lora_rank > 0
+    return tokens, [float(sum(pair.necessary_flops(spec.sizes, frozen) for pair in batch)) for batch in batches]

@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import suite, table
+from benchmarks import real_model, suite, table
 from benchmarks.cells import ours, torch_common, torch_rpo
 from benchmarks.spec import MODELS, CellSpec, peak_rss_bytes
 from benchmarks.workloads import BOS, EOS, NUM_EXAMPLES, WORKLOADS, batch_of, make_lengths, make_pairs, timed_work
@@ -44,27 +47,32 @@ def test_visible_pairs_are_those_of_the_mask():
     assert arithmetic.visible_pairs(prompt, responses) == seen
 
 
-def test_necessary_operations_are_those_that_pytorch_counts():
+@pytest.mark.parametrize(("frozen", "per_entry"), [(False, 6), (True, 4)])
+def test_necessary_operations_are_those_that_pytorch_counts(frozen, per_entry):
     """One row of T tokens, all scored, attention over T x T: the same formula with every pair visible."""
     spec, length = TINY, 24
-    policy = torch_common.make_policy(spec)
+    policy: Any = torch_common.make_policy(spec)
     policy.set_attn_implementation("eager")
+    if frozen:
+        # What comes in still has a gradient, as behind a first layer with adapters.
+        policy.requires_grad_(False).model.embed_tokens.requires_grad_(True)
     tokens = torch.arange(length)[None]
     with FlopCounterMode(display=False) as counter:
         torch_rpo.log_probs(policy, tokens, torch.ones_like(tokens), torch.ones_like(tokens)).sum().backward()
     sizes = spec.sizes
-    matrices = 6 * length * (arithmetic.body_parameters(sizes) + arithmetic.head_parameters(sizes))
+    matrices = per_entry * length * (arithmetic.body_parameters(sizes) + arithmetic.head_parameters(sizes))
     attention = 12 * sizes.num_layers * sizes.num_heads * sizes.head_dim * length**2
     # The rotary tables are a small product of their own.
     assert counter.get_total_flops() == pytest.approx(matrices + attention, rel=1e-3)
     # One token fewer is scored than the sequence has, and causal attention sees half of the square.
-    ours_counted = arithmetic.necessary_flops(sizes, 1, (length - 1,))
-    unscored, unseen = 6 * arithmetic.head_parameters(sizes), attention * (1 - (length + 1) / (2 * length))
+    ours_counted = arithmetic.necessary_flops(sizes, 1, (length - 1,), frozen=frozen)
+    unscored, unseen = per_entry * arithmetic.head_parameters(sizes), attention * (1 - (length + 1) / (2 * length))
     assert ours_counted == pytest.approx(matrices + attention - unscored - unseen)
 
 
 @pytest.mark.parametrize(
-    ("workload", "prompt", "response"), [("A", (32, 256), (16, 256)), ("B", (192, 256), (16, 64)), ("H", None, None)]
+    ("workload", "prompt", "response"),
+    [("A", (32, 256), (16, 256)), ("B", (192, 256), (16, 64)), ("H", None, None), ("S", None, None)],
 )
 def test_lengths_are_the_workload_s(workload, prompt, response):
     lengths = make_lengths(workload, NUM_EXAMPLES, seed=0)
@@ -141,6 +149,73 @@ def test_cells_take_turns():
         suite.parse_arguments(["--systems", "ours-cached,theirs"])
 
 
+def test_workload_s_has_its_own_model_and_lora_is_every_system_s():
+    options = suite.parse_arguments(["--workloads", "H,S", "--pairs", "8", "--lora-rank", "16", "--repeats", "1"])
+    cells = suite.make_cells(options)
+    assert {(cell.workload, cell.model) for cell in cells} == {("H", "small"), ("S", "smollm2-135m")}
+    assert {cell.lora_rank for cell in cells} == {16}
+    assert "S" not in suite.parse_arguments([]).workloads, "which takes as long as all others"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_lora_trains_the_same_adapters_in_every_system_and_nothing_else():
+    spec = CellSpec(**{**TINY.__dict__, "lora_rank": 4, "system": "ours-live"})
+    run = ours.Run(spec, ours.make_config(spec))
+    before = jax.tree.map(np.asarray, run.params)
+    run.begin()
+    assert run.reference is not None, "the frozen weights themselves"
+    batch = run.batches.batch_at(0)
+    first = float(run.step(batch)["loss"])
+    trained = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+    assert float(run.step(batch)["loss"]) < first, "the adapters have learnt"
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, run.reference))
+
+    policy: Any = get_peft_model(torch_common.make_policy(spec), torch_common.make_lora(spec))
+    mine = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in mine) == trained
+    optimizer = torch.optim.RMSprop(mine, lr=1e-4)
+    pairs = batch_of(spec, make_pairs(spec), 0)
+    losses = [torch_rpo.train_step(spec, policy, None, optimizer, pairs) for _ in range(2)]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6), "its reference is the policy without its adapters"
+    assert losses[1] < losses[0]
+
+
+def test_ids_beside_trl_s_are_counted_by_how_they_differ():
+    mine = [[[1, 5], [6, 2], [7, 2]]] * 4
+    theirs = [
+        [[1, 5], [6, 2], [7, 2]],
+        [[1, 5], [6, 2, 9], [7, 2, 9]],  # what a template writes after an end token
+        [[1, 5], [6, 2, 9], [7, 2]],
+        [[1], [5, 6, 2], [5, 7, 2]],
+    ]
+    found = list(real_model.token_lines("rows", mine, theirs))
+    assert [line.found for line in found] == ["4", "1", "1", "2: 2, 3"]
+    assert "[9]" in found[2].what
+    assert [line.holds for line in found] == [None, None, None, False]
+
+
+def test_a_real_model_s_differences_are_held_to_their_bounds(tmp_path):
+    plan = real_model.Plan(model="", data={"rows": ""}, folder=str(tmp_path), pairs=1)
+    assert real_model.Plan.from_json(plan.to_json()) == plan
+    ids = {"rows": [[[1], [2], [3]]]}
+    steps = {"loss": [0.7, 0.6], "rewards/chosen": [0.0, 0.1], "rewards/rejected": [0.0, -0.1]}
+    dpo = {"rows": {"log_probs": [[-100.0, -50.0]], **steps}}
+    logits = {"positions": 9, "largest": 40.0, "argmax_equal": 9, "relative": 2e-6}
+    logits |= dict.fromkeys(("ours_torch32", "torch32_torch64", "ours_torch64"), 8e-5)
+    greedy = {"count": 2, "same_prompts": 2, "same": 2, "tokens": 8, "ended": 1, "gaps": []}
+    lora = {"changed": 0.5, "relative": 1e-6}
+    plan.write("ids", {"all": ids, "batch": ids})
+    plan.write("ours", {"logits": logits, "greedy": greedy, "dpo": dpo, "lora": lora})
+    other = {"log_probs": [[-100.001, -50.0]], "own_log_probs": [[-100.2, -50.0]], **steps}
+    plan.write("trl", {"ids": ids, "dpo": {"rows": other}})
+    found = list(real_model.lines(plan))
+    assert not any(line.holds is False for line in found)
+    assert sum(line.holds is True for line in found) == 10
+    other["loss"] = [0.7, 0.6002]
+    plan.write("trl", {"ids": ids, "dpo": {"rows": other}})
+    assert [line.what for line in real_model.lines(plan) if line.holds is False] == ["DPO on rows: losses of 3 steps"]
+
+
 def test_results_name_no_interpreter_of_this_machine():
     given = ["--tiny", "--peers-python", "/here/python", "--pairs", "8", "--dev-python=/there/python", "--steps", "2"]
     assert suite.without_interpreters(given) == ["--tiny", "--pairs", "8", "--steps", "2"]
@@ -176,7 +251,7 @@ def _record(system: str, seconds: list[float], repeat: int = 0, **measured) -> d
 def test_the_table_compares_with_the_fastest_peer():
     records = [
         {"spec": {"system": "ceiling-jax"}, "status": "ok", "measured": {"flops_per_second": {"a": 8e9, "b": 1e10}}},
-        _record("ours-cached", [1.0, 2.0]),
+        _record("ours-cached", [1.0, 2.0], processor_seconds=[1.5, 2.5]),
         _record("ours-cached", [1.0, 4.0], repeat=1),
         _record("torch-rpo", [5.0, 5.0], peak_rss_bytes=2**31),
         _record("trl", [9.0, 9.0]),
@@ -189,6 +264,7 @@ def test_the_table_compares_with_the_fastest_peer():
     # Steps of 1 and, at the median of both rounds, 3 seconds: 2 each.
     assert (first["pairs/s"], first["useful tokens/s"], first["speed-up"]) == ("4.00", "500", "2.50")
     assert (first["share of ceiling"], first["memory ratio"], first["first step, s"]) == ("20%", "0.50", "9.0 / 8.0")
+    assert (first["processor s"], cells["trl"]["processor s"]) == ("2.00", "")
     assert cells["torch-rpo"]["speed-up"] == "1.00"
     assert cells["trl"]["speed-up"] == "0.56"
     assert cells["trl-best"]["seconds a step (min-max)"] == "out of memory"

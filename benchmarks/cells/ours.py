@@ -37,6 +37,7 @@ def make_config(spec: CellSpec) -> Config:
         "model.num_heads": sizes.num_heads,
         "model.num_kv_heads": sizes.num_kv_heads,
         "model.tie_embeddings": str(sizes.tie_embeddings).lower(),
+        "model.rope_theta": sizes.rope_theta,
         "model.compute_dtype": spec.dtype,
         "objective.name": "rpo",
         "contrast.weights": "embedding",
@@ -48,6 +49,9 @@ def make_config(spec: CellSpec) -> Config:
         "optim.learning_rate": 5e-7,
         "optim.max_grad_norm": 10.0,
     }
+    if spec.lora_rank:
+        # A configuration adapts a model that exists; here it is one of random weights, and its path is not read.
+        common |= {"lora.rank": spec.lora_rank, "model.path": "random"}
     return rpo_jax.load_config(None, [f"{key}={value}" for key, value in common.items()] + list(spec.settings))
 
 
@@ -121,7 +125,8 @@ class Run:
         self.data = make_data(self.pairs)
         self.batches = batches_of(config, self.data, RESPONSES_USED, sharding.row_shards(self.mesh))
         self.steps = build_steps(config, self.model_config, self.mesh, spec.warmup + spec.steps + 1)
-        init = jax.jit(models.init_params, static_argnums=0, out_shardings=self.steps.state_shardings.params)
+        shardings = sharding.parameter_shardings(self.mesh, *models.Policy(self.model_config).weights)
+        init = jax.jit(models.init_params, static_argnums=0, out_shardings=shardings)
         self.params = init(self.model_config, jax.random.key(spec.seed))
 
     def compute_reference(self, numbers: Sequence[int]) -> float:
@@ -138,11 +143,13 @@ class Run:
         return time.perf_counter() - started
 
     def begin(self) -> None:
-        """Make the training state and, where the reference is live, its own copy of the weights."""
-        live = self.config.reference.mode == "live"
-        self.reference = jax.tree.map(jnp.copy, self.params) if live else None
-        self.state = self.steps.init(self.params)
-        del self.params  # given up to the state
+        """Make the training state and, where the reference is live, its own copy of weights that are trained."""
+        policy, live = models.Policy(self.model_config, self.config.lora), self.config.reference.mode == "live"
+        key = jax.random.key(self.spec.seed)
+        trained, frozen = policy.begin(self.params, key, self.steps.model_shardings)
+        self.reference = (frozen or jax.tree.map(jnp.copy, self.params)) if live else None
+        self.state, self.steps = self.steps.init(trained), self.steps.on(frozen)
+        del self.params  # given up to the state, or frozen
 
     def step(self, batch: Batch) -> dict[str, Any]:
         """One step, waited for."""
@@ -173,11 +180,12 @@ def measure(spec: CellSpec) -> Measurement:
     with ThreadPoolExecutor(1) as packer:
         ahead = packer.submit(run.batches.batch_at, spec.warmup)
         for number in numbers[spec.warmup :]:
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             batch = ahead.result()
             ahead = packer.submit(run.batches.batch_at, number + 1)
             loss = float(run.step(batch)["loss"])
             measured.step_seconds.append(time.perf_counter() - started)
+            measured.processor_seconds.append(time.process_time() - worked)
             assert np.isfinite(loss), f"loss {loss} in step {number}"
     measured.useful_tokens, measured.necessary_flops = timed_work(spec, run.pairs)
     stats = jax.local_devices()[0].memory_stats()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.spec import MAX_POSITIONS, CellSpec
@@ -14,6 +16,7 @@ from benchmarks.workloads import BOS, EOS, PAD, Pair
 LEARNING_RATE = 5e-7
 MAX_GRAD_NORM = 10.0
 BETA = 0.1
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def torch_device(spec: CellSpec) -> torch.device:
@@ -25,7 +28,8 @@ def torch_dtype(spec: CellSpec) -> torch.dtype:
 
 
 def make_policy(spec: CellSpec) -> LlamaForCausalLM:
-    """A Llama of random weights with SDPA attention, in the cell's dtype."""
+    """A Llama of random weights with SDPA attention, in the cell's dtype; all cores are PyTorch's from now on."""
+    torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(spec.seed)
     sizes = spec.sizes
     settings: dict[str, Any] = {
@@ -36,6 +40,7 @@ def make_policy(spec: CellSpec) -> LlamaForCausalLM:
         "num_attention_heads": sizes.num_heads,
         "num_key_value_heads": sizes.num_kv_heads,
         "tie_word_embeddings": sizes.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": sizes.rope_theta},
         "max_position_embeddings": MAX_POSITIONS,
         "attn_implementation": "sdpa",
         "bos_token_id": BOS,
@@ -44,6 +49,11 @@ def make_policy(spec: CellSpec) -> LlamaForCausalLM:
     }
     policy: Any = LlamaForCausalLM(LlamaConfig(**settings))
     return policy.to(device=torch_device(spec), dtype=torch_dtype(spec))
+
+
+def make_lora(spec: CellSpec) -> LoraConfig:
+    """Adapters as rpo_jax has them by default: on every linear layer, alpha 16."""
+    return LoraConfig(r=spec.lora_rank, lora_alpha=16, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
 
 
 def make_reference(policy: LlamaForCausalLM) -> LlamaForCausalLM:

@@ -6,16 +6,20 @@ the reference too, in every step; logits are [rows, length, vocabulary]; the con
 
 from __future__ import annotations
 
+import contextlib
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+from peft import get_peft_model
 
 from benchmarks.cells.torch_common import (
     BETA,
     LEARNING_RATE,
     MAX_GRAD_NORM,
+    make_lora,
     make_policy,
     make_reference,
     torch_device,
@@ -62,13 +66,15 @@ def rpo_loss(policy: torch.Tensor, reference: torch.Tensor, weights: torch.Tenso
 
 
 def train_step(spec: CellSpec, policy, reference, optimizer: torch.optim.Optimizer, batch: list[Pair]) -> float:
+    """Takes None for a reference that is the policy with its adapters off; returns the loss."""
     device = torch_device(spec)
     total = 0.0
     for start in range(0, len(batch), spec.micro):
         pairs = batch[start : start + spec.micro]
         rows = padded_rows(pairs, device)
-        with torch.no_grad():
-            before = log_probs(reference, *rows)
+        off = policy.disable_adapter() if reference is None else contextlib.nullcontext()
+        with torch.no_grad(), off:
+            before = log_probs(policy if reference is None else reference, *rows)
         loss = rpo_loss(log_probs(policy, *rows), before, contrast_weights(pairs, device)) * len(pairs) / len(batch)
         loss.backward()
         total += loss.item()
@@ -82,15 +88,20 @@ def train_step(spec: CellSpec, policy, reference, optimizer: torch.optim.Optimiz
 
 def measure(spec: CellSpec) -> Measurement:
     pairs, measured = make_pairs(spec), Measurement()
-    policy = make_policy(spec)
-    reference = make_reference(policy)
-    optimizer = torch.optim.RMSprop(policy.parameters(), lr=LEARNING_RATE, alpha=0.99, eps=1e-8)
+    policy: Any = make_policy(spec)
+    if spec.lora_rank:
+        policy, reference = get_peft_model(policy, make_lora(spec)), None
+    else:
+        reference = make_reference(policy)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.RMSprop(trained, lr=LEARNING_RATE, alpha=0.99, eps=1e-8)
     warm_up(policy, pairs[: spec.micro])
     for number in range(spec.warmup + spec.steps):
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         loss = train_step(spec, policy, reference, optimizer, batch_of(spec, pairs, number))
         if number >= spec.warmup:
             measured.step_seconds.append(time.perf_counter() - started)
+            measured.processor_seconds.append(time.process_time() - worked)
         measured.first_step_seconds = measured.first_step_seconds or seconds_since_start(spec)
         assert loss == loss, f"loss {loss} in step {number}"
     measured.useful_tokens, measured.necessary_flops = timed_work(spec, pairs)

@@ -18,7 +18,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
 
-from benchmarks.cells.torch_common import BETA, LEARNING_RATE, MAX_GRAD_NORM, make_policy, make_reference, warm_up
+from benchmarks.cells.torch_common import (
+    BETA,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    make_lora,
+    make_policy,
+    make_reference,
+    warm_up,
+)
 from benchmarks.spec import CellSpec, Measurement, command_line, report, seconds_since_start
 from benchmarks.workloads import BOS, EOS, PAD, Pair, make_pairs, timed_work
 
@@ -64,19 +72,21 @@ def check_tokens(trainer: DPOTrainer, pairs: list[Pair]) -> None:
 
 
 class StepClock(TrainerCallback):
-    """Seconds of each optimizer step, from its first forward pass to the end of its update."""
+    """Seconds of each optimizer step, from its first forward pass to the end of its update: wall and processor time."""
 
     def __init__(self, spec: CellSpec) -> None:
         self.spec = spec
         self.seconds: list[float] = []
+        self.processor_seconds: list[float] = []
         self.first_step_seconds = 0.0
-        self._began = 0.0
+        self._began = self._worked = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._began = time.perf_counter()
+        self._began, self._worked = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.seconds.append(time.perf_counter() - self._began)
+        self.processor_seconds.append(time.process_time() - self._worked)
         self.first_step_seconds = self.first_step_seconds or seconds_since_start(self.spec)
 
 
@@ -108,7 +118,8 @@ def measure(spec: CellSpec, folder: str) -> Measurement:
     began = time.perf_counter()
     trainer = DPOTrainer(
         model=policy,
-        ref_model=None if cached else make_reference(policy),
+        ref_model=None if cached or spec.lora_rank else make_reference(policy),
+        peft_config=make_lora(spec) if spec.lora_rank else None,
         args=arguments,
         train_dataset=make_dataset(pairs[:count]),
         processing_class=make_tokenizer(spec.sizes.vocab_size),
@@ -119,6 +130,7 @@ def measure(spec: CellSpec, folder: str) -> Measurement:
     trainer.train()
 
     measured = Measurement(step_seconds=clock.seconds[spec.warmup :], first_step_seconds=clock.first_step_seconds)
+    measured.processor_seconds = clock.processor_seconds[spec.warmup :]
     measured.reference_seconds = built if cached else 0.0
     measured.useful_tokens, measured.necessary_flops = timed_work(spec, pairs)
     measured.notes = {

@@ -38,19 +38,21 @@ def visible_pairs(prompt_tokens: int, response_tokens: Sequence[int]) -> int:
     return own + sum(count * prompt_tokens + count * (count + 1) // 2 for count in response_tokens)
 
 
-def necessary_flops(sizes: Sizes, prompt_tokens: int, response_tokens: Sequence[int]) -> int:
+def necessary_flops(sizes: Sizes, prompt_tokens: int, response_tokens: Sequence[int], *, frozen: bool = False) -> int:
     """Operations of forward and backward for one prompt and its responses.
 
     6 N_body (P + sum R) + 6 N_head sum R + 12 L H K pairs
 
     A matrix entry costs a multiplication and an addition per token forward, and as much again for each of the
-    gradients with respect to input and matrix: 6. A visible pair costs, per layer and head, a dot product of length K
-    for the score and one for the weighted sum of values, 4K forward, and twice that backward: 12K. The output head
-    runs where a response token is scored. The reference's forward pass is not in it: it needs to run once per data
-    set, not per step. Nor are norms, softmax, the embedding and the optimizer.
+    gradients with respect to input and matrix: 6; 4 where matrices are frozen, whose adapters (LoRA) are too small to
+    count. A visible pair costs, per layer and head, a dot product of length K for the score and one for the weighted
+    sum of values, 4K forward, and twice that backward: 12K. The output head runs where a response token is scored. The
+    reference's forward pass is not in it: it needs to run once per data set, not per step. Nor are norms, softmax, the
+    embedding and the optimizer.
     """
     responses = sum(response_tokens)
-    matrices = 6 * body_parameters(sizes) * (prompt_tokens + responses) + 6 * head_parameters(sizes) * responses
+    used = body_parameters(sizes) * (prompt_tokens + responses) + head_parameters(sizes) * responses
+    matrices = (4 if frozen else 6) * used
     per_pair = 12 * sizes.num_layers * sizes.num_heads * sizes.head_dim
     return matrices + per_pair * visible_pairs(prompt_tokens, response_tokens)
 
