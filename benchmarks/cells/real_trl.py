@@ -19,7 +19,7 @@ METRICS = ("loss", "rewards/chosen", "rewards/rejected")
 
 def make_trainer(plan: Plan, rows: list[dict[str, Any]], folder: str) -> DPOTrainer:
     """The trainer on the real model, with rows as it reads and tokenises them."""
-    policy = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32)
+    policy: Any = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32)
     arguments = DPOConfig(
         output_dir=folder,
         per_device_train_batch_size=plan.pairs,

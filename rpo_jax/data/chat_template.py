@@ -134,14 +134,15 @@ class ChatTemplate:
     def end_texts(self) -> tuple[str, ...]:
         """The tokens that may end an answer: the template's, and EOS."""
         own = self.ending.token if self.ending is not None else None
-        return tuple(token for token in (own, self._tokenizer.eos_token) if token)
+        return tuple(str(token) for token in (own, self._tokenizer.eos_token) if token)
 
     @property
     def end_ids(self) -> frozenset[int]:
         """The token that ends an answer, where the template writes one."""
         if self.ending is None or self.ending.token is None:
             return frozenset()
-        return frozenset({int(self._tokenizer.convert_tokens_to_ids(self.ending.token))})
+        ids: Any = self._tokenizer.convert_tokens_to_ids([self.ending.token])
+        return frozenset(ids)
 
     @property
     def writes_the_date(self) -> bool:

@@ -145,7 +145,7 @@ class TextEncoder:
         """The tokenizer with other names for its control tokens, and which of its ids are others than they were."""
         from tokenizers import Tokenizer
 
-        backend = self.tokenizer.backend_tokenizer
+        backend: Any = self.tokenizer.backend_tokenizer
         state = json.loads(backend.to_str())
         names = {name: _secret(name) for name in self._names}
         for token in state["added_tokens"]:

@@ -212,9 +212,10 @@ def _fitting(row: Row, columns: Mapping[str, str] | None, ignore_columns: Collec
     fits = {}
     for name, layout in LAYOUTS.items():
         values = layout.fields(row.values, columns, ignore_columns)
-        recognised = layout.recognise is not None
-        if all(column in values for column in layout.columns) and (not recognised or layout.recognise(values)):
-            fits[name] = (set(layout.columns), recognised)
+        if not all(column in values for column in layout.columns):
+            continue
+        if layout.recognise is None or layout.recognise(values):
+            fits[name] = (set(layout.columns), layout.recognise is not None)
     # Recognised by its values says more than the same columns alone.
     return [
         name

@@ -340,8 +340,9 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
         notes.append(f"examples, layout {parts['train'].found.layout}")
     with reporter.phase("tokenise") as notes:
         tokenizer = _tokenizer(config, parts["train"], trained_tokenizer, reporter)
-        found = {name: _tokenized(config, part, tokenizer, responses, reporter) for name, part in parts.items()}
-        tokenized, counts = ({name: both[index] for name, both in found.items()} for index in (0, 1))
+        tokenized, counts = {}, {}
+        for name, part in parts.items():
+            tokenized[name], counts[name] = _tokenized(config, part, tokenizer, responses, reporter)
         origins = {name: _origins(name, part, tokenizer) for name, part in parts.items()}
         notes.append(f"vocabulary {len(tokenizer):,}")
         for name, part in parts.items():

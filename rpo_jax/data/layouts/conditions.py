@@ -77,9 +77,9 @@ def states(prompt: Prompt | None, parts: Parts, values: Fields) -> Parts:
     if prompt is None:
         return parts
     shared, asked = parts.prompt, prompt if isinstance(prompt, str) else prompt[-1].content
-    repeats = prompt == shared[: len(prompt)] or (
-        (isinstance(prompt, str) or len(prompt) == 1) and any(asked == message.content for message in shared)
-    )
+    said = [message.content for message in shared if isinstance(message, Message)]
+    is_turn = isinstance(prompt, str) or len(prompt) == 1
+    repeats = prompt == shared[: len(prompt)] or (is_turn and asked in said)
     if not repeats:
         column = next(name for name in (PROMPT, *ASKED) if not is_blank(values.get(name)))
         raise Unusable(f"no shared prompt: the column '{column}' is not what both conversations begin with")

@@ -86,8 +86,9 @@ def _write_generation_config(folder: Path, model_config: ModelConfig, given: Any
     """The given values with every end token: what generates takes its end tokens from this file alone."""
     from transformers import GenerationConfig
 
-    name, source = "generation_config.json", Path(given).expanduser() if isinstance(given, str | Path) else None
-    if source is not None:
+    name, source, values = "generation_config.json", None, {}
+    if isinstance(given, str | Path):
+        source = Path(given).expanduser()
         values = read_json(source, name)
     else:
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
