@@ -83,7 +83,7 @@ def test_wandb_that_is_not_installed_is_said_before_the_run(monkeypatch):
     check_tracking(TrackingConfig())
     found = tracking.importlib.util.find_spec
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
-    with pytest.raises(ValueError, match=r"tracking\.wandb=true.*pip install rpo-jax\[wandb\]"):
+    with pytest.raises(ValueError, match=r"tracking\.wandb=true.*pip install wandb"):
         check_tracking(TrackingConfig(wandb=True))
 
 
