@@ -86,10 +86,14 @@ class PowerCuts:
         """What fsync of this path promises."""
         inode = path.stat().st_ino
         if path.is_dir():
-            found = {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(path)}
-            self._entries[inode] = found
+            self._entries[inode] = self._listed(path)
         else:
             self._content[inode] = path.read_bytes()
+
+    def _listed(self, path: Path) -> dict[str, tuple[int, bool]]:
+        with contextlib.suppress(FileNotFoundError):  # other threads go on
+            return {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(path)}
+        return {}
 
     def _event(self) -> None:
         self._events += 1
@@ -104,7 +108,7 @@ class PowerCuts:
         target.mkdir(parents=True)
         old, now = self._entries.get(inode), None
         if (path := self._current.get(inode)) is not None and path.is_dir():
-            now = {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(path)}
+            now = self._listed(path)
         choices = [entries for entries in (old, now) if entries is not None]
         for name, (child, is_folder) in self._random.choice(choices or [{}]).items():
             if is_folder:
@@ -114,7 +118,10 @@ class PowerCuts:
 
     def _bytes(self, inode: int) -> bytes:
         synced, path = self._content.get(inode), self._current.get(inode)
-        written = path.read_bytes() if path is not None and path.is_file() else None
+        written = None
+        if path is not None and path.is_file():
+            with contextlib.suppress(FileNotFoundError):
+                written = path.read_bytes()
         if synced is not None and (written is None or written == synced):
             return synced
         written = written or b""
