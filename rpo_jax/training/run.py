@@ -155,7 +155,7 @@ def _run(asked: _Asked) -> RunResult:
             model_config,
             prepared,
             place,
-            total_steps=record["total_steps"],
+            total_steps=steps,
             base_fingerprint=fingerprint,
             resuming=resuming,
         )
