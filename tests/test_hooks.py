@@ -169,7 +169,7 @@ def test_samples_end_where_generate_s_answers_do(world, whole):
 
 
 def test_end_tokens_are_those_of_the_model_its_folder_and_the_tokenizer(tmp_path):
-    model, tokenizer = SimpleNamespace(eos_token_id=(3, 4)), SimpleNamespace(eos_token_id=5)
+    model, tokenizer = SimpleNamespace(eos_token_id=(3, 4)), SimpleNamespace(eos_token_id=5, chat_template=None)
     assert end_tokens(None, model, tokenizer) == end_tokens(tmp_path, model, tokenizer) == {3, 4, 5}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 6}', encoding="utf-8")
     assert end_tokens(tmp_path, model, tokenizer) == {3, 4, 5, 6}

@@ -196,7 +196,9 @@ def tokenizer_folder(tmp_path_factory):
 
 def configured(path, run_dir, tokenizer_folder, **changes):
     few = {"data.eval_rows": 0, "contrast.weights": "uniform", "tracking.tensorboard": False, "train.steps": 3}
-    own = {"model.tokenizer": tokenizer_folder, "data.on_bad_row": "skip", **changes}
+    # Room for every sound row: a conversation whose last turns do not fit is refused.
+    room = {"data.max_tokens": 200, "data.max_prompt_tokens": 160}
+    own = {"model.tokenizer": tokenizer_folder, "data.on_bad_row": "skip", **room, **changes}
     return load_config(None, settings(path, run_dir, run_dir.parent / "cache", few | own))
 
 

