@@ -30,7 +30,7 @@ BOTH = ("chosen", "rejected")
 
 def made_up(data, names):
     """Log-probs that say which example and response they are of."""
-    values = np.full(len(data.responses), np.nan, np.float32)
+    values = np.full(data.num_responses, np.nan, np.float32)
     for name in names:
         values[data.of_kind(name)] = -100.0 * RESPONSES.index(name) - data.example_index[data.of_kind(name)]
     return values
@@ -297,7 +297,7 @@ def test_a_cache_folder_that_cannot_be_written_to_is_told_before_anything_is_com
 
 
 def test_a_log_prob_that_is_no_number_is_refused_and_not_kept(tmp_path, data):
-    values = np.zeros(len(data.responses), np.float32)
+    values = np.zeros(data.num_responses, np.float32)
     values[data.of_kind("chosen")[2]] = np.nan
     with pytest.raises(ValueError, match=r"made.jsonl:3 a chosen log-prob of nan"):
         cached_log_probs(data, ("chosen",), PARTS, tmp_path, lambda _: values, print)

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+import rpo_jax
 from rpo_jax import train
 from rpo_jax.hosts.stopping import Stopped, Stopping
 from rpo_jax.runs.checkpoints import Checkpoints
@@ -115,6 +116,36 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(world, monkeypatch):
     resumed = world.run(name, {"run.resume": "auto"})
     assert resumed.stopped is None
     world.assert_as_never_stopped(name)
+
+
+# Stopped at step 5: within an epoch of 4 and between two lines of the log.
+KINDS_OF_RUN = {
+    "unpaired rows of two pools, neighbours together": {"data.pairing": "unpaired", "batch.order": "related"},
+    "answers sampled, every third step logged": {
+        "train.sample_prompts": 2,
+        "train.sample_tokens": 4,
+        "train.log_every": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_RUN)
+def test_every_kind_of_run_goes_on_bit_for_bit(world, kind):
+    class Stop(rpo_jax.Hook):
+        def after_step(self, run, finished):
+            if finished.step == 4:
+                run.stop("a hook")
+
+    whole, name = f"whole, {kind}", f"stopped, {kind}"
+    world.run(whole, KINDS_OF_RUN[kind])
+    config = world.configured(name, {**RUN, **KINDS_OF_RUN[kind]})
+    assert rpo_jax.run(config, hooks=[Stop()]).checkpoint.name == "5"
+    world.run(name, {**KINDS_OF_RUN[kind], "run.resume": "auto"})
+    world.assert_as_never_stopped(name, whole)
+    samples = [world.folder / run / "samples.jsonl" for run in (name, whole)]
+    assert samples[0].exists() == samples[1].exists() == ("train.sample_prompts" in KINDS_OF_RUN[kind])
+    if samples[0].exists():
+        assert samples[0].read_bytes() == samples[1].read_bytes()
 
 
 def other_rows(world):

@@ -9,11 +9,12 @@ width; r responses of a data set, those of an example one after another, in the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -76,6 +77,7 @@ KINDS: dict[str, Kind] = {
     "refined_rejected": Kind("rejected", refines="rejected", made_by=_REFINING),
 }
 REFINED = tuple(name for name, kind in KINDS.items() if kind.refines)
+_KIND_NAMES = tuple(KINDS)
 
 
 class Response(NamedTuple):
@@ -143,6 +145,90 @@ class TokenizedExample:
         return next((response for response in self.responses if response.kind == kind), None)
 
 
+class TokenizedExamples(Sequence[TokenizedExample]):
+    """Examples whose token ids lie in one array; an element is made when it is asked for.
+
+    As objects, a short pair takes a kilobyte more than its tokens do.
+
+    Letters: e examples.
+
+    Attributes:
+        row_ids, prompt_id: of each example.
+        kind, prompt, text_id: of each response, as TokenizedResponse has them; kinds by their number in KINDS.
+        response_tokens: of each response.
+        example_index: the example of each response.
+    """
+
+    def __init__(self, examples: Iterable[TokenizedExample]) -> None:
+        # Arrays that grow: a list of small NumPy arrays would be what is to be avoided.
+        tokens, ends, self.row_ids = array("i"), array("q"), list[str]()
+        prompt_id, num_prompts, num_responses = array("i"), array("i"), array("i")
+        kind, prompt, text_id = array("b"), array("b"), array("i")
+        code = {name: number for number, name in enumerate(KINDS)}
+        for example in examples:
+            self.row_ids.append(example.row_id)
+            prompt_id.append(example.prompt_id)
+            num_prompts.append(len(example.prompts))
+            num_responses.append(len(example.responses))
+            for response in example.responses:
+                kind.append(code[response.kind])
+                prompt.append(response.prompt)
+                text_id.append(response.text_id)
+            for ids in (*example.prompts, *(response.ids for response in example.responses)):
+                tokens.frombytes(np.ascontiguousarray(ids, np.int32).tobytes())
+                ends.append(len(tokens))
+        self._tokens = np.frombuffer(tokens, np.int32) if tokens else np.zeros(0, np.int32)
+        self._bounds = np.concatenate([np.zeros(1, np.int64), np.array(ends, np.int64)])
+        self.prompt_id = np.array(prompt_id, np.int32)
+        self.kind, self.prompt = np.array(kind, np.int8), np.array(prompt, np.int8)
+        self.text_id = np.array(text_id, np.int32)
+        prompts, responses = np.array(num_prompts, np.int64), np.array(num_responses, np.int64)
+        self.example_index = np.repeat(np.arange(len(prompts)), responses)
+        self._first_response = np.cumsum(responses) - responses
+        self._num_responses = responses
+        # Pieces are the prompts of an example and then its responses, one example after another.
+        self._first_piece = np.cumsum(prompts + responses) - prompts - responses
+        self._num_prompts = prompts
+        self._piece = np.arange(len(self.kind)) + np.cumsum(prompts)[self.example_index]
+        self.response_tokens = np.diff(self._bounds)[self._piece]
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        first, first_response = int(self._first_piece[number]), int(self._first_response[number])
+        return TokenizedExample(
+            self.row_ids[number],
+            int(self.prompt_id[number]),
+            tuple(self._ids(first + i) for i in range(self._num_prompts[number])),
+            tuple(self.response(first_response + i) for i in range(self._num_responses[number])),
+        )
+
+    def response(self, number: int) -> TokenizedResponse:
+        """The response of this number, counted over all examples."""
+        kind = _KIND_NAMES[self.kind[number]]
+        ids = self._ids(int(self._piece[number]))
+        return TokenizedResponse(kind, ids, int(self.text_id[number]), int(self.prompt[number]))
+
+    def prompt_of(self, response: int) -> Int[np.ndarray, "_"]:
+        """The prompt that this response follows."""
+        return self._ids(int(self._first_piece[self.example_index[response]] + self.prompt[response]))
+
+    def prompt_tokens(self, examples: Int[np.ndarray, "_"], prompt: Int[np.ndarray, "_"] | int) -> Int[np.ndarray, "_"]:
+        """Tokens of the examples' prompts of these numbers."""
+        return np.diff(self._bounds)[self._first_piece[examples] + prompt]
+
+    def _ids(self, piece: int) -> Int[np.ndarray, "_"]:
+        return self._tokens[self._bounds[piece] : self._bounds[piece + 1]]
+
+
 @dataclass(frozen=True)
 class PreferenceData:
     """A data set ready to be packed; what is known of each response lies in arrays of length r.
@@ -162,30 +248,34 @@ class PreferenceData:
 
     def __post_init__(self) -> None:
         for facts in (self.embedding_row, self.reference_log_probs, self.scores):
-            assert facts is None or len(facts) == len(self.responses), "one fact for each response"
+            assert facts is None or len(facts) == self.num_responses, "one fact for each response"
 
     @cached_property
-    def responses(self) -> tuple[TokenizedResponse, ...]:
-        """All responses, as the arrays number them."""
-        return tuple(response for example in self.examples for response in example.responses)
+    def flat(self) -> TokenizedExamples:
+        """The examples in arrays."""
+        return self.examples if isinstance(self.examples, TokenizedExamples) else TokenizedExamples(self.examples)
 
-    @cached_property
+    @property
+    def num_responses(self) -> int:
+        """r."""
+        return len(self.flat.kind)
+
+    @property
     def example_index(self) -> Int[np.ndarray, "r"]:
         """The example of each response."""
-        return np.repeat(np.arange(len(self.examples)), [len(example.responses) for example in self.examples])
-
-    @cached_property
-    def text_id(self) -> Int[np.ndarray, "r"]:
-        """TokenizedResponse.text_id of each response."""
-        return np.array([response.text_id for response in self.responses], np.int32)
+        return self.flat.example_index
 
     def of_kind(self, kind: str) -> Int[np.ndarray, "_"]:
         """Numbers of the responses of this kind."""
-        return np.flatnonzero([response.kind == kind for response in self.responses])
+        return np.flatnonzero(self.flat.kind == _KIND_NAMES.index(kind))
+
+    def response(self, number: int) -> TokenizedResponse:
+        """The response with this number."""
+        return self.flat.response(number)
 
     def example_of(self, response: int) -> TokenizedExample:
         """The example of the response with this number."""
-        return self.examples[self.example_index[response]]
+        return self.flat[int(self.example_index[response])]
 
 
 class Side(NamedTuple):

@@ -49,14 +49,15 @@ class _Pool:
     """
 
     def __init__(self, data: PreferenceData, draws: dict[str, Int[np.ndarray, "d"]]) -> None:
-        self.draws, self.size = draws, len(next(iter(draws.values())))
+        first = next(iter(draws.values()))
+        self.draws, self.size, flat = draws, len(first), data.flat
         tokens: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(self.size, np.int64))
         for numbers in draws.values():
-            for draw, index in enumerate(numbers.tolist()):
-                response = data.responses[index]
-                tokens[response.prompt][draw] += len(response.ids)
-        examples = [data.examples[i] for i in data.example_index[next(iter(draws.values()))]]
-        self.tokens = [count + [len(e.prompts[prompt]) for e in examples] for prompt, count in tokens.items()]
+            after = flat.prompt[numbers]
+            for prompt in np.unique(after).tolist():
+                tokens[prompt] += np.where(after == prompt, flat.response_tokens[numbers], 0)
+        examples = data.example_index[first]
+        self.tokens = [count + flat.prompt_tokens(examples, prompt) for prompt, count in tokens.items()]
 
     def take(self, draws: Int[np.ndarray, "S"]) -> Draws:
         """The responses of these draws; none where a draw is NO_RESPONSE."""
@@ -232,29 +233,37 @@ class PreferenceBatches:
 
     def _build_pools(self) -> dict[str, _Pool]:
         """A pool for the pairs, or one for each kind that others go with; by the name of the first of its kinds."""
-        found: dict[tuple[str, int], list[int]] = {}
-        for index, example in enumerate(self.data.example_index.tolist()):
-            found.setdefault((self.data.responses[index].kind, example), []).append(index)
-        examples, pools = range(len(self.data.examples)), {}
+        count, pools = len(self.data.examples), {}
         for name in ["chosen"] if self.paired else [name for name in self.responses if KINDS[name].slot_of == name]:
             kinds = [kind for kind in self.responses if self.paired or KINDS[kind].slot_of == name]
-            counts = [1 if self.paired else len(found.get((name, example), ())) for example in examples]
-            if not sum(counts):
-                raise ValueError(f"None of the {len(examples)} examples has a {name} response; add rows that have one.")
-            places = [(example, rank) for example in examples for rank in range(counts[example])]
-            drawn = np.array([[self._ranked(found, kind, *place) for kind in kinds] for place in places])
-            pools[name] = _Pool(self.data, dict(zip(kinds, drawn.T, strict=True)))
+            numbers = {kind: self.data.of_kind(kind) for kind in {name, *kinds}}
+            held = {kind: np.bincount(self.data.example_index[own], minlength=count) for kind, own in numbers.items()}
+            drawn = np.ones(count, np.int64) if self.paired else held[name]
+            if not drawn.sum():
+                raise ValueError(f"None of the {count} examples has a {name} response; add rows that have one.")
+            examples = np.repeat(np.arange(count), drawn)
+            rank = np.arange(len(examples)) - (np.cumsum(drawn) - drawn)[examples]
+            self._check_held(kinds, {kind: held[kind][examples] for kind in kinds}, examples)
+            # The example's response of this kind and rank; its last one where it has fewer.
+            first = {kind: np.cumsum(held[kind]) - held[kind] for kind in kinds}
+            draws = {
+                kind: numbers[kind][first[kind][examples] + np.minimum(rank, held[kind][examples] - 1)]
+                for kind in kinds
+            }
+            pools[name] = _Pool(self.data, draws)
         return pools
 
-    def _ranked(self, found: Mapping[tuple[str, int], Sequence[int]], kind: str, example: int, rank: int) -> int:
-        """The example's response of this kind and rank; its last one where it has fewer. ValueError without any."""
-        numbers = found.get((kind, example))
-        if numbers is None:
+    def _check_held(
+        self, kinds: Sequence[str], held: Mapping[str, Int[np.ndarray, "d"]], examples: Int[np.ndarray, "d"]
+    ) -> None:
+        """Raises ValueError for the first draw whose example has no response of one of the kinds."""
+        lacking = [(int(np.argmin(held[kind] > 0)), kind) for kind in kinds if not held[kind].all()]
+        if lacking:
+            draw, kind = min(lacking, key=lambda found: found[0])
             fix = "give it one, or train on the responses apart with data.pairing: unpaired"
             if KINDS[kind].made_by is not None:
                 fix = f"{KINDS[kind].made_by} before it is loaded"
-            raise ValueError(f"{self.data.examples[example].row_id} has no {kind} response; {fix}.")
-        return numbers[min(rank, len(numbers) - 1)]
+            raise ValueError(f"{self.data.flat.row_ids[examples[draw]]} has no {kind} response; {fix}.")
 
     def _checked_row_lengths(self, row_tokens: int | None, row_segments: int) -> tuple[int, ...]:
         pool, tokens = max(

@@ -172,9 +172,9 @@ def segments_by(
     """
     found: dict[tuple[int, tuple[int, ...], int], Segment] = {}
     for key, index, number in places:
-        response, of = data.responses[index], int(data.example_index[index])
-        segment, example = found.get((response.prompt, key, of)), data.examples[of]
-        segment = segment or Segment(example.row_id, example.prompts[response.prompt], ())
+        response, of = data.response(index), int(data.example_index[index])
+        segment = found.get((response.prompt, key, of))
+        segment = segment or Segment(data.flat.row_ids[of], data.flat.prompt_of(index), ())
         found[response.prompt, key, of] = segment._replace(responses=(*segment.responses, (number, response.ids)))
     return found
 
@@ -249,8 +249,8 @@ def _side(data: PreferenceData, kind: str, responses: Int[np.ndarray, "S"]) -> S
         valid=valid,
         reference_log_prob=spread(np.zeros(len(numbers)) if known is None else known[numbers], np.float32),
         embedding=spread(_embeddings(data, numbers), np.float32),
-        prompt_id=spread(np.array([data.examples[i].prompt_id for i in examples], np.int32), np.int32, -1),
-        text_id=spread(data.text_id[numbers], np.int32, -1),
+        prompt_id=spread(data.flat.prompt_id[examples], np.int32, -1),
+        text_id=spread(data.flat.text_id[numbers], np.int32, -1),
         example_index=spread(examples, np.int32, -1),
         score=None if scores is None else spread(scores[numbers], np.float32),
     )

@@ -5,7 +5,8 @@ Letters: n segments; s responses of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -15,7 +16,6 @@ from rpo_jax.data.packing import (
     PackingPlan,
     Segment,
     by_prompt,
-    longest_of,
     pack_groups,
     segments_by,
     token_arrays,
@@ -24,6 +24,8 @@ from rpo_jax.data.shapes import PackedShape
 
 WINDOW = 16_384  # examples packed together: enough for full rows, few enough to pack in no time
 ROW_TOKENS_MULTIPLE = 64
+_PROMPTS = 128  # more than an example has
+_Row = list[tuple[int, ...]]  # of each of its segments the responses, by their numbers in the data
 
 
 class ReferencePass:
@@ -49,66 +51,79 @@ class ReferencePass:
         rows_multiple: int = 1,
         own_rows: Callable[[int], Bool[np.ndarray, "R"]] | None = None,
     ) -> None:
-        self.num_responses = len(data.responses)
-        alone = _segments(data, kinds, row_tokens)
-        tokens = np.array([segment.num_tokens for segment in alone], np.int64)
-        row_tokens = row_tokens or -(-(longest_of(alone) or 1) // ROW_TOKENS_MULTIPLE) * ROW_TOKENS_MULTIPLE
-        windows = [alone[start : start + WINDOW] for start in range(0, len(alone), WINDOW)]
-        rows = [row for window in windows for row in _rows(window, row_tokens)]
-        wanted = batch_pairs * tokens.sum() / (max(len(alone), 1) * row_tokens)
+        self._data, self.num_responses = data, data.num_responses
+        numbers = np.sort(np.concatenate([data.of_kind(kind) for kind in kinds]))
+        row_tokens = row_tokens or -(-(_longest(data, numbers) or 1) // ROW_TOKENS_MULTIPLE) * ROW_TOKENS_MULTIPLE
+        num_segments = tokens = 0
+        rows: list[_Row] = []
+        for window in _windows(data, numbers):
+            alone = _segments(data, window, row_tokens)
+            num_segments += len(alone)
+            tokens += sum(segment.num_tokens for segment in alone)
+            rows += _rows(alone, row_tokens)
+        wanted = batch_pairs * tokens / (max(num_segments, 1) * row_tokens)
         num_rows = rows_multiple * -(-int(np.ceil(min(wanted, len(rows)))) // rows_multiple)
         self.shape = PackedShape(max(num_rows, rows_multiple), row_tokens)
         self._own_rows = None if own_rows is None else own_rows(self.shape.rows)
         self._batches = [rows[start : start + self.shape.rows] for start in range(0, len(rows), self.shape.rows)]
-        self._num_slots = max((sum(map(_num_responses, batch)) for batch in self._batches), default=0)
+        self._num_slots = max((sum(map(len, chain(*batch))) for batch in self._batches), default=0)
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def batch(self, number: int) -> tuple[Batch, Int[np.ndarray, "s"]]:
         """A batch whose first s slots, all called chosen, are responses of any kind; and their numbers in the data."""
-        segments, rows, starts, numbers = [], [], [], []
+        segments, rows, starts, numbers, flat = [], [], [], [], self._data.flat
         for row, held in enumerate(self._batches[number]):
             column = 0
-            for segment in held:
-                renumbered = tuple((len(numbers) + i, ids) for i, (_, ids) in enumerate(segment.responses))
-                numbers += [response for response, _ in segment.responses]
-                segments.append(segment._replace(responses=renumbered))
+            for own in held:
+                responses = tuple((len(numbers) + i, flat.response(response).ids) for i, response in enumerate(own))
+                segments.append(Segment(flat.row_ids[flat.example_index[own[0]]], flat.prompt_of(own[0]), responses))
+                numbers += own
                 rows.append(row)
                 starts.append(column)
-                column += segment.num_tokens
+                column += segments[-1].num_tokens
         plan = PackingPlan(segments, np.array(rows), np.array(starts), self.shape)
         sides = {"chosen": _slots(self._num_slots, len(numbers))}
         return Batch(**token_arrays(plan, self._own_rows), sides=sides), np.array(numbers, np.int64)
 
 
-def _segments(data: PreferenceData, kinds: Sequence[str], row_tokens: int | None) -> list[Segment]:
+def _longest(data: PreferenceData, numbers: Int[np.ndarray, "_"]) -> int:
+    """Tokens of the longest segment that holds all of these responses to its prompt."""
+    flat = data.flat
+    segments, of = np.unique(data.example_index[numbers] * _PROMPTS + flat.prompt[numbers], return_inverse=True)
+    responses = np.bincount(of, flat.response_tokens[numbers], minlength=len(segments)).astype(np.int64)
+    return int((responses + flat.prompt_tokens(*np.divmod(segments, _PROMPTS))).max(initial=0))
+
+
+def _windows(data: PreferenceData, numbers: Int[np.ndarray, "_"]) -> Iterator[list[int]]:
+    """The responses, those of so many examples at a time."""
+    _, first = np.unique(data.example_index[numbers], return_index=True)
+    for part in np.split(numbers, first[WINDOW::WINDOW]):
+        yield part.tolist()
+
+
+def _segments(data: PreferenceData, numbers: Sequence[int], row_tokens: int) -> list[Segment]:
     """A segment for each example and prompt, its responses numbered as the data numbers them.
 
     One for each response where a row of `row_tokens` does not hold them together: the longest that training needs may
     be shorter.
     """
-    numbers = [number for number, response in enumerate(data.responses) if response.kind in kinds]
-    found = segments_by(data, (((), number, number) for number in numbers))
     segments = []
-    for segment in found.values():
-        if row_tokens is not None and segment.num_tokens > row_tokens:
+    for segment in segments_by(data, (((), number, number) for number in numbers)).values():
+        if segment.num_tokens > row_tokens:
             segments += [segment._replace(responses=(response,)) for response in segment.responses]
         else:
             segments.append(segment)
     return segments
 
 
-def _rows(alone: Sequence[Segment], row_tokens: int) -> list[list[Segment]]:
+def _rows(alone: Sequence[Segment], row_tokens: int) -> list[_Row]:
     shared, rows, starts, num_rows = pack_groups(by_prompt(alone), row_tokens)
-    held: list[list[Segment]] = [[] for _ in range(num_rows)]
+    held: list[_Row] = [[] for _ in range(num_rows)]
     for index in np.lexsort((starts, rows)).tolist():
-        held[rows[index]].append(shared[index])
+        held[rows[index]].append(tuple(number for number, _ in shared[index].responses))
     return held
-
-
-def _num_responses(row: Sequence[Segment]) -> int:
-    return sum(len(segment.responses) for segment in row)
 
 
 def _slots(count: int, used: int) -> Side:

@@ -64,13 +64,13 @@ class Prepared:
     @property
     def eval_responses(self) -> tuple[str, ...]:
         """Held-out pairs are scored on both sides whatever the objective: accuracy needs them."""
-        held_out = () if self.held_out is None else self.held_out.examples
-        compared = {"rejected"} if any(example.first("rejected") for example in held_out) else set()
+        compared = {"rejected"} if self.held_out is not None and len(self.held_out.of_kind("rejected")) else set()
         return tuple(name for name in KINDS if name in {*self.responses, *compared})
 
 
 def is_paired(data: PreferenceData) -> bool:
-    return all(example.first("chosen") and example.first("rejected") for example in data.examples)
+    everyone = np.arange(len(data.examples))
+    return all(np.isin(everyone, data.example_index[data.of_kind(kind)]).all() for kind in ("chosen", "rejected"))
 
 
 def batches_of(

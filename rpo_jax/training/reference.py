@@ -75,8 +75,7 @@ def tokens_fingerprint(data: PreferenceData, response: str) -> str:
     """SHA-256 over the token ids that are scored, and over what they follow."""
     digest = hashlib.sha256()
     for number in data.of_kind(response):
-        found = data.responses[number]
-        for ids in (data.example_of(number).prompts[found.prompt], found.ids):
+        for ids in (data.flat.prompt_of(number), data.response(number).ids):
             digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, np.int32).tobytes())
     return digest.hexdigest()
 
@@ -255,7 +254,7 @@ def cached_log_probs(
         return found
 
     found = processes.from_main(look)
-    log_probs = np.full(len(data.responses), np.nan, np.float32)
+    log_probs = np.full(data.num_responses, np.nan, np.float32)
     missing = tuple(name for name, values in found.items() if values is None)
     computed = compute(missing) if missing else log_probs
     for name, values in found.items():

@@ -73,7 +73,7 @@ def embedded(examples, chosen, rejected=None, reference=None, scores=None) -> Pr
     data = PreferenceData(examples)
     rows = [
         first[response.kind] + index if response.kind in first else -1
-        for response, index in zip(data.responses, data.example_index, strict=True)
+        for response, index in zip(map(data.response, range(data.num_responses)), data.example_index, strict=True)
     ]
     flat = (None if table is None else flattened(data, table) for table in (reference, scores))
     return PreferenceData(examples, embeddings, np.array(rows, np.int64), *flat)
@@ -81,10 +81,9 @@ def embedded(examples, chosen, rejected=None, reference=None, scores=None) -> Pr
 
 def flattened(data: PreferenceData, table) -> np.ndarray:
     """Values of all responses from a table with a row for each example and columns in the order of KINDS; else NaN."""
-    columns = [list(KINDS).index(response.kind) for response in data.responses]
     padded = np.full((len(table), len(KINDS)), np.nan, np.float32)
     padded[:, : np.shape(table)[1]] = table
-    return padded[data.example_index, columns]
+    return padded[data.example_index, data.flat.kind]
 
 
 def table_of(data: PreferenceData, values, kinds=tuple(KINDS)) -> np.ndarray:

@@ -286,7 +286,7 @@ def test_several_responses_of_one_kind_share_a_segment():
     assert batch.branch_ids.max() == 5
     assert {kind: len(side.valid) for kind, side in batch.sides.items()} == {"chosen": 4, "rejected": 3}
     for slot, number in enumerate(np.concatenate([*drawn.values()])):
-        expected = data.example_of(number).prompt_ids.tolist(), data.responses[number].ids.tolist()
+        expected = data.example_of(number).prompt_ids.tolist(), data.response(number).ids.tolist()
         assert sequence(batch, slot) == expected
 
 
@@ -297,7 +297,7 @@ def test_a_reference_pass_reaches_several_responses_of_one_kind():
     assert len(batches) == 1
     assert sorted(numbers) == list(range(7))
     for slot, number in enumerate(numbers):
-        assert sequence(batch, slot)[1] == data.responses[number].ids.tolist()
+        assert sequence(batch, slot)[1] == data.response(number).ids.tolist()
 
 
 def test_unpaired_pools_hold_every_response_of_a_kind():
@@ -314,8 +314,8 @@ def test_unpaired_pools_hold_every_response_of_a_kind():
             side = batch.sides[kind]
             for slot in np.flatnonzero(side.valid):
                 number = int(side.reference_log_prob[slot])  # as made above
-                assert data.responses[number].kind == kind
-                assert sequence(batch, slots.start + slot)[1] == data.responses[number].ids.tolist()
+                assert data.response(number).kind == kind
+                assert sequence(batch, slots.start + slot)[1] == data.response(number).ids.tolist()
                 seen[kind].append(number)
     assert sorted(seen["chosen"]) == data.of_kind("chosen").tolist()
     assert sorted(set(seen["rejected"])) == data.of_kind("rejected").tolist(), (

@@ -27,9 +27,9 @@ def test_every_response_once(responses):
         for slot, index in enumerate(found):
             assert sequence(batch, slot) == (
                 data.example_of(index).prompt_ids.tolist(),
-                data.responses[index].ids.tolist(),
+                data.response(index).ids.tolist(),
             )
-        reached += [(int(data.example_index[index]), data.responses[index].kind) for index in found]
+        reached += [(int(data.example_index[index]), data.response(index).kind) for index in found]
     assert sorted(reached) == sorted((i, name) for i in range(100) for name in responses)
 
 
@@ -64,7 +64,7 @@ def test_a_prompt_is_shared_by_all_its_examples():
 
 def test_missing_responses_are_not_reached():
     data, sweep = made([(3, 2, None, None), (3, None, 4, None), (2, None, None, 3)], kinds=("chosen", "rejected"))
-    assert [(data.example_index[i], data.responses[i].kind) for i in sorted(sweep.batch(0)[1])] == [
+    assert [(data.example_index[i], data.response(i).kind) for i in sorted(sweep.batch(0)[1])] == [
         (0, "chosen"),
         (1, "rejected"),
     ]
@@ -83,6 +83,6 @@ def test_an_example_longer_than_a_row_is_reached_response_by_response():
     for number in range(len(sweep)):
         batch, found = sweep.batch(number)
         for slot, index in enumerate(found):
-            assert sequence(batch, slot)[1] == data.responses[index].ids.tolist()
+            assert sequence(batch, slot)[1] == data.response(index).ids.tolist()
         reached += found.tolist()
     assert sorted(reached) == list(range(20))

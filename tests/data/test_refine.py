@@ -96,7 +96,7 @@ def test_a_sweep_reaches_them_under_their_prompts(row_tokens):
     for number in range(len(sweep)):
         batch, found = sweep.batch(number)
         for slot, index in enumerate(found):
-            response, example = source.responses[index], source.example_of(index)
+            response, example = source.response(index), source.example_of(index)
             prompt = example.prompts[response.kind.startswith("refined")]
             assert sequence(batch, slot) == (prompt.tolist(), response.ids.tolist())
             reached.append((int(source.example_index[index]), response.kind))
