@@ -9,8 +9,10 @@ width; r responses of a data set, those of an example one after another, in the 
 from __future__ import annotations
 
 import json
+import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -192,6 +194,16 @@ class TokenizedExamples(Sequence[TokenizedExample]):
         self._piece = np.arange(len(self.kind)) + np.cumsum(prompts)[self.example_index]
         self.response_tokens = np.diff(self._bounds)[self._piece]
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory, the rows' names included."""
+        arrays = (value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+        return sum(arrays) + sys.getsizeof(self.row_ids) + sum(map(sys.getsizeof, self.row_ids))
+
     def __len__(self) -> int:
         return len(self.row_ids)
 
@@ -210,6 +222,12 @@ class TokenizedExamples(Sequence[TokenizedExample]):
             tuple(self._ids(first + i) for i in range(self._num_prompts[number])),
             tuple(self.response(first_response + i) for i in range(self._num_responses[number])),
         )
+
+    def numbered(self, prompt_id: Int[np.ndarray, "e"], text_id: Int[np.ndarray, "r"]) -> TokenizedExamples:
+        """The same with other numbers of prompts and of responses' texts."""
+        made = copy(self)
+        made.prompt_id, made.text_id = prompt_id, text_id
+        return made
 
     def response(self, number: int) -> TokenizedResponse:
         """The response of this number, counted over all examples."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from jaxtyping import Int
 
-from rpo_jax.core.records import Message, PreferenceExample, TokenizedExample, TokenizedResponse
+from rpo_jax.core.records import Message, PreferenceExample, TokenizedExample, TokenizedExamples, TokenizedResponse
 from rpo_jax.data.chat_template import ChatTemplate, TemplateError
 from rpo_jax.data.control_tokens import TextEncoder, TokenIds
 from rpo_jax.data.conversations import AnswerText, Conversation, without_end
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 TRUNCATION_SIDES = ("keep_start", "keep_end")
 TEMPLATES = ("auto", "chat")
 _THOUGHTS = ("<think>", "</think>")
+_HASH_BYTES = 16
 
+BLOCK_EXAMPLES = 4096  # encoded together; equal texts among them once
 MANY_CUT = 0.05  # of prompts or responses: a warning
 # What may be worth a word about usable examples, besides `prompts_cut` and `responses_cut`: the name under which it is
 # counted, and what is said.
@@ -73,7 +76,7 @@ class Tokenized:
         counts: `examples` and `responses` that can be used, and by a name in NOTES, how many.
     """
 
-    examples: list[TokenizedExample]
+    examples: TokenizedExamples
     faults: Faults
     counts: dict[str, int]
 
@@ -84,7 +87,7 @@ def tokenize_examples(
     limits: TokenLimits,
     *,
     mismatched: bool = False,
-) -> tuple[list[TokenizedExample], Faults]:
+) -> tuple[TokenizedExamples, Faults]:
     """Tokenise examples in order; returns them, and the rows that cannot be used.
 
     Conversations: the prompt is what the template makes of it, a response what the template adds with it, up to its end
@@ -111,14 +114,16 @@ class _Text:
 
 def encode_examples(
     examples: Sequence[PreferenceExample], tokenizer: PreTrainedTokenizerBase, limits: TokenLimits
-) -> list[dict[str, Any]]:
-    """What each example is in tokens, whatever other examples there are.
+) -> Iterator[dict[str, Any]]:
+    """What each example is in tokens, whatever other examples there are; a block of them in memory at a time.
 
     That is `fault`, why it cannot be used; or `prompt`, its ids, `responses`, their ids, not yet cut to the room that
     the prompt leaves, `rendered`, a hash of the prompt's text, and `notes`, names in NOTES. Raises ValueError for a
     tokenizer without EOS.
     """
-    return _ExampleEncoder(tokenizer, limits).encode(examples)
+    encoder = _ExampleEncoder(tokenizer, limits)
+    for start in range(0, len(examples), BLOCK_EXAMPLES):
+        yield from encoder.encode(examples[start : start + BLOCK_EXAMPLES])
 
 
 class _ExampleEncoder:
@@ -194,8 +199,7 @@ class _ExampleEncoder:
         else:
             hidden = any(self.encoder.is_marked(answer.text) for answer in text.answers)
         notes += ["control_text"] * hidden
-        # 128 bits: none of a billion texts share it.
-        key = hashlib.blake2b(self.encoder.without_key(text.prompt).encode(), digest_size=16).hexdigest()
+        key = hashlib.blake2b(self.encoder.without_key(text.prompt).encode(), digest_size=_HASH_BYTES).hexdigest()
         responses = [one[: limits.max_tokens + 1] for one in responses]  # one more tells that it is cut
         return {"fault": None, "prompt": prompt, "responses": responses, "rendered": key, "notes": notes}
 
@@ -289,42 +293,52 @@ def fit_messages(
 
 def join_encoded(
     examples: Sequence[PreferenceExample],
-    encoded: Sequence[Mapping[str, Any]],
+    encoded: Iterable[Mapping[str, Any]],
     limits: TokenLimits,
     *,
     mismatched: bool = False,
 ) -> Tokenized:
     """What `encode_examples` made of all of a data set, as tokenize_examples returns it, and notes on it."""
     faults, notes = Faults(), Counter[str]()
-    usable: list[tuple[PreferenceExample, Mapping[str, Any]]] = []
-    for example, found in zip(examples, encoded, strict=True):
-        fault = found["fault"] or _made_equal(example, found, limits)
-        if fault:
-            faults.add(example.row_id, fault)
-        else:
-            usable.append((example, found))
-    prompt_ids: dict[str, int] = {}
-    text_ids: dict[str, int] = {}
-    tokenized = []
-    for example, found in usable:
-        room = limits.max_tokens - len(found["prompt"])
-        responses = [
-            TokenizedResponse(one.kind, ids[:room], text_ids.setdefault(one.text, len(text_ids)))
-            for one, ids in zip(example.responses, found["responses"], strict=True)
-        ]
-        notes.update(found["notes"])
-        notes["responses_cut"] += sum(len(ids) > room for ids in found["responses"])
-        number = prompt_ids.setdefault(found["rendered"], len(prompt_ids))
-        tokenized.append(TokenizedExample(example.row_id, number, (found["prompt"],), tuple(responses)))
+    prompts, texts = bytearray(), bytearray()  # hashes: 128 bits, which none of a billion share
+    whole: list[TokenIds] = []  # first responses, not cut
+
+    def usable() -> Iterator[TokenizedExample]:
+        for example, found in zip(examples, encoded, strict=True):
+            fault = found["fault"] or _made_equal(example, found, limits)
+            if fault:
+                faults.add(example.row_id, fault)
+                continue
+            room = limits.max_tokens - len(found["prompt"])
+            notes.update(found["notes"])
+            notes["responses_cut"] += sum(len(ids) > room for ids in found["responses"])
+            prompts.extend(bytes.fromhex(found["rendered"]))
+            for response in example.responses:
+                texts.extend(hashlib.blake2b(response.text.encode(), digest_size=_HASH_BYTES).digest())
+            if mismatched:
+                whole.append(found["responses"][0])
+            pairs = zip(example.responses, found["responses"], strict=True)
+            responses = tuple(TokenizedResponse(one.kind, ids[:room]) for one, ids in pairs)
+            yield TokenizedExample(example.row_id, -1, (found["prompt"],), responses)
+
+    tokenized = TokenizedExamples(usable()).numbered(*map(_numbers, (prompts, texts)))
+    counts = {"examples": len(tokenized), "responses": len(tokenized.kind), **+notes}
     if mismatched:
-        partners = _next_other_prompt([example.prompt_id for example in tokenized])
-        tokenized = [
+        partners = _next_other_prompt(tokenized.prompt_id.tolist())
+        tokenized = TokenizedExamples(
             # Cut to this example's room alone: it may have more than the response's own prompt leaves.
-            _with_response(example, "mismatched", usable[partner][1]["responses"][0], limits.max_tokens)
+            _with_response(example, "mismatched", whole[partner], limits.max_tokens)
             for example, partner in zip(tokenized, partners, strict=True)
-        ]
-    num_responses = sum(len(example.responses) for example, _ in usable)
-    return Tokenized(tokenized, faults, {"examples": len(usable), "responses": num_responses, **+notes})
+        )
+    return Tokenized(tokenized, faults, counts)
+
+
+def _numbers(hashes: bytearray) -> Int[np.ndarray, "_"]:
+    """Numbers of distinct hashes, in the order in which they first appear."""
+    _, first, number = np.unique(np.frombuffer(hashes, f"V{_HASH_BYTES}"), return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int32)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[number]
 
 
 def describe_cuts(counts: Mapping[str, int], max_tokens: int) -> str | None:

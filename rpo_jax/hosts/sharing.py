@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from rpo_jax.hosts import processes
@@ -13,8 +13,10 @@ R = TypeVar("R")
 BLOCK_ITEMS = 64  # neighbours stay together: rows of one table are decoded, and texts embedded, so many at a time
 
 
-def shared(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
+def shared(items: Sequence[T], work: Callable[[Sequence[T]], Iterable[R]]) -> Iterable[R]:
     """`work(items)`, of which every process computes a part; all get all results, in the order of one process.
+
+    One process alone gets them as `work` makes them, which may be one after another.
 
     Every process must call this with equally many items, in the same order of calls.
 
@@ -27,10 +29,10 @@ def shared(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
     """
     count = processes.num_processes()
     if count == 1:
-        return work(list(items))
+        return work(items)
     owners = [number // BLOCK_ITEMS % count for number in range(len(items))]
     mine = [item for item, owner in zip(items, owners, strict=True) if owner == processes.process_id()]
-    results = work(mine)
+    results = list(work(mine))
     assert len(results) == len(mine), "one result for each item"
     parts = [iter(part) for part in processes.gather(results)]
     return [next(parts[owner]) for owner in owners]

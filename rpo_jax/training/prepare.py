@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -254,12 +254,14 @@ def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict
         repr((e.prompt, e.template_arguments, *((one.text, one.turns) for one in e.responses)))
         for e in part.found.examples
     )
-    hashes = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
+    data = hashlib.sha256()
+    for text in texts:
+        data.update(hashlib.sha256(text.encode()).digest())
     local, limits = Path(part.path).expanduser(), part.limits
     lengths = f"max_prompt_tokens={limits.max_prompt_tokens} max_tokens={limits.max_tokens}"
     return {
         "slot": f"{name} data, {local.resolve() if local.exists() else part.path}",
-        "data": hashlib.sha256(hashes).hexdigest(),
+        "data": data.hexdigest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": limits.template + (f" {limits.template_arguments}" if limits.template_arguments else ""),
         "truncation": f"{lengths} {limits.truncation_side}",
@@ -268,11 +270,12 @@ def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict
 
 def _tokenized(
     config: Config, part: _Part, tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...], reporter: Reporter
-) -> tuple[list[TokenizedExample], Mapping[str, int]]:
+) -> tuple[Sequence[TokenizedExample], Mapping[str, int]]:
     examples = part.found.examples
     encoded = shared(examples, partial(encode_examples, tokenizer=tokenizer, limits=part.limits))
     joined = join_encoded(examples, encoded, part.limits, mismatched="mismatched" in responses)
-    tokenized, faults = joined.examples, joined.faults
+    tokenized: Sequence[TokenizedExample] = joined.examples
+    faults = joined.faults
     if REFINED[0] in responses:
         settings: Any = config.objective  # options come from the table
         tokenized = refined(tokenized, settings.sr_prompt, tokenizer, config.data.max_tokens)
@@ -287,12 +290,16 @@ def _tokenized(
 
 
 def _with_facts(
-    config: Config, part: _Part, tokenized: list[TokenizedExample], embedded: bool, reporter: Reporter
+    config: Config, part: _Part, tokenized: Sequence[TokenizedExample], embedded: bool, reporter: Reporter
 ) -> PreferenceData:
     """The data with the embedding and the score of each response, as far as the objective needs them."""
-    by_id = {example.row_id: example for example in part.found.examples}
+    data, scored = PreferenceData(tokenized), resolve(config).objective.uses_scores
+    if not embedded and not scored:
+        return data
     texts, rows, scores, kind = [], [], [], config.embedding.text
-    for example, tokens in ((by_id[tokens.row_id], tokens) for tokens in tokenized):
+    found = iter(part.found.examples)
+    for tokens in tokenized:
+        example = next(one for one in found if one.row_id == tokens.row_id)
         own = example.responses if kind == "prompt_response" else example.responses[:1]
         first = len(texts)
         texts += [embedding_text(example, kind, response.text) for response in own]
@@ -300,16 +307,15 @@ def _with_facts(
         made = len(tokens.responses) - len(example.responses)
         rows += [*(first + (i if len(own) > 1 else 0) for i in range(len(example.responses))), *[-1] * made]
         scores += [*(response.score for response in example.responses), *[None] * made]
-    data = PreferenceData(tokenized)
-    if resolve(config).objective.uses_scores:
+    if scored:
         data = replace(data, scores=np.array(scores, np.float32))
     if embedded:
-        found = shared(texts, partial(_embed, config, reporter))
-        data = replace(data, embeddings=np.stack(found), embedding_row=np.array(rows, np.int64))
+        vectors = list(shared(texts, partial(_embed, config, reporter)))
+        data = replace(data, embeddings=np.stack(vectors), embedding_row=np.array(rows, np.int64))
     return data
 
 
-def _embed(config: Config, reporter: Reporter, texts: list[str]) -> list[np.ndarray]:
+def _embed(config: Config, reporter: Reporter, texts: Sequence[str]) -> list[np.ndarray]:
     with reporter.progress("embed", len(texts)) as update:
         found = embed_texts(
             texts,
