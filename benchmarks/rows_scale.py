@@ -1,7 +1,7 @@
 """Time and memory of preparing many short pairs: python -m benchmarks.rows_scale [--pairs N]
 
-Everything from the file to the first batch of a run with uniform weights, and no model: reading, tokenising (prompts and
-responses as text, or as conversations with --chat), the epoch's order and the shapes of its batches.
+Everything from the file to the first batch of a run with uniform weights, and no model: reading, tokenising (as text, or
+as conversations with --chat), the epoch's order and the shapes of its batches.
 """
 
 from __future__ import annotations
@@ -25,16 +25,8 @@ from rpo_jax.runs.tracking import Reporter
 from rpo_jax.training.prepare import batches_of, prepare
 
 GIB = 2**30
-WORDS = [
-    *(
-        "bread soup rice tea oven salt hour slowly gladly never warm cold with without before after why how often".split()
-    ),
-    *(
-        f"{first}{last}"
-        for first in ("ka", "lo", "mi", "re", "su", "to")
-        for last in ("lan", "mer", "nit", "pol", "ras")
-    ),
-]
+_STARTS, _ENDS = ("ka", "lo", "mi", "re", "su", "to"), ("lan", "mer", "nit", "pol", "ras", "tin", "vel")
+WORDS = [first + last for first in _STARTS for last in _ENDS]
 
 
 def write_rows(path: Path, pairs: int, chat: bool, seed: int) -> None:
