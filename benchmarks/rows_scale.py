@@ -1,7 +1,7 @@
 """Time and memory of preparing many short pairs: python -m benchmarks.rows_scale [--pairs N]
 
-Everything from the file to the first batch of a run with uniform weights, and no model: reading, tokenising (as text, or
-as conversations with --chat), the epoch's order and the shapes of its batches.
+Everything from the file to the first batch of a run with uniform weights, and no model: reading, tokenising (text, or
+conversations with --chat), the epoch's order and the shapes of its batches.
 """
 
 from __future__ import annotations
