@@ -48,7 +48,7 @@ def test_the_text_stands_before_the_prompt_as_it_was_cut(tokenizer):
     for one, other in zip(before, after, strict=True):
         plain_prompt, refined_prompt = other.prompts
         assert refined_prompt.tolist() == [*text.tolist(), *one.prompt_ids[bos:].tolist()]
-        assert plain_prompt is one.prompt_ids
+        assert plain_prompt.tolist() == one.prompt_ids.tolist()
         assert [response.prompt for response in other.responses] == [0, 1] if one is before[0] else [0, 0, 1, 1]
         room = 40 - len(refined_prompt)
         assert ids_of(other, "refined_chosen").tolist() == ids_of(one, "chosen")[:room].tolist()
