@@ -266,7 +266,8 @@ def test_a_tokenizer_without_eos_is_refused():
 
 def test_no_examples_give_none(tokenizer):
     arguments = {"max_prompt_tokens": 4, "max_tokens": 10, "truncation_side": "keep_end", "mismatched": True}
-    assert tokenized_with([], tokenizer, **arguments) == ([], Faults())
+    found, faults = tokenized_with([], tokenizer, **arguments)
+    assert (list(found), faults) == ([], Faults())
 
 
 def test_any_number_of_responses_of_one_kind_follow_one_prompt():
@@ -288,6 +289,6 @@ def test_what_an_example_is_in_tokens_does_not_depend_on_what_it_comes_with():
     examples[4] = pair("", "w2", "w3", "file:4")
     parts = [encode_examples(examples[first : first + 7], tokenizer, limits) for first in range(0, 30, 7)]
     joined = join_encoded(examples, [found for part in parts for found in part], limits, mismatched=True)
-    whole = tokenize_examples(examples, tokenizer, limits, mismatched=True)
-    assert repr((joined.examples, joined.faults)) == repr(whole)
+    whole, faults = tokenize_examples(examples, tokenizer, limits, mismatched=True)
+    assert repr((list(joined.examples), joined.faults)) == repr((list(whole), faults))
     assert joined.faults.rows == [("file:4", "the prompt is empty, and the tokenizer has no BOS to stand for it")]
