@@ -7,8 +7,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
-import re
 import shutil
 import threading
 import time
@@ -22,8 +20,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.path import atomicity
 
-from rpo_jax.core.files import sync, sync_folder
+from rpo_jax.core.files import refusal, sync, sync_folder
 from rpo_jax.core.manifest import NAME, fault, has_manifest, write_manifest
+from rpo_jax.hosts.devices import devices
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +94,7 @@ class Checkpoints:
         )
         self._saving: int | None = None
         self._failed: SaveFailed | None = None
+        devices()  # the storage asks jax for them, and would fail less plainly
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "record"))
         except Exception as error:
@@ -156,7 +156,8 @@ class Checkpoints:
 
     def _note_failed(self, error: Exception) -> None:
         step, self._saving_since = self._saving, None
-        self._failed = SaveFailed(f"the checkpoint of step {step} was not saved: {_reason(error)}")
+        reason = refusal(self.folder / str(step), error) or " ".join(str(error).split())[:200] or type(error).__name__
+        self._failed = SaveFailed(f"the checkpoint of step {step} was not saved: {reason}")
         self._clear_partial()
         self._manager.reload()  # it took those for gone that were to make room
 
@@ -273,13 +274,6 @@ class Checkpoints:
             self._empty_removed()
             self._finish_removing()
         self._manager.close()
-
-
-def _reason(error: Exception) -> str:
-    """What the system said, which the storage's report has behind pages of its own."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    system = f"{os.strerror(int(code[1]))}: " if code else ""
-    return system + (" ".join(str(error).split())[:200] or type(error).__name__)
 
 
 def step_fault(folder: Path) -> str | None:

@@ -20,6 +20,7 @@ from jaxtyping import Bool
 
 from rpo_jax import models
 from rpo_jax.config import Config, DataConfig, resolve
+from rpo_jax.core.memory import explaining_memory
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.embeddings import embed_texts
@@ -321,6 +322,7 @@ def _embed(config: Config, reporter: Reporter, texts: list[str]) -> list[np.ndar
     return list(found)
 
 
+@explaining_memory(lambda: "try a smaller embedding.batch_texts, or data.train_rows")
 def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None = None) -> Prepared:
     """Read, split, tokenise and embed the data of a configuration.
 
