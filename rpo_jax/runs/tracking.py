@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 import math
+import os
 import socket
 import sys
 import time
@@ -160,6 +161,36 @@ def check_tracking(config: TrackingConfig) -> None:
         raise ValueError("tracking.wandb=true, but wandb is not installed; run `pip install wandb`.")
 
 
+def check_login(config: TrackingConfig) -> None:
+    """ValueError where Weights & Biases was asked for and does not know the user; asks for the key on a terminal."""
+    if not config.wandb or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    import wandb  # pyright: ignore[reportMissingImports]  # optional
+
+    try:
+        reason = "" if wandb.login() else "it is not logged in"
+    except Exception as error:  # its classes differ between versions
+        reason = _first_line(error)
+    if reason:
+        raise ValueError(
+            f"tracking.wandb=true, but Weights & Biases says: {reason}; run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline to upload later."
+        )
+
+
+@contextlib.contextmanager
+def _weights_and_biases() -> Iterator[None]:
+    """Whatever its client raises, as an OSError: no disk, no connection and no service are all the same to a run."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"its client says {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
 class _TensorBoard:
     """Scalars as TensorBoard reads them.
 
@@ -256,7 +287,8 @@ class MetricsLog:
         earlier = [row for row in read_jsonl(path) if row["step"] < first_step]
         for row in earlier:
             self._note(row)
-        self._file = self._tensorboard = self._wandb = None
+        self._file = self._tensorboard = None
+        self._wandb: Any = None
         if not writing:
             return
         write_jsonl(path, earlier)
@@ -265,9 +297,14 @@ class MetricsLog:
             self._tensorboard = _TensorBoard(run_dir / "tensorboard", first_step)
             self._events = ByProduct("TensorBoard's events", say)
         if config.wandb:
-            import wandb  # pyright: ignore[reportMissingImports]  # optional
+            self._charts = ByProduct("Weights & Biases' charts", say)
+            self._charts.write(functools.partial(self._begin_charts, config.wandb_project, run_id, hyperparameters))
 
-            self._wandb = wandb.init(project=config.wandb_project, id=run_id, resume="allow", config=hyperparameters)
+    def _begin_charts(self, project: str, run_id: str, hyperparameters: dict[str, Any]) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]  # optional
+
+        with _weights_and_biases():
+            self._wandb = wandb.init(project=project, id=run_id, resume="allow", config=hyperparameters)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Log one step; `metrics` holds `step`."""
@@ -280,6 +317,10 @@ class MetricsLog:
         if self._tensorboard is not None:
             self._events.write(functools.partial(self._tensorboard.write, scalars, step))
         if self._wandb is not None:
+            self._charts.write(functools.partial(self._chart, scalars, step))
+
+    def _chart(self, scalars: Mapping[str, float], step: int) -> None:
+        with _weights_and_biases():
             self._wandb.log(scalars, step=step)
 
     def _note(self, line: dict[str, float]) -> None:
@@ -304,4 +345,5 @@ class MetricsLog:
         if self._tensorboard is not None:
             self._events.write(self._tensorboard.close)
         if self._wandb is not None:
-            self._wandb.finish()
+            with contextlib.suppress(OSError), _weights_and_biases():
+                self._wandb.finish()

@@ -34,7 +34,7 @@ from rpo_jax.runs.folder import (
     make_run_folder,
     resume_command,
 )
-from rpo_jax.runs.tracking import MetricsLog, Reporter, check_tracking
+from rpo_jax.runs.tracking import MetricsLog, Reporter, check_login, check_tracking
 from rpo_jax.runs.versions import installed_versions
 from rpo_jax.training.advice import advise
 from rpo_jax.training.hooks.evaluation import Evaluation
@@ -119,6 +119,8 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
 
 def _run(asked: _Asked) -> RunResult:
     config, reporter, stopping, run_dir = asked.config, asked.reporter, asked.stopping, asked.run_dir
+    if processes.is_main():
+        check_login(config.tracking)
     if config.run.resume == "auto" and processes.is_main():
         set_aside_damaged(run_dir / CHECKPOINTS, reporter.say)
     resuming = stopping.started = check_run_folder(config, run_dir)
