@@ -207,7 +207,8 @@ def _is_running(process_id: str) -> bool:
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
-    """ValueError for a folder that exists, holds something, and may not be replaced."""
+    """ValueError for a folder that exists, holds something, and may not be replaced; WriteFailed where none can be."""
+    check_writable(path.parent)
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists; give another folder, or ask to overwrite it.")
 

@@ -20,6 +20,7 @@ from jaxtyping import Bool
 
 from rpo_jax import models
 from rpo_jax.config import Config, DataConfig, resolve
+from rpo_jax.core.files import writing
 from rpo_jax.core.memory import explaining_memory
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample
 from rpo_jax.data.chat_template import ChatTemplate
@@ -240,7 +241,7 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Repo
             )
         return tokenizer
     texts = [text for e in examples for text in (prompt_text(e), *(response.text for response in e.responses))]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
         return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
 
 
