@@ -69,6 +69,12 @@ def check_writable(folder: Path) -> None:
         file.write(bytes(1 << 12))
 
 
+def check_there(folder: Path) -> None:
+    """WriteFailed for a folder that has vanished: made anew it would be on another disk, in the place of the first."""
+    if not folder.is_dir():
+        raise WriteFailed(refusal(folder, OSError(errno.ENOENT, "")))
+
+
 def _is_part(name: str, path: Path) -> bool:
     """Whether this is a path, something in it or above it, or what takes its place when it is whole."""
     named = Path(name).absolute()

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.path import atomicity
 
-from rpo_jax.core.files import refusal, sync, sync_folder
+from rpo_jax.core.files import WriteFailed, check_there, refusal, sync, sync_folder
 from rpo_jax.core.manifest import NAME, fault, has_manifest, write_manifest
 from rpo_jax.hosts.devices import devices
 
@@ -141,6 +141,7 @@ class Checkpoints:
         self._saving, self._failed, self._saving_since = step, None, time.monotonic()
         record = {**record, _SUMMED: NAME}
         try:
+            check_there(self.folder)  # the storage would make it anew, whatever disk is there now
             self._manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
@@ -156,7 +157,8 @@ class Checkpoints:
 
     def _note_failed(self, error: Exception) -> None:
         step, self._saving_since = self._saving, None
-        reason = refusal(self.folder / str(step), error) or " ".join(str(error).split())[:200] or type(error).__name__
+        reason = None if isinstance(error, WriteFailed) else refusal(self.folder / str(step), error)
+        reason = reason or " ".join(str(error).split())[:300] or type(error).__name__
         self._failed = SaveFailed(f"the checkpoint of step {step} was not saved: {reason}")
         self._clear_partial()
         self._manager.reload()  # it took those for gone that were to make room

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from rpo_jax import models
 from rpo_jax.config import Config
+from rpo_jax.core.files import check_there
 from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.core.records import TokenizedExample
 from rpo_jax.core.store import ByProduct
@@ -97,6 +98,7 @@ class Sampler(Hook):
             rows.append(row)
 
         def write() -> None:
+            check_there(self._file.parent)
             write_jsonl(self._file, [*(row for row in read_jsonl(self._file) if row["step"] < run.step), *rows])
 
         self._kept.write(write)
