@@ -97,6 +97,8 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     Raises:
         ValueError: for anything in the configuration, the data or the model folder that cannot be used, on every
             process; nothing has been compiled then, and no run folder made.
+        WriteFailed, SaveFailed: OSErrors, where the last checkpoint or lines of metrics.jsonl are not on disk at the end.
+        OutOfMemory: an OSError, where the host's memory or a device's is not enough; its message says what to try.
         PeerFailure: an OSError, where something of that kind stopped another process, at whatever time.
         Diverged: for numbers that go wrong too often (the guard section); its message is a report.
         Stopped: a KeyboardInterrupt, for a run that is asked to stop before its first step.
