@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rpo_jax.core import files
 from rpo_jax.core.files import WriteFailed, atomic_directory, atomic_write, check_writable
 from rpo_jax.core.jsonl import GrowingFile
 from rpo_jax.data import embeddings
+from rpo_jax.runs import tracking
 from rpo_jax.runs.tracking import MetricsLog, Reporter
 from rpo_jax.tools.judging.cache import AnswerCache, JudgeAnswer
 from tests.disks import filled, small_files
@@ -156,13 +158,19 @@ def check_logged(run_dir, said):
     assert starts == sorted(["TensorBoard's", "TensorBoard's", *[str(run_dir / "metrics.jsonl")] * 2]), said
 
 
-def test_a_full_disk_neither_hangs_tensorboard_nor_loses_a_line(tmp_path):
+@pytest.fixture
+def at_once(monkeypatch):
+    """What was refused is tried again with the next line, not after half a minute."""
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0)
+
+
+def test_a_full_disk_neither_hangs_tensorboard_nor_loses_a_line(tmp_path, at_once):
     said = []
     in_time(lambda: log_steps(tmp_path, small_files(ROOM), said))
     check_logged(tmp_path, said)
 
 
-def test_a_disk_of_six_megabytes_neither_hangs_tensorboard_nor_loses_a_line(disk_of):
+def test_a_disk_of_six_megabytes_neither_hangs_tensorboard_nor_loses_a_line(disk_of, at_once):
     disk, said = disk_of("6m"), []
     in_time(lambda: log_steps(disk, filled(disk, 1), said))
     check_logged(disk, said)
@@ -188,26 +196,28 @@ RUN = {
 class Between(rpo_jax.Hook):
     """Does something to the disk after one step, and undoes it after another."""
 
-    def __init__(self, trouble, first, last=None):
-        self._trouble, self._first, self._last = trouble, first, last
+    def __init__(self, trouble, first, last=None, saved=None):
+        self._trouble, self._first, self._last, self._saved = trouble, first, last, saved
 
     def after_step(self, run, finished):
         if finished.step == self._first:
+            while self._saved is not None and not self._saved.exists():
+                time.sleep(0.01)  # it is saved in the background
             self._trouble.__enter__()
         if finished.step == self._last:
             self._trouble.__exit__(None, None, None)
 
 
-def run_on(disk, tmp_path, hook):
+def run_on(disk, tmp_path, hook, changes={}):
     data = write_rows(tmp_path / "pairs.jsonl")
-    return rpo_jax.run(configured(data, disk / "run", tmp_path / "cache", RUN), hooks=[hook])
+    return rpo_jax.run(configured(data, disk / "run", tmp_path / "cache", {**RUN, **changes}), hooks=[hook])
 
 
 def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing(disk_of, tmp_path, capsys):
     disk = disk_of("6m")
-    result = run_on(disk, tmp_path, Between(filled(disk, 0), 2, 4))
-    assert [line["step"] for line in metric_lines(disk / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert result.checkpoint.name == "6"
+    result = run_on(disk, tmp_path, Between(filled(disk, 0), 2, 14), {"train.steps": 16})
+    assert [line["step"] for line in metric_lines(disk / "run") if "loss" in line] == list(range(1, 17))
+    assert result.checkpoint.name == "16"
     out = capsys.readouterr().out
     for told in (
         f"{disk / 'run' / 'metrics.jsonl'} {FULL}; its lines wait in memory, and it goes on",
@@ -224,7 +234,7 @@ def test_a_disk_that_stays_full_ends_a_run_in_one_line_with_what_was_saved(disk_
     with pytest.raises(
         OSError, match=rf"step 6 was not saved: {disk}/run/checkpoints/6 {FULL}; the newest.* of step 2"
     ):
-        run_on(disk, tmp_path, Between(filled(disk, 0), 3))
+        run_on(disk, tmp_path, Between(filled(disk, 0), 3, saved=disk / "run" / "checkpoints" / "2"))
 
 
 def test_lines_that_are_lost_end_a_run_that_is_saved_in_one_line(tmp_path, capsys):
@@ -246,7 +256,7 @@ def test_lines_that_are_lost_end_a_run_that_is_saved_in_one_line(tmp_path, capsy
     ]
 
 
-def test_a_disk_that_vanishes_ends_a_run_in_one_line_and_nothing_is_written_where_it_was(disk_of, tmp_path):
+def test_a_disk_that_vanishes_ends_a_run_in_one_line_and_nothing_is_saved_where_it_was(disk_of, tmp_path):
     disk = disk_of("6m")
 
     @contextlib.contextmanager
@@ -256,7 +266,8 @@ def test_a_disk_that_vanishes_ends_a_run_in_one_line_and_nothing_is_written_wher
 
     with pytest.raises(OSError, match=r"step 6 was not saved: .*; see that its disk is still there"):
         run_on(disk, tmp_path, Between(unmounted(), 3))
-    assert list(disk.iterdir()) == []
+    left = {path.name for path in disk.rglob("*") if path.is_file()}
+    assert not left & {"metrics.jsonl", "samples.jsonl", "checksums.json"}, "nothing of it on the disk below"
 
 
 # Caches.
@@ -396,7 +407,8 @@ def test_a_console_that_is_full_or_gone_ends_nothing(tmp_path, reader):
         assert process.stdout is not None
         process.stdout.close()
         assert process.stderr is not None
-        said, status = process.stderr.read(), process.wait()
+        with process.stderr:
+            said, status = process.stderr.read(), process.wait()
     assert (tmp_path / "done").exists(), said
     assert status == 0, said
     assert said.count("\n") == 1, said

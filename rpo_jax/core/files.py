@@ -69,10 +69,13 @@ def check_writable(folder: Path) -> None:
         file.write(bytes(1 << 12))
 
 
-def check_there(folder: Path) -> None:
-    """WriteFailed for a folder that has vanished: made anew it would be on another disk, in the place of the first."""
-    if not folder.is_dir():
-        raise WriteFailed(refusal(folder, OSError(errno.ENOENT, "")))
+def check_there(file: Path) -> None:
+    """WriteFailed where the folder of a file that is known to be in it has vanished with its disk.
+
+    What is written there now would lie in the place of that disk, on another one.
+    """
+    if not file.exists():
+        raise WriteFailed(refusal(file.parent, OSError(errno.ENOENT, "")))
 
 
 def _is_part(name: str, path: Path) -> bool:

@@ -60,7 +60,7 @@ class GrowingFile:
     """
 
     def __init__(self, path: Path, say: Callable[[str], None], *, ascii_only: bool = True) -> None:
-        self._path, self._say, self._ascii_only = path, say, ascii_only
+        self._path, self._say, self._ascii_only, self._made = path, say, ascii_only, path.exists()
         self._waiting: list[str] = []
         self.fault: WriteFailed | None = None
 
@@ -83,9 +83,10 @@ class GrowingFile:
         self._waiting, self.fault = [], None
 
     def _append(self, content: bytes, lasting: bool) -> None:
-        # Opened anew each time, as a network disk may tell only of a file that is closed that it has no room.
-        with self._path.open("ab", buffering=0) as file:
-            end = file.tell()
+        # Opened anew each time, as a network disk may tell only of a file that is closed that it has no room. Made only
+        # once: where it has vanished with its disk, another one in its place would be on another disk.
+        with self._path.open("r+b" if self._made else "xb", buffering=0) as file:
+            self._made, end = True, file.seek(0, os.SEEK_END)
             try:
                 while content:
                     content = content[file.write(content) :]

@@ -46,19 +46,22 @@ class ByProduct:
     """
 
     def __init__(self, what: str, say: Callable[[str], None] = log.warning) -> None:
-        self._what, self._say, self._refused = what, say, False
+        self._what, self._say = what, say
+        self._told: set[str] = set()
 
     def write(self, write: Callable[[], None]) -> None:
         try:
             write()
         except OSError as error:
-            if not self._refused:
-                self._say(f"{self._what} are not kept: {error}; it goes on without them")
-            self._refused = True
-            return
-        if self._refused:
-            self._say(f"{self._what} are kept again")
-        self._refused = False
+            self._tell("not kept", f": {error}; it goes on without them")
+        else:
+            if self._told:
+                self._tell("kept again", "")
+
+    def _tell(self, state: str, why: str) -> None:
+        if state not in self._told:
+            self._told.add(state)
+            self._say(f"{self._what} are {state}{why}")
 
 
 def discard(path: Path) -> None:

@@ -53,8 +53,8 @@ def keeping_compiled(folder: Path, say: Callable[[str], None]) -> Iterator[None]
             else:
                 say(f"compiled programs are not kept: {refused or f'{folder}: {reason}'}; it goes on without them")
 
-    warnings.showwarning = shown
-    try:
+    with warnings.catch_warnings():
+        # Always: of two programs of one name each has its own file.
+        warnings.filterwarnings("always", message=_WARNING.pattern.partition(" for ")[0])
+        warnings.showwarning = shown
         yield
-    finally:
-        warnings.showwarning = show

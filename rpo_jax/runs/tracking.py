@@ -195,7 +195,7 @@ class _TensorBoard:
     """Scalars as TensorBoard reads them.
 
     Written by whoever logs: tensorboardX's own thread ends on a disk that is full, and what waits for room in its queue
-    then waits for ever. A file whose writing failed is left as it is, and another one begun.
+    then waits for ever. A file whose writing failed is left as it is, and another one begun a while later.
 
     Args:
         purge_step: what earlier files have from this step on is not shown.
@@ -205,9 +205,12 @@ class _TensorBoard:
         self._folder, self._purge_step = folder, purge_step
         self._file: Any = None
         self._flushed = -math.inf
+        self._fault: OSError | None = None
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """OSError where the disk refuses."""
+        """OSError where the disk refuses, or has just refused."""
+        if self._fault is not None and time.monotonic() - self._flushed < FLUSH_SECONDS:
+            raise self._fault
         from tensorboardX.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
@@ -218,10 +221,12 @@ class _TensorBoard:
                 if time.monotonic() - self._flushed > FLUSH_SECONDS:
                     self._file.flush()
                     self._flushed = time.monotonic()
-            except OSError:
+            except OSError as error:
                 with contextlib.suppress(OSError):
                     self.close()
+                self._fault, self._flushed = error, time.monotonic()
                 raise
+            self._fault = None
 
     def _opened(self) -> None:
         from tensorboardX import RecordWriter
@@ -229,6 +234,7 @@ class _TensorBoard:
 
         if self._file is not None:
             return
+        files.check_there(self._folder.with_name(METRICS))
         self._folder.mkdir(exist_ok=True)
         self._file = RecordWriter(str(self._folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
         self._add(file_version="brain.Event:2")

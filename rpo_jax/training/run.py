@@ -97,7 +97,7 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     Raises:
         ValueError: for anything in the configuration, the data or the model folder that cannot be used, on every
             process; nothing has been compiled then, and no run folder made.
-        WriteFailed, SaveFailed: OSErrors, where the last checkpoint or lines of metrics.jsonl are not on disk at the end.
+        WriteFailed, SaveFailed: OSErrors, where the last checkpoint or metrics are not on disk in the end.
         OutOfMemory: an OSError, where the host's memory or a device's is not enough; its message says what to try.
         PeerFailure: an OSError, where something of that kind stopped another process, at whatever time.
         Diverged: for numbers that go wrong too often (the guard section); its message is a report.
@@ -198,7 +198,11 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
     config, reporter, stopping, run_dir = asked.config, asked.reporter, asked.stopping, asked.run_dir
     settings = config.train
     checkpoints = Checkpoints(
-        run_dir / CHECKPOINTS, keep_last=settings.keep_last, keep_best=settings.keep_best, warn=reporter.say
+        run_dir / CHECKPOINTS,
+        keep_last=settings.keep_last,
+        keep_best=settings.keep_best,
+        beside=run_dir / RUN_ID,
+        warn=reporter.say,
     )
     state, first_step = setup.state, 0
     saved: dict[str, Any] = {"num_tokens": 0}

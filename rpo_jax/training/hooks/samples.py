@@ -19,6 +19,7 @@ from rpo_jax.data.control_tokens import TextEncoder, TokenIds
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives import heads
+from rpo_jax.runs.tracking import METRICS
 from rpo_jax.sampling.answers import Answerer, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Engine, Sampling
 from rpo_jax.sampling.kv_cache import to_decode_layout
@@ -98,7 +99,7 @@ class Sampler(Hook):
             rows.append(row)
 
         def write() -> None:
-            check_there(self._file.parent)
+            check_there(self._file.with_name(METRICS))
             write_jsonl(self._file, [*(row for row in read_jsonl(self._file) if row["step"] < run.step), *rows])
 
         self._kept.write(write)
