@@ -208,14 +208,14 @@ class Between(rpo_jax.Hook):
             self._trouble.__exit__(None, None, None)
 
 
-def run_on(disk, tmp_path, hook, changes={}):
+def run_on(disk, tmp_path, hook, **changes):
     data = write_rows(tmp_path / "pairs.jsonl")
-    return rpo_jax.run(configured(data, disk / "run", tmp_path / "cache", {**RUN, **changes}), hooks=[hook])
+    return rpo_jax.run(configured(data, disk / "run", tmp_path / "cache", RUN | changes), hooks=[hook])
 
 
 def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing(disk_of, tmp_path, capsys):
     disk = disk_of("6m")
-    result = run_on(disk, tmp_path, Between(filled(disk, 0), 2, 14), {"train.steps": 16})
+    result = run_on(disk, tmp_path, Between(filled(disk, 0), 2, 14), **{"train.steps": 16})
     assert [line["step"] for line in metric_lines(disk / "run") if "loss" in line] == list(range(1, 17))
     assert result.checkpoint.name == "16"
     out = capsys.readouterr().out
