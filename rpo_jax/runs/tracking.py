@@ -326,6 +326,8 @@ class MetricsLog:
             self._charts.write(functools.partial(self._chart, scalars, step))
 
     def _chart(self, scalars: Mapping[str, float], step: int) -> None:
+        if os.environ.get("WANDB_MODE") == "offline":
+            files.check_writable(Path(self._wandb.dir))  # its client says nothing of a disk that is full
         with _weights_and_biases():
             self._wandb.log(scalars, step=step)
 
