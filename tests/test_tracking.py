@@ -121,7 +121,7 @@ def test_weights_and_biases_that_fails_is_told_before_the_run_and_keeps_no_run_f
 
 
 def test_weights_and_biases_itself_on_a_full_disk(tmp_path, monkeypatch, disk_of):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     disk, said = disk_of("6m"), []
     for name, value in {"WANDB_DIR": disk, "HOME": tmp_path, "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, str(value))
@@ -130,6 +130,7 @@ def test_weights_and_biases_itself_on_a_full_disk(tmp_path, monkeypatch, disk_of
     config = TrackingConfig(tensorboard=False, wandb=True)
     with pytest.raises(ValueError, match=r"tracking\.wandb=true, but .*WANDB_MODE=offline"):
         check_login(config)
+    wandb.teardown()  # it reads the environment once
     monkeypatch.setenv("WANDB_MODE", "offline")
     log = MetricsLog(tmp_path, config, 0, "id", {}, say=said.append)
     with filled(disk, 0):
