@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test: the sharded step must run as it would on real ones."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,21 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.ledger import Ledger
 
         config.pluginmanager.register(Ledger(path))
+
+
+@pytest.fixture
+def disk_of(tmp_path_factory):
+    """Mounts disks of a size (`6m`), empty ones in memory; skips where that is not allowed."""
+    mounted = []
+
+    def mount(size: str) -> Path:
+        disk = tmp_path_factory.mktemp("disk")
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if os.geteuid() != 0 or subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("a file system of its own needs root, and leave to mount it")
+        mounted.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounted:
+        subprocess.run(["umount", "-l", str(disk)], capture_output=True)

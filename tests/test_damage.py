@@ -3,10 +3,7 @@
 import contextlib
 import json
 import logging
-import os
-import resource
 import shutil
-import subprocess
 
 import jax
 import numpy as np
@@ -16,11 +13,12 @@ from safetensors.numpy import save_file
 import rpo_jax
 from rpo_jax import export, models, train
 from rpo_jax.core.manifest import NAME, fault, write_manifest
-from rpo_jax.core.store import keep
+from rpo_jax.core.store import ByProduct
 from rpo_jax.data import embeddings
 from rpo_jax.runs.checkpoints import Checkpoints, SaveFailed, faults, set_aside_damaged, step_fault
 from rpo_jax.runs.folder import CHECKPOINTS
 from rpo_jax.training.reference import FOLDER, cached_log_probs, read_cache, write_cache
+from tests.disks import filled, small_files
 from tests.runs import configured, metric_lines, settings, without_timings, write_rows
 from tests.test_reference import BOTH, PARTS, made_up
 from tests.worlds import random_data
@@ -166,41 +164,6 @@ def test_a_manifest_that_names_other_folders_files_is_refused(tmp_path):
 # Full disks. RLIMIT_FSIZE refuses what goes over a size with EFBIG, for every user; a small tmpfs is full for real.
 
 
-@contextlib.contextmanager
-def small_files():
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextlib.contextmanager
-def filled(folder):
-    """Nothing but a few blocks left on the disk of this folder."""
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-    os.truncate(filler, max(0, filler.stat().st_size - 2 * 4096))
-    try:
-        yield
-    finally:
-        filler.unlink()
-
-
-@pytest.fixture
-def tmpfs(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("a file system of its own needs root, and leave to mount it")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def assert_a_full_disk_costs_that_save_alone(folder, full):
     warned = []
     checkpoints = Checkpoints(folder, keep_last=1, warn=warned.append)
@@ -225,11 +188,12 @@ def assert_a_full_disk_costs_that_save_alone(folder, full):
 
 @leaves_threads
 def test_a_file_that_the_disk_refuses_costs_that_save_alone(tmp_path):
-    assert_a_full_disk_costs_that_save_alone(tmp_path / "checkpoints", small_files())
+    assert_a_full_disk_costs_that_save_alone(tmp_path / "checkpoints", small_files(ROOM))
 
 
 @leaves_threads
-def test_a_disk_that_is_full_costs_that_save_alone(tmpfs):
+def test_a_disk_that_is_full_costs_that_save_alone(disk_of):
+    tmpfs = disk_of("2m")
     assert_a_full_disk_costs_that_save_alone(tmpfs / "checkpoints", filled(tmpfs))
 
 
@@ -238,7 +202,7 @@ def test_the_last_save_failing_is_an_error(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     checkpoints.save(1, state_of(1, 30_000), {"num_tokens": 1})
     checkpoints.wait()
-    with small_files():
+    with small_files(ROOM):
         checkpoints.save(2, state_of(2, 30_000), {"num_tokens": 2})
         with pytest.raises(SaveFailed, match=r"step 2 was not saved: .*the newest checkpoint is that of step 1"):
             checkpoints.wait()
@@ -347,7 +311,7 @@ def refuse_saves(monkeypatch, *steps):
 
     def saving(checkpoints, step, *arguments):
         checkpoints.settle()
-        with small_files() if step in steps else contextlib.nullcontext():
+        with small_files(ROOM) if step in steps else contextlib.nullcontext():
             save(checkpoints, step, *arguments)
             checkpoints.settle()
 
@@ -382,7 +346,7 @@ def test_an_export_that_does_not_fit_leaves_the_earlier_one(world, tmp_path, cap
     assert export.main(["--run", run, "--out", str(out)]) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     capsys.readouterr()
-    with small_files():
+    with small_files(ROOM):
         assert export.main(["--run", run, "--out", str(out), "--overwrite"]) == 2
         assert export.main(["--run", run, "--out", str(tmp_path / "new")]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -469,9 +433,11 @@ def test_embeddings_of_another_encoder_are_no_embeddings(tmp_path, caplog):
 def test_caches_that_do_not_fit_are_done_without(tmp_path, caplog):
     rows = {key: np.zeros(4 * ROOM, np.float32) for key in ROWS}
     data = random_data(ROOM)
-    with small_files(), caplog.at_level(logging.WARNING):
-        keep("Embeddings", lambda: embeddings._write_file(tmp_path / "store", rows, "print"))
+    with small_files(ROOM), caplog.at_level(logging.WARNING):
+        ByProduct("Embeddings").write(lambda: embeddings._write_file(tmp_path / "store", rows, "print"))
         filled_in, _ = cached_log_probs(data, BOTH, PARTS, tmp_path, lambda names: made_up(data, names), print)
-    assert caplog.text.count("not kept for the next run: [Errno 27]") == 3
+    for what, folder, times in (("Embeddings", tmp_path / "store", 1), ("Reference log-probs", tmp_path / FOLDER, 1)):
+        assert caplog.text.count(f"{what} are not kept: {folder}/") == times, "a kind is told of once"
+    assert caplog.text.count("cannot be written: File too large; raise the limit of file sizes (ulimit -f)") == 2
     assert np.isfinite(filled_in.reference_log_probs).all()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

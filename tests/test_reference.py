@@ -290,10 +290,18 @@ def test_a_folder_s_fingerprint_is_of_its_weights(tmp_path):
     assert written(1.0) == first
 
 
-def test_a_cache_folder_that_cannot_be_written_to_is_told_before_anything_is_computed(tmp_path, data):
+def test_a_cache_folder_that_cannot_be_written_to_is_told_before_anything_is_computed_and_done_without(tmp_path, data):
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"run.cache_dir: .* cannot be written to"):
-        cached_log_probs(data, ("chosen",), PARTS, tmp_path / "file", refuse, print)
+    said = []
+
+    def compute(missing):
+        assert len(said) == 1, "told first"
+        return made_up(data, missing)
+
+    filled, computed = cached_log_probs(data, ("chosen",), PARTS, tmp_path / "file", compute, said.append)
+    assert computed == ("chosen",)
+    assert np.isfinite(filled.reference_log_probs[data.of_kind("chosen")]).all()
+    assert said[0].startswith(f"run.cache_dir: {tmp_path / 'file'} cannot be written: Not a directory")
 
 
 def test_a_log_prob_that_is_no_number_is_refused_and_not_kept(tmp_path, data):

@@ -1,5 +1,7 @@
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -7,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rpo_jax.config import TrackingConfig
 from rpo_jax.runs import tracking
-from rpo_jax.runs.tracking import MetricsLog, Reporter, check_tracking, summary
+from rpo_jax.runs.tracking import MetricsLog, Reporter, check_login, check_tracking, summary
+from tests.disks import filled
 
 QUIET = TrackingConfig(tensorboard=False)
 
@@ -85,6 +88,59 @@ def test_wandb_that_is_not_installed_is_said_before_the_run(monkeypatch):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
     with pytest.raises(ValueError, match=r"tracking\.wandb=true.*pip install wandb"):
         check_tracking(TrackingConfig(wandb=True))
+
+
+def failing(reason):
+    def fail(*_, **__):
+        raise RuntimeError(f"{reason}\nand more")
+
+    return fail
+
+
+def test_weights_and_biases_that_fails_is_told_before_the_run_and_keeps_no_run_from_going_on(tmp_path, monkeypatch):
+    """A stand-in for its client, which is no dependency; the next test has the real one where it is installed."""
+    gone = failing("the service has gone")
+    run = SimpleNamespace(log=gone, finish=gone)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=failing("no key"), init=lambda **_: run))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config, said = TrackingConfig(tensorboard=False, wandb=True), []
+    with pytest.raises(ValueError, match=r"tracking\.wandb=true, but .*: no key; run `wandb login`"):
+        check_login(config)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_login(config)
+    check_login(QUIET)
+    monkeypatch.delenv("WANDB_MODE")
+    log = MetricsLog(tmp_path, config, 0, "id", {}, say=said.append)
+    for step in (1, 2):
+        log.write({"step": step, "loss": 1.0})
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert said == [
+        "Weights & Biases' charts are not kept: its client says the service has gone; it goes on without them"
+    ]
+
+
+def test_weights_and_biases_itself_on_a_full_disk(tmp_path, monkeypatch, disk_of):
+    wandb = pytest.importorskip("wandb")
+    disk, said = disk_of("6m"), []
+    for name, value in {"WANDB_DIR": disk, "HOME": tmp_path, "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = TrackingConfig(tensorboard=False, wandb=True)
+    with pytest.raises(ValueError, match=r"tracking\.wandb=true, but .*WANDB_MODE=offline"):
+        check_login(config)
+    wandb.teardown()  # it reads the environment once
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = MetricsLog(tmp_path, config, 0, "id", {}, say=said.append)
+    with filled(disk, 0):
+        for step in range(1, 300):
+            log.write({"step": step, "loss": 1.0})
+    log.close()
+    assert len(lines(tmp_path)) == 299
+    assert len(said) == 1
+    assert "Weights & Biases' charts are not kept: " in said[0]
+    assert "No space left on device; free some room there" in said[0]
 
 
 def test_the_summary_is_short_and_ordered():

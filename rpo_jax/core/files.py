@@ -6,17 +6,82 @@ And files of our own: in their place they are whole, also after the machine lost
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 MAX_CONFIG_BYTES = 1 << 24
+_GONE = "see that its disk is still there"
+# What to do about a refusal, by the system's number for it.
+_REMEDIES = {
+    errno.ENOSPC: "free some room there",
+    errno.EDQUOT: "free some of this user's quota there",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: "mount that disk for writing, or choose another place",
+    errno.EACCES: "let this user write there, or choose another place",
+    errno.EPERM: "let this user write there, or choose another place",
+    errno.EBUSY: "it may be where a disk is mounted: choose a folder in it",
+    **dict.fromkeys((errno.EIO, errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESTALE), _GONE),
+}
+
+
+class WriteFailed(OSError):
+    """A file could not be written; the message names it, says why, and what to do."""
+
+
+def refusal(path: str | Path, error: BaseException) -> str | None:
+    """Why the system refuses to write a path, and what to do, in one line; None for an error of another kind.
+
+    Libraries give the system's number as an attribute or, those in other languages than Python, in their text.
+    """
+    found = re.search(r"(?:os[ _]error(?:_code)?|\[Errno)\W{1,2}(\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+    if number is None:
+        return None
+    return f"{path} cannot be written: {os.strerror(number)}; {_REMEDIES.get(number, 'choose another place')}"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises WriteFailed where the system refuses to write `path`, or what is beside it for a while, inside."""
+    try:
+        yield
+    except WriteFailed:
+        raise
+    except Exception as error:
+        other = getattr(error, "filename", None)  # another file that was to be read has its name in the message
+        if (reason := refusal(path, error)) is None or not (other is None or _is_part(str(other), path.absolute())):
+            raise
+        raise WriteFailed(reason) from error
+
+
+def check_writable(folder: Path) -> None:
+    """WriteFailed where no file can be written into a folder, or into the nearest one above it that is there."""
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    with writing(nearest), tempfile.TemporaryFile(dir=nearest, buffering=0) as file:
+        file.write(bytes(1 << 12))
+
+
+def check_there(file: Path) -> None:
+    """WriteFailed where the folder of a file that is known to be in it has vanished with its disk.
+
+    What is written there now would lie in the place of that disk, on another one.
+    """
+    if not file.exists():
+        raise WriteFailed(refusal(file.parent, OSError(errno.ENOENT, "")))
+
+
+def _is_part(name: str, path: Path) -> bool:
+    """Whether this is a path, something in it or above it, or what takes its place when it is whole."""
+    named = Path(name).absolute()
+    return path.is_relative_to(named) or str(named).startswith((str(path), str(path.with_name(f".{path.name[:200]}"))))
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -75,15 +140,20 @@ def read_json(folder: Path, name: str, max_bytes: int = MAX_CONFIG_BYTES) -> dic
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and rename it there, both lastingly; a reader finds all of it or the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file beside its place and rename it there, both lastingly; a reader finds all of it or the old one.
+
+    Raises WriteFailed where the system refuses.
+    """
     partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        atomic_replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            atomic_replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
 
 
 def atomic_replace(partial: Path, path: Path) -> None:
@@ -106,20 +176,19 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
     check_target(path, overwrite=overwrite)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
-        yield partial
-        if path.exists():
-            os.replace(path, replaced)
-        try:
-            atomic_replace(partial, path)
-        except OSError:
-            if replaced.exists():
-                os.replace(replaced, path)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(f"{path} could not be written: {error}") from None
+        with writing(path):
+            partial.mkdir(parents=True)
+            yield partial
+            if path.exists():
+                os.replace(path, replaced)
+            try:
+                atomic_replace(partial, path)
+            except OSError:
+                if replaced.exists():
+                    os.replace(replaced, path)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -147,7 +216,8 @@ def _is_running(process_id: str) -> bool:
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
-    """ValueError for a folder that exists, holds something, and may not be replaced."""
+    """ValueError for a folder that exists, holds something, and may not be replaced; WriteFailed where none can be."""
+    check_writable(path.parent)
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists; give another folder, or ask to overwrite it.")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.core.files import atomic_write
+from rpo_jax.core.files import WriteFailed, atomic_write, writing
 
 
 def complete_lines(path: Path) -> list[bytes]:
@@ -45,3 +47,52 @@ def to_line(row: Mapping[str, Any], *, ascii_only: bool = True) -> str:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], *, ascii_only: bool = True) -> None:
     """Write all rows in place of what is there; a reader finds either, whole."""
     atomic_write(path, "".join(to_line(row, ascii_only=ascii_only) for row in rows))
+
+
+class GrowingFile:
+    """A file that lines are added to as they come; those that the disk refuses wait in memory, and are tried again.
+
+    Args:
+        say: is told once when lines have to wait, and once when they are written.
+
+    Attributes:
+        fault: why lines wait; None where none does.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None], *, ascii_only: bool = True) -> None:
+        self._path, self._say, self._ascii_only, self._made = path, say, ascii_only, path.exists()
+        self._waiting: list[str] = []
+        self.fault: WriteFailed | None = None
+
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        self._waiting += [to_line(row, ascii_only=self._ascii_only) for row in rows]
+        self.flush()
+
+    def flush(self, *, lasting: bool = False) -> None:
+        """Write what waits; `lasting`: so that it is there after a power cut, as are the lines before."""
+        try:
+            with writing(self._path):
+                self._append("".join(self._waiting).encode(), lasting)
+        except WriteFailed as error:
+            if self.fault is None:
+                self._say(f"{error}; its lines wait in memory, and it goes on")
+            self.fault = error
+            return
+        if self.fault is not None:
+            self._say(f"{self._path} is written again, with the lines that had to wait")
+        self._waiting, self.fault = [], None
+
+    def _append(self, content: bytes, lasting: bool) -> None:
+        # Opened anew each time, as a network disk may tell only of a file that is closed that it has no room. Made only
+        # once: where it has vanished with its disk, another one in its place would be on another disk.
+        with self._path.open("r+b" if self._made else "xb", buffering=0) as file:
+            self._made, end = True, file.seek(0, os.SEEK_END)
+            try:
+                while content:
+                    content = content[file.write(content) :]
+                if lasting:
+                    os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(end)  # no half line before the next one
+                raise

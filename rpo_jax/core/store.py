@@ -5,6 +5,7 @@ What a file holds, and how its content is checked, is known to the `read` and `w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -36,9 +37,34 @@ def load(what: str, path: Path, read: Callable[[], Values]) -> Values | None:
         return None
 
 
-def keep(what: str, write: Callable[[], None]) -> None:
-    """Write values for the next run; a disk that is full is no reason to end this one, which has what it computed."""
-    try:
-        write()
-    except OSError as error:
-        log.warning("%s are not kept for the next run: %s.", what, error)
+class ByProduct:
+    """What is written for later, and what writes it can do without: a disk that refuses it is no reason to end.
+
+    Args:
+        what: begins the message, in the plural.
+        say: is told once when the disk refuses, and once when it takes them again.
+    """
+
+    def __init__(self, what: str, say: Callable[[str], None] = log.warning) -> None:
+        self._what, self._say = what, say
+        self._told: set[str] = set()
+
+    def write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._tell("not kept", f": {error}; it goes on without them")
+        else:
+            if self._told:
+                self._tell("kept again", "")
+
+    def _tell(self, state: str, why: str) -> None:
+        if state not in self._told:
+            self._told.add(state)
+            self._say(f"{self._what} are {state}{why}")
+
+
+def discard(path: Path) -> None:
+    """Remove a file that cannot be used, where that is allowed: its values are computed again in any case."""
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from rpo_jax.core.files import atomic_write
-from rpo_jax.core.store import fault, keep, load
+from rpo_jax.core.store import ByProduct, discard, fault, load
 from rpo_jax.data.hub import cached_folder, download_folder
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def _encode_missing(
 ) -> dict[bytes, Float[np.ndarray, "E"]]:
     # Texts of similar length share a batch, so that little of it is padding; ties broken for reproducible batches.
     ordered = sorted(missing, key=lambda key: (len(missing[key]), key))
+    kept = ByProduct("Embeddings")
     done: dict[bytes, np.ndarray] = {}
     unsaved: dict[bytes, np.ndarray] = {}
     for start in range(0, len(ordered), batch_texts):
@@ -138,7 +139,7 @@ def _encode_missing(
                 )
             unsaved[key] = row
         if len(unsaved) >= TEXTS_PER_FILE or start + batch_texts >= len(ordered):
-            keep("Embeddings", partial(_write_file, store, unsaved, fingerprint))
+            kept.write(partial(_write_file, store, unsaved, fingerprint))
             done |= unsaved
             unsaved = {}
         if on_progress:
@@ -166,7 +167,7 @@ def _read_store(store: Path, fingerprint: str) -> dict[bytes, Float[np.ndarray, 
     for path in sorted(store.glob("*.safetensors")):
         found = load("Embeddings", path, partial(_read_file, path, fingerprint))
         if found is None:
-            path.unlink(missing_ok=True)
+            discard(path)
         known |= found or {}
     return known
 

@@ -41,14 +41,14 @@ def newest_folder(name: str, patterns: Sequence[str]) -> Path:
     """The newest files of a hub repository that match, or without a connection the cached ones; the client's errors."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=not _is_reachable()))
+    return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=not is_reachable()))
 
 
 def newest_file(data_set: str, file: str) -> Path:
     """The newest version of a file of a hub data set, or without a connection the cached one; the client's errors."""
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(data_set, file, repo_type="dataset", local_files_only=not _is_reachable()))
+    return Path(hf_hub_download(data_set, file, repo_type="dataset", local_files_only=not is_reachable()))
 
 
 def _probe() -> None:
@@ -58,7 +58,8 @@ def _probe() -> None:
     get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
 
 
-def _is_reachable() -> bool:
+def is_reachable() -> bool:
+    """Whether the hub answers at all; found out in seconds."""
     try:
         _probe()
     except Exception:  # of many kinds; without a connection the cache may do

@@ -15,6 +15,7 @@ from rpo_jax.core.records import Row
 from rpo_jax.data.arrow_folder import check_arrow_folder
 from rpo_jax.data.csv_rows import read_csv
 from rpo_jax.data.faults import BadRow, BrokenFile, plain
+from rpo_jax.data.hub import is_reachable
 from rpo_jax.data.json_rows import read_json, read_json_lines
 from rpo_jax.data.table_rows import read_dataset, read_parquet
 
@@ -143,6 +144,9 @@ def _read_hub(name: str, split: str) -> Iterator[Row | BadRow]:
     import datasets
 
     repository, _, config = name.partition(":")
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    # Without a connection its client retries each file for the better part of a minute; its cache may do.
+    datasets.config.HF_HUB_OFFLINE = was_offline or not is_reachable()
     try:
         dataset = datasets.load_dataset(repository, config or None, split=split)
     except Exception as error:  # the hub's client raises OSError, ValueError, HTTP errors and its own kinds
@@ -151,6 +155,8 @@ def _read_hub(name: str, split: str) -> Iterator[Row | BadRow]:
             f"'{name}' is no local file or folder, and split '{split}' of the hub data set of that name cannot be "
             f"loaded ({type(error).__name__}: {reason}); check the path or the name, the split and the network."
         ) from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
     yield from read_dataset(dataset, f"{name}[{split}]")
 
 

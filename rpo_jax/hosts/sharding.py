@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool
 
 from rpo_jax.config import MeshConfig
+from rpo_jax.hosts.devices import devices as all_devices
 
 MESH_AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # packed rows are split over both
@@ -37,9 +38,9 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...]] = {
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh (data, fsdp, tensor) over the given devices, or over all; a size of -1 takes what the others leave.
 
-    Raises ValueError if the sizes do not multiply to the number of devices.
+    Raises ValueError if the sizes do not multiply to the number of devices, or jax has no devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         named = int(np.prod([size for size in sizes if size != -1]))

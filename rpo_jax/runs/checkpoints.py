@@ -7,9 +7,8 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
-import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +21,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.path import atomicity
 
-from rpo_jax.core.files import sync, sync_folder
+from rpo_jax.core.files import WriteFailed, check_there, refusal, sync, sync_folder
 from rpo_jax.core.manifest import NAME, fault, has_manifest, write_manifest
+from rpo_jax.hosts.devices import devices
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Checkpoints:
         folder: created on the first save.
         keep_last: newest checkpoints to keep.
         keep_best: checkpoints of highest score to keep besides.
+        beside: a file without which nothing is saved, as its disk has gone.
     """
 
     def __init__(
@@ -71,12 +72,16 @@ class Checkpoints:
         keep_last: int = 1,
         keep_best: int = 0,
         read_only: bool = False,
+        beside: Path | None = None,
         warn: Callable[[str], None] = log.warning,
     ) -> None:
-        # The storage logs every save and restore, and the traceback of an error that is reported in one line here.
+        # The storage logs every save and restore, and the traceback of an error that is reported in one line here; and
+        # where a save fails, each of its other writes does so by itself.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").addFilter(_is_not_of_storage)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_late_writes(sys.unraisablehook)
         self.folder = Path(folder).resolve()
-        self._read_only, self._warn = read_only, warn
+        self._read_only, self._beside, self._warn = read_only, beside, warn
         policy: list[Any] = [checkpoint_managers.LatestN(n=keep_last)]
         if keep_best:
             policy.append(
@@ -95,6 +100,7 @@ class Checkpoints:
         )
         self._saving: int | None = None
         self._failed: SaveFailed | None = None
+        devices()  # the storage asks jax for them, and would fail less plainly
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "record"))
         except Exception as error:
@@ -141,6 +147,8 @@ class Checkpoints:
         self._saving, self._failed, self._saving_since = step, None, time.monotonic()
         record = {**record, _SUMMED: NAME}
         try:
+            if self._beside is not None:
+                check_there(self._beside)  # the storage would make its folder anew, whatever disk is there now
             self._manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
@@ -156,7 +164,9 @@ class Checkpoints:
 
     def _note_failed(self, error: Exception) -> None:
         step, self._saving_since = self._saving, None
-        self._failed = SaveFailed(f"the checkpoint of step {step} was not saved: {_reason(error)}")
+        reason = None if isinstance(error, WriteFailed) else refusal(self.folder / str(step), error)
+        reason = reason or " ".join(str(error).split())[:300] or type(error).__name__
+        self._failed = SaveFailed(f"the checkpoint of step {step} was not saved: {reason}")
         self._clear_partial()
         self._manager.reload()  # it took those for gone that were to make room
 
@@ -231,9 +241,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Block until saves in the background are on disk; raises SaveFailed where the last one is not."""
         self.settle()
-        failed, self._failed = self._failed, None
-        if failed is not None:
-            raise SaveFailed(f"{failed}; {self._newest_kept()}")
+        if self._failed is not None:
+            raise SaveFailed(f"{self._failed}; {self._newest_kept()}")
 
     def settle(self) -> None:
         """Block until the save in the background has ended, well or not."""
@@ -272,14 +281,22 @@ class Checkpoints:
             self._finish_removing()
             self._empty_removed()
             self._finish_removing()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception:
+            if self._failed is None:  # it raises once more what has been told
+                raise
+        finally:
+            sys.unraisablehook = self._unraisable
 
 
-def _reason(error: Exception) -> str:
-    """What the system said, which the storage's report has behind pages of its own."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    system = f"{os.strerror(int(code[1]))}: " if code else ""
-    return system + (" ".join(str(error).split())[:200] or type(error).__name__)
+def _is_not_of_storage(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.getMessage()
+
+
+def _without_late_writes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Leaves out what comes of a failed save's writes that end when nobody waits for them any more."""
+    return lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
 
 
 def step_fault(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rpo_jax import models
 from rpo_jax.config import Config, DistributedConfig, with_defaults_taken
 from rpo_jax.config.reading import dump_config, load_config
-from rpo_jax.core.files import atomic_directory, read_json, recover
+from rpo_jax.core.files import atomic_directory, check_writable, read_json, recover
 from rpo_jax.data.tokenize import describe_cuts, describe_notes
 from rpo_jax.data.tokenizer import load_tokenizer, tokenizer_folder
 from rpo_jax.hosts import processes
@@ -85,8 +85,13 @@ def _not_shared(folder: Path, has: int, lacks: int) -> str:
 
 def _resuming(config: Config, folder: Path) -> bool:
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    if not nearest.is_dir():
         raise ValueError(f"run.dir={folder} cannot be made: {nearest} is no folder to write to; choose another.")
+    check_writable(nearest)  # before hours go into what could not be saved
+    if os.path.ismount(folder):
+        raise ValueError(
+            f"run.dir={folder} is where a disk is mounted, so it cannot be replaced; choose a folder in it."
+        )
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "config.yaml").exists():

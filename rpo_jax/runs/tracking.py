@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
-import json
+import logging
+import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +21,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from rpo_jax.config import TrackingConfig
-from rpo_jax.core.jsonl import read_jsonl, write_jsonl
+from rpo_jax.core import files
+from rpo_jax.core.command import SteadyStream
+from rpo_jax.core.jsonl import GrowingFile, read_jsonl, write_jsonl
+from rpo_jax.core.store import ByProduct
 from rpo_jax.runs.notebook import NotebookProgress, clock, in_notebook
 
 METRICS = "metrics.jsonl"
 TIED = "tied"  # in place of an accuracy
+FLUSH_SECONDS = 30.0  # what TensorBoard shows may be late by
 SPEED_SECONDS = 86_400.0  # that a bar remembers: two steps, however slow, or it knows no time left
 FIRST_STEP = "first step"  # its key in phase_seconds
+
+log = logging.getLogger(__name__)
 
 
 def _rate(digits: int) -> Callable[[float], str]:
@@ -72,7 +82,8 @@ class Reporter:
 
     def __init__(self, silent: bool = False) -> None:
         # In a notebook plain lines, which share one output; rich would make an output of each.
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=silent, force_jupyter=False)
+        stream: Any = SteadyStream(sys.stdout)
+        self._console = Console(file=stream, highlight=False, soft_wrap=True, quiet=silent, force_jupyter=False)
         self._notebook = in_notebook() and not silent
         self._live = self._console.is_terminal and not silent
         self.phase_seconds: dict[str, float] = {}
@@ -150,14 +161,111 @@ def check_tracking(config: TrackingConfig) -> None:
         raise ValueError("tracking.wandb=true, but wandb is not installed; run `pip install wandb`.")
 
 
+def check_login(config: TrackingConfig) -> None:
+    """ValueError where Weights & Biases was asked for and does not know the user; asks for the key on a terminal."""
+    if not config.wandb or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    import wandb  # pyright: ignore[reportMissingImports]  # optional
+
+    try:
+        reason = "" if wandb.login() else "it is not logged in"
+    except Exception as error:  # its classes differ between versions
+        reason = _first_line(error)
+    if reason:
+        raise ValueError(
+            f"tracking.wandb=true, but Weights & Biases says: {reason}; run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline to upload later."
+        )
+
+
+@contextlib.contextmanager
+def _weights_and_biases() -> Iterator[None]:
+    """Whatever its client raises, as an OSError: no disk, no connection and no service are all the same to a run."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"its client says {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
+class _TensorBoard:
+    """Scalars as TensorBoard reads them.
+
+    Written by whoever logs: tensorboardX's own thread ends on a disk that is full, and what waits for room in its queue
+    then waits for ever. A file whose writing failed is left as it is, and another one begun a while later.
+
+    Args:
+        purge_step: what earlier files have from this step on is not shown.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        self._folder, self._purge_step = folder, purge_step
+        self._file: Any = None
+        self._flushed = -math.inf
+        self._fault: OSError | None = None
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        """OSError where the disk refuses, or has just refused."""
+        if self._fault is not None and time.monotonic() - self._flushed < FLUSH_SECONDS:
+            raise self._fault
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        with files.writing(self._folder):
+            try:
+                self._opened()
+                self._add(step=step, summary=Summary(value=values))
+                if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                    self._file.flush()
+                    self._flushed = time.monotonic()
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    self.close()
+                self._fault, self._flushed = error, time.monotonic()
+                raise
+            self._fault = None
+
+    def _opened(self) -> None:
+        from tensorboardX import RecordWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        if self._file is not None:
+            return
+        files.check_there(self._folder.with_name(METRICS))
+        self._folder.mkdir(exist_ok=True)
+        self._file = RecordWriter(str(self._folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
+        self._add(file_version="brain.Event:2")
+        if self._purge_step is not None:
+            self._add(step=self._purge_step, session_log=SessionLog(status=SessionLog.START))
+            self._purge_step = None
+
+    def _add(self, **event: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._file.write(Event(wall_time=time.time(), **event).SerializeToString())
+
+    def close(self) -> None:
+        """OSError where the disk refuses what was not flushed."""
+        file, self._file, self._flushed = self._file, None, -math.inf
+        if file is not None:
+            with files.writing(self._folder):
+                file.close()
+
+
 class MetricsLog:
     """Writes metrics to `metrics.jsonl` in the run folder, and to TensorBoard and Weights & Biases if asked.
+
+    A run goes on where none of them takes what it is given: lines of metrics.jsonl wait in memory.
 
     Args:
         start_step: steps done when this part of the run begins; later lines of an earlier part are dropped,
             because they will be logged again.
         writing: false on the processes of a run that only read what an earlier part logged.
         run_id: the same for all parts of a run, so that a resumed one goes on in the same chart.
+        say: is told of what cannot be written.
 
     Attributes:
         initial: the evaluation before the run's first step; empty where there is none so far, as the next two.
@@ -174,6 +282,7 @@ class MetricsLog:
         hyperparameters: dict[str, Any],
         *,
         writing: bool = True,
+        say: Callable[[str], None] = log.warning,
     ) -> None:
         path = run_dir / METRICS
         # A run that starts over evaluates before its first step again, so even that line goes.
@@ -184,33 +293,42 @@ class MetricsLog:
         earlier = [row for row in read_jsonl(path) if row["step"] < first_step]
         for row in earlier:
             self._note(row)
-        self._file = self._tensorboard = self._wandb = None
+        self._file = self._tensorboard = None
+        self._wandb: Any = None
         if not writing:
             return
         write_jsonl(path, earlier)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = GrowingFile(path, say)
         if config.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            self._tensorboard = _TensorBoard(run_dir / "tensorboard", first_step)
+            self._events = ByProduct("TensorBoard's events", say)
         if config.wandb:
-            import wandb  # pyright: ignore[reportMissingImports]  # optional
+            self._charts = ByProduct("Weights & Biases' charts", say)
+            self._charts.write(functools.partial(self._begin_charts, config.wandb_project, run_id, hyperparameters))
 
-            self._wandb = wandb.init(project=config.wandb_project, id=run_id, resume="allow", config=hyperparameters)
+    def _begin_charts(self, project: str, run_id: str, hyperparameters: dict[str, Any]) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]  # optional
+
+        with _weights_and_biases():
+            self._wandb = wandb.init(project=project, id=run_id, resume="allow", config=hyperparameters)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Log one step; `metrics` holds `step`."""
         self._note(dict(metrics))
         if self._file is None:
             return
-        self._file.write(json.dumps(dict(metrics)) + "\n")
-        self._file.flush()
+        self._file.add(metrics)
         step = int(metrics["step"])
         scalars = {name: value for name, value in metrics.items() if name != "step"}
         if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._events.write(functools.partial(self._tensorboard.write, scalars, step))
         if self._wandb is not None:
+            self._charts.write(functools.partial(self._chart, scalars, step))
+
+    def _chart(self, scalars: Mapping[str, float], step: int) -> None:
+        if os.environ.get("WANDB_MODE") == "offline":
+            files.check_writable(Path(self._wandb.dir))  # its client says nothing of a disk that is full
+        with _weights_and_biases():
             self._wandb.log(scalars, step=step)
 
     def _note(self, line: dict[str, float]) -> None:
@@ -221,15 +339,19 @@ class MetricsLog:
         if "eval_loss" in line:
             self.held_out = line
 
+    @property
+    def fault(self) -> files.WriteFailed | None:
+        """Why lines are not on disk; None where all are."""
+        return None if self._file is None else self._file.fault
+
     def sync(self) -> None:
-        """Have all lines on disk, before a checkpoint that counts on them."""
+        """Have all lines on disk, before a checkpoint that counts on them; see `fault`."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            self._file.flush(lasting=True)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            self._events.write(self._tensorboard.close)
         if self._wandb is not None:
-            self._wandb.finish()
+            with contextlib.suppress(OSError), _weights_and_biases():
+                self._wandb.finish()

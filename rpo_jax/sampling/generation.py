@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,15 @@ import jax
 import numpy as np
 
 from rpo_jax.config import MeshConfig, RunConfig
-from rpo_jax.core.files import atomic_write
-from rpo_jax.core.jsonl import complete_lines, to_line, write_jsonl
+from rpo_jax.core.files import atomic_write, check_writable
+from rpo_jax.core.jsonl import GrowingFile, complete_lines, write_jsonl
+from rpo_jax.core.memory import explaining_memory
 from rpo_jax.data.hub import newest_file
 from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
 from rpo_jax.data.tokenize import TEMPLATES, PromptEncoder
 from rpo_jax.hosts import sharding
+from rpo_jax.hosts.compiled import keeping_compiled
+from rpo_jax.hosts.devices import unused_card
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.answers import Answer, Answerer, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Engine, Sampling
@@ -32,6 +34,7 @@ from rpo_jax.sampling.policy import DTYPES, StoredPolicy, find_policy
 
 ALPACA_EVAL = "tatsu-lab/alpaca_eval"
 ALPACA_EVAL_FILE = "alpaca_eval_gpt4_baseline.json"
+_LESS_MEMORY = "try a smaller --batch-size or --max-tokens, --dtype bfloat16, or more devices and --mesh.fsdp to match"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +116,12 @@ def generate(config: GenerateConfig) -> Path:
     """
     reporter = Reporter()
     out = config.answers_file
-    nearest = next(place for place in out.absolute().parents if place.exists())
-    if out.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    if out.is_dir():
         raise ValueError(f"out={out} cannot be written; give a file in a folder that can be.")
+    check_writable(out.parent)
     mesh = sharding.make_mesh(config.mesh)
+    if (note := unused_card()) is not None:
+        reporter.say(note)
     policy = find_policy(config.model, checkpoint=config.checkpoint, base=config.base)
     asked = read_prompts(config.prompts or _alpaca_eval_set())
     template = config.template or policy.template or "auto"
@@ -149,9 +154,10 @@ def generate(config: GenerateConfig) -> Path:
         reporter.say(f"{out} has {len(done)} of {len(rows)} answers already")
     wanted = [index for index in range(len(rows)) if index not in done]
     if wanted:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.cache_dir).expanduser() / "compiled"))
         # As in training: an accelerator may multiply float32 at less than float32's precision unless told otherwise.
-        with jax.set_mesh(mesh), jax.default_matmul_precision("float32" if dtype == "float32" else None):
+        precise = jax.default_matmul_precision("float32" if dtype == "float32" else None)
+        kept = keeping_compiled(Path(config.cache_dir).expanduser() / "compiled", reporter.say)
+        with jax.set_mesh(mesh), precise, kept, explaining_memory(lambda: _LESS_MEMORY):
             limits = [min(config.max_tokens, policy.model_config.max_position_embeddings - len(ids)) for ids in prompts]
             with reporter.phase("load model"):
                 params = policy.load(mesh)
@@ -233,14 +239,14 @@ def _write_answers(
 ) -> None:
     """Append every batch's answers as they come, so that whatever stops this loses one batch at most."""
     write_jsonl(out, done.values(), ascii_only=False)
+    file = GrowingFile(out, reporter.say, ascii_only=False)
     began, tokens, before = time.perf_counter(), 0, len(done)
-    with out.open("a", encoding="utf-8") as file, reporter.progress("generate", len(rows), before) as progress:
+    with reporter.progress("generate", len(rows), before) as progress:
         for batch in batches:
-            for answer in batch:
-                done[answer.index] = row = rows[answer.index] | _answer_fields(answer)
-                file.write(to_line(row, ascii_only=False))
-                tokens += answer.tokens
-            file.flush()
+            answered = {answer.index: rows[answer.index] | _answer_fields(answer) for answer in batch}
+            done |= answered
+            tokens += sum(answer.tokens for answer in batch)
+            file.add(*answered.values())
             progress(len(done), {"generated_per_second": tokens / (time.perf_counter() - began)})
     seconds = time.perf_counter() - began
     reporter.say(f"{len(done) - before} answers, {tokens} tokens, {seconds:.1f} s, compilation included")

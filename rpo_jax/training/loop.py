@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -90,12 +91,18 @@ class Programs:
         if (what, shape) in self._compiled:
             yield
             return
+        self._compiled.add((what, shape))
         name = f"the {what} ({shape[0]} rows of {shape[1]} tokens)"
         self.say(f"compiling {name}")
         started = time.perf_counter()
         yield
-        self._compiled.add((what, shape))
         self.say(f"compiled {name} in {time.perf_counter() - started:.1f} s")
+
+    @property
+    def largest(self) -> str:
+        """What has been compiled, or was to be, for the most tokens."""
+        what, shape = max(self._compiled, key=lambda each: math.prod(each[1]), default=("step", (0, 0)))
+        return f"the {what} on {shape[0]} rows of {shape[1]} tokens"
 
     def explain(self, params: Params, batch: Batch) -> list[str]:
         """What is not finite where a batch of the host is trained on, a line for each finding."""

@@ -20,6 +20,8 @@ from jaxtyping import Bool
 
 from rpo_jax import models
 from rpo_jax.config import Config, DataConfig, resolve
+from rpo_jax.core.files import writing
+from rpo_jax.core.memory import explaining_memory
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.embeddings import embed_texts
@@ -239,7 +241,7 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Repo
             )
         return tokenizer
     texts = [text for e in examples for text in (prompt_text(e), *(response.text for response in e.responses))]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
         return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
 
 
@@ -327,6 +329,7 @@ def _embed(config: Config, reporter: Reporter, texts: Sequence[str]) -> list[np.
     return list(found)
 
 
+@explaining_memory(lambda: "try a smaller embedding.batch_texts, or data.train_rows")
 def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None = None) -> Prepared:
     """Read, split, tokenise and embed the data of a configuration.
 

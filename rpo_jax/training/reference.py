@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,9 +22,9 @@ from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from rpo_jax.core.files import atomic_write
+from rpo_jax.core.files import WriteFailed, atomic_write, check_writable
 from rpo_jax.core.records import Batch, PreferenceData
-from rpo_jax.core.store import DAMAGED, fault, keep, load
+from rpo_jax.core.store import DAMAGED, ByProduct, fault, load
 from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.hosts import processes
 from rpo_jax.training.micro_batches import LogProbs, Params
@@ -170,16 +169,6 @@ def write_cache(path: Path, parts: Mapping[str, str], values: Float[np.ndarray, 
     atomic_write(path, save({"log_probs": values}, {**parts, "sha256": _checksum(parts, values)}))
 
 
-def _check_writable(folder: Path) -> None:
-    """Make the folder; ValueError where it cannot be written to, before hours go into what could not be kept."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"run.cache_dir: {folder} cannot be written to ({error}); choose another folder.") from None
-
-
 def _check_finite(data: PreferenceData, response: str, log_probs: Float[np.ndarray, "k"]) -> None:
     for number, value in zip(data.of_kind(response), log_probs, strict=True):
         if not np.isfinite(value):
@@ -250,11 +239,14 @@ def cached_log_probs(
         if reasons:
             say(f"reference log-probs of {parts['slot']} are computed again: {', '.join(reasons)} changed")
         if any(values is None for values in found.values()):
-            _check_writable(cache_dir / FOLDER)
+            try:  # before hours go into what cannot be kept
+                check_writable(cache_dir / FOLDER)
+            except WriteFailed as error:
+                say(f"run.cache_dir: {error}; reference log-probs are computed, and not kept for the next run")
         return found
 
     found = processes.from_main(look)
-    log_probs = np.full(data.num_responses, np.nan, np.float32)
+    log_probs, kept = np.full(data.num_responses, np.nan, np.float32), ByProduct(_WHAT)
     missing = tuple(name for name, values in found.items() if values is None)
     computed = compute(missing) if missing else log_probs
     for name, values in found.items():
@@ -263,5 +255,5 @@ def cached_log_probs(
         if values is None:
             _check_finite(data, name, log_probs[numbers])
             if processes.is_main():
-                keep(_WHAT, partial(write_cache, *places[name], log_probs[numbers]))
+                kept.write(partial(write_cache, *places[name], log_probs[numbers]))
     return replace(data, reference_log_probs=log_probs), missing

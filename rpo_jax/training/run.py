@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,12 @@ import jax
 from jax.sharding import Mesh
 
 from rpo_jax import models
-from rpo_jax.config import Config, options_taken, with_defaults_taken
-from rpo_jax.core.files import atomic_write
+from rpo_jax.config import Config, options_taken, resolve, with_defaults_taken
+from rpo_jax.core.files import WriteFailed, atomic_write
+from rpo_jax.core.memory import explaining_memory
 from rpo_jax.hosts import processes, sharding
+from rpo_jax.hosts.compiled import keeping_compiled
+from rpo_jax.hosts.devices import unused_card
 from rpo_jax.hosts.memory import trim_after_compiling
 from rpo_jax.hosts.stopping import Stopped, Stopping
 from rpo_jax.runs.checkpoints import Checkpoints, set_aside_damaged, to_json_dict
@@ -32,7 +34,7 @@ from rpo_jax.runs.folder import (
     make_run_folder,
     resume_command,
 )
-from rpo_jax.runs.tracking import MetricsLog, Reporter, check_tracking
+from rpo_jax.runs.tracking import MetricsLog, Reporter, check_login, check_tracking
 from rpo_jax.runs.versions import installed_versions
 from rpo_jax.training.advice import advise
 from rpo_jax.training.hooks.evaluation import Evaluation
@@ -43,6 +45,7 @@ from rpo_jax.training.hooks.logging import Logging
 from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.hooks.stopping import StopRequests
 from rpo_jax.training.loop import Programs, train
+from rpo_jax.training.needs import check_room, held_bytes, less_memory, smallest_model
 from rpo_jax.training.prepare import batches_of, prepare, total_steps
 from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config
 
@@ -94,6 +97,8 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     Raises:
         ValueError: for anything in the configuration, the data or the model folder that cannot be used, on every
             process; nothing has been compiled then, and no run folder made.
+        WriteFailed, SaveFailed: OSErrors, where the last checkpoint or metrics are not on disk in the end.
+        OutOfMemory: an OSError, where the host's memory or a device's is not enough; its message says what to try.
         PeerFailure: an OSError, where something of that kind stopped another process, at whatever time.
         Diverged: for numbers that go wrong too often (the guard section); its message is a report.
         Stopped: a KeyboardInterrupt, for a run that is asked to stop before its first step.
@@ -105,8 +110,10 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     with processes.stopping_together(), stopping.listening():
         reporter = Reporter(silent=not processes.is_main())
         reporter.say(chosen)
+        compiled = Path(config.run.cache_dir).expanduser() / "compiled"
         try:
-            return _run(_Asked(config, hooks, reporter, stopping))
+            with keeping_compiled(compiled, reporter.say):
+                return _run(_Asked(config, hooks, reporter, stopping))
         except Stopped as stopped:
             reporter.say(f"{stopped}; to go on: {resume_command(config, stopping.started)}")
             raise
@@ -114,19 +121,24 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
 
 def _run(asked: _Asked) -> RunResult:
     config, reporter, stopping, run_dir = asked.config, asked.reporter, asked.stopping, asked.run_dir
+    if processes.is_main():
+        check_login(config.tracking)
     if config.run.resume == "auto" and processes.is_main():
         set_aside_damaged(run_dir / CHECKPOINTS, reporter.say)
     resuming = stopping.started = check_run_folder(config, run_dir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch.pairs, config.batch.micro_rows, mesh)
     trim_after_compiling()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # jax's own setting goes before ours
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.run.cache_dir).expanduser() / "compiled"))
-
     reporter.say(f"{config.objective.name} on {_describe(mesh)}, run folder {run_dir}")
+    if (note := unused_card()) is not None:
+        reporter.say(note)
     if taken := options_taken(config):
         reporter.say(f"objective {config.objective.name}: {taken}")
     loaded = None if config.model.path is None else models.check_pretrained(config.model.path)
+    for path in (config.reference.path, *config.reference.others):
+        if path is not None and resolve(config).reference is not None:
+            models.check_pretrained(path)  # before anything is computed: the hub may not give it
+    check_room(config, loaded or smallest_model(config), run_dir, resuming=resuming)
     prepared = prepare(config, reporter, run_dir / MODEL if resuming else None)
     model_config = policy_config(config, prepared, loaded, reporter)
     batches = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh))
@@ -147,7 +159,11 @@ def _run(asked: _Asked) -> RunResult:
         check_resumable(run_dir, record, reporter, config.run.force)
     # An accelerator may multiply float32 at less than float32's precision unless told otherwise.
     precision = "float32" if config.model.compute_dtype == "float32" else None
-    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+    with (
+        jax.set_mesh(mesh),
+        jax.default_matmul_precision(precision),
+        explaining_memory(lambda: less_memory(config, mesh)),
+    ):
         fingerprint = None if base is None else base["fingerprint"]
         place = mesh, reporter
         setup = make_setup(
@@ -182,7 +198,11 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
     config, reporter, stopping, run_dir = asked.config, asked.reporter, asked.stopping, asked.run_dir
     settings = config.train
     checkpoints = Checkpoints(
-        run_dir / CHECKPOINTS, keep_last=settings.keep_last, keep_best=settings.keep_best, warn=reporter.say
+        run_dir / CHECKPOINTS,
+        keep_last=settings.keep_last,
+        keep_best=settings.keep_best,
+        beside=run_dir / RUN_ID,
+        warn=reporter.say,
     )
     state, first_step = setup.state, 0
     saved: dict[str, Any] = {"num_tokens": 0}
@@ -191,15 +211,22 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
         state, first_step, saved = checkpoints.restore(newest, state), newest, checkpoints.record(newest)
         reporter.say(f"resuming after step {newest} of {setup.total_steps}")
     run_id = (run_dir / RUN_ID).read_text(encoding="utf-8")
-    log = MetricsLog(run_dir, config.tracking, first_step, run_id, record["config"], writing=processes.is_main())
-    bad_steps = run_dir / GUARD_FILE if processes.is_main() else None
-    guard = Guard(config.guard, bad_steps, first_step, saved.get("guard", {}))  # absent from older checkpoints
+    main, told = processes.is_main(), record["config"]
+    log = MetricsLog(run_dir, config.tracking, first_step, run_id, told, writing=main, say=reporter.say)
+    bad_steps = run_dir / GUARD_FILE if main else None
+    # Absent from older checkpoints.
+    guard = Guard(config.guard, bad_steps, first_step, saved.get("guard", {}), reporter.say)
     stopping.defer()
     programs = Programs(setup.steps, mesh, setup.live_reference, setup.diagnosis, setup.batches.data, reporter.say)
     # A checkpoint is ranked by an evaluation of its own.
     evaluations = (settings.eval_every, settings.save_every if settings.keep_best else 0)
+
+    def too_large() -> str:
+        held = held_bytes(setup.steps.abstract_state, (setup.live_reference, setup.frozen))
+        return f"at {programs.largest} {held}; {less_memory(config, mesh)}"
+
     try:
-        with reporter.phase("train and evaluate"), contextlib.ExitStack() as closing:
+        with reporter.phase("train and evaluate"), explaining_memory(too_large), contextlib.ExitStack() as closing:
             # The order is part of an exact resume: a skipped step is counted before its line has the count, an
             # evaluation is sampled, made, logged and heard of before the checkpoint that it ranks, and a checkpoint is
             # the last of its step: all else of that step is on disk before a run can go on after it.
@@ -218,6 +245,8 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
         newest = checkpoints.latest_step()
         assert newest is not None, "the last step is saved"
         newest_path = checkpoints.path(newest)
+        if log.fault is not None:
+            raise WriteFailed(f"{log.fault}: its last lines are lost; the run is finished and saved in {newest_path}")
     except ValueError as error:
         # Nothing that a user gave is read in here: this is a fault of ours, and its traceback is wanted.
         raise RuntimeError(f"training stopped: {error}") from error

@@ -44,6 +44,7 @@ class TrainingSetup:
     Attributes:
         state: the state of step 0; shapes and shardings alone where a checkpoint is going to be restored.
         live_reference: parameters of a reference that runs beside the policy; None where none does.
+        frozen: weights of the policy that are not trained; an empty tree where all are.
         diagnosis: of a batch whose numbers are not finite.
         sampler: answers prompts at every evaluation; None where that was not asked for.
     """
@@ -51,6 +52,7 @@ class TrainingSetup:
     steps: Steps
     state: TrainState
     live_reference: Params | None
+    frozen: Params
     batches: PreferenceBatches
     held_out: PreferenceBatches | None
     total_steps: int
@@ -297,5 +299,5 @@ def make_setup(
         if folder is None and config.model.path is not None:
             folder = models.resolve_folder(config.model.path)
         end_ids = end_tokens(folder, model_config, prepared.tokenizer, config.data.template_arguments)
-        sampler = Sampler(config, model_config, prepared, end_ids, mesh, frozen)
-    return TrainingSetup(steps.on(frozen), state, live, batches, held_out, total_steps, diagnosis, sampler)
+        sampler = Sampler(config, model_config, prepared, end_ids, mesh, frozen, reporter.say)
+    return TrainingSetup(steps.on(frozen), state, live, frozen, batches, held_out, total_steps, diagnosis, sampler)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from pathlib import Path
 
 import jax
 
-from rpo_jax import models
 from rpo_jax.config import Config
+from rpo_jax.core.memory import size
 from rpo_jax.hosts import sharding
+from rpo_jax.hosts.devices import devices, unused_card
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
-from rpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
-
-SPARE = 1.1  # records, metrics and logs, and the storage's own tables
+from rpo_jax.training.needs import SPARE, checkpoint_bytes, folder_bytes
 
 
 def check_devices(config: Config) -> list[Finding]:
     """The devices that JAX sees, and whether the mesh and the batch fit them."""
-    devices = jax.devices()
-    shown = f"{len(devices)} x {devices[0].device_kind}, {jax.default_backend()}"
-    found: list[Finding] = []
-    if jax.default_backend() == "cpu" and Path("/dev/nvidia0").exists():
-        found.append(warning("devices", "there is a GPU, and JAX does not see it", 'pip install -e ".[cuda]"'))
+    try:
+        seen = devices()
+    except ValueError as error:
+        return [failed("devices", error)]
+    shown = f"{len(seen)} x {seen[0].device_kind}, {jax.default_backend()}"
+    unused = unused_card()
+    found = [] if unused is None else [warning("devices", *unused.split(": ", 1))]
     if config.distributed.num_processes not in (None, 1):
         return [*found, ok("devices", f"{shown}, in this process; the mesh spans all and is checked at the start")]
     try:
@@ -35,18 +35,6 @@ def check_devices(config: Config) -> list[Finding]:
         return [*found, failed("devices", error)]
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return [*found, ok("devices", f"{shown}: {axes}")]
-
-
-def checkpoint_bytes(config: Config, model_config: ModelConfig) -> int:
-    """Bytes of one checkpoint: what is trained, in float32, and the optimizer's state of it."""
-    policy = models.Policy(model_config, config.lora)
-    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, 1), policy.decayed)
-    state = jax.eval_shape(optimizer.init, policy.trained.shapes)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((policy.trained.shapes, state)))
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def check_disk(config: Config, model_config: ModelConfig, run_dir: Path, existing: list[Path]) -> list[Finding]:
@@ -63,8 +51,8 @@ def check_disk(config: Config, model_config: ModelConfig, run_dir: Path, existin
     need = max(count * one - sum(map(folder_bytes, existing)), one)
     free = shutil.disk_usage(nearest).free
     text = (
-        f"{_size(free)} free at {nearest}; {count} checkpoints of {_size(one)} ({config.train.keep_last} newest, "
-        f"{config.train.keep_best} best, one being written) need {_size(need)} more"
+        f"{size(free)} free at {nearest}; {count} checkpoints of {size(one)} ({config.train.keep_last} newest, "
+        f"{config.train.keep_best} best, one being written) need {size(need)} more"
     )
     fix = "free some, choose another run.dir, or lower train.keep_last and train.keep_best"
     if need > free:
@@ -72,10 +60,3 @@ def check_disk(config: Config, model_config: ModelConfig, run_dir: Path, existin
     if 2 * need > free:
         return [warning("disk space", f"{text}: more than half of it", fix)]
     return [ok("disk space", text)]
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 2**10:,.1f} KiB"

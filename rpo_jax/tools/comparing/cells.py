@@ -122,7 +122,7 @@ class CellRunner:
             parts = cell.task.parts(cell.seed)
         files = {name: self.place(cell) / f"{name}.jsonl" for name in ("train", "held_out")}
         for file, lines in zip(files.values(), parts, strict=True):
-            file.write_text("".join(lines), encoding="utf-8")
+            atomic_write(file, "".join(lines))
         return files
 
     def _answers(self, cell: Cell, files: dict[str, Path], model: Path, temperature: float) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.core.files import atomic_write
+from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.tools.comparing.cells import CellRunner
 from rpo_jax.tools.comparing.comparison_page import TRIED, make_page
 from rpo_jax.tools.comparing.study import Cell, Settings, Study, read_study
@@ -27,6 +27,7 @@ def compare(config: Path, out: Path, cache_dir: Path, *, report_only: bool = Fal
     study = read_study(config)
     runner = CellRunner(out, cache_dir.expanduser(), study.max_tokens)
     out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     if not report_only:
         work(study, runner)
     return write_reports(study, runner, f"python -m rpo_jax.compare --config {config} --out {out}")

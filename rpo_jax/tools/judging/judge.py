@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rpo_jax.core.files import check_writable
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.judging import cost, pairs, summary
 from rpo_jax.tools.judging.cache import AnswerCache
@@ -129,6 +130,7 @@ def _default_out(config: JudgeConfig) -> Path:
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder.")
+    check_writable(out)  # before anything is paid for
     if out.is_dir() and any(out.iterdir()) and not (out / summary.SUMMARY).is_file():
         raise ValueError(f"--out {out} holds something else; name a folder of its own.")
 

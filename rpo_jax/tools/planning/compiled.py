@@ -23,6 +23,7 @@ from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.planning.chips import CHIPS, TPUS, Chip
 from rpo_jax.tools.planning.workload import EMBEDDING_WIDTH, BatchShape
+from rpo_jax.training.needs import device_bytes
 from rpo_jax.training.step import Steps, build_steps
 
 # Who the machine is, where there is none to ask; more than one compiler at a time is no harm where no chip is held.
@@ -191,21 +192,16 @@ def compile_step(config: Config, model: ModelConfig, target: Target, batch: Batc
     stats: Any = done.memory_analysis()
     state = steps.abstract_state
     memory = Memory(
-        params=_bytes(state.params),
-        optimizer=_bytes(state.opt_state),
-        frozen=_bytes((reference, frozen)),
-        batch=_bytes(packed),
+        params=device_bytes(state.params),
+        optimizer=device_bytes(state.opt_state),
+        frozen=device_bytes((reference, frozen)),
+        batch=device_bytes(packed),
         arguments=stats.argument_size_in_bytes,
         output=stats.output_size_in_bytes,
         aliased=stats.alias_size_in_bytes,
         temporary=stats.temp_size_in_bytes,
     )
     return Compiled(memory, text, time.perf_counter() - started)
-
-
-def _bytes(tree: Any) -> int:
-    """On one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _abstract(mesh: jax.sharding.Mesh, parameters: models.Parameters) -> Any:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rpo_jax import models
 from rpo_jax.config import Config
-from rpo_jax.core.files import atomic_write
+from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.planning.chips import CHIPS
@@ -135,6 +135,8 @@ def plan(config: Config, options: PlanOptions) -> bool:
     """
     jax.config.update("jax_platforms", "cpu")  # nothing runs: chips that are here are left alone
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+    if options.json is not None:
+        check_writable(options.json.parent)
     planner = make_planner(config, options)
     if options.search:
         trials, largest = _searched(planner, console), "see the plans"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rpo_jax.config import resolve
-from rpo_jax.core.files import atomic_write
+from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.runs.folder import MODEL
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.reporting import contrast_panel, rewards_panel
@@ -41,6 +41,7 @@ def write_report(
     out = Path(out).expanduser()
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out {out} must be a file in a folder that exists; give another.")
+    check_writable(out.parent)
     if batch_step < 1:
         raise ValueError(f"--batch-step {batch_step} must be at least 1, the first training step.")
     records = read_runs(runs)

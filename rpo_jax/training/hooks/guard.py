@@ -8,7 +8,7 @@ checkpoints of runs without it stay readable, and a median costs no memory on th
 from __future__ import annotations
 
 import functools
-import json
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 
 from rpo_jax.config import GuardConfig
-from rpo_jax.core.jsonl import read_jsonl, write_jsonl
+from rpo_jax.core.jsonl import GrowingFile, read_jsonl, write_jsonl
 from rpo_jax.core.records import Batch, PreferenceData
 from rpo_jax.hosts.processes import Agreed
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.training.hooks.hook import FinishedStep, Hook, Training
+
+log = logging.getLogger(__name__)
 
 FILE = "bad_steps.jsonl"
 NORMS = 64  # steps whose gradient norms the median is taken of
@@ -56,6 +58,7 @@ class Guard:
         file: where skipped steps are written; None where another process does.
         start_step: steps done when this part of the run begins; later lines of the file are dropped.
         memory: what `memory` gave for the checkpoint of that step; empty for a new run.
+        say: is told where the file cannot be written.
 
     Attributes:
         bad_steps: skipped so far.
@@ -63,9 +66,14 @@ class Guard:
     """
 
     def __init__(
-        self, config: GuardConfig, file: Path | None = None, start_step: int = 0, memory: Mapping[str, Any] = {}
+        self,
+        config: GuardConfig,
+        file: Path | None = None,
+        start_step: int = 0,
+        memory: Mapping[str, Any] = {},
+        say: Callable[[str], None] = log.warning,
     ) -> None:
-        self._config, self._file = config, file
+        self._config, self._file = config, None if file is None else GrowingFile(file, say)
         self.bad_steps: int = memory.get("bad_steps", 0)
         self.in_a_row: int = memory.get("in_a_row", 0)
         self._norms: deque[tuple[int, float]] = deque(map(tuple, memory.get("norms", ())), NORMS + LAG)
@@ -111,8 +119,7 @@ class Guard:
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line to the file; it holds `step`."""
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self._file.add(line)
 
     def reset(self) -> None:
         """What is saved now has the bad steps behind it: a run that resumes from it counts anew."""

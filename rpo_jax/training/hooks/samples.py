@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,15 @@ from jax.sharding import Mesh
 
 from rpo_jax import models
 from rpo_jax.config import Config
+from rpo_jax.core.files import check_there
 from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.core.records import TokenizedExample
+from rpo_jax.core.store import ByProduct
 from rpo_jax.data.control_tokens import TextEncoder, TokenIds
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives import heads
+from rpo_jax.runs.tracking import METRICS
 from rpo_jax.sampling.answers import Answerer, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Engine, Sampling
 from rpo_jax.sampling.kv_cache import to_decode_layout
@@ -35,6 +39,7 @@ class Sampler(Hook):
     Args:
         end_ids: tokens that end an answer.
         frozen: the policy's frozen weights; an empty tree where all are trained.
+        say: is told where the file cannot be written.
     """
 
     def __init__(
@@ -45,13 +50,14 @@ class Sampler(Hook):
         end_ids: frozenset[int],
         mesh: Mesh,
         frozen: Params,
+        say: Callable[[str], None],
     ) -> None:
         if jax.process_count() > 1:
             raise ValueError(
                 f"train.sample_prompts={config.train.sample_prompts} samples on one process only so far; set it to 0, "
                 "and sample the checkpoints with rpo_jax.generate."
             )
-        self._file = Path(config.run.dir).expanduser() / SAMPLES
+        self._file, self._kept = Path(config.run.dir).expanduser() / SAMPLES, ByProduct("Samples", say)
         self._tokenizer, self._end_ids = prepared.tokenizer, end_ids
         once: dict[int, TokenizedExample] = {}
         for example in (prepared.held_out or prepared.train).examples:
@@ -79,7 +85,7 @@ class Sampler(Hook):
         batches = answerer.answers(
             self._prompts, prompt_seeds(self._prompts, 0), self._limits, range(len(self._prompts))
         )
-        rows = [row for row in read_jsonl(self._file) if row["step"] < run.step]
+        rows = []
         for answer in sorted((answer for batch in batches for answer in batch), key=lambda answer: answer.index):
             example = self._examples[answer.index]
             row = {
@@ -91,7 +97,12 @@ class Sampler(Hook):
                 "tokens": answer.tokens,
             }
             rows.append(row)
-        write_jsonl(self._file, rows)
+
+        def write() -> None:
+            check_there(self._file.with_name(METRICS))
+            write_jsonl(self._file, [*(row for row in read_jsonl(self._file) if row["step"] < run.step), *rows])
+
+        self._kept.write(write)
 
     def _shown(self, prompt_ids: TokenIds) -> str:
         """A prompt as text, with the tags that tell whose turn is whose, but without the BOS before it."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rpo_jax.hosts import processes
 from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.tracking import MetricsLog, Reporter
 from rpo_jax.training.hooks.guard import FILE, Diverged, Guard, row_ids, some
@@ -35,6 +36,8 @@ class Saving(Hook):
     reporter: Reporter
     _newest: FinishedStep = field(init=False)
     _score: tuple[int, float] | None = None  # of which step
+    _wanted: bool = False
+    _refused: bool = False  # metrics.jsonl
 
     def after_evaluation(self, run: Training, metrics: Metrics) -> None:
         # By held-out accuracy of the rewards; by loss where there are none, as in sft.
@@ -53,11 +56,16 @@ class Saving(Hook):
         raise self._diverged(count, run)
 
     def wants_pause(self, run: Training) -> bool:
-        return run.due(self.every)
+        # Where metrics.jsonl is refused, what is trained is saved at once, in case that this still goes; several
+        # processes, which save together, wait for the next checkpoint.
+        refused, before = self.log.fault is not None, self._refused
+        self._refused = refused
+        self._wanted = run.due(self.every) or (refused and not before and processes.num_processes() == 1)
+        return self._wanted
 
     def at_pause(self, run: Training) -> None:
         last = run.step == run.total_steps or run.stop_reason is not None
-        if run.step not in self.checkpoints.steps() and (last or self.wants_pause(run)):
+        if run.step not in self.checkpoints.steps() and (last or self._wanted):
             if self.guard.in_a_row and not last:
                 # It would push out a checkpoint that is known to be good.
                 self.reporter.say(f"step {run.step}  not saved, as it was skipped")

@@ -1,0 +1,76 @@
+"""What a run takes of the disk and of a device's memory, and what makes it less."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rpo_jax import models
+from rpo_jax.config import Config
+from rpo_jax.core.memory import size
+from rpo_jax.hosts import sharding
+from rpo_jax.models import ModelConfig
+from rpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+SPARE = 1.1  # records, metrics and logs, and the storage's own tables
+PLAN = "python -m rpo_jax.plan, with this configuration, --devices and --device-memory, says what fits"
+
+
+def checkpoint_bytes(config: Config, model_config: ModelConfig) -> int:
+    """Bytes of one checkpoint: what is trained, in float32, and the optimizer's state of it."""
+    policy = models.Policy(model_config, config.lora)
+    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, 1), policy.decayed)
+    state = jax.eval_shape(optimizer.init, policy.trained.shapes)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((policy.trained.shapes, state)))
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def check_room(config: Config, model_config: ModelConfig, folder: Path, *, resuming: bool) -> None:
+    """ValueError where the disk of a run folder has no room for one checkpoint."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(nearest).free + (0 if resuming or not folder.exists() else folder_bytes(folder))
+    if (one := SPARE * checkpoint_bytes(config, model_config)) > free:
+        raise ValueError(
+            f"run.dir={folder}: a checkpoint takes {size(one)}, and its disk has {size(free)} left; free some room "
+            "there, choose another run.dir, or train less of the model (lora.rank)."
+        )
+
+
+def smallest_model(config: Config) -> ModelConfig:
+    """The policy from scratch if its vocabulary, which may still be learnt, were that of bytes."""
+    return models.configured(config.model, min(config.model.vocab_size, 256), config.data.max_tokens)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of arrays, or of abstract ones with shardings, on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def held_bytes(state: Any, others: Any) -> str:
+    """What a device holds while it trains: the state, and frozen weights or a reference that runs beside."""
+    parts = {"parameters": state.params, "the optimizer": state.opt_state, "frozen weights and reference": others}
+    sizes = {name: device_bytes(tree) for name, tree in parts.items()}
+    told = ", ".join(f"{size(count)} of {name}" for name, count in sizes.items() if count)
+    return f"a device holds {told}, and a gradient and activations besides"
+
+
+def less_memory(config: Config, mesh: Mesh) -> str:
+    """What lets a step do with less memory, as far as it is not set yet."""
+    shards, micro, fsdp = sharding.row_shards(mesh), config.batch.micro_rows, mesh.shape["fsdp"]
+    found = []
+    if micro is None or micro > shards:
+        found.append(f"a smaller batch.micro_rows ({micro or 'all rows at once'} now, {shards} at least)")
+    if config.batch.micro_keep:
+        found.append("batch.micro_keep=false")
+    if config.model.remat != "full":
+        found.append(f"model.remat=full ({config.model.remat} now)")
+    split = f"mesh.fsdp={mesh.size} ({fsdp} now)" if fsdp < mesh.size else "more devices, and mesh.fsdp to match"
+    return f"try {', '.join([*found, split])}; {PLAN}"
