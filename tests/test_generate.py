@@ -13,9 +13,11 @@ import transformers
 
 import rpo_jax
 from rpo_jax import export, generate
+from rpo_jax.core.files import WriteFailed
 from rpo_jax.sampling.answers import Answerer, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Sampling
 from rpo_jax.sampling.generation import GenerateConfig
+from tests.disks import small_files
 from tests.runs import configured, preference_rows, write_rows
 
 MAX_TOKENS = 24
@@ -310,3 +312,11 @@ def test_alpaca_eval_reads_what_is_written_for_it(model_outputs, tmp_path):
     rows = json.loads(out.read_text(encoding="utf-8"))
     longer = sum(len(row["output"].strip()) > len("No.") for row in rows)
     assert told == {"generator": "mine", "n_total": len(PROMPTS), "wins": longer}
+
+
+def test_a_disk_without_room_ends_in_one_line_and_keeps_what_fits(world, capsys):
+    with small_files(4 << 10), pytest.raises(WriteFailed, match=r"full\.jsonl cannot be written: File too large"):
+        generate.generate(world.config("full"))
+    assert "its lines wait in memory, and it goes on" in capsys.readouterr().out
+    assert 0 < len(rows_of(world.folder / "full.jsonl")) < len(PROMPTS), "whole lines"
+    assert world.answers("full") == world.answers("whole")

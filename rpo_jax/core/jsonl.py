@@ -85,7 +85,7 @@ class GrowingFile:
     def _append(self, content: bytes, lasting: bool) -> None:
         # Opened anew each time, as a network disk may tell only of a file that is closed that it has no room. Made only
         # once: where it has vanished with its disk, another one in its place would be on another disk.
-        with self._path.open("r+b" if self._made else "xb", buffering=0) as file:
+        with self._path.open("r+b" if self._made else "ab", buffering=0) as file:
             self._made, end = True, file.seek(0, os.SEEK_END)
             try:
                 while content:

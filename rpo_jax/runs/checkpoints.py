@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -75,11 +76,7 @@ class Checkpoints:
         beside: Path | None = None,
         warn: Callable[[str], None] = log.warning,
     ) -> None:
-        # The storage logs every save and restore, and the traceback of an error that is reported in one line here; and
-        # where a save fails, each of its other writes does so by itself.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        logging.getLogger("asyncio").addFilter(_is_not_of_storage)
-        self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_late_writes(sys.unraisablehook)
+        _quieten_storage()
         self.folder = Path(folder).resolve()
         self._read_only, self._beside, self._warn = read_only, beside, warn
         policy: list[Any] = [checkpoint_managers.LatestN(n=keep_last)]
@@ -286,17 +283,18 @@ class Checkpoints:
         except Exception:
             if self._failed is None:  # it raises once more what has been told
                 raise
-        finally:
-            sys.unraisablehook = self._unraisable
 
 
-def _is_not_of_storage(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.getMessage()
+@functools.cache
+def _quieten_storage() -> None:
+    """The storage logs every save and restore, and the traceback of an error that is reported in one line here.
 
-
-def _without_late_writes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Leaves out what comes of a failed save's writes that end when nobody waits for them any more."""
-    return lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
+    Where a save fails, each of its other writes fails by itself, some when nobody waits for them any more.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
 
 
 def step_fault(folder: Path) -> str | None:
