@@ -79,7 +79,8 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        # A lone surrogate, as in a file's name that is no UTF-8, is written as the escape that JSON has for it.
+        partial.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
         atomic_replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

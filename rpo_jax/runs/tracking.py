@@ -18,6 +18,7 @@ from rich.table import Column
 
 from rpo_jax.config import TrackingConfig
 from rpo_jax.core.jsonl import read_jsonl, write_jsonl
+from rpo_jax.core.text import printable
 from rpo_jax.runs.notebook import NotebookProgress, clock, in_notebook
 
 METRICS = "metrics.jsonl"
@@ -79,7 +80,7 @@ class Reporter:
         self._started = time.perf_counter()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[list[str]]:

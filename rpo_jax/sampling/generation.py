@@ -19,7 +19,7 @@ import numpy as np
 
 from rpo_jax.config import MeshConfig, RunConfig
 from rpo_jax.core.files import atomic_write
-from rpo_jax.core.jsonl import complete_lines, to_line, write_jsonl
+from rpo_jax.core.jsonl import complete_lines, parse_json, to_line, write_jsonl
 from rpo_jax.data.hub import newest_file
 from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
 from rpo_jax.data.tokenize import TEMPLATES, PromptEncoder
@@ -209,7 +209,7 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
     done = {}
     for number, line in enumerate(complete_lines(out), start=1):
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             index = index_of.get(found["row_id"])
             recorded = {key: found[key] for key in ("model", "settings", "prompt", "seed")}
             assert {"response", "finish_reason", "tokens"} <= set(found)
@@ -234,7 +234,10 @@ def _write_answers(
     """Append every batch's answers as they come, so that whatever stops this loses one batch at most."""
     write_jsonl(out, done.values(), ascii_only=False)
     began, tokens, before = time.perf_counter(), 0, len(done)
-    with out.open("a", encoding="utf-8") as file, reporter.progress("generate", len(rows), before) as progress:
+    with (
+        out.open("a", encoding="utf-8", errors="backslashreplace") as file,
+        reporter.progress("generate", len(rows), before) as progress,
+    ):
         for batch in batches:
             for answer in batch:
                 done[answer.index] = row = rows[answer.index] | _answer_fields(answer)
