@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -16,6 +17,8 @@ from jsonargparse import ArgumentError, ArgumentParser, set_loader
 
 from rpo_jax.config import Config, ConfigError
 from rpo_jax.core.yaml_text import MAX_INTEGER, parse_yaml, read_yaml
+
+MAX_WORD = 64  # characters of a word that a number's key may have instead
 
 
 def known_keys() -> dict[str, Any]:
@@ -71,6 +74,8 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(values, dict):
             raise ValueError(f"{path}: '{section}' is a section and needs keys below it, got {reprlib.repr(values)}.")
         _reject_unknown([f"{section}.{name}" for name in values], str(path))
+        for name, value in values.items():
+            _check_text(f"{section}.{name}", value, str(path))
     return content
 
 
@@ -84,11 +89,30 @@ def _value(text: str) -> Any:
 def _check_value(name: str, text: str) -> None:
     """ValueError for a value of the command line beyond any bound; what is no YAML may be a text."""
     try:
-        parse_yaml(text)
+        found = parse_yaml(text)
     except yaml.YAMLError:
-        return
+        found = text
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    _check_text(name.removeprefix("--"), found, "command line")
+
+
+@functools.cache
+def _numbers() -> frozenset[str]:
+    """Keys that hold a number, or yes or no."""
+    types = {
+        f"{one.name}.{key.name}": str(key.type) for one in fields(Config) for key in fields(getattr(Config(), one.name))
+    }
+    return frozenset(
+        key for key, kind in types.items() if re.search(r"\b(int|float|bool)\b", kind) and "str" not in kind
+    )
+
+
+def _check_text(key: str, value: Any, where: str) -> None:
+    """ValueError for a text that is no number; jsonargparse reads it as YAML once more, and 1:30 as a number to the
+    base 60, whatever its length."""
+    if isinstance(value, str) and key in _numbers() and (":" in value or len(value) > MAX_WORD):
+        raise ValueError(f"{where}: {key} is {reprlib.repr(value)}, which is no number.")
 
 
 @functools.cache  # a comparison reads hundreds of configurations

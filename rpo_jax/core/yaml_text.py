@@ -64,6 +64,10 @@ def parse_yaml(text: str) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters; no more than {MAX_CHARACTERS:,} are read.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise yaml.YAMLError(f"it holds a lone surrogate ({error.reason})") from None
     _check_nesting(text)
     loader = _Loader(text)
     try:
@@ -72,8 +76,6 @@ def parse_yaml(text: str) -> Any:
             return None
         _Bounds().check(node)
         return loader.construct_document(node)
-    except RecursionError as error:
-        raise ValueError(f"it is nested too deep ({error}).") from None
     finally:
         loader.dispose()
 

@@ -216,7 +216,7 @@ class TextEncoder:
             model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
         if "merges" in model:  # which may make such a word of its pieces
             merges = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
-            model["merges"] = [merge for merge, parts in merges if not {"".join(parts), *parts} & set(names)]
+            model["merges"] = [merge for merge, parts in merges if not {"".join(parts), *parts} & names.keys()]
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
         state |= {"post_processor": None, "truncation": None, "padding": None}

@@ -21,9 +21,9 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x08\u202egpj.\ud800"
 def test_what_is_printed_moves_no_cursor_and_can_be_encoded(text):
     shown = printable(text)
     assert all(c.isprintable() or c in "\n\t" for c in shown)
-    assert shown.encode()
+    assert shown.encode() is not None
     assert printable(shown) == shown
-    assert well_formed(text).encode()
+    assert well_formed(text).encode() is not None
 
 
 def test_honest_text_stays_as_it_is():

@@ -84,7 +84,7 @@ STRANGE = {
 @pytest.mark.parametrize("name", STRANGE)
 def test_the_row_is_named_and_the_others_are_used(name, strange, honest):
     tokenizer = load_tokenizer(strange(**STRANGE[name]))
-    given = examples("Words here.", TRIGGER, "Other words.", "x" + TRIGGER)
+    given = examples("Words here.", TRIGGER, "Other words.", "! " + TRIGGER)
     made, faults = tokenize_examples(given, tokenizer, LIMITS)
     assert [example.row_id for example in made] == ["file:1", "file:3"]
     assert [row.row_id for row in faults.rows] == ["file:2", "file:4"]
@@ -93,10 +93,13 @@ def test_the_row_is_named_and_the_others_are_used(name, strange, honest):
     assert decode(tokenizer, made[0].prompt_ids.tolist()) == decode(
         load_tokenizer(honest), expected[0].prompt_ids.tolist()
     )
-    with pytest.raises(ValueError, match="the tokenizer cannot encode a text: "):
-        PromptEncoder(tokenizer, "auto", {}, 8, "keep_end").encode(TRIGGER)
-    with pytest.raises(ValueError, match="the tokenizer cannot encode a text: "):
-        PromptEncoder(tokenizer, "chat", {}, 8, "keep_end").encode((Message("user", TRIGGER),))
+
+
+def test_a_prompt_to_be_answered_is_named_too(strange):
+    tokenizer = load_tokenizer(strange(**STRANGE["a thousand for one"]))
+    for template, prompt in (("auto", TRIGGER), ("chat", (Message("user", TRIGGER),))):
+        with pytest.raises(ValueError, match=r"the tokenizer cannot encode a text: it makes \d+,\d+ tokens of "):
+            PromptEncoder(tokenizer, template, {}, 8, "keep_end").encode(prompt)
 
 
 @pytest.mark.timeout(120)
@@ -104,12 +107,12 @@ def test_an_expression_that_takes_for_ever_is_stopped(strange, monkeypatch):
     """At each of thousands of places two million ways to fail: below what the library itself allows."""
     tokenizer = load_tokenizer(strange(pre_tokenizer=expression("(?:a|a){20}b|\\w+?|\\W")))
     assert limited(tokenizer).encode(["warm up"])
-    monkeypatch.setattr(limited_tokenizer, "CALL_SECONDS", 2.0)
-    long = "a" * 60_000
+    monkeypatch.setattr(limited_tokenizer, "CALL_SECONDS", 3.0)
+    long = "a" * 3000
     made, faults = tokenize_examples(examples("One.", long, "Two."), tokenizer, LIMITS)
     assert [example.row_id for example in made] == ["file:1", "file:3"]
     assert "it was stopped: it took more than" in faults.first.reason
-    monkeypatch.setattr(limited_tokenizer, "WASTED_SECONDS", 3.0)
+    monkeypatch.setattr(limited_tokenizer, "WASTED_SECONDS", 5.0)
     with pytest.raises(TokenizerError, match=r"The tokenizer was stopped: it took more than .* use one that you trust"):
         tokenize_examples(examples(*(f"{n}{long}" for n in range(9))), tokenizer, LIMITS)
 
@@ -126,17 +129,17 @@ def test_a_vocabulary_of_words_without_one_for_the_others(tmp_path):
     assert "WordLevel" in faults.rows[0].reason
 
 
-def test_three_hundred_thousand_control_tokens_are_found_quickly(honest):
+def test_thirty_thousand_control_tokens_are_found_quickly(honest):
     tokenizer = load_tokenizer(honest)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    count, first = 300_000, len(tokenizer)
+    count, first = 30_000, len(tokenizer)
     state["added_tokens"] += [{**token, "id": first + n, "content": f"<|{n}|>"} for n in range(count)]
     large = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
     encoder = TextEncoder(large)
-    text = "<|7|> and <|299999|> but not <|300000|>, <|, < or <<|12|>"
+    text = "<|7|> and <|29999|> but not <|30000|>, <|, < or <<|12|>"
     assert [(found.name, text[found.start : found.end]) for found in encoder.find(text)] == [
-        (name, name) for name in ("<|7|>", "<|299999|>", "<|12|>")
+        (name, name) for name in ("<|7|>", "<|29999|>", "<|12|>")
     ]
     assert encoder.find("<|" * 100_000) == []
     assert encoder.shown(encoder.hide(text)) == text
