@@ -26,17 +26,16 @@ def main():
         most = MAX_BYTES + BYTES_PER_CORE * (os.cpu_count() or 1)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    tokenizer = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        if tokenizer is None:
-            outcome, tokenizer = _attempt(_loaded, request)
-            answer = ["ok", ""] if outcome == "ok" else ["error", tokenizer]
-        else:
-            texts, add_special_tokens, tokenizer.encode_special_tokens = request
-            answer = _encoded(tokenizer, texts, add_special_tokens)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+    tokenizer, reason = _attempt(_loaded, json.loads(sys.stdin.readline()))
+    _answer(["ok", ""] if tokenizer is not None else ["error", reason])
+    for line in sys.stdin if tokenizer is not None else ():
+        texts, add_special_tokens, tokenizer.encode_special_tokens = json.loads(line)
+        _answer(_encoded(tokenizer, texts, add_special_tokens))
+
+
+def _answer(answer):
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 def _loaded(state):
@@ -53,26 +52,27 @@ def _encoded(tokenizer, texts, add_special_tokens):
     def encode_one(text):
         return encode([text])[0]
 
-    outcome, found = _attempt(encode, texts)
-    outcomes = [("ok", ids) for ids in found] if outcome == "ok" else [_attempt(encode_one, text) for text in texts]
+    found, reason = _attempt(encode, texts)
+    outcomes = [(ids, "") for ids in found] if found is not None else [_attempt(encode_one, text) for text in texts]
     lengths, everything, errors = [], array("i"), {}
-    for number, (text, (outcome, ids)) in enumerate(zip(texts, outcomes, strict=True)):
-        if outcome == "ok" and len(ids) > MAX_TOKENS_PER_CHARACTER * len(text) + FREE_TOKENS:
-            outcome, ids = "error", f"it makes {len(ids):,} tokens of {len(text):,} characters"
-        if outcome != "ok":
-            errors[number], ids = ids, []
-        lengths.append(len(ids))
-        everything.extend(ids)
+    for number, (text, (ids, reason)) in enumerate(zip(texts, outcomes, strict=True)):
+        if ids is not None and len(ids) > MAX_TOKENS_PER_CHARACTER * len(text) + FREE_TOKENS:
+            ids, reason = None, f"it makes {len(ids):,} tokens of {len(text):,} characters"
+        if ids is None:
+            errors[number] = reason
+        lengths.append(len(ids or ()))
+        everything.extend(ids or ())
     return [lengths, base64.b64encode(everything.tobytes()).decode("ascii"), errors]
 
 
 def _attempt(function, argument):
+    """What a function gives, or None and why it gives nothing."""
     try:
-        return "ok", function(argument)
+        return function(argument), ""
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of Rust's is no Exception
-        return "error", f"{type(error).__name__}: {error}"[:2000]
+        return None, f"{type(error).__name__}: {error}"[:2000]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rpo_jax.core.jsonl import parse_json
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.models import ModelConfig
 from rpo_jax.runs.folder import GENERATION_CONFIG
