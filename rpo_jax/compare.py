@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rpo_jax.config import RunConfig
-from rpo_jax.core.command import run_command
+from rpo_jax.core.command import print_text, run_command
 from rpo_jax.tools.comparing.compare import compare
 
 __all__ = ["compare", "main"]
@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare(options: argparse.Namespace) -> None:
     try:
         for path in compare(options.config, options.out, Path(options.cache_dir), report_only=options.report):
-            print(path)
+            print_text(path)
     except KeyboardInterrupt as stopped:
-        print(f"{stopped or 'stopped'}; the same command goes on with what is missing")
+        print_text(f"{stopped or 'stopped'}; the same command goes on with what is missing")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rpo_jax.core.command import run_command
+from rpo_jax.core.command import print_text, run_command
 from rpo_jax.tools.exporting import export
 
 __all__ = ["export", "main"]
@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
-    return run_command(lambda: print(export(**options)))
+    return run_command(lambda: print_text(export(**options)))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ AlpacaEval besides.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from rpo_jax.config import MeshConfig, RunConfig
-from rpo_jax.core.command import run_command
+from rpo_jax.core.command import print_text, run_command
+from rpo_jax.core.jsonl import parse_json
 from rpo_jax.data.tokenize import TEMPLATES
 from rpo_jax.hosts.sharding import MESH_AXES
 from rpo_jax.sampling.engine import Sampling
@@ -24,7 +24,7 @@ __all__ = ["generate", "main"]
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
@@ -68,9 +68,9 @@ def _generate(options: dict[str, Any]) -> None:
     mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in MESH_AXES})
     options["stop"] = tuple(options["stop"])
     out = generate(GenerateConfig(**options, sampling=sampling, mesh=mesh))
-    print(out)
+    print_text(out)
     if options["alpaca_eval"]:
-        print(f"judge it: alpaca_eval --model_outputs {out} --annotators_config weighted_alpaca_eval_gpt4_turbo")
+        print_text(f"judge it: alpaca_eval --model_outputs {out} --annotators_config weighted_alpaca_eval_gpt4_turbo")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from rpo_jax.core.command import print_error, run_command
+from rpo_jax.core.command import print_error, print_text, run_command
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.judging import summary
 from rpo_jax.tools.judging.endpoint import EndpointError, EndpointSettings
@@ -81,8 +81,8 @@ def _judge(options: dict[str, Any]) -> int:
             f"{where}."
         )
         return NO_VERDICT
-    print(summary.markdown(result))
-    print(result["folder"])
+    print_text(summary.markdown(result))
+    print_text(result["folder"])
     return 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rpo_jax.core.command import run_command
+from rpo_jax.core.command import print_text, run_command
 from rpo_jax.tools.reporting.report import write_report
 
 __all__ = ["main", "write_report"]
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
-    return run_command(lambda: print(write_report(**options)))
+    return run_command(lambda: print_text(write_report(**options)))
 
 
 if __name__ == "__main__":

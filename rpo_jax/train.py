@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from rpo_jax.config.reading import parse_config
-from rpo_jax.core.command import run_command
+from rpo_jax.core.command import print_text, run_command
+from rpo_jax.core.text import printable
 from rpo_jax.hosts import processes
 from rpo_jax.hosts.stopping import Stopped
 from rpo_jax.runs.tracking import summary
@@ -29,14 +30,14 @@ def _train(arguments: Sequence[str]) -> int:
         result = run(parse_config(arguments))
     except Diverged as report:
         if processes.is_main():
-            print(f"error: {report}", file=sys.stderr)
+            print(f"error: {printable(str(report))}", file=sys.stderr)
         return processes.leave(3)
     except Stopped:
         return processes.leave(0)
     if result.stopped is None and processes.is_main():
         print(f"done: {summary(result.metrics)}")
-        print(f"checkpoint {result.checkpoint}")
-        print(f"export it: python -m rpo_jax.export --run {result.run_dir} --out {result.run_dir}/hf")
+        print_text(f"checkpoint {result.checkpoint}")
+        print_text(f"export it: python -m rpo_jax.export --run {result.run_dir} --out {result.run_dir}/hf")
     return 0
 
 

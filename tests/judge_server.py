@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -102,3 +103,54 @@ def serving(behave: Callable[[dict[str, Any], int], Reply]) -> Iterator[JudgeSer
         server._http.shutdown()
         server._http.server_close()
         server._thread.join()
+
+
+class RawServer(socketserver.ThreadingTCPServer):
+    """Answers every request by the bytes that `behave(question, number of this request from 0)` gives, one piece after
+    another, until they end or the client has gone; keeps whole requests."""
+
+    daemon_threads, block_on_close, allow_reuse_address = True, False, True
+
+    def __init__(self, behave: Callable[[str, int], Iterator[bytes]]) -> None:
+        server = self
+        self.requests: list[str] = []
+        self.sent = 0
+        lock = threading.Lock()
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                head = b""
+                while line := self.rfile.readline():
+                    head += line
+                    if line == b"\r\n":
+                        break
+                size = next(
+                    (int(h.split(b":")[1]) for h in head.lower().splitlines() if h[:14] == b"content-length"), 0
+                )
+                body = self.rfile.read(size)
+                with lock:
+                    number = len(server.requests)
+                    server.requests.append((head + body).decode())
+                question = json.loads(body)["messages"][0]["content"] if body else ""
+                try:
+                    for piece in server.behave(question, number):
+                        self.wfile.write(piece)
+                        server.sent += len(piece)
+                except OSError:  # the client has gone
+                    pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behave = behave
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+@contextmanager
+def serving_raw(behave: Callable[[str, int], Iterator[bytes]]) -> Iterator[RawServer]:
+    with RawServer(behave) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

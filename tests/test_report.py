@@ -257,6 +257,23 @@ DAMAGE = {
     "no step": ({"metrics.jsonl": b'{"loss": 1}\n'}, "metrics.jsonl:1 is damaged"),
     "no object": ({"metrics.jsonl": b"\xff\xfe\n"}, "metrics.jsonl:1 is damaged"),
     "no answer": ({"samples.jsonl": b'{"step": 1}\n'}, "samples.jsonl:1 is damaged"),
+    "an object as a row's id": (
+        {"samples.jsonl": b'{"step": 1, "row_id": {"a": 1}, "prompt": "p", "response": "r"}\n'},
+        "samples.jsonl:1 is damaged: its 'row_id'",
+    ),
+    "an answer that is no text": (
+        {"samples.jsonl": b'{"step": 1, "row_id": "a", "prompt": "p", "response": [1]}\n'},
+        "samples.jsonl:1 is damaged: its 'response'",
+    ),
+    "brackets": ({"metrics.jsonl": b"[" * 200_000 + b"\n"}, "metrics.jsonl:1 is damaged"),
+    "a step beyond any": (
+        {"metrics.jsonl": b'{"step": 1' + b"0" * 400 + b"}\n"},
+        "metrics.jsonl:1 is damaged: its 'step'",
+    ),
+    "a step below any": ({"metrics.jsonl": b'{"step": -1}\n'}, "metrics.jsonl:1 is damaged: its 'step'"),
+    "counts that are none": ({"data.json": b'{"train": [1]}'}, "data.json is damaged"),
+    "counts of nothing": ({"data.json": b'{"train": {"prompts_cut": "x"}}'}, "data.json is damaged"),
+    "counts in brackets": ({"data.json": b"[" * 200_000}, "is not valid JSON"),
     "no YAML": ({"config.yaml": b"run: [\n"}, "is not valid YAML"),
     "no checkpoint": ({"checkpoints": None}, "has no complete checkpoint"),
 }
@@ -281,6 +298,48 @@ def test_what_cannot_be_reported_is_one_clear_error(world, tmp_path, capsys, nam
     assert reason in told
     assert told.count("\n") == 1
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "samples.jsonl", "data.json", "model"])
+def test_a_folder_of_others_leads_nowhere_else(world, tmp_path, capsys, file):
+    folder = shutil.copytree(world / "rpo", tmp_path / "run")
+    shutil.move(folder / file, tmp_path / file)
+    (folder / file).symlink_to(tmp_path / file)
+    assert main(["--run", str(folder), "--out", str(tmp_path / "page.html"), "--no-rewards"]) == 2
+    assert "leads out of" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_folder_of_others_shows_no_data_but_its_own(world, tmp_path, capsys):
+    """Its configuration may name any file of whoever reports it, who passes the page on."""
+    folder, page = shutil.copytree(world / "rpo", tmp_path / "run"), tmp_path / "page.html"
+    secret = write_rows(tmp_path / "secret.jsonl", [{**row, "prompt": "secret"} for row in preference_rows(40)])
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(world / "data.jsonl"), str(secret)))
+    arguments = ["--run", str(folder), "--out", str(page), "--no-rewards"]
+    assert main(arguments) == 2
+    assert f"{secret} does not hold the data that {folder} was trained on" in capsys.readouterr().err
+    shutil.rmtree(folder / "checkpoints")
+    assert main(arguments) == 2
+    assert "was made in another place" in capsys.readouterr().err
+    assert not page.exists()
+    assert main([*arguments, "--no-matrix"]) == 0
+
+
+def test_a_folder_s_name_is_a_name_and_a_number_beyond_all_a_gap(world, tmp_path, capsys):
+    folder = shutil.copytree(world / "dpo", tmp_path / "{{data}}{% raw %}<b>\x1b[31m$(x)")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "loss": 1' + "0" * 400 + ', "grad_norm": Infinity, "kl": {"a": 1}}\n')
+    page = tmp_path / "\x1b[2J.html"
+    assert main(["--run", str(folder), "--out", str(page), "--no-matrix", "--no-rewards"]) == 0
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    assert "\\x1b[2J.html" in printed.out
+    (run,) = data_of(page)["runs"]
+    assert run["name"] == folder.name
+    assert "{{data}}{% raw %}&lt;b&gt;" in page.read_text("utf-8")
+    (loss,) = (panel for panel in data_of(page)["panels"] if panel["key"] == "loss")
+    assert loss["curves"][0]["train"][-1] == [9, None]
 
 
 @pytest.mark.parametrize("more", [["--out", "."], ["--out", "no/such/page.html"], ["--batch-step", "0"]])

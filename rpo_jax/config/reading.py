@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Sequence
+import math
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_loader
 
 from rpo_jax.config import Config, ConfigError
+from rpo_jax.core.yaml_text import MAX_INTEGER, parse_yaml, read_yaml
+
+MAX_WORD = 64  # characters of a word that a number's key may have instead
 
 
 def known_keys() -> dict[str, Any]:
@@ -58,10 +64,7 @@ def _reject_unknown(keys: Iterable[str], where: str) -> None:
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"No configuration file at {path}; see configs/ for those that come with the project.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    content = read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -69,15 +72,55 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     for section, values in content.items():
         _reject_unknown([str(section)], str(path))
         if not isinstance(values, dict):
-            raise ValueError(f"{path}: '{section}' is a section and needs keys below it, got {values!r}.")
+            raise ValueError(f"{path}: '{section}' is a section and needs keys below it, got {reprlib.repr(values)}.")
         _reject_unknown([f"{section}.{name}" for name in values], str(path))
+        for name, value in values.items():
+            _check_text(f"{section}.{name}", value, str(path))
     return content
+
+
+def _value(text: str) -> Any:
+    """A file, or a value of the command line, as jsonargparse wants it: `{a, b}` and `a:` may be texts."""
+    found = parse_yaml(text)
+    bare = isinstance(found, dict) and found and all(value is None for value in found.values())
+    return text if bare and ":" not in text.strip().removesuffix(":") else found
+
+
+def _check_value(name: str, text: str) -> None:
+    """ValueError for a value of the command line beyond any bound; what is no YAML may be a text."""
+    try:
+        found = parse_yaml(text)
+    except yaml.YAMLError:
+        found = text
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    _check_text(name.removeprefix("--"), found, "command line")
+
+
+@functools.cache
+def _numbers() -> frozenset[str]:
+    """Keys that hold a number, or yes or no."""
+    types = {
+        f"{one.name}.{key.name}": str(key.type) for one in fields(Config) for key in fields(getattr(Config(), one.name))
+    }
+    return frozenset(
+        key for key, kind in types.items() if re.search(r"\b(int|float|bool)\b", kind) and "str" not in kind
+    )
+
+
+def _check_text(key: str, value: Any, where: str) -> None:
+    """ValueError for a text that is no number; jsonargparse reads it as YAML once more, and 1:30 as a number to the
+    base 60, whatever its length."""
+    if isinstance(value, str) and key in _numbers() and (":" in value or len(value) > MAX_WORD):
+        raise ValueError(f"{where}: {key} is {reprlib.repr(value)}, which is no number.")
 
 
 @functools.cache  # a comparison reads hundreds of configurations
 def _parser() -> ArgumentParser:
+    set_loader("bounded yaml", _value, exceptions=(yaml.YAMLError,))
     parser = ArgumentParser(
         prog="rpo_jax",
+        parser_mode="bounded yaml",
         exit_on_error=False,
         default_env=False,
         description="Keys are given in a YAML file (--config, several are merged in order) and as --section.key value.",
@@ -103,6 +146,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
             previous = arguments[position - 1] if position else ""
             if not previous.startswith("--") or "=" in previous:
                 raise ValueError(f"unexpected argument '{argument}'; options are written --section.key value.")
+            _check_value(previous, argument)
             expanded.append(argument)
             continue
         name = _FLAGS.get(name, name)
@@ -113,15 +157,29 @@ def parse_config(arguments: Sequence[str]) -> Config:
             _read_yaml(Path(value if equals else following))
         elif name != "--help":
             _reject_unknown([name.removeprefix("--")], "command line")
+            _check_value(name, value)
         if name in ("--run.overwrite", "--run.force") and not equals and following.startswith("--"):
             value, equals = "true", "="
         expanded.append(name + equals + value)
     parser = _parser()
     try:
-        parsed = parser.instantiate(parser.parse_args(expanded))
+        read = parser.parse_args(expanded)
+        _check_numbers(read.as_dict(), "")
+        parsed = parser.instantiate(read)
     except ArgumentError as error:
         raise ValueError(_readable(error)) from None
     return Config(**{section.name: parsed[section.name] for section in fields(Config)})
+
+
+def _check_numbers(values: Mapping[str, Any], prefix: str) -> None:
+    """ValueError for the first number that is none to compute with; no range of a single key would say so."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{prefix}{name}={value} is not a finite number.")
+        elif isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise ValueError(f"{prefix}{name} is a number of more than 64 bits.")
 
 
 def _readable(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -11,15 +12,29 @@ from typing import Any
 
 from rpo_jax.core.files import refusal
 from rpo_jax.core.memory import explaining_memory
+from rpo_jax.core.text import printable
 
 USER_ERROR = 2  # exit status where something that was given cannot be used
+
+
+def print_text(text: object) -> None:
+    """A line, or several, on stdout: what a file, a folder or a row is called moves no cursor there."""
+    print(printable(str(text)), flush=True)
 
 
 def print_error(error: Exception | str) -> None:
     """An error in one line on stderr, with its notes; those of several lines are jax's, on its traceback."""
     notes = " ".join(note for note in getattr(error, "__notes__", ()) if "\n" not in note)
+    text = re.sub(r"\s*\n\s*", " ", f"{error}{f' ({notes})' if notes else ''}")
     with contextlib.suppress(OSError):  # as where stderr is on a disk that is full: the exit status still says it
-        print("error:", re.sub(r"\s*\n\s*", " ", f"{error}{f' ({notes})' if notes else ''}"), file=sys.stderr)
+        print("error:", printable(text), file=sys.stderr)
+
+
+class _Printable(logging.Formatter):
+    """Names of files and words of libraries on their way to a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class SteadyStream:
@@ -66,6 +81,8 @@ def run_command(work: Callable[[], int | None], leave: Callable[[int], int] = la
     Args:
         leave: what a process of several does with its status before it ends on an error; see hosts.processes.leave.
     """
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Printable())
     stream: Any = SteadyStream(sys.stdout)
     try:
         with contextlib.redirect_stdout(stream):

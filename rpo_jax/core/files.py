@@ -148,7 +148,8 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            # A lone surrogate, as in a file's name that is no UTF-8, is written as the escape that JSON has for it.
+            partial.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             atomic_replace(partial, path)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -14,7 +14,15 @@ from rpo_jax.core.files import WriteFailed, atomic_write, writing
 
 def complete_lines(path: Path) -> list[bytes]:
     """Lines without their ends; none where there is no file, and without a last one that has no end."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that a JSON text is; ValueError for any that is none, brackets without end too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deep ({error})") from None
 
 
 def read_jsonl(path: Path, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -26,7 +34,7 @@ def read_jsonl(path: Path, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(complete_lines(path), start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
         if not isinstance(row, dict) or not set(needed) <= set(row) or not isinstance(row.get("step", 0), int):
@@ -72,7 +80,7 @@ class GrowingFile:
         """Write what waits; `lasting`: so that it is there after a power cut, as are the lines before."""
         try:
             with writing(self._path):
-                self._append("".join(self._waiting).encode(), lasting)
+                self._append("".join(self._waiting).encode("utf-8", "backslashreplace"), lasting)
         except WriteFailed as error:
             if self.fault is None:
                 self._say(f"{error}; its lines wait in memory, and it goes on")

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
-import os
 import re
-import selectors
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpo_jax.core.records import Message
 from rpo_jax.data.control_tokens import TextEncoder
+from rpo_jax.data.limited_process import BeyondUseError, LimitedProcess, Stopped
 from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDER_SECONDS = 10.0  # for a prompt and its answers; a template takes well below a millisecond for each
-MAX_ANSWER_BYTES = 1 << 29
 _PROBE = "\ue000answer\ue001"  # private-use characters: no template changes them
 WORKER = Path(__file__).with_name("template_worker.py")
 
 
-class TemplateError(ValueError):
+class TemplateError(BeyondUseError):
     """A template that cannot be used at all, whatever the messages."""
 
 
@@ -106,7 +100,7 @@ class ChatTemplate:
         tokens = self.encoder.find(after)
         self.ending = None
         if probe:
-            self.ending = Ending(after[: tokens[0].end()], tokens[0][0]) if tokens else Ending(after, None)
+            self.ending = Ending(after[: tokens[0].end], tokens[0].name) if tokens else Ending(after, None)
 
     def _probe(self) -> str:
         for opening in ((), (Message("system", "a"),)):
@@ -167,18 +161,11 @@ def close_worker() -> None:
         _kept.popitem()[1].close()
 
 
-class _Worker:
+class _Worker(LimitedProcess):
     """A process of template_worker.py, for one template."""
 
     def __init__(self, program: str) -> None:
-        paths = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PATH") if name in os.environ}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER)],  # not beside its own folder, where a module is called tokenize
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**paths, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"},
-        )
+        super().__init__(WORKER)
         ((outcome, reason),) = self.ask(json.loads(program))
         if outcome == "error":
             self.close()
@@ -187,44 +174,18 @@ class _Worker:
     def close(self) -> None:
         for program in [program for program, worker in _kept.items() if worker is self]:
             del _kept[program]
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            with contextlib.suppress(OSError):  # what could not be written to a process that died
-                stream.close()
+        super().close()
 
     def ask(self, request: Any) -> list[tuple[str, str]]:
         """For each thing asked ["ok", text] or ["error", reason]; TemplateError where no answer comes."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            return json.loads(self._line(time.monotonic() + RENDER_SECONDS))
-        except (OSError, EOFError) as error:
+            return self.exchange(request, RENDER_SECONDS)
+        except Stopped as reason:
             self.close()
-            reason = str(error) or "it used too much memory"
             raise TemplateError(
-                f"The tokenizer's chat template was stopped: {reason}; use a tokenizer whose template you trust, or "
-                "remove chat_template from its files."
+                f"The tokenizer's chat template was stopped: {reason} for one prompt; use a tokenizer whose template "
+                "you trust, or remove chat_template from its files."
             ) from None
-
-    def _line(self, deadline: float) -> bytes:
-        assert self._process.stdout is not None
-        pieces = []
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            size = 0
-            while not pieces or not pieces[-1].endswith(b"\n"):
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError(f"it took more than {RENDER_SECONDS:g} s for one prompt")
-                pieces.append(os.read(self._process.stdout.fileno(), 1 << 20))
-                size += len(pieces[-1])
-                if not pieces[-1]:
-                    raise EOFError
-                if size > MAX_ANSWER_BYTES:
-                    raise EOFError("it wrote too much")
-        return b"".join(pieces)
 
 
 _kept: dict[str, _Worker] = {}

@@ -124,9 +124,9 @@ class Conversation:
             raise ValueError(f"<think> is left open: the {response.kind} response never closes it")
         end, ended = len(whole), False
         if ending is None or ending.token is not None:
-            tokens = [found for found in encoder.find(whole) if ending is None or found[0] == ending.token]
+            tokens = [found for found in encoder.find(whole) if ending is None or found.name == ending.token]
             if tokens:
-                end, ended = tokens[-1].end(), True
+                end, ended = tokens[-1].end, True
         elif whole.endswith(ending.text):
             end -= len(ending.text)
         whole = whole[:end]

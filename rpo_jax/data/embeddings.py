@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from rpo_jax.core.files import atomic_write
 from rpo_jax.core.store import ByProduct, discard, fault, load
 from rpo_jax.data.hub import cached_folder, download_folder
+from rpo_jax.data.limited_tokenizer import limited
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -125,6 +126,7 @@ def _encode_missing(
     # Texts of similar length share a batch, so that little of it is padding; ties broken for reproducible batches.
     ordered = sorted(missing, key=lambda key: (len(missing[key]), key))
     kept = ByProduct("Embeddings")
+    _check_tokenizer(getattr(encoder, "tokenizer", None), [missing[key] for key in ordered])
     done: dict[bytes, np.ndarray] = {}
     unsaved: dict[bytes, np.ndarray] = {}
     for start in range(0, len(ordered), batch_texts):
@@ -145,6 +147,16 @@ def _encode_missing(
         if on_progress:
             on_progress(min(start + batch_texts, len(ordered)), len(ordered))
     return done
+
+
+def _check_tokenizer(tokenizer: Any, texts: Sequence[str]) -> None:
+    """ValueError for a text that the encoder's tokenizer fails on: tried where it can be stopped, and no work beside
+    the encoder's."""
+    tried = limited(tokenizer)
+    outcomes = [] if tried is None else tried.encode(texts)
+    for text, outcome in zip(texts, outcomes, strict=False):
+        if isinstance(outcome, ValueError):
+            raise ValueError(f"The encoder fails on the text {text[:80]!r}: {outcome}; use another encoder.")
 
 
 # A store is a folder of files that are never changed: each holds some texts' embeddings and is named by the hash of

@@ -13,11 +13,13 @@ import numpy as np
 from jaxtyping import Int
 
 from rpo_jax.core.records import Message, PreferenceExample, TokenizedExample, TokenizedExamples, TokenizedResponse
-from rpo_jax.data.chat_template import ChatTemplate, TemplateError
-from rpo_jax.data.control_tokens import TextEncoder, TokenIds
+from rpo_jax.data.chat_template import ChatTemplate
+from rpo_jax.data.control_tokens import TextEncoder
 from rpo_jax.data.conversations import AnswerText, Conversation, without_end
 from rpo_jax.data.faults import Faults
 from rpo_jax.data.layouts.parts import common_prefix
+from rpo_jax.data.limited_process import BeyondUseError
+from rpo_jax.data.limited_tokenizer import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,7 +145,7 @@ class _ExampleEncoder:
         for example in examples:
             try:
                 texts.append(self._text(example, as_messages(example.prompt, self.limits.template)))
-            except TemplateError:
+            except BeyondUseError:
                 raise  # no row is to blame
             except ValueError as error:
                 texts.append(str(error))
@@ -154,7 +156,7 @@ class _ExampleEncoder:
                 if isinstance(text, str):
                     raise ValueError(text)
                 encoded.append(self._encoded(example, text, ids))
-            except TemplateError:
+            except BeyondUseError:
                 raise
             except ValueError as error:
                 encoded.append({"fault": str(error)})
@@ -170,9 +172,9 @@ class _ExampleEncoder:
             return _Text(prompt, responses=tuple(without_end(one.text, ends) for one in example.responses))
         rendered = Conversation(self.template, prompt, example.template_arguments, example.responses)
         shared = len(reduce(common_prefix, (answer.text for answer in rendered.answers), rendered.text))
-        found = (token for token in self.encoder.find(rendered.text) if self.encoder.is_bare(token[0]))
-        tokens = [token for token in found if token.end() <= shared]
-        return _Text(rendered.text, rendered.answers, boundary=tokens[-1].start() if tokens else 0)
+        found = (token for token in self.encoder.find(rendered.text) if self.encoder.is_bare(token.name))
+        tokens = [token for token in found if token.end <= shared]
+        return _Text(rendered.text, rendered.answers, boundary=tokens[-1].start if tokens else 0)
 
     def _encoded(self, example: PreferenceExample, text: _Text, ids: _Encoded) -> dict[str, Any]:
         limits, notes = self.limits, []
@@ -191,11 +193,11 @@ class _ExampleEncoder:
             notes.append("parted")
         if text.answers is None:
             has_template = self.tokenizer.chat_template is not None
-            controls = self.encoder.find(text.prompt)
+            controls = self.encoder.holds(text.prompt)
             notes += ["raw_prompts"] * (has_template and not controls)
             prefix = self.encoder.prefix
             notes += ["doubled_bos"] * bool(len(prefix) and prompt[1:2].tolist() == prefix[:1].tolist())
-            hidden = any(self.encoder.find(response) for response, _ in text.responses)
+            hidden = any(self.encoder.holds(response) for response, _ in text.responses)
         else:
             hidden = any(self.encoder.is_marked(answer.text) for answer in text.answers)
         notes += ["control_text"] * hidden
@@ -207,13 +209,13 @@ class _ExampleEncoder:
         """Prompt and responses in tokens, and whether a response begins before the end of the prompt's text."""
         if text.answers is None:
             ends = (self.eos if end is None else self._end(end) for _, end in text.responses)
-            own = [np.concatenate([ids.plain[one], end]) for (one, _), end in zip(text.responses, ends, strict=True)]
-            return np.concatenate([self.encoder.prefix, ids.rendered[text.prompt]]), own, False
+            own = [np.concatenate([ids.plain(one), end]) for (one, _), end in zip(text.responses, ends, strict=True)]
+            return np.concatenate([self.encoder.prefix, ids.rendered(text.prompt)]), own, False
         start = text.boundary
-        head, opening = ids.rendered[text.prompt[:start]], ids.rendered[text.prompt[start:]]
+        head, opening = ids.rendered(text.prompt[:start]), ids.rendered(text.prompt[start:])
         ways, shared = [], len(opening)
         for answer in text.answers:
-            whole = ids.rendered[answer.text[start:]]
+            whole = ids.rendered(answer.text[start:])
             common = _common(opening, whole)
             if answer.continues is not None and common < len(opening):
                 # A token of the whole straddles the end of the prompt; the model goes on after the prompt's own.
@@ -236,8 +238,22 @@ class _Encoded:
             wanted = [text.prompt[:start], text.prompt[start:], *(one.text[start:] for one in text.answers or ())]
             parts |= dict.fromkeys(wanted)
         plain = dict.fromkeys(response for text in texts for response, _ in text.responses)
-        self.rendered = dict(zip(parts, encoder.encode(list(parts)), strict=True))
-        self.plain = dict(zip(plain, encoder.encode(list(plain), as_text=True), strict=True))
+        self._rendered = dict(zip(parts, encoder.outcomes(list(parts)), strict=True))
+        self._plain = dict(zip(plain, encoder.outcomes(list(plain), as_text=True), strict=True))
+
+    def rendered(self, text: str) -> TokenIds:
+        """Of a prompt, or of a conversation's part; ValueError where the tokenizer has none."""
+        return _ids(self._rendered[text])
+
+    def plain(self, text: str) -> TokenIds:
+        """Of a response that is text, control tokens in it too; ValueError where the tokenizer has none."""
+        return _ids(self._plain[text])
+
+
+def _ids(outcome: TokenIds | ValueError) -> TokenIds:
+    if isinstance(outcome, ValueError):
+        raise ValueError(str(outcome))  # a new one: several rows may share it
+    return outcome
 
 
 def _common(first: TokenIds, second: TokenIds) -> int:
@@ -385,7 +401,7 @@ def render_prompt(
 
     Messages go through the tokenizer's chat template, or DEFAULT_CHAT_TEMPLATE where it has none. A string is used
     as it is with template `auto`, and as one user message with `chat`. Raises ValueError where the template
-    refuses the messages, TemplateError where it cannot be used at all.
+    refuses the messages, BeyondUseError where it cannot be used at all.
     """
     messages = as_messages(prompt if isinstance(prompt, str) else tuple(prompt), template)
     if isinstance(messages, str):

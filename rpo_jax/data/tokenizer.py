@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rpo_jax.core.files import inside, read_json, refuse_gguf
 from rpo_jax.data.hub import cached_folder, download_folder
@@ -37,6 +37,8 @@ HUB_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
 
 MAX_TOKENS = 1 << 24
 MAX_FILE_BYTES = 1 << 28
+MAX_TOKEN_CHARACTERS, MAX_ADDED_CHARACTERS = 1 << 14, 256  # of one token; of one that is looked for in every text
+MAX_GROWTH = 8  # of a token's text by the rules that decode it
 # Of tokenizer_config.json: what transformers 5 notes there of how a tokenizer was loaded, which is no part of it.
 LOADING_SETTINGS = ("backend", "is_local", "local_files_only")
 # Of tokenizer_config.json: what transformers would take code, arguments or a path of its choice from.
@@ -61,6 +63,7 @@ def load_tokenizer(folder_or_hub_name: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         vocabulary = tokenizer.get_vocab()
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # what a damaged file raises is not one kind; a panic of Rust's is no Exception
@@ -71,7 +74,40 @@ def load_tokenizer(folder_or_hub_name: str | Path) -> PreTrainedTokenizerBase:
     largest = max(vocabulary.values(), default=0)
     if largest >= MAX_TOKENS:
         raise ValueError(f"The tokenizer in {folder} has a token of id {largest:,}; no vocabulary is that large.")
+    for tokens, most in ((vocabulary, MAX_TOKEN_CHARACTERS), (added, MAX_ADDED_CHARACTERS)):
+        if (longest := max(map(len, tokens), default=0)) > most:
+            raise ValueError(f"The tokenizer in {folder} has a token of {longest:,} characters; none needs that many.")
+    _check_decoder(tokenizer, folder)
     return tokenizer
+
+
+def _check_decoder(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """ValueError for rules that could make much of few tokens; those that are decoded here are simple."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    waiting, growth = [], 1.0
+    if backend is not None and backend.decoder is not None:
+        waiting.append(json.loads(backend.decoder.__getstate__()))
+    while waiting:
+        rule = waiting.pop()
+        waiting += rule.get("decoders", [])
+        if rule.get("type") == "Replace":
+            pattern = rule["pattern"].get("String")
+            growth *= max(1.0, len(rule["content"]) / len(pattern)) if pattern else float("inf")
+    if growth > MAX_GROWTH:
+        raise ValueError(
+            f"The tokenizer in {folder} decodes by expressions, or makes more than {MAX_GROWTH} characters of one; use "
+            "one that you trust."
+        )
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], **settings: Any) -> str:
+    """The text of token ids; ValueError where the tokenizer's library fails on them."""
+    try:
+        return str(tokenizer.decode(list(ids), **settings))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust's is no Exception
+        raise ValueError(f"the tokenizer cannot decode its own tokens: {type(error).__name__}: {error}") from None
 
 
 def _check_files(folder: Path) -> None:

@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.path import atomicity
 
 from rpo_jax.core.files import WriteFailed, check_there, refusal, sync, sync_folder
+from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.manifest import NAME, fault, has_manifest, write_manifest
 from rpo_jax.hosts.devices import devices
 
@@ -302,7 +303,7 @@ def step_fault(folder: Path) -> str | None:
     if has_manifest(folder):
         return fault(folder)
     try:
-        record = json.loads((folder / "record" / "metadata").read_text(encoding="utf-8"))
+        record = parse_json((folder / "record" / "metadata").read_bytes())
     except (OSError, ValueError) as error:
         return f"its record cannot be read ({' '.join(str(error).split())[:200]})"
     return f"{NAME} is missing" if _SUMMED in record else None

@@ -101,7 +101,7 @@ def _resuming(config: Config, folder: Path) -> bool:
             f"run.dir={folder} holds a run already; go on with it (--resume auto), replace it (--overwrite), or "
             "choose another folder."
         )
-    if config.run.resume == "auto" and _newest_record(folder) is not None:
+    if config.run.resume == "auto" and newest_record(folder) is not None:
         return True
     for key, path in (
         ("model.path", config.model.path),
@@ -117,7 +117,7 @@ def _resuming(config: Config, folder: Path) -> bool:
     return False
 
 
-def _newest_record(folder: Path) -> dict[str, Any] | None:
+def newest_record(folder: Path) -> dict[str, Any] | None:
     """What the newest checkpoint says about its run; None where there is no checkpoint."""
     checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
     newest = checkpoints.latest_step()
@@ -162,8 +162,11 @@ def data_notes(run_dir: Path, max_tokens: int) -> list[str]:
         return []
     notes = []
     for part, counts in read_json(run_dir, DATA_COUNTS).items():
-        cuts = describe_cuts(counts, max_tokens)
-        lines = [*([cuts] if cuts else []), *describe_notes(counts)]
+        try:
+            cuts = describe_cuts(counts, max_tokens)
+            lines = [*([cuts] if cuts else []), *describe_notes(counts)]
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{run_dir / DATA_COUNTS} is damaged: '{part}' should be counts; remove it.") from None
         notes += [f"{part.replace('_', '-')} data: {line}" for line in lines]
     return notes
 
@@ -230,7 +233,7 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
 
     With `force` another run goes on, as long as it can; `record` then says what it was before.
     """
-    saved = _newest_record(folder)
+    saved = newest_record(folder)
     assert saved is not None, "check_run_folder found a checkpoint"
     check_architecture(saved["model"], record["model"], folder)
     changed = changed_settings(saved["config"], record["config"])

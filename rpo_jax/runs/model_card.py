@@ -5,6 +5,7 @@ Nothing of the machine goes into it: of local paths the last name alone, of the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from rpo_jax.config import Config, resolve
 from rpo_jax.core.jsonl import read_jsonl
 from rpo_jax.core.templates import render
+from rpo_jax.core.yaml_text import parse_yaml, read_text
 from rpo_jax.models import ModelConfig
 from rpo_jax.runs.folder import data_notes
 from rpo_jax.runs.tracking import METRICS
@@ -109,8 +111,6 @@ def _cached(name: str, file: str | None) -> Path | None:
 
 def _card_of(base: str | None) -> dict[str, Any]:
     """The metadata of the base's card, {} where it has none that can be read."""
-    from huggingface_hub import metadata_load
-
     if base is None:
         return {}
     card = Path(base).expanduser() / "README.md"
@@ -120,7 +120,11 @@ def _card_of(base: str | None) -> dict[str, Any]:
             return {}
         card = cached
     try:
-        return metadata_load(card) or {}
+        lines = iter(read_text(card).splitlines())
+        if next(lines, "").strip() != "---":
+            return {}
+        found = parse_yaml("\n".join(itertools.takewhile(lambda line: line.strip() != "---", lines)))
+        return found if isinstance(found, dict) else {}
     except Exception:  # a card that others wrote, in YAML: whatever is wrong with it, an export does without
         return {}
 

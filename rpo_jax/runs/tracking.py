@@ -25,6 +25,7 @@ from rpo_jax.core import files
 from rpo_jax.core.command import SteadyStream
 from rpo_jax.core.jsonl import GrowingFile, read_jsonl, write_jsonl
 from rpo_jax.core.store import ByProduct
+from rpo_jax.core.text import printable
 from rpo_jax.runs.notebook import NotebookProgress, clock, in_notebook
 
 METRICS = "metrics.jsonl"
@@ -90,7 +91,7 @@ class Reporter:
         self._started = time.perf_counter()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[list[str]]:

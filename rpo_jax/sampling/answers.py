@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
+from rpo_jax.data.tokenizer import decode
 from rpo_jax.sampling.engine import Engine
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Answerer:
         return min((at for at in map(text.find, self.stop) if at >= 0), default=None)
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return decode(self.tokenizer, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _answer(self, index: int, ids: list[int]) -> Answer:
         ended = bool(ids) and ids[-1] in self.end_ids

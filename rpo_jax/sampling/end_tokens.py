@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rpo_jax.core.jsonl import parse_json
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.models import ModelConfig
 from rpo_jax.runs.folder import GENERATION_CONFIG
@@ -31,7 +31,7 @@ def end_tokens(
     file, generation = folder and folder / GENERATION_CONFIG, {}
     if file is not None and file.is_file():
         try:
-            generation = json.loads(file.read_text(encoding="utf-8"))
+            generation = parse_json(file.read_bytes())
             generation.get("eos_token_id")
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{file} is not a JSON object ({error}); copy it again, or remove it.") from None

@@ -18,7 +18,7 @@ import numpy as np
 
 from rpo_jax.config import MeshConfig, RunConfig
 from rpo_jax.core.files import atomic_write, check_writable
-from rpo_jax.core.jsonl import GrowingFile, complete_lines, write_jsonl
+from rpo_jax.core.jsonl import GrowingFile, complete_lines, parse_json, write_jsonl
 from rpo_jax.core.memory import explaining_memory
 from rpo_jax.data.hub import newest_file
 from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
@@ -215,7 +215,7 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
     done = {}
     for number, line in enumerate(complete_lines(out), start=1):
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             index = index_of.get(found["row_id"])
             recorded = {key: found[key] for key in ("model", "settings", "prompt", "seed")}
             assert {"response", "finish_reason", "tokens"} <= set(found)

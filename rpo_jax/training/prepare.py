@@ -26,6 +26,7 @@ from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExampl
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.embeddings import embed_texts
 from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, prompt_text
+from rpo_jax.data.limited_tokenizer import close_tokenizers
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.data.refine import refined
@@ -353,6 +354,7 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
         for name, part in parts.items():
             tokenized[name], counts[name] = _tokenized(config, part, tokenizer, responses, reporter)
         origins = {name: _origins(name, part, tokenizer) for name, part in parts.items()}
+        close_tokenizers()  # its process has the vocabulary in memory
         notes.append(f"vocabulary {len(tokenizer):,}")
         for name, part in parts.items():
             if cuts := describe_cuts(counts[name], part.limits.max_tokens):

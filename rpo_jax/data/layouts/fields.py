@@ -14,6 +14,7 @@ from rpo_jax.data.csv_rows import Cell
 from rpo_jax.data.faults import shown
 
 _LARGEST = float(np.finfo(np.float32).max)  # scores are trained on in float32
+MAX_NESTING = 100  # of what templates get: functions that call themselves work on it
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 # Words of the names of columns and of fields of messages that say something about a text and are none of it.
@@ -172,6 +173,11 @@ def parsed(text: str, otherwise: Any) -> Any:
 
 def json_text(value: Any, name: str) -> str:
     """A value as JSON; Unusable for what JSON does not have, or a template must not get."""
+    level, depth = [value], 0
+    while level := [inner for one in level for inner in _inner(one)]:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise Unusable(f"column '{name}' is nested too deep: more than {MAX_NESTING} lists or objects")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -179,6 +185,10 @@ def json_text(value: Any, name: str) -> str:
     if any("\0" in found for found in texts_in(value)):
         raise Unusable("null character: a text holds U+0000")
     return text
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rpo_jax.core.text import printable
 from rpo_jax.tools.checkup.environment import check_environment
 from rpo_jax.tools.checkup.finding import Finding, failed
 
@@ -75,9 +76,9 @@ def show(findings: Sequence[Finding]) -> None:
     table.add_column(overflow="fold")
     for finding in findings:
         word, style = STYLES[finding.status]
-        table.add_row(Text(word, style=style), finding.subject, Text(finding.text))
+        table.add_row(Text(word, style=style), finding.subject, Text(printable(finding.text)))
         if finding.fix:
-            table.add_row("", "", Text(f"-> {finding.fix}", style="bold"))
+            table.add_row("", "", Text(printable(f"-> {finding.fix}"), style="bold"))
     console.print(table)
     counts = {status: sum(finding.status == status for finding in findings) for status in STYLES}
     console.print(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['failed']} failed")

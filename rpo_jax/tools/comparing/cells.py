@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from rpo_jax.core.files import atomic_write
-from rpo_jax.core.jsonl import read_jsonl
+from rpo_jax.core.jsonl import parse_json, read_jsonl
 from rpo_jax.sampling.engine import Sampling
 from rpo_jax.sampling.generation import GenerateConfig, generate
 from rpo_jax.tasks.gold import GoldTask, make_rows, win
@@ -58,7 +58,7 @@ class CellRunner:
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """What a finished cell measured."""
         file = self.place(cell) / RESULT
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return parse_json(file.read_bytes()) if file.is_file() else None
 
     def work_on(self, cell: Cell) -> bool:
         """Have the cell's result; False where another process is at it."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rpo_jax.core.command import print_text
 from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.tools.comparing.cells import CellRunner
 from rpo_jax.tools.comparing.comparison_page import TRIED, make_page
@@ -83,7 +84,7 @@ def work(study: Study, runner: CellRunner) -> None:
             began = time.perf_counter()
             if runner.work_on(cell):
                 seconds = time.perf_counter() - began
-                print(f"{number}/{len(cells)}  {label}  {_outcome(runner.result(cell))}  {seconds:.0f} s", flush=True)
+                print_text(f"{number}/{len(cells)}  {label}  {_outcome(runner.result(cell))}  {seconds:.0f} s")
         if all(runner.result(cell) is None for _, cell in missing):
             time.sleep(WAIT_SECONDS)  # all of them are with other processes
 

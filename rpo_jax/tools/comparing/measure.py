@@ -38,9 +38,10 @@ def divergences(
     start = find_policy(str(reference))
     encoder = PromptEncoder(found.tokenizer, "auto", {}, None, "keep_end")
     end = [found.tokenizer.eos_token_id]
+    texts = encoder.template.encoder.encode([text for _, text, _ in answers])
     rows = [
-        (encoder.encode(prompt).tolist(), found.tokenizer(text, add_special_tokens=False)["input_ids"] + end * ended)
-        for prompt, text, ended in answers
+        (encoder.encode(prompt).tolist(), ids.tolist() + end * ended)
+        for (prompt, _, ended), ids in zip(answers, texts, strict=True)
     ]
     width = -(-max(len(prompt) + len(answer) for prompt, answer in rows) // TOKENS) * TOKENS
     totals = []

@@ -6,21 +6,23 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import random
+import reprlib
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rpo_jax import models
 from rpo_jax.config import Config
 from rpo_jax.config.reading import load_config
+from rpo_jax.core.yaml_text import read_yaml
 from rpo_jax.tasks.gold import GoldTask
 
 Settings = dict[str, Any]
+MAX_GRID = 10_000  # runs that tune a method
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,7 @@ def read_study(path: Path) -> Study:
     """
     if not path.is_file():
         raise ValueError(f"No study at {path}; configs/compare_small.yaml is one.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    content = read_yaml(path)
     try:
         study = _read(content)
         for where, cell in study.configurations():
@@ -239,7 +238,9 @@ def _read(content: Any) -> Study:
         settings = _mapping(settings, f"methods: {name}")
         grids[name] = _grid(settings.pop("grid", tuning.get("grid", {})), name)
         methods[name] = settings
-    sizes = {name: len(list(itertools.product(*grid.values()))) for name, grid in grids.items()}
+    sizes = {name: math.prod(map(len, grid.values())) for name, grid in grids.items()}
+    if large := next((name for name, size in sizes.items() if size > MAX_GRID), None):
+        raise ValueError(f"methods: {large}: grid: it asks for {sizes[large]:,} runs, more than {MAX_GRID:,}.")
     if len(set(sizes.values())) > 1:
         raise ValueError(f"every method must be tuned with as many runs, but the grids have {sizes}.")
     seeds = content.get("seeds", [])
@@ -265,7 +266,7 @@ def _grid(grid: Any, method: str) -> dict[str, list[Any]]:
     grid = _mapping(grid, f"methods: {method}: grid")
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise ValueError(f"methods: {method}: grid: {key} needs a list of values, got {values!r}.")
+            raise ValueError(f"methods: {method}: grid: {key} needs a list of values, got {reprlib.repr(values)}.")
     return grid
 
 
@@ -292,7 +293,7 @@ def _mapping(content: Any, where: str, known: tuple[str, ...] = ()) -> dict[str,
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: needs keys below it, got {content!r}.")
+        raise ValueError(f"{where}: needs keys below it, got {reprlib.repr(content)}.")
     for key in content:
         if known and key not in known:
             raise ValueError(f"{where}: unknown key {key!r}; there are {', '.join(known)}.")

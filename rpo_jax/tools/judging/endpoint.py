@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import email.utils
 import importlib.util
 import json
+import math
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from rpo_jax.core.text import printable, well_formed
 from rpo_jax.tools.judging.cache import AnswerCache, JudgeAnswer, answer_key
 from rpo_jax.tools.judging.comparisons import Comparison, Verdict
 from rpo_jax.tools.judging.questions import Task, question, read_answer
@@ -26,6 +30,8 @@ _RETRIED = (408, 409, 425, 429)  # and all from 500
 _FATAL = (401, 403, 404)  # true of every request
 _REFUSALS_IN_A_ROW = 5  # without a single answer, no prompt's fault
 _FIRST_CONTACT_ATTEMPTS = 3
+_MAX_BODY_BYTES = 1 << 22  # of an answer; thousands of tokens with all their alternatives take a tenth of that
+_MAX_TOKENS = 10**9  # of one answer's usage; more is no count
 
 
 class EndpointError(RuntimeError):
@@ -43,7 +49,7 @@ class EndpointSettings:
         concurrency: requests under way at once.
         retries: of a request that failed in a way that may pass: no connection, time-out, rate limit, server error, an
             answer that is no chat completion.
-        timeout_seconds: for one request.
+        timeout_seconds: for one request, from the connection to the last byte of the answer.
         backoff_seconds: before the first retry; doubled every time, up to a minute, and shortened at random by up to a
             half. A Retry-After header is obeyed instead.
         temperature: of the judge.
@@ -90,10 +96,21 @@ class _Stopped(Exception):
     """Another thread met an error that ends the run."""
 
 
+class _Reply(NamedTuple):
+    """An HTTP answer of any status."""
+
+    status: int
+    headers: Mapping[str, str]  # names in lower case
+    body: bytes
+
+
 class EndpointJudge:
     """Asks an endpoint the paper's question; to be closed, as it holds connections.
 
-    Raises ValueError where the openai package or the key is missing, or the address is none.
+    An endpoint is a stranger: it gets the question and the key, and nothing else happens. No redirect is followed,
+    nothing is unpacked, an answer is read up to a size and a time, and what it says is data.
+
+    Raises ValueError where the HTTP client or the key is missing, or the address is none.
     """
 
     sees_order = True
@@ -105,10 +122,8 @@ class EndpointJudge:
         cache: AnswerCache,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        if importlib.util.find_spec("openai") is None:
-            raise ValueError("--judge openai: needs the openai package; run `pip install openai`.")
-        import openai
-
+        if importlib.util.find_spec("httpx2") is None:
+            raise ValueError("--judge openai: needs the httpx2 package; run `pip install httpx2`.")
         self.name = settings.model
         self._task: Task = task
         self.settings, self._cache, self._say = settings, cache, say
@@ -123,15 +138,19 @@ class EndpointJudge:
         self._has_key = bool(key)
         # A short word such as EMPTY is no secret, and blotting it out would garble answers.
         self._secret = key if len(key) >= 8 else None
-        # A server without keys still gets the header that the client insists on.
-        self._client = openai.OpenAI(
-            api_key=key or "none", base_url=self.endpoint, max_retries=0, timeout=settings.timeout_seconds
-        )
+        # A server without keys still gets the header that some insist on; an answer that is packed could be a bomb.
+        headers = {"Authorization": f"Bearer {key or 'none'}", "Accept-Encoding": "identity"}
+        for name, variable in (("OpenAI-Organization", "OPENAI_ORG_ID"), ("OpenAI-Project", "OPENAI_PROJECT_ID")):
+            if value := os.environ.get(variable):
+                headers[name] = value
+        self._headers = headers
+        self._stack = contextlib.ExitStack()
+        self._portal, self._client = self._stack.enter_context(_client(settings))
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._not_before, self._answered, self._refused = 0.0, 0, 0
 
     def close(self) -> None:
-        self._client.close()
+        self._stack.close()
 
     def known(self, comparison: Comparison) -> JudgeAnswer | None:
         """The answer to this very question, if it was given before."""
@@ -189,6 +208,7 @@ class EndpointJudge:
     def _patiently(self, request: dict[str, Any]) -> JudgeAnswer:
         """The answer, after as many attempts as are allowed."""
         attempts, failures, answered = self.settings.retries + 1, 0, self._answered
+        answered_before = answered
         while True:
             self._wait_until_allowed()
             try:
@@ -199,9 +219,11 @@ class EndpointJudge:
                 answered = self._answered
                 # A server that was never reached is not there; do not keep a user waiting for minutes.
                 if failures >= (attempts if error.reached or answered else min(attempts, _FIRST_CONTACT_ATTEMPTS)):
+                    told = f"failed {failures} times in a row: {error}"
+                    if answered > answered_before:  # others were answered meanwhile: it is this question
+                        raise _Refused(told) from None
                     raise EndpointError(
-                        f"{self.endpoint} failed {failures} times in a row: {error}. Answers so far are kept: the same "
-                        "command goes on from here."
+                        f"{self.endpoint} {told}. Answers so far are kept: the same command goes on from here."
                     ) from None
                 self._delay(failures, error)
             else:
@@ -223,52 +245,74 @@ class EndpointJudge:
             return
         if error.wait_seconds > _MAX_WAIT_SECONDS:
             raise EndpointError(
-                f"{self.endpoint} asks to wait for {error.wait_seconds:.0f} s ({error}). Answers so far are kept: run "
-                "the same command again then."
+                f"{self.endpoint} asks to wait for {_seconds(error.wait_seconds)} ({error}). Answers so far are kept: "
+                "run the same command again then."
             ) from None
         with self._lock:
             until = time.monotonic() + error.wait_seconds
             if until > self._not_before + 1:
-                self._say(f"{self.endpoint} asks to wait for {error.wait_seconds:.0f} s")
+                self._say(f"{self.endpoint} asks to wait for {_seconds(error.wait_seconds)}")
             self._not_before = max(self._not_before, until)
 
     def _ask(self, request: dict[str, Any]) -> JudgeAnswer:
-        import openai
+        import httpx2
 
         try:
-            reply = self._client.chat.completions.with_raw_response.create(**_known(request))
-            return self._read(reply.text)
-        except openai.APIStatusError as error:
-            raise self._status(error) from None
-        except openai.APITimeoutError:
+            reply = self._portal.call(self._post, json.dumps(request).encode())
+        except (TimeoutError, httpx2.TimeoutException):
             raise _Transient(f"no answer within {self.settings.timeout_seconds:g} s (--timeout-seconds)") from None
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            raise _Transient(self._clean(f"no connection ({cause})"), reached=False) from None
-        except (openai.OpenAIError, UnicodeDecodeError) as error:
-            raise _Transient(self._clean(f"{type(error).__name__}: {error}")) from None
+        except httpx2.ConnectError as error:
+            raise _Transient(self._clean(f"no connection ({error})"), reached=False) from None
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise _Transient(self._clean(f"no connection ({error or type(error).__name__})")) from None
+        if 200 <= reply.status < 300:
+            return self._read(reply.body)
+        raise self._status(reply)
 
-    def _read(self, body: str) -> JudgeAnswer:
+    async def _post(self, body: bytes) -> _Reply:
+        """Runs in the event loop, for there a time limit holds whatever the request waits for."""
+        import anyio
+
+        with anyio.fail_after(self.settings.timeout_seconds):
+            address = f"{self.endpoint}/chat/completions"
+            headers = {"Content-Type": "application/json", **self._headers}
+            async with self._client.stream("POST", address, content=body, headers=headers) as response:
+                got = bytearray()
+                async for piece in response.aiter_raw():
+                    got += piece
+                    if len(got) > _MAX_BODY_BYTES:
+                        raise _Transient(f"the answer is longer than {_MAX_BODY_BYTES:,} bytes")
+                return _Reply(response.status_code, response.headers, bytes(got))
+
+    def _read(self, body: bytes) -> JudgeAnswer:
         """Text and usage of a chat completion; usage is optional in the protocol's imitations."""
+        reply = _json(body)
         try:
-            reply = json.loads(body)
-            text = reply["choices"][0]["message"]["content"]
-            usage = reply.get("usage") or {}
-            tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise _Transient(self._clean(f"the answer is no chat completion: {body[:80]!r}")) from None
-        return JudgeAnswer(self._clean(text if isinstance(text, str) else ""), *tokens)
+            message = reply["choices"][0]["message"]
+            text = message["content"]
+        except (LookupError, TypeError):
+            told = body[:80].decode("utf-8", "replace")
+            raise _Transient(self._clean(f"the answer is no chat completion: {told!r}")) from None
+        # With a text it is an answer and was paid for, whatever else is wrong with it.
+        usage = reply.get("usage")
+        tokens = [_count(usage, name) for name in ("prompt_tokens", "completion_tokens")]
+        return JudgeAnswer(self._clean(well_formed(text) if isinstance(text, str) else ""), *tokens)
 
-    def _status(self, error: Any) -> Exception:
+    def _status(self, reply: _Reply) -> Exception:
         """What an HTTP error means: for this attempt, for this request, or for the run."""
-        status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
-        told = self._clean(f"HTTP {status}: {_first_line(body.get('message') or error.message)}")
+        status, content = reply.status, _json(reply.body)
+        error = content.get("error", content) if isinstance(content, dict) else None
+        fields: dict[str, Any] = error if isinstance(error, dict) else {"message": error}
+        if "location" in reply.headers and 300 <= status < 400:
+            fields["message"] = f"redirects to {reply.headers['location']}, which is not followed"
+        message = fields.get("message") or reply.body.decode("utf-8", "replace")
+        told = self._clean(f"HTTP {status}: {_first_line(message)}")
         if status in (401, 403) and not self._has_key:
             told += f" (the environment variable {self.settings.key_variable} is not set)"
-        if status in _FATAL or body.get("code") == "insufficient_quota":
+        if status in _FATAL or fields.get("code") == "insufficient_quota":
             return EndpointError(f"{self.endpoint} refuses the requests for {self.name}: {told}.")
         if status in _RETRIED or status >= 500:
-            return _Transient(told, _retry_after(error.response.headers), limited=status == 429)
+            return _Transient(told, _retry_after(reply.headers.get("retry-after")), limited=status == 429)
         with self._lock:
             self._refused += 1
             if not self._answered and self._refused >= _REFUSALS_IN_A_ROW:
@@ -281,6 +325,35 @@ class EndpointJudge:
     def _clean(self, text: str) -> str:
         """Without the key, in case that a server sends it back."""
         return text if self._secret is None else text.replace(self._secret, "[secret]")
+
+
+@contextlib.contextmanager
+def _client(settings: EndpointSettings) -> Iterator[tuple[Any, Any]]:
+    """An event loop in a thread of its own, to be called from others, and an HTTP client that lives there."""
+    import httpx2
+    from anyio.from_thread import start_blocking_portal
+
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
+    with start_blocking_portal() as portal:
+        client = httpx2.AsyncClient(timeout=settings.timeout_seconds, limits=limits, follow_redirects=False)
+        try:
+            yield portal, client
+        finally:
+            portal.call(client.aclose)
+
+
+def _json(body: bytes) -> Any:
+    """What an answer's body says, None where it is no JSON. An integer of any length is a float."""
+    try:
+        return json.loads(body.decode("utf-8-sig", "replace"), parse_int=float)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _count(usage: Any, name: str) -> int:
+    """Tokens as an answer's usage has them; 0 where it has no number that can be one."""
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return int(value) if isinstance(value, float) and 0 <= value <= _MAX_TOKENS else 0
 
 
 def _address(url: str) -> tuple[str, str | None]:
@@ -299,27 +372,31 @@ def _address(url: str) -> tuple[str, str | None]:
     return url.rstrip("/"), parts.hostname
 
 
-def _known(request: dict[str, Any]) -> dict[str, Any]:
-    """A request as the client takes it: fields that it may not know go into `extra_body`."""
-    ours = ("model", "messages", "temperature", "max_tokens")
-    extra = {name: value for name, value in request.items() if name not in ours}
-    return {**{name: request[name] for name in ours if name in request}, "extra_body": extra}
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds that a Retry-After header asks for, given in seconds or as a date."""
-    value = headers.get("retry-after")
+def _retry_after(value: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for, given in seconds or as a date; None where it is neither."""
     if value is None:
         return None
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
+        return None if math.isnan(seconds) else max(0.0, seconds)
     except ValueError:
         date = email.utils.parsedate_tz(value)
-        return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    if date is None:
+        return None
+    if date[0] > datetime.MAXYEAR:
+        return math.inf
+    try:
+        return max(0.0, email.utils.mktime_tz(date) - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 1e9 else "years"
 
 
 def _first_line(text: object) -> str:
-    return (str(text).strip().splitlines() or ["no message"])[0][:300]
+    return printable((str(text).strip().splitlines() or ["no message"])[0][:300])
 
 
 def _verdict(answer: JudgeAnswer, *, cached: bool) -> Verdict:

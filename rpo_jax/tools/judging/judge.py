@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rpo_jax.core.files import check_writable
+from rpo_jax.core.jsonl import parse_json
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.judging import cost, pairs, summary
 from rpo_jax.tools.judging.cache import AnswerCache
@@ -149,7 +149,7 @@ def _make_judge(config: JudgeConfig, reporter: Reporter, stack: contextlib.ExitS
 
 def _endpoint(model: str, config: JudgeConfig, reporter: Reporter, stack: contextlib.ExitStack) -> EndpointJudge:
     try:
-        request = json.loads(config.request)
+        request = parse_json(config.request)
     except ValueError as error:
         raise ValueError(f"--request is no JSON object: {error}") from None
     if not isinstance(request, dict):

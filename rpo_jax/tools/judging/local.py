@@ -12,6 +12,7 @@ from typing import Any
 from rpo_jax.core.files import refuse_gguf
 from rpo_jax.core.records import Message
 from rpo_jax.data.chat_template import ChatTemplate
+from rpo_jax.data.control_tokens import TextEncoder
 from rpo_jax.data.conversations import hidden
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.tools.judging.comparisons import Choice, Comparison, Prompt, Verdict
@@ -68,6 +69,7 @@ class RewardJudge:
         self._limit = min((int(limit) for limit in limits if limit and limit < _MOST_TOKENS), default=_MOST_TOKENS)
         self._tokenizer.truncation_side = "left"
         self._template = ChatTemplate(self._tokenizer) if self._tokenizer.chat_template else None
+        self._encoder = TextEncoder(self._tokenizer)
 
     def verdicts(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
         wanted: dict[tuple[Prompt, str], float | None] = {}
@@ -96,6 +98,7 @@ class RewardJudge:
     def _encode(self, prompt: Prompt, response: str) -> tuple[dict[str, list[int]], bool]:
         if self._template is None:
             texts = _text(prompt), response
+            self._encoder.encode(texts)  # where it can be stopped: what passes there is safe here
             whole = self._tokenizer(*texts, truncation=False, verbose=False)
             if len(whole["input_ids"]) <= self._limit:
                 return dict(whole), False

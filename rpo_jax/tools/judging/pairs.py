@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rpo_jax.core.records import Message
+from rpo_jax.core.text import printable, well_formed
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.sources import BadRow, read_rows
 from rpo_jax.tools.judging.comparisons import Comparison, Pair, Prompt
@@ -41,7 +42,8 @@ def _response(row: Any) -> PairedResponse:
             "one whose rows have 'prompt' and 'response'."
         )
     row_id = values.get("row_id")
-    return PairedResponse(place if row_id is None else str(row_id), _prompt(values, place), text, place)
+    named = isinstance(row_id, str | int)
+    return PairedResponse(str(row_id) if named else place, _prompt(values, place), well_formed(text), place)
 
 
 def _told(values: Mapping[str, Any], name: str) -> str:
@@ -51,10 +53,10 @@ def _told(values: Mapping[str, Any], name: str) -> str:
 def _prompt(values: Mapping[str, Any], place: str) -> Prompt:
     prompt = values.get("prompt")
     if isinstance(prompt, str) and prompt.strip():
-        return prompt
+        return well_formed(prompt)
     if isinstance(prompt, list) and prompt:
         messages = [
-            Message(message["role"], message["content"])
+            Message(well_formed(message["role"]), well_formed(message["content"]))
             for message in prompt
             if isinstance(message, dict)
             and isinstance(message.get("role"), str)
@@ -126,7 +128,7 @@ def _keys(responses: Sequence[PairedResponse]) -> list[str]:
 def _shown(response: PairedResponse) -> str:
     text = response.prompt if isinstance(response.prompt, str) else response.prompt[-1].content
     text = " ".join(text.split())
-    return f"{response.place} ({text[:60] + '...' if len(text) > 60 else text!r})"
+    return printable(f"{response.place} ({text[:60] + '...' if len(text) > 60 else text!r})")
 
 
 def sample(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:

@@ -50,7 +50,7 @@ _PICKS = tuple(
         rf"\b{_BETTER}\b[^.\n]{{0,60}}?\b(?:one|choice|{_KIND}){_IS}(?:{_LABEL}|{_NUMBER})",
     )
 )
-_OPENING = re.compile(rf"^\W*{_LABEL}\s*(?:[.;!)—–-]|$)", re.MULTILINE)
+_OPENING = re.compile(rf"^[^\w\n]*{_LABEL}\s*(?:[.;!)—–-]|$)", re.MULTILINE)
 _COMPARISONS = tuple(
     re.compile(pattern)
     for pattern in (
@@ -62,6 +62,7 @@ _COMPARISONS = tuple(
 _TIE = re.compile(
     r"\b(?:a\s+tie|tied?|equally\s+\w+|neither|no\s+(?:clear\s+)?(?:preference|difference)|both\s+are\s+the\s+same)\b"
 )
+_READ_CHARACTERS = 1 << 16  # of an answer, its end: far more than one that means to answer has
 _NUMBERS = {"1": 0, "one": 0, "first": 0, "2": 1, "two": 1, "second": 1}
 
 
@@ -71,8 +72,9 @@ def read_answer(answer: str) -> Choice | None:
     The first of these that it holds decides, if all of that kind agree: the label alone; "I pick Response 1", "the
     better one is Response 1"; the label opening a line; "Response 1 is more helpful". Thoughts in <think> do not count.
     """
-    text = _THOUGHTS.sub("", answer).lower()
+    text = _THOUGHTS.sub("", answer)[-_READ_CHARACTERS:].lower()
     text = re.sub(r"[*_`\"'“”\[\]]", "", text).strip()
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))  # patterns of `\s+` are slow on much of it
     for patterns in ((_ALONE,), _PICKS, (_OPENING,), _COMPARISONS):
         found = [match.groups() for pattern in patterns for match in pattern.finditer(text)]
         picked = {_NUMBERS[group] for groups in found for group in groups if group}

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from rpo_jax import models
 from rpo_jax.config import Config
+from rpo_jax.core.command import print_error
 from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
@@ -170,7 +171,7 @@ def _as_configured(planner: Planner, console: Console, *, find_largest: bool) ->
         shown = next((trial.estimate for trial in tried if trial.fits), None)
         if shown is None:
             reason = f"{planned.reason}. Largest micro-batch that fits: {largest}."
-            print(f"error: {planner.target.name}: {reason}", file=sys.stderr)
+            print_error(f"{planner.target.name}: {reason}")
         else:
             console.print(f"as configured it does not fit: {planned.reason}; planned instead:", markup=False)
     if shown is not None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rpo_jax.core.templates import render
+from rpo_jax.core.text import printable
 from rpo_jax.tools.planning.compiled import Target
 from rpo_jax.tools.planning.estimate import Estimate
 from rpo_jax.tools.planning.search import Trial
@@ -28,8 +30,12 @@ def assumptions(target: Target, attention: str) -> list[str]:
 
 def print_plan(console: Console, one: Estimate, target: Target, largest: str, batch: str, attention: str) -> None:
     mesh = " x ".join(f"{name} {size}" for name, size in one.mesh.items())
-    console.print(f"[bold]{one.target}[/bold], mesh {mesh}, remat {one.remat}, micro_rows {one.micro_rows or 'all'}")
-    console.print(f"batch: {one.rows} rows x {one.row_tokens} tokens ({batch})")
+    console.print(
+        Text(one.target, style="bold"),
+        f", mesh {mesh}, remat {one.remat}, micro_rows {one.micro_rows or 'all'}",
+        sep="",
+    )
+    console.print(printable(f"batch: {one.rows} rows x {one.row_tokens} tokens ({batch})"), markup=False)
     table = Table(title="Per device", show_header=False)
     memory = one.memory
     rows = [

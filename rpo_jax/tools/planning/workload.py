@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from rpo_jax import models
 from rpo_jax.config import Config
 from rpo_jax.core.files import refuse_gguf
+from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample, TokenizedResponse
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.models import ModelConfig
@@ -94,9 +94,9 @@ def assumed_lengths(
     data = config.data
     if file is not None:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_bytes())
             rows = [[int(n) for n in row] for row in (content["lengths"] if isinstance(content, dict) else content)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(
                 f"--lengths {file}: {type(error).__name__}: {error}; give a JSON file with rows of "
                 "[prompt, chosen, rejected] tokens, as benchmarks/hh_lengths.json."

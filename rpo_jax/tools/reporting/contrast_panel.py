@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from rpo_jax.config import Config, Method, resolve
 from rpo_jax.core.records import Batch
+from rpo_jax.data.tokenizer import decode
 from rpo_jax.objectives import contrast
 from rpo_jax.training.prepare import Prepared, batches_of
 from rpo_jax.training.scoring import weigh
@@ -134,7 +135,7 @@ def _chain(embeddings: Float[np.ndarray, "S E"]) -> list[int]:
 
 def _text(prepared: Prepared, example: int) -> str:
     ids = prepared.train.examples[example].prompt_ids
-    text = str(prepared.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()
+    text = decode(prepared.tokenizer, ids.tolist(), skip_special_tokens=True).strip()
     half = MAX_CHARACTERS // 2
     return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} … {text[-half:]}"
 

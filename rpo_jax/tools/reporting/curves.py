@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rpo_jax.runs.tracking import TIED, is_tied
 from rpo_jax.tools.reporting.run_records import RunRecord
+
+MOST_SHOWN = 1e300  # an integer may be beyond any float
 
 
 class Panel(NamedTuple):
@@ -49,7 +50,8 @@ PANELS = (
 
 def _finite(value: Any) -> float | None:
     """A number that JSON has; None leaves a gap in the curve."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not -MOST_SHOWN < value < MOST_SHOWN:  # NaN is not between
         return None
     return float(f"{value:.6g}")
 

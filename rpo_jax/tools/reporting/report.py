@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rpo_jax.config import resolve
-from rpo_jax.core.files import atomic_write, check_writable
-from rpo_jax.runs.folder import MODEL
+from rpo_jax.core.files import atomic_write, check_writable, inside
+from rpo_jax.runs.folder import MODEL, newest_record
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.reporting import contrast_panel, rewards_panel
 from rpo_jax.tools.reporting.report_page import make_page
@@ -57,9 +57,9 @@ def write_report(
 
 
 def _prepared(record: RunRecord, reporter: Reporter) -> Prepared:
-    reporter.say(f"{record.name}: reading its data again")
+    reporter.say(f"{record.name}: reading its data again: {record.config.data.path}")
     try:
-        return prepare(record.config, reporter, record.folder / MODEL)
+        return prepare(record.config, reporter, inside(record.folder, MODEL))
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{record.folder}: the contrast matrix and the rewards need the run's data: {error} (with --no-matrix "
@@ -72,7 +72,26 @@ def _matrix(record: RunRecord, prepared: Prepared, step: int) -> dict[str, Any] 
     if method.weights is None:
         described = method.objective.description
         return f"{described[0].upper()}{described[1:]} has no contrast matrix."
+    _check_data(record, prepared)
     return contrast_panel.for_page(contrast_panel.batch_contrast(record.config, prepared, step))
+
+
+def _check_data(record: RunRecord, prepared: Prepared) -> None:
+    """ValueError for data that the run was not trained on: prompts of some other file that a stranger's folder names
+    are not to be shown."""
+    path, now = record.config.data.path, prepared.origins["train"]["data"]
+    trained_on = (newest_record(record.folder) or {}).get("data")
+    at_home = Path(record.config.run.dir).expanduser().resolve() == record.folder
+    if trained_on is None and not at_home:
+        raise ValueError(
+            f"{record.folder} was made in another place, and has no checkpoint that tells whether it was trained on "
+            f"{path}; with --no-matrix the report does without."
+        )
+    if trained_on not in (None, now):
+        raise ValueError(
+            f"{path} does not hold the data that {record.folder} was trained on; with --no-matrix the report does "
+            "without."
+        )
 
 
 def _rewards(record: RunRecord, prepared: Prepared, reporter: Reporter, base: str | None) -> dict[str, Any] | str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rpo_jax.config import Config
 from rpo_jax.config.reading import load_config
+from rpo_jax.core.files import inside
 from rpo_jax.core.jsonl import read_jsonl
 from rpo_jax.runs.folder import data_notes
 from rpo_jax.runs.tracking import METRICS
 from rpo_jax.training.hooks.samples import SAMPLES
+
+MAX_STEP = 2**53  # a browser knows no larger integers
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,26 @@ def _read_run(given: str, folder: Path, name: str) -> RunRecord:
         raise ValueError(f"--run {given} is no folder; give the one that run.dir named.")
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"--run {given} holds no run: it has no config.yaml; give the folder that run.dir named.")
+    config_file, metrics_file, samples_file = (inside(folder, file) for file in ("config.yaml", METRICS, SAMPLES))
     try:
-        config = load_config(folder / "config.yaml")
+        config = load_config(config_file)
     except ValueError as error:  # YAML's own runs over several lines
         raise ValueError(" ".join(str(error).split())) from None
-    metrics = read_jsonl(folder / METRICS, ("step",))
+    metrics = read_jsonl(metrics_file, ("step",))
+    _check(metrics_file, metrics, {})
     if not metrics:
         raise ValueError(f"--run {given} has no metrics yet: {METRICS} is missing or empty; let it reach a first step.")
-    samples = read_jsonl(folder / SAMPLES, ("step", "row_id", "prompt", "response"))
+    kinds = {"row_id": str, "prompt": str, "response": str}
+    samples = read_jsonl(samples_file, ("step", *kinds))
+    _check(samples_file, samples, kinds)
     return RunRecord(name, folder, config, metrics, samples, data_notes(folder, config.data.max_tokens))
+
+
+def _check(file: Path, rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, type]) -> None:
+    """ValueError for the first line, in a folder that others may have made, that is not what a run writes."""
+    for number, row in enumerate(rows, start=1):
+        wrong = [name for name, kind in kinds.items() if not isinstance(row[name], kind)]
+        if not 0 <= row["step"] < MAX_STEP:
+            wrong.append("step")
+        if wrong:
+            raise ValueError(f"{file}:{number} is damaged: its {wrong[0]!r} is none; remove that line.")

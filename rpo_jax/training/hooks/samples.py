@@ -15,7 +15,9 @@ from rpo_jax.core.files import check_there
 from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.core.records import TokenizedExample
 from rpo_jax.core.store import ByProduct
-from rpo_jax.data.control_tokens import TextEncoder, TokenIds
+from rpo_jax.data.control_tokens import TextEncoder
+from rpo_jax.data.limited_tokenizer import TokenIds
+from rpo_jax.data.tokenizer import decode
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives import heads
@@ -59,6 +61,7 @@ class Sampler(Hook):
             )
         self._file, self._kept = Path(config.run.dir).expanduser() / SAMPLES, ByProduct("Samples", say)
         self._tokenizer, self._end_ids = prepared.tokenizer, end_ids
+        self._encoder = TextEncoder(prepared.tokenizer)
         once: dict[int, TokenizedExample] = {}
         for example in (prepared.held_out or prepared.train).examples:
             once.setdefault(example.prompt_id, example)
@@ -106,4 +109,4 @@ class Sampler(Hook):
 
     def _shown(self, prompt_ids: TokenIds) -> str:
         """A prompt as text, with the tags that tell whose turn is whose, but without the BOS before it."""
-        return str(self._tokenizer.decode(prompt_ids[TextEncoder(self._tokenizer).num_leading(prompt_ids) :]))
+        return decode(self._tokenizer, prompt_ids[self._encoder.num_leading(prompt_ids) :].tolist())
