@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.path import atomicity
 
-from rpo_jax.core.files import sync, sync_folder
+from rpo_jax.core.files import file_identity, has_moved, remove_folder, rename, sync, sync_folder
 from rpo_jax.core.manifest import NAME, fault, has_manifest, write_manifest
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,13 @@ class _DurablePath(atomicity.AtomicRenameTemporaryPath):
     """
 
     async def finalize(self) -> None:
-        await super().finalize()
-        step = Path(self.get_final())
+        partial, step = Path(self.get()), Path(self.get_final())
+        identity = file_identity(partial)
+        try:
+            await super().finalize()
+        except OSError:
+            if not has_moved(identity, partial, step):
+                raise
         await asyncio.to_thread(sync, step)
         for folder in (step.parent, step.parent.parent):  # its name, and that of the folder of checkpoints
             await asyncio.to_thread(sync_folder, folder)
@@ -259,7 +264,7 @@ class Checkpoints:
         if jax.process_index() != 0 or (self._removing is not None and self._removing.is_alive()):
             return
         unwanted = list((self.folder / _REMOVED).glob("*"))
-        self._removing = threading.Thread(target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in unwanted])
+        self._removing = threading.Thread(target=lambda: [remove_folder(path) for path in unwanted])
         self._removing.start()
 
     def _finish_removing(self) -> None:
@@ -316,11 +321,11 @@ def set_aside_damaged(folder: Path, say: Callable[[str], None]) -> None:
     for step, reason in reasons.items():
         aside = folder / f"{_DAMAGED}{step}"
         if aside.exists():
-            shutil.rmtree(aside)
-        (folder / str(step)).rename(aside)
+            remove_folder(aside)
+        rename(folder / str(step), aside)
         say(f"the checkpoint of step {step} is damaged and not used: {reason}; it is {aside} now")
     if taken_back is not None:
-        (folder / _REMOVED / str(taken_back)).rename(folder / str(taken_back))
+        rename(folder / _REMOVED / str(taken_back), folder / str(taken_back))
         say(f"the checkpoint of step {taken_back} was to be removed and is taken back, as no other is whole")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from rpo_jax.config import MeshConfig, RunConfig
 from rpo_jax.core.files import atomic_write
 from rpo_jax.core.jsonl import complete_lines, to_line, write_jsonl
+from rpo_jax.core.locks import one_writer
 from rpo_jax.data.hub import newest_file
 from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
 from rpo_jax.data.tokenize import TEMPLATES, PromptEncoder
@@ -116,6 +117,11 @@ def generate(config: GenerateConfig) -> Path:
     nearest = next(place for place in out.absolute().parents if place.exists())
     if out.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"out={out} cannot be written; give a file in a folder that can be.")
+    with one_writer(out, "out"):
+        return _generate(config, out, reporter)
+
+
+def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
     mesh = sharding.make_mesh(config.mesh)
     policy = find_policy(config.model, checkpoint=config.checkpoint, base=config.base)
     asked = read_prompts(config.prompts or _alpaca_eval_set())
