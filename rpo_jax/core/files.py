@@ -23,7 +23,7 @@ from rpo_jax.core.locks import one_writer
 
 MAX_CONFIG_BYTES = 1 << 24
 RENAME_PAUSES = (0.1, 0.3, 0.9)  # seconds before a rename is tried again
-_GONE = ".gone-"  # in the name of what is being removed
+_GONE = "gone-"  # in the name of what is being removed
 UNSURE = (errno.ENOENT, errno.ESTALE, errno.EBUSY)  # errors of a rename that NFS may have done
 
 
@@ -141,9 +141,9 @@ def file_identity(path: Path) -> tuple[int, int] | None:
 def remove_folder(path: Path) -> None:
     """Remove a folder, at once from its name: on NFS it stays as long as a file in it is open."""
     gone = path
-    if _GONE not in path.name:
+    if f".{_GONE}" not in path.name:
         with contextlib.suppress(OSError):
-            gone = path.with_name(f".{path.name.removeprefix('.')}{_GONE}{_unique()}")
+            gone = path.with_name(f".{path.name.removeprefix('.')}.{_GONE}{_unique()}")
             rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 

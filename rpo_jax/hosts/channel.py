@@ -210,20 +210,29 @@ class Channel:
             with contextlib.suppress(OSError), self._sending[peer]:
                 connection.sendall(frame)
 
-    def _send_short(self, message: dict[str, Any], seconds: float = 0.0) -> None:
+    def _send_short(self, message: dict[str, Any], seconds: float = 0.0, hopeless: int | None = None) -> None:
         """Send what is short to those that take it within so many seconds: who does not read holds up nobody."""
-        frame, deadline = encode(message), time.monotonic() + seconds
-        for peer, connection in self._connections.items():
-            if not self._sending[peer].acquire(timeout=max(deadline - time.monotonic(), 0.0)):
-                continue
-            try:
-                with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
-                    room = select.poll()
-                    room.register(connection, select.POLLOUT)
-                    if room.poll(1000 * max(deadline - time.monotonic(), 0.0)):
-                        connection.sendall(frame)
-            finally:
-                self._sending[peer].release()
+        frame, deadline, waiting = encode(message), time.monotonic() + seconds, set(self._connections)
+        while True:
+            waiting -= {peer for peer in waiting if self._sent(frame, peer)}
+            if waiting <= {hopeless} or time.monotonic() >= deadline:
+                return
+            time.sleep(BEAT_SECONDS / 10)
+
+    def _sent(self, frame: bytes, peer: int) -> bool:
+        """Send to one that has room for it and is sent nothing else just now."""
+        if not self._sending[peer].acquire(blocking=False):
+            return False
+        try:
+            with contextlib.suppress(OSError, ValueError):  # it is closed
+                room = select.poll()
+                room.register(self._connections[peer], select.POLLOUT)
+                if not room.poll(0):
+                    return False
+                self._connections[peer].sendall(frame)
+            return True
+        finally:
+            self._sending[peer].release()
 
     def _listen(self, peer: int) -> None:
         def heard() -> None:
@@ -270,7 +279,7 @@ class Channel:
             if self._failure is not None:
                 return
             self._failure = failure
-        self._send_short({"fail": vars(failure)}, NEWS_SECONDS)
+        self._send_short({"fail": vars(failure)}, NEWS_SECONDS, hopeless=source)
         if source is None:  # its own failure: who calls goes on with it
             return
         for arrived in self._arrived.values():

@@ -36,20 +36,14 @@ with locks.one_writer(path):
 
 @contextlib.contextmanager
 def holder(path, without="", pid=7, command=()):
-    process = subprocess.Popen(
-        [*command, sys.executable, "-c", HOLDER, str(path), without, str(pid)],
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout.readline() == "inside\n", process.stderr.read()
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    arguments = [*command, sys.executable, "-c", HOLDER, str(path), without, str(pid)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(arguments, cwd=REPOSITORY, text=True, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "inside\n", process.stderr.read()
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
