@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -43,6 +43,8 @@ class _DurablePath(atomicity.AtomicRenameTemporaryPath):
     The storage itself syncs tensors, not its metadata, nor the folders that they are in.
     """
 
+    on_disk: ClassVar[set[Path]] = set()
+
     async def finalize(self) -> None:
         partial, step = Path(self.get()), Path(self.get_final())
         identity = file_identity(partial)
@@ -54,6 +56,7 @@ class _DurablePath(atomicity.AtomicRenameTemporaryPath):
         await asyncio.to_thread(sync, step)
         for folder in (step.parent, step.parent.parent):  # its name, and that of the folder of checkpoints
             await asyncio.to_thread(sync_folder, folder)
+        self.on_disk.add(step)
 
 
 class Checkpoints:
@@ -144,6 +147,7 @@ class Checkpoints:
             self._warn(f"{self._failed}; training goes on, {self._newest_kept()}")
         self._empty_removed()
         self._saving, self._failed, self._saving_since = step, None, time.monotonic()
+        _DurablePath.on_disk.discard(self.path(step))
         record = {**record, _SUMMED: NAME}
         try:
             self._manager.save(
@@ -161,6 +165,10 @@ class Checkpoints:
 
     def _note_failed(self, error: Exception) -> None:
         step, self._saving_since = self._saving, None
+        if step is not None and self.path(step) in _DurablePath.on_disk:
+            self._warn(f"the checkpoint of step {step} is saved, but not what it replaces put away: {_reason(error)}")
+            self._manager.reload()
+            return
         self._failed = SaveFailed(f"the checkpoint of step {step} was not saved: {_reason(error)}")
         self._clear_partial()
         self._manager.reload()  # it took those for gone that were to make room
