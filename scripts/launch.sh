@@ -16,6 +16,7 @@
 #
 # CACHE=FOLDER   compiled programs, embeddings and reference log-probs (.cache/rpo_jax; best on a disk all hosts share)
 # EXTRAS=cuda    optional dependencies to install: cuda or tpu
+# RPO_JAX_SECRET keeps strangers out of the run; ssh carries it to no host: set it there, as in ~/.ssh/environment
 # DRY_RUN=1      print the command of every process and do nothing
 #
 # One process per host, because a process drives all devices of its host. Ends with 0 if all processes do; where one

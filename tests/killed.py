@@ -32,6 +32,7 @@ from safetensors.numpy import load_file
 from rpo_jax import export, models, train
 from rpo_jax.config import TrackingConfig
 from rpo_jax.core.files import atomic_directory, recover
+from rpo_jax.core.locks import one_writer
 from rpo_jax.data import embeddings
 from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.tracking import MetricsLog
@@ -192,10 +193,16 @@ class KilledRun:
             time.sleep(self.rng.uniform(0, seconds))
             os.kill(process_id, signal.SIGKILL)
             killed += status_of(process_id) != 0
-            recover(self.out)
+            _recover(self.out)
             assert digest(self.out) == whole, "half an export"
         assert not list(self.folder.glob(".hf.*")), "something is left beside the export"
         return killed
+
+
+def _recover(path: Path) -> None:
+    """As its next writer does."""
+    with one_writer(path):
+        recover(path)
 
 
 def _inode(path: Path) -> int:
@@ -309,7 +316,7 @@ def _folder(place: Path, said: Path) -> int:
                 (new / name).write_text(text)
 
     def check() -> None:
-        recover(path)
+        _recover(path)
         assert not list(place.glob(".out.*")), "what was left is cleared up"
         states.add("".join(sorted(file.read_text() for file in path.rglob("*") if file.is_file())))
         write("0")

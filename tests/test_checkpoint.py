@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -149,3 +151,55 @@ def test_a_damaged_checkpoint_is_named_in_one_line(saved, tmp_path):
         assert str(folder / "3") in str(caught.value)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
+
+
+TINY = {"params": {"w": np.arange(3, dtype=np.float32)}}
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EBUSY])
+def test_a_checkpoint_that_was_renamed_is_saved_whatever_nfs_says(tmp_path, monkeypatch, number):
+    real = os.rename
+
+    def rename(source, target, **named):
+        real(source, target, **named)
+        if "tmp" in str(source):
+            raise OSError(number, os.strerror(number), str(source))
+
+    monkeypatch.setattr(os, "rename", rename)
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(step, TINY, {})
+        checkpoints.wait()
+    assert checkpoints.steps() == [3]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EBUSY])
+def test_an_older_checkpoint_that_nfs_says_it_did_not_move_costs_nothing(tmp_path, monkeypatch, number):
+    real = os.replace
+
+    def replace(source, target, **named):
+        real(source, target, **named)
+        if "removed" in str(target):
+            raise OSError(number, os.strerror(number), str(source))
+
+    monkeypatch.setattr(os, "replace", replace)
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(step, TINY, {})
+        checkpoints.wait()
+    assert checkpoints.steps() == [3]
+    checkpoints.close()
+
+
+def test_a_step_is_put_away_also_where_its_earlier_self_cannot_be_removed(tmp_path, monkeypatch):
+    """On NFS a file that is open when it is removed keeps its folder."""
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    for start in range(2):
+        checkpoints = Checkpoints(tmp_path)
+        for step in (1, 2):
+            checkpoints.save(step, TINY, {})
+            checkpoints.wait()
+        assert checkpoints.steps() == [2]
+        checkpoints.close()
+        (tmp_path / "2").rename(tmp_path / f"set aside {start}")

@@ -3,8 +3,6 @@
 The fast ones run in CI; `pytest tests/test_distributed.py -m slow -s` runs the others and prints the elastic losses.
 """
 
-import contextlib
-import json
 import re
 import shutil
 import signal
@@ -19,9 +17,9 @@ import pytest
 import rpo_jax
 from rpo_jax import train
 from rpo_jax.config import ConfigError, DistributedConfig
-from rpo_jax.hosts.channel import MAGIC, PREFIX, PeerFailure
+from rpo_jax.hosts.channel import PeerFailure
 from rpo_jax.hosts.cluster import Cluster, find_cluster
-from rpo_jax.hosts.roll_call import listening_at, roll_call
+from rpo_jax.hosts.roll_call import roll_call
 from rpo_jax.hosts.stopping import Stopping
 from tests.processes import Processes, finished, free_port, slurm_environment, start
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
@@ -139,6 +137,66 @@ def test_a_coordinator_that_dies_stops_the_others_by_its_name(world, alone):
         assert dead.status == -signal.SIGKILL
         assert left.status not in (0, None)
         assert f"error: process 0 ({HOST}) died: its connection closed without a word." in left.output
+
+
+ENDLESS = {"train.steps": 100_000, "train.save_every": SAVED, "train.eval_every": 0}
+
+
+def until_saved(processes, folder, step=SAVED):
+    processes.until(lambda: any(int(path.name) >= step for path in folder.glob("checkpoints/*") if path.name.isdigit()))
+
+
+def assert_goes_on(world, name, alone_name):
+    """A run that was ended, and that one process is to take as far as another never ended one, line by line."""
+    steps = max(line["step"] for line in world.lines(name)) + 5
+    changes = {**ENDLESS, "train.steps": steps}
+    finished(world.processes(name, 2, changes={**changes, "run.resume": "auto"}))
+    finished(world.processes(alone_name, 2, changes=changes))
+    assert world.lines(name) == world.lines(alone_name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("seconds", [60, None], ids=["a minute", "ever"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_stopped_is_named_within_a_minute_and_the_run_goes_on(world, victim, seconds):
+    name = f"stopped {victim} {seconds}"
+    with world.processes(name, 2, changes=ENDLESS) as processes:
+        until_saved(processes, world.folder / name)
+        stopped = time.monotonic()
+        processes.running[victim].send_signal(signal.SIGSTOP)
+        assert processes.running[1 - victim].wait(MINUTE) == 1
+        if seconds is not None:
+            time.sleep(max(stopped + seconds - time.monotonic(), 0))
+            processes.running[victim].send_signal(signal.SIGCONT)
+            assert processes.running[victim].wait(MINUTE) not in (0, None)
+        else:
+            processes.running[victim].kill()
+        left = processes.wait(MINUTE)[1 - victim]
+    expected = f"error: process {victim} ({HOST}) has not answered for 30 seconds: it is stopped, or its host hangs."
+    assert expected in left.output.splitlines(), left.output
+    assert_goes_on(world, name, f"{name}, never stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_kills_at_any_moment_are_named_and_the_run_goes_on(world):
+    """In preparation, in the meeting of the processes and in collectives: after so many seconds, whatever goes on."""
+    name, told = "killed again and again", set()
+    for attempt, seconds in enumerate((0.5, 2, 3, 4, 5, 6, 8, 10, 12, 14)):
+        victim = attempt % 2
+        changes = {**ENDLESS, "run.resume": "auto"}
+        with world.processes(name, 2, changes=changes) as processes:
+            time.sleep(seconds)
+            processes.running[victim].kill()
+            left = processes.wait(MINUTE)[1 - victim]
+        assert left.status in (1, 2, -signal.SIGABRT), left.output
+        lines = [line for line in left.output.splitlines() if line.startswith("error: ")]
+        told |= {f"{seconds:g} s, process {victim}: {left.status} {lines}"}
+        if left.status != 2:  # 2: before they met, "did not reach" or "missing"
+            assert any(f"process {victim} ({HOST}) died" in line for line in lines), left.output
+    print("\n".join(sorted(told)))
+    assert_goes_on(world, name, f"{name}, never stopped")
 
 
 def refused(processes, message):
@@ -327,8 +385,8 @@ def test_flags_that_do_not_go_together(flags, message):
         DistributedConfig(**flags)
 
 
-def met(address, count, process_ids, seconds=20, meanwhile=lambda: None):
-    """What each process of a roll call gets: a channel, or the reason why not; `meanwhile` comes before the second."""
+def met(address, count, process_ids, seconds=20):
+    """What each process of a roll call gets: a channel, or the reason why not."""
     results = {}
 
     def join(position, process_id):
@@ -338,9 +396,7 @@ def met(address, count, process_ids, seconds=20, meanwhile=lambda: None):
             results[position] = str(error)
 
     threads = [threading.Thread(target=join, args=item) for item in enumerate(process_ids)]
-    threads[0].start()
-    meanwhile()
-    for thread in threads[1:]:
+    for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
@@ -389,73 +445,6 @@ def test_a_process_that_has_left_ends_an_exchange():
     with pytest.raises(ConnectionError, match=rf"process 1 \({HOST}\) has left the run already\."):
         first.gather(1)
     first.close()
-
-
-def frame(value, magic=MAGIC, header_bytes=None, body_bytes=0):
-    header = json.dumps(value).encode()
-    return PREFIX.pack(magic, len(header) if header_bytes is None else header_bytes, body_bytes) + header
-
-
-STRANGERS = {
-    "nothing": b"",
-    "half a hello": frame([1, 2, "b"])[:-3],
-    "a browser": b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
-    "another version": frame([1, 2, "b"], magic=b"rpo_jax1"),
-    "an endless header": frame([1, 2, "b"], header_bytes=2**32 - 1),
-    "an endless array": frame([1, 2, "b"], body_bytes=2**40),
-    "no hello": frame({}),
-    "an id that nobody has": frame([99, 2, "b"]),
-    "an id below zero": frame([-1, 2, "b"]),
-    "an id that is no number": frame(["1", 2, "b"]),
-    "a host that is no text": frame([1, 2, {}]),
-    "a host that colours the terminal": frame([1, 2, "\33[31m"]),
-    "brackets": PREFIX.pack(MAGIC, 4000, 0) + b"[" * 4000,
-    "an array": frame({"__array__": ["|u1", [2**60], 0]}),
-    "an array of objects": frame({"__array__": ["O", [0], 0]}),
-}
-
-
-@pytest.mark.parametrize("packet", STRANGERS.values(), ids=STRANGERS)
-def test_a_stranger_at_the_roll_call_is_dropped_and_the_start_goes_on(packet):
-    port = free_port()
-    with contextlib.ExitStack() as stack:
-
-        def speak():
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline:
-                with contextlib.suppress(ConnectionRefusedError):
-                    stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
-                    stranger.sendall(packet)
-                    return
-
-        before = time.monotonic()
-        channels = met(f"127.0.0.1:{port}", 2, [0, 1], meanwhile=speak)
-        assert time.monotonic() - before < 3, "nobody waits for a stranger to speak"
-    assert [channel.hosts for channel in channels] == [[HOST, HOST]] * 2
-    for channel in channels:
-        channel.close()
-
-
-def test_processes_on_loopback_listen_nowhere_else():
-    assert listening_at("localhost:1") == "127.0.0.1:1"
-    assert listening_at("127.0.0.2:1") == "127.0.0.2:1"
-    assert listening_at("[::1]:1") == "[::1]:1"
-    assert listening_at("10.0.0.1:1") is None
-    assert listening_at("node0:1") is None
-
-
-def test_another_program_at_the_coordinator_is_told_apart():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-
-        def answer():
-            connection, _ = server.accept()
-            with connection:
-                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-        threading.Thread(target=answer).start()
-        (reason,) = met(f"127.0.0.1:{port}", 2, [1])
-    assert f"another program, or another version of this one, answers at the coordinator 127.0.0.1:{port}" in reason
 
 
 def test_two_processes_of_one_id_are_told_apart():

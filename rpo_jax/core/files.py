@@ -11,14 +11,21 @@ import glob
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rpo_jax.core.locks import one_writer
+
 MAX_CONFIG_BYTES = 1 << 24
-_GONE = "see that its disk is still there"
+RENAME_PAUSES = (0.1, 0.3, 0.9)  # seconds before a rename is tried again
+_GONE = "gone-"  # in the name of what is being removed
+UNSURE = (errno.ENOENT, errno.ESTALE, errno.EBUSY)  # errors of a rename that NFS may have done
+_LOST = "see that its disk is still there"
 # What to do about a refusal, by the system's number for it.
 _REMEDIES = {
     errno.ENOSPC: "free some room there",
@@ -28,7 +35,7 @@ _REMEDIES = {
     errno.EACCES: "let this user write there, or choose another place",
     errno.EPERM: "let this user write there, or choose another place",
     errno.EBUSY: "it may be where a disk is mounted: choose a folder in it",
-    **dict.fromkeys((errno.EIO, errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESTALE), _GONE),
+    **dict.fromkeys((errno.EIO, errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESTALE), _LOST),
 }
 
 
@@ -144,7 +151,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
     Raises WriteFailed where the system refuses.
     """
-    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name[:200]}.{_unique()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -157,11 +164,58 @@ def atomic_write(path: Path, content: str | bytes) -> None:
             raise
 
 
+def _unique() -> str:
+    """Part of a name that no process of any host has given."""
+    return secrets.token_hex(8)
+
+
 def atomic_replace(partial: Path, path: Path) -> None:
     """Rename a finished file or folder to `path` so that it lasts: its content is on disk before, the name after."""
     sync(partial)
-    os.replace(partial, path)
+    rename(partial, path)
     sync_folder(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or folder, in place of a file of that name.
+
+    A network disk may have done so and yet report that it failed: a request that is sent again, because its answer was
+    lost, finds nothing left to rename. What counts is where the file is.
+    """
+    identity = file_identity(source)
+    for seconds in (*RENAME_PAUSES, None):
+        try:
+            os.replace(source, target)
+            return
+        except OSError as error:
+            if has_moved(identity, source, target):
+                return
+            if seconds is None or error.errno not in UNSURE:
+                raise
+            time.sleep(seconds)
+
+
+def has_moved(identity: tuple[int, int] | None, source: Path, target: Path) -> bool:
+    """Whether what was at `source`, by device and inode, is at `target` now."""
+    return identity is not None and file_identity(source) is None and file_identity(target) == identity
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode, which a rename does not change; None where there is nothing."""
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, at once from its name: on NFS it stays as long as a file in it is open."""
+    gone = path
+    if f".{_GONE}" not in path.name:
+        with contextlib.suppress(OSError):
+            gone = path.with_name(f".{path.name.removeprefix('.')}.{_GONE}{_unique()}")
+            rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -171,49 +225,50 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    recover(path)
-    check_target(path, overwrite=overwrite)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    try:
-        with writing(path):
-            partial.mkdir(parents=True)
-            yield partial
-            if path.exists():
-                os.replace(path, replaced)
-            try:
-                atomic_replace(partial, path)
-            except OSError:
+def atomic_directory(path: Path, *, overwrite: bool, locked: bool = False) -> Iterator[Path]:
+    """An empty folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    One process writes a folder at a time: InUse, a ValueError, names another one. `locked` where the caller is that
+    writer already.
+    """
+    check_writable(path.parent)
+    with contextlib.nullcontext() if locked else one_writer(path):
+        recover(path)
+        check_target(path, overwrite=overwrite)
+        partial, replaced = (path.with_name(f".{path.name}.{kind}-{_unique()}") for kind in ("partial", "replaced"))
+        try:
+            with writing(path):
+                partial.mkdir(parents=True)
+                yield partial
+                if path.exists():
+                    rename(path, replaced)
+                try:
+                    atomic_replace(partial, path)
+                except OSError:
+                    if replaced.exists():
+                        rename(replaced, path)
+                    raise
                 if replaced.exists():
-                    os.replace(replaced, path)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                    remove_folder(replaced)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def recover(path: Path) -> None:
-    """Clear up after a process that was killed while it wrote a folder: what it was about to replace is put back."""
+    """Clear up after a process that was killed while it wrote a folder: what it was about to replace is put back.
+
+    For the folder's one writer: what others have left there is of the dead, on whatever host they ran.
+    """
     name = glob.escape(path.name)
-    replaced = sorted(path.parent.glob(f".{name}.replaced-*"), key=lambda folder: folder.stat().st_mtime)
+    gone = list(path.parent.glob(f".{name}.*{_GONE}*"))
+    # Whole, and one at most: what is removed loses this name first.
+    replaced = [folder for folder in path.parent.glob(f".{name}.replaced-*") if folder not in gone]
     if replaced and not path.exists():
-        os.replace(replaced.pop(), path)
-    for left in [*replaced, *path.parent.glob(f".{name}.partial-*")]:
-        if not _is_running(left.name.rpartition("-")[2]):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(process_id: str) -> bool:
-    """Whether another process of this machine has this id."""
-    try:
-        os.kill(int(process_id), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return int(process_id) != os.getpid()
+        rename(replaced.pop(), path)
+    for left in [*replaced, *gone, *path.parent.glob(f".{name}.partial-*")]:
+        remove_folder(left)
+    for left in path.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:

@@ -10,7 +10,10 @@ take its place. Measured with jax 0.10.2, two or three processes on one host:
   but not when it was process 0. Here the kernel closes a killed process's connections, and all know its name at once.
 - 256 MB of random bytes through its key-value store take 40 s, through a connection that is open anyway 3 s.
 
-There is no encryption and no password, as in jax's service: run on a private network.
+A process that is stopped (SIGSTOP, a suspended machine) keeps its connections, so every process says every
+BEAT_SECONDS that it runs, and who has said nothing for SILENT_SECONDS ends the run by its name. No clocks are compared.
+
+Who takes part is checked at the roll call; what is exchanged is not encrypted.
 """
 
 from __future__ import annotations
@@ -20,27 +23,33 @@ import json
 import math
 import os
 import queue
+import select
 import socket
 import struct
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 GRACE_SECONDS = 10  # for a process to take up a failure where it works, before it is stopped
+NEWS_SECONDS = 5.0  # how long the news of a death may take, where a device's program fails of it first
+BEAT_SECONDS = 2.0
+SILENT_SECONDS = 30.0  # devices' programs on CPU give up on a process after 30 to 40 s, some of them by an abort
+QUIET_BEATS = 3  # missed by a process that may be the reason why a device's program failed
 # A host that vanishes without a word is noticed after 15 + 3 * 5 seconds.
 KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
 # A frame: this much about it, the header, then the bytes of the arrays that the header describes. No pickle: what comes
 # from the network is never run.
 PREFIX = struct.Struct("<8sIQ")  # MAGIC, bytes of the header, bytes of the arrays
-MAGIC = b"rpo_jax2"
+MAGIC = b"rpo_jax3"
 PIECE_BYTES = 2**26  # a frame is read in pieces, so that a wrong length does not take the memory at once
 ARRAY = "__array__"
 ALIGNMENT = 8
+OTHER = "another program, or another version of this one, answers"
 
 
 class OtherProtocol(ConnectionError):
@@ -89,8 +98,13 @@ def _decode(header: bytearray, body: bytearray) -> Any:
     return json.loads(header, object_hook=restore)
 
 
-def receive(connection: socket.socket, seconds: float | None = None, limit: float = math.inf) -> Any:
-    """The value of the next frame, of at most `limit` bytes.
+def receive(
+    connection: socket.socket,
+    seconds: float | None = None,
+    limit: float = math.inf,
+    on_bytes: Callable[[], object] = lambda: None,
+) -> Any:
+    """The value of the next frame, of at most `limit` bytes; `on_bytes` is called as they come.
 
     Raises TimeoutError where it is not complete in time, OtherProtocol for anything that `encode` does not write, and
     ConnectionError where the other side is gone.
@@ -106,13 +120,14 @@ def receive(connection: socket.socket, seconds: float | None = None, limit: floa
             if not piece:
                 raise ConnectionResetError("the other side closed the connection")
             content += piece
+            on_bytes()
         return content
 
     magic, header_bytes, body_bytes = PREFIX.unpack(read(PREFIX.size))
     if magic == MAGIC and header_bytes + body_bytes <= limit:
         with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
             return _decode(read(header_bytes), read(body_bytes))
-    raise OtherProtocol("another program, or another version of this one, answers")
+    raise OtherProtocol(OTHER)
 
 
 def _keep_alive(connection: socket.socket) -> None:
@@ -124,12 +139,10 @@ def _keep_alive(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _stop_process(failure: Failure) -> None:
-    """End this process at once, whatever its other threads wait for: the devices' programs cannot be interrupted."""
+def _tell(failure: Failure) -> None:
     sys.stdout.flush()
     # Not through sys.stderr, whose lock another thread may hold.
-    os.write(2, f"error: {failure.message}\n".encode())
-    os._exit(2 if failure.is_user_error else 1)
+    os.write(2, f"error: {failure.message}\n".encode(errors="backslashreplace"))
 
 
 class Channel:
@@ -145,14 +158,21 @@ class Channel:
         self._arrived: dict[int, queue.Queue[dict[str, Any]]] = {peer: queue.Queue() for peer in connections}
         self._sending = {peer: threading.Lock() for peer in connections}
         self._left: set[int] = set()
+        self._silence = dict.fromkeys(connections, 0.0)  # seconds of this process's own time
+        self._quiet_elsewhere = False
         self._lock = threading.Lock()
         self._failure: Failure | None = None
         self._taken_up = threading.Event()
+        self._closing = threading.Event()
         for connection in connections.values():
             _keep_alive(connection)
-        self._listeners = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in connections]
-        for listener in self._listeners:
-            listener.start()
+        self._listeners = {
+            peer: threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in connections
+        }
+        watcher = [threading.Thread(target=self._watch, daemon=True)] if connections else []
+        self._threads = [*self._listeners.values(), *watcher]
+        for thread in self._threads:
+            thread.start()
 
     def name(self, process_id: int) -> str:
         return f"process {process_id} ({self.hosts[process_id]})"
@@ -183,27 +203,75 @@ class Channel:
         time.sleep(2 * GRACE_SECONDS)  # this process is being stopped
         raise ConnectionError(self._failure.message)
 
-    def _send(self, message: dict[str, Any], besides: int | None = None) -> None:
+    def _send(self, message: dict[str, Any]) -> None:
         """Send to all connections; of one that is closed, its listener tells."""
         frame = encode(message)
         for peer, connection in self._connections.items():
-            if peer != besides:
-                with contextlib.suppress(OSError), self._sending[peer]:
-                    connection.sendall(frame)
+            with contextlib.suppress(OSError), self._sending[peer]:
+                connection.sendall(frame)
+
+    def _send_short(self, message: dict[str, Any], seconds: float = 0.0, hopeless: int | None = None) -> None:
+        """Send what is short to those that take it within so many seconds: who does not read holds up nobody."""
+        frame, deadline, waiting = encode(message), time.monotonic() + seconds, set(self._connections)
+        while True:
+            waiting -= {peer for peer in waiting if self._sent(frame, peer)}
+            if waiting <= {hopeless} or time.monotonic() >= deadline:
+                return
+            time.sleep(BEAT_SECONDS / 10)
+
+    def _sent(self, frame: bytes, peer: int) -> bool:
+        """Send to one that has room for it and is sent nothing else just now."""
+        if not self._sending[peer].acquire(blocking=False):
+            return False
+        try:
+            with contextlib.suppress(OSError, ValueError):  # it is closed
+                room = select.poll()
+                room.register(self._connections[peer], select.POLLOUT)
+                if not room.poll(0):
+                    return False
+                self._connections[peer].sendall(frame)
+            return True
+        finally:
+            self._sending[peer].release()
 
     def _listen(self, peer: int) -> None:
+        def heard() -> None:
+            self._silence[peer] = 0.0
+
         while True:
             try:
-                message = receive(self._connections[peer])
+                message = receive(self._connections[peer], on_bytes=heard)
             except OSError:
                 if peer not in self._left:
                     self._fail(Failure(f"{self.name(peer)} died: its connection closed without a word.", False), peer)
                 return
+            if "quiet" in message:
+                self._quiet_elsewhere = message["quiet"]
+                continue
             if "give" not in message:
                 self._left.add(peer)
             if "fail" in message:
                 self._fail(Failure(**message["fail"]), peer)
             self._arrived[peer].put(message)
+
+    def _watch(self) -> None:
+        """Say that this process runs, and end the run where another one does not."""
+        before = time.monotonic()
+        while not self._closing.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            # While it was stopped itself, nobody else was silent.
+            passed, before = min(now - before, 2 * BEAT_SECONDS), now
+            for peer in self._silence.keys() - self._left:
+                self._silence[peer] += passed
+                if self._silence[peer] >= SILENT_SECONDS:
+                    silent = f"{self.name(peer)} has not answered for {SILENT_SECONDS:g} seconds"
+                    self._fail(Failure(f"{silent}: it is stopped, or its host hangs.", False), peer)
+                    return
+            self._send_short({"quiet": self._some_are_quiet()})
+
+    def _some_are_quiet(self) -> bool:
+        waiting = (seconds for peer, seconds in self._silence.items() if peer not in self._left)
+        return max(waiting, default=0.0) > QUIET_BEATS * BEAT_SECONDS
 
     def _fail(self, failure: Failure, source: int | None) -> None:
         """Remember the first failure, pass it on, and stop this process if its main thread does not."""
@@ -211,21 +279,30 @@ class Channel:
             if self._failure is not None:
                 return
             self._failure = failure
-        self._send({"fail": vars(failure)}, besides=source)
+        self._send_short({"fail": vars(failure)}, NEWS_SECONDS, hopeless=source)
         if source is None:  # its own failure: who calls goes on with it
             return
         for arrived in self._arrived.values():
             arrived.put({})  # wakes a gather, which looks at the failure first
         if not (failure.is_user_error and self._taken_up.wait(GRACE_SECONDS)):
-            self.wait_for_others()
-            _stop_process(failure)
+            # At once, whatever other threads wait for: the devices' programs cannot be interrupted.
+            _tell(failure)
+            self.wait_for_others(besides=source)
+            os._exit(2 if failure.is_user_error else 1)
 
-    def wait_for_others(self) -> None:
+    def wait_for_others(self, besides: int | None = None) -> None:
         """On process 0, until the others are gone: jax aborts them where its service, which lives here, ends first."""
         deadline = time.monotonic() + GRACE_SECONDS
-        for listener in self._listeners if self.process_id == 0 else []:
-            if listener is not threading.current_thread():
+        for peer, listener in self._listeners.items() if self.process_id == 0 else ():
+            if peer != besides and listener is not threading.current_thread():
                 listener.join(max(deadline - time.monotonic(), 0))
+
+    def wait_for_news(self) -> None:
+        """After a device's program has failed: if that is because another process died or is stopped, its name comes
+        now, and ends this process."""
+        deadline = time.monotonic() + NEWS_SECONDS
+        while self._connections and (time.monotonic() < deadline or self._quiet_elsewhere or self._some_are_quiet()):
+            time.sleep(BEAT_SECONDS / 10)
 
     def fail(self, error: str, *, is_user_error: bool) -> None:
         """Tell the others why this process stops; nothing where they know already."""
@@ -235,11 +312,12 @@ class Channel:
     def close(self) -> None:
         """Leave in peace: the others go on, or leave too."""
         self._left |= set(self._connections)
-        self._send({"leave": None})
+        self._closing.set()
+        self._send_short({"leave": None}, NEWS_SECONDS)
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that listens
-        for listener in self._listeners:
-            listener.join()
+        for thread in self._threads:
+            thread.join()
         for connection in self._connections.values():
             connection.close()

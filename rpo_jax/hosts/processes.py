@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -27,7 +26,6 @@ from rpo_jax.hosts.roll_call import listening_at, roll_call
 T = TypeVar("T")
 
 OWN_KEYS = ("run.cache_dir",)  # settings that may differ from host to host
-NEWS_SECONDS = 5  # how long the news of a death may take, where a device's program fails of it first
 SHUTDOWN_SECONDS = 60
 
 
@@ -168,8 +166,8 @@ def stopping_together() -> Iterator[None]:
         _Run.channel.fail(str(error), is_user_error=True)
         raise
     except Exception as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and num_processes() > 1:
-            time.sleep(NEWS_SECONDS)  # if it is because another one died, its name comes now, and ends this process
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            _Run.channel.wait_for_news()
         _Run.channel.fail(f"{type(error).__name__}: {error}", is_user_error=False)
         raise
 

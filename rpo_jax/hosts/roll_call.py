@@ -2,25 +2,39 @@
 
 Process 0 listens where jax's coordination service is going to; what is wrong is said on every process that came. Who
 connects without a proper introduction of at most MAX_HELLO_BYTES is dropped, and holds nobody up.
+
+Both sides prove that they know the run's secret, which is in the environment, by an HMAC of what each of them drew; the
+secret itself is never sent. Where there is none, all that speak this protocol know it. multiprocessing.connection has
+such a challenge too, but on Python 3.11 of MD5, without a deadline, and answered in the same form in which it is
+asked, so that who knows nothing can pass on what the other side says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hmac
 import ipaddress
+import json
+import os
 import queue
+import secrets
 import socket
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rpo_jax.hosts.channel import Channel, OtherProtocol, encode, receive
+from rpo_jax.hosts.channel import OTHER, Channel, OtherProtocol, encode, receive
 
 RETRY_SECONDS = 0.2
 ACCEPT_SECONDS = 0.1
 HELLO_SECONDS = 5
 ANSWER_SECONDS = 10
 MAX_HELLO_BYTES = 4096
+MAX_HOST_CHARACTERS = 255
+MAX_PROCESSES = 2**20
+MAX_NAMED = 8  # of those who are turned away
+UNHEARD = 64  # who may be heard at once, besides all processes
+SECRET = "RPO_JAX_SECRET"  # environment variable
 
 
 class Hello(NamedTuple):
@@ -39,14 +53,25 @@ def split_address(address: str) -> tuple[str, int]:
 def listening_at(address: str) -> str | None:
     """Where process 0 listens, and jax's service: on loopback if it is sought there, else everywhere (None).
 
-    A host's name does not tell the address under which the others reach it; on Debian it is 127.0.1.1 at home.
+    The name of this host does not tell the address under which the others reach it; on Debian it is 127.0.1.1 at home.
     """
     host, port = split_address(address)
-    if host == "localhost":
-        return f"127.0.0.1:{port}"
-    with contextlib.suppress(ValueError):
-        return address if ipaddress.ip_address(host).is_loopback else None
-    return None
+    if host != "localhost" and host.partition(".")[0] == socket.gethostname().partition(".")[0]:
+        return None
+    try:
+        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except OSError:
+        return None
+    if not all(_is_loopback(str(place)) for place in found):
+        return None
+    place = sorted(map(str, found), key=lambda place: ":" in place)[0]
+    return f"[{place}]:{port}" if ":" in place else f"{place}:{port}"
+
+
+def _is_loopback(place: str) -> bool:
+    address = ipaddress.ip_address(place)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def roll_call(address: str, num_processes: int, process_id: int, timeout_seconds: float) -> Channel:
@@ -76,22 +101,23 @@ def roll_call(address: str, num_processes: int, process_id: int, timeout_seconds
 def _receive_all(address: str, own: Hello, timeout_seconds: float) -> Channel:
     deadline = time.monotonic() + timeout_seconds
     hellos, connections, refused = {0: own}, {}, ""
-    heard: queue.Queue[tuple[socket.socket, Hello]] = queue.Queue()
+    door = _Door(own.num_processes)
     with _listen_at(address, own) as server:
         server.settimeout(ACCEPT_SECONDS)
         while len(hellos) < own.num_processes and not refused:
-            with contextlib.suppress(OSError):  # none came, or it has gone already
-                threading.Thread(target=_hear, args=(server.accept()[0], heard), daemon=True).start()
-            while not heard.empty() and not refused:
-                connection, hello = heard.get()
+            door.open_for_one(server)
+            while not door.heard.empty() and not refused:
+                connection, hello = door.heard.get()
                 refused = _refusal(hellos, hello)
                 hellos.setdefault(hello.process_id, hello)
                 connections[-1 if refused else hello.process_id] = connection
             if time.monotonic() > deadline and len(hellos) < own.num_processes and not refused:
                 absent = ", ".join(str(i) for i in range(own.num_processes) if i not in hellos)
+                turned_away = f" Turned away, without this run's {SECRET}: {', '.join(door.turned_away)}."
                 refused = (
                     f"{len(hellos)} of {own.num_processes} processes met at {address} within {timeout_seconds:g} "
                     f"seconds; missing: {absent}. Start them, or raise distributed.timeout_seconds."
+                    f"{turned_away if door.turned_away else ''}"
                 )
     hosts = [hellos[process_id].host for process_id in sorted(hellos)]
     answer = encode({"refused": refused, "hosts": hosts})
@@ -103,6 +129,77 @@ def _receive_all(address: str, own: Hello, timeout_seconds: float) -> Channel:
     if refused:
         raise ValueError(refused)
     return Channel(0, hosts, connections)
+
+
+class _Door:
+    """Where process 0 hears who comes, so many at once, each for HELLO_SECONDS at most.
+
+    Attributes:
+        heard: those who have introduced themselves and know the secret.
+        turned_away: the first of those who do not.
+    """
+
+    def __init__(self, num_processes: int) -> None:
+        self.heard: queue.Queue[tuple[socket.socket, Hello]] = queue.Queue()
+        self.turned_away: list[str] = []
+        self._room = threading.BoundedSemaphore(num_processes + UNHEARD)
+
+    def open_for_one(self, server: socket.socket) -> None:
+        """Let in whoever comes within ACCEPT_SECONDS."""
+        if not self._room.acquire(timeout=ACCEPT_SECONDS):
+            return
+        try:
+            connection, _ = server.accept()
+        except OSError as error:  # none came, or it has gone already
+            self._room.release()
+            if not isinstance(error, TimeoutError):
+                time.sleep(ACCEPT_SECONDS)
+            return
+        threading.Thread(target=self._hear, args=(connection,), daemon=True).start()
+
+    def _hear(self, connection: socket.socket) -> None:
+        """Take a process's hello and its proof; what says anything else, or nothing, is dropped."""
+        deadline = time.monotonic() + HELLO_SECONDS
+
+        def read() -> Any:
+            return receive(connection, deadline - time.monotonic(), MAX_HELLO_BYTES)
+
+        try:
+            with contextlib.suppress(OSError):
+                hello, nonce = _hello(read())
+                own_nonce = secrets.token_hex(16)
+                proof = _proof("coordinator", nonce, own_nonce)
+                connection.sendall(encode({"nonce": own_nonce, "proof": proof}))
+                name, known = f"process {hello.process_id} ({hello.host})", False
+                try:
+                    known = _same(read(), _proof("process", nonce, own_nonce, *hello))
+                finally:
+                    if not known and len(self.turned_away) < MAX_NAMED:
+                        self.turned_away.append(name)
+                if known:
+                    self.heard.put((connection, hello))
+                    return
+            connection.close()
+        finally:
+            self._room.release()
+
+
+def _hello(message: Any) -> tuple[Hello, str]:
+    match message:
+        case [int(process_id), int(count), str(host), str(nonce)]:
+            numbers = type(process_id) is type(count) is int and 0 <= process_id < count <= MAX_PROCESSES  # no booleans
+            if numbers and host.isprintable() and len(host) <= MAX_HOST_CHARACTERS:
+                return Hello(process_id, count, host), nonce
+    raise OtherProtocol(OTHER)
+
+
+def _proof(*of: str | int) -> str:
+    """That one side knows the secret, in one conversation."""
+    return hmac.new(os.fsencode(os.environ.get(SECRET, "")), json.dumps(of).encode(), "sha256").hexdigest()
+
+
+def _same(proof: Any, expected: str) -> bool:
+    return isinstance(proof, str) and hmac.compare_digest(proof.encode(errors="replace"), expected.encode())
 
 
 def _listen_at(address: str, own: Hello) -> socket.socket:
@@ -120,16 +217,6 @@ def _listen_at(address: str, own: Hello) -> socket.socket:
                 "Choose another in distributed.coordinator."
             ) from None
         raise AssertionError("process 0 never gets another process 0's consent") from holder
-
-
-def _hear(connection: socket.socket, heard: queue.Queue[tuple[socket.socket, Hello]]) -> None:
-    """Take a process's hello; what says anything else, or nothing, is dropped."""
-    with contextlib.suppress(OSError):
-        match receive(connection, HELLO_SECONDS, MAX_HELLO_BYTES):
-            case [int(process_id), int(count), str(host)] if 0 <= process_id < count and host.isprintable():
-                heard.put((connection, Hello(process_id, count, host)))
-                return
-    connection.close()
 
 
 def _refusal(hellos: dict[int, Hello], other: Hello) -> str:
@@ -160,16 +247,27 @@ def _introduce(address: str, hello: Hello, timeout_seconds: float) -> tuple[sock
         try:
             with contextlib.ExitStack() as unless_met:
                 connection = unless_met.enter_context(socket.create_connection(split_address(address), left))
-                connection.sendall(encode(hello))
+                nonce = secrets.token_hex(16)
+                connection.sendall(encode([*hello, nonce]))
                 # Process 0 may have started later than this one, and the others later still.
-                answer = receive(connection, timeout_seconds + ANSWER_SECONDS)
-                match answer:
+                seconds = timeout_seconds + ANSWER_SECONDS
+                match receive(connection, seconds, MAX_HELLO_BYTES):
+                    case {"nonce": str(theirs), "proof": proof}:
+                        if not _same(proof, _proof("coordinator", nonce, theirs)):
+                            raise ValueError(
+                                f"process {hello.process_id} ({hello.host}) and the coordinator {address} do not have "
+                                f"the same {SECRET} in their environments; give it to all processes, or to none."
+                            )
+                        connection.sendall(encode(_proof("process", nonce, theirs, *hello)))
+                    case _:
+                        raise OtherProtocol(OTHER)
+                match receive(connection, seconds, MAX_HELLO_BYTES * (hello.num_processes + 1)):
                     case {"refused": "", "hosts": [*hosts]} if len(hosts) == hello.num_processes:
                         unless_met.pop_all()
                         return connection, hosts
                     case {"refused": str(refused)} if refused:
                         raise ValueError(refused)
-                raise OtherProtocol("another program, or another version of this one, answers")
+                raise OtherProtocol(OTHER)
         except OtherProtocol:
             raise
         except OSError as error:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -22,7 +22,17 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.path import atomicity
 
-from rpo_jax.core.files import WriteFailed, check_there, refusal, sync, sync_folder
+from rpo_jax.core.files import (
+    WriteFailed,
+    check_there,
+    file_identity,
+    has_moved,
+    refusal,
+    remove_folder,
+    rename,
+    sync,
+    sync_folder,
+)
 from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.manifest import NAME, fault, has_manifest, write_manifest
 from rpo_jax.hosts.devices import devices
@@ -45,12 +55,20 @@ class _DurablePath(atomicity.AtomicRenameTemporaryPath):
     The storage itself syncs tensors, not its metadata, nor the folders that they are in.
     """
 
+    on_disk: ClassVar[set[Path]] = set()
+
     async def finalize(self) -> None:
-        await super().finalize()
-        step = Path(self.get_final())
+        partial, step = Path(self.get()), Path(self.get_final())
+        identity = file_identity(partial)
+        try:
+            await super().finalize()
+        except OSError:
+            if not has_moved(identity, partial, step):
+                raise
         await asyncio.to_thread(sync, step)
         for folder in (step.parent, step.parent.parent):  # its name, and that of the folder of checkpoints
             await asyncio.to_thread(sync_folder, folder)
+        self.on_disk.add(step)
 
 
 class Checkpoints:
@@ -143,6 +161,7 @@ class Checkpoints:
             self._warn(f"{self._failed}; training goes on, {self._newest_kept()}")
         self._empty_removed()
         self._saving, self._failed, self._saving_since = step, None, time.monotonic()
+        _DurablePath.on_disk.discard(self.path(step))
         record = {**record, _SUMMED: NAME}
         try:
             if self._beside is not None:
@@ -164,6 +183,10 @@ class Checkpoints:
         step, self._saving_since = self._saving, None
         reason = None if isinstance(error, WriteFailed) else refusal(self.folder / str(step), error)
         reason = reason or " ".join(str(error).split())[:300] or type(error).__name__
+        if step is not None and self.path(step) in _DurablePath.on_disk:
+            self._warn(f"the checkpoint of step {step} is saved, but not what it replaces put away: {reason}")
+            self._manager.reload()
+            return
         self._failed = SaveFailed(f"the checkpoint of step {step} was not saved: {reason}")
         self._clear_partial()
         self._manager.reload()  # it took those for gone that were to make room
@@ -266,7 +289,7 @@ class Checkpoints:
         if jax.process_index() != 0 or (self._removing is not None and self._removing.is_alive()):
             return
         unwanted = list((self.folder / _REMOVED).glob("*"))
-        self._removing = threading.Thread(target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in unwanted])
+        self._removing = threading.Thread(target=lambda: [remove_folder(path) for path in unwanted])
         self._removing.start()
 
     def _finish_removing(self) -> None:
@@ -332,11 +355,11 @@ def set_aside_damaged(folder: Path, say: Callable[[str], None]) -> None:
     for step, reason in reasons.items():
         aside = folder / f"{_DAMAGED}{step}"
         if aside.exists():
-            shutil.rmtree(aside)
-        (folder / str(step)).rename(aside)
+            remove_folder(aside)
+        rename(folder / str(step), aside)
         say(f"the checkpoint of step {step} is damaged and not used: {reason}; it is {aside} now")
     if taken_back is not None:
-        (folder / _REMOVED / str(taken_back)).rename(folder / str(taken_back))
+        rename(folder / _REMOVED / str(taken_back), folder / str(taken_back))
         say(f"the checkpoint of step {taken_back} was to be removed and is taken back, as no other is whole")
 
 

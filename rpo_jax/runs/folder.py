@@ -6,6 +6,7 @@ model/ all of a Hugging Face folder but the weights.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import shlex
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from rpo_jax import models
 from rpo_jax.config import Config, DistributedConfig, with_defaults_taken
 from rpo_jax.config.reading import dump_config, load_config
 from rpo_jax.core.files import atomic_directory, check_writable, read_json, recover
+from rpo_jax.core.locks import one_writer
 from rpo_jax.data.tokenize import describe_cuts, describe_notes
 from rpo_jax.data.tokenizer import load_tokenizer, tokenizer_folder
 from rpo_jax.hosts import processes
@@ -39,6 +42,20 @@ RUN_ID = "run_id"
 DATA_COUNTS = "data.json"
 GENERATION_CONFIG = "generation_config.json"
 NETWORK_FOLDER_SECONDS = 30  # until a network folder shows on one host what another wrote
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside, this run alone writes its folder: process 0 has the lock.
+
+    Raises ValueError that names host and process where another run writes there, and for a folder that cannot be made.
+    """
+    if not processes.is_main():
+        yield
+        return
+    _check_place(folder)
+    with one_writer(folder, "run.dir"):
+        yield
 
 
 def check_run_folder(config: Config, folder: Path) -> bool:
@@ -83,7 +100,7 @@ def _not_shared(folder: Path, has: int, lacks: int) -> str:
     )
 
 
-def _resuming(config: Config, folder: Path) -> bool:
+def _check_place(folder: Path) -> None:
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise ValueError(f"run.dir={folder} cannot be made: {nearest} is no folder to write to; choose another.")
@@ -92,6 +109,10 @@ def _resuming(config: Config, folder: Path) -> bool:
         raise ValueError(
             f"run.dir={folder} is where a disk is mounted, so it cannot be replaced; choose a folder in it."
         )
+
+
+def _resuming(config: Config, folder: Path) -> bool:
+    _check_place(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "config.yaml").exists():
@@ -132,7 +153,7 @@ def make_run_folder(
     """A new run folder, in place of one that is there; process 0 makes it."""
     if not processes.is_main():
         return
-    with atomic_directory(folder, overwrite=True) as new:
+    with atomic_directory(folder, overwrite=True, locked=True) as new:
         _describe_model(config, model_config, tokenizer, new / MODEL)
         # What was asked of this start only would, read back from here, ask it again of the next.
         lasting = dataclasses.replace(config.run, resume="never", overwrite=False, force=False)

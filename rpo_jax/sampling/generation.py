@@ -19,6 +19,7 @@ import numpy as np
 from rpo_jax.config import MeshConfig, RunConfig
 from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.core.jsonl import GrowingFile, complete_lines, parse_json, write_jsonl
+from rpo_jax.core.locks import one_writer
 from rpo_jax.core.memory import explaining_memory
 from rpo_jax.data.hub import newest_file
 from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
@@ -119,6 +120,11 @@ def generate(config: GenerateConfig) -> Path:
     if out.is_dir():
         raise ValueError(f"out={out} cannot be written; give a file in a folder that can be.")
     check_writable(out.parent)
+    with one_writer(out, "out"):
+        return _generate(config, out, reporter)
+
+
+def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
     mesh = sharding.make_mesh(config.mesh)
     if (note := unused_card()) is not None:
         reporter.say(note)

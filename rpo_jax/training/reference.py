@@ -8,6 +8,7 @@ Letters: r responses of a data set, as rpo_jax.core.records.PreferenceData numbe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -178,13 +179,19 @@ def _check_finite(data: PreferenceData, response: str, log_probs: Float[np.ndarr
             )
 
 
+def _age(path: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+        return path.stat().st_mtime
+    return 0.0
+
+
 def what_changed(folder: Path, parts: Mapping[str, str]) -> list[str]:
     """What the file that is nearest to these parts was computed from and they are not, in words.
 
     Empty where the folder has no file of the same data and response.
     """
     nearest, most = None, -1
-    for path in sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(folder.glob("*.safetensors"), key=_age):
         try:
             header = _header(path)
         except DAMAGED:

@@ -33,6 +33,7 @@ from rpo_jax.runs.folder import (
     check_shared,
     make_run_folder,
     resume_command,
+    writing,
 )
 from rpo_jax.runs.tracking import MetricsLog, Reporter, check_login, check_tracking
 from rpo_jax.runs.versions import installed_versions
@@ -110,10 +111,11 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     with processes.stopping_together(), stopping.listening():
         reporter = Reporter(silent=not processes.is_main())
         reporter.say(chosen)
+        asked = _Asked(config, hooks, reporter, stopping)
         compiled = Path(config.run.cache_dir).expanduser() / "compiled"
         try:
-            with keeping_compiled(compiled, reporter.say):
-                return _run(_Asked(config, hooks, reporter, stopping))
+            with writing(asked.run_dir), keeping_compiled(compiled, reporter.say):
+                return _run(asked)
         except Stopped as stopped:
             reporter.say(f"{stopped}; to go on: {resume_command(config, stopping.started)}")
             raise
