@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import base64
 import hashlib
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,10 @@ class LimitedTokenizer:
         return outcome
 
     def _call(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenIds | ValueError]:
+        with _one_at_a_time:
+            return self._exchanged(texts, add_special_tokens)
+
+    def _exchanged(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenIds | ValueError]:
         seconds = CALL_SECONDS + sum(map(len, texts)) / CHARACTERS_PER_SECOND
         process = self._process()
         try:
@@ -157,4 +162,5 @@ def _in_calls(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 _kept: dict[str, LimitedProcess] = {}
+_one_at_a_time = threading.Lock()  # of the calls of all threads
 _limited: weakref.WeakKeyDictionary[Any, tuple[Any, LimitedTokenizer]] = weakref.WeakKeyDictionary()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,8 +125,17 @@ def encode_examples(
     tokenizer without EOS.
     """
     encoder = _ExampleEncoder(tokenizer, limits)
-    for start in range(0, len(examples), BLOCK_EXAMPLES):
-        yield from encoder.encode(examples[start : start + BLOCK_EXAMPLES])
+    with ThreadPoolExecutor(1) as ahead:  # the tokenizer, in a process of its own, is a block ahead
+        waiting: tuple[Sequence[PreferenceExample], list[_Text | str], Future[_Encoded]] | None = None
+        for start in range(0, len(examples), BLOCK_EXAMPLES):
+            block = examples[start : start + BLOCK_EXAMPLES]
+            texts = encoder.texts(block)
+            encoding = ahead.submit(_Encoded, encoder.encoder, [text for text in texts if isinstance(text, _Text)])
+            if waiting is not None:
+                yield from encoder.encoded(*waiting)
+            waiting = block, texts, encoding
+        if waiting is not None:
+            yield from encoder.encoded(*waiting)
 
 
 class _ExampleEncoder:
@@ -140,8 +150,9 @@ class _ExampleEncoder:
         self.encoder = self.template.encoder
         self.eos = np.array([tokenizer.eos_token_id], np.int32)
 
-    def encode(self, examples: Sequence[PreferenceExample]) -> list[dict[str, Any]]:
-        texts: list[_Text | str] = []  # or why there are none
+    def texts(self, examples: Sequence[PreferenceExample]) -> list[_Text | str]:
+        """Each example's, or why it has none."""
+        texts: list[_Text | str] = []
         for example in examples:
             try:
                 texts.append(self._text(example, as_messages(example.prompt, self.limits.template)))
@@ -149,18 +160,22 @@ class _ExampleEncoder:
                 raise  # no row is to blame
             except ValueError as error:
                 texts.append(str(error))
-        ids = _Encoded(self.encoder, [text for text in texts if isinstance(text, _Text)])
-        encoded = []
+        return texts
+
+    def encoded(
+        self, examples: Sequence[PreferenceExample], texts: Sequence[_Text | str], encoding: Future[_Encoded]
+    ) -> Iterator[dict[str, Any]]:
+        ids = encoding.result()
         for example, text in zip(examples, texts, strict=True):
             try:
                 if isinstance(text, str):
                     raise ValueError(text)
-                encoded.append(self._encoded(example, text, ids))
+                found = self._encoded(example, text, ids)
             except BeyondUseError:
                 raise
             except ValueError as error:
-                encoded.append({"fault": str(error)})
-        return encoded
+                found = {"fault": str(error)}
+            yield found
 
     def _text(self, example: PreferenceExample, prompt: str | tuple[Message, ...]) -> _Text:
         if isinstance(prompt, str):
