@@ -142,11 +142,12 @@ def _read_arrow_folder(folder: Path, split: str) -> Iterator[Row | BadRow]:
 
 def _read_hub(name: str, split: str) -> Iterator[Row | BadRow]:
     import datasets
+    from datasets import config as client
 
     repository, _, config = name.partition(":")
-    was_offline = datasets.config.HF_HUB_OFFLINE
+    was_offline = client.HF_HUB_OFFLINE
     # Without a connection its client retries each file for the better part of a minute; its cache may do.
-    datasets.config.HF_HUB_OFFLINE = was_offline or not is_reachable()
+    client.HF_HUB_OFFLINE = was_offline or not is_reachable()
     try:
         dataset = datasets.load_dataset(repository, config or None, split=split)
     except Exception as error:  # the hub's client raises OSError, ValueError, HTTP errors and its own kinds
@@ -156,7 +157,7 @@ def _read_hub(name: str, split: str) -> Iterator[Row | BadRow]:
             f"loaded ({type(error).__name__}: {reason}); check the path or the name, the split and the network."
         ) from None
     finally:
-        datasets.config.HF_HUB_OFFLINE = was_offline
+        client.HF_HUB_OFFLINE = was_offline
     yield from read_dataset(dataset, f"{name}[{split}]")
 
 

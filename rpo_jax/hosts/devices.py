@@ -12,12 +12,17 @@ import jax
 NVIDIA = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/gpus/*", "/usr/lib/wsl/lib/nvidia-smi")
 
 
+def _asked() -> str | None:
+    settings: Any = jax.config  # its values are attributes that it makes
+    return settings.jax_platforms
+
+
 def devices() -> list[Any]:
     """All devices; ValueError where jax can start none, or not those that JAX_PLATFORMS asks for."""
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
-        asked = jax.config.jax_platforms
+        asked = _asked()
         reason = str(error).partition(" (")[0].strip().split("\n")[0] or "it finds no such device"
         if not asked:
             raise ValueError(f"jax starts no device: {reason}; JAX_PLATFORMS=cpu does without the others.") from None
@@ -30,7 +35,7 @@ def devices() -> list[Any]:
 def unused_card() -> str | None:
     """That there is an NVIDIA card and jax computes on the CPU, where nobody asked for that; None otherwise."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
-    if jax.config.jax_platforms or hidden or jax.default_backend() != "cpu":
+    if _asked() or hidden or jax.default_backend() != "cpu":
         return None
     if not any(glob.glob(place) for place in NVIDIA):
         return None

@@ -212,7 +212,7 @@ class _TensorBoard:
         """OSError where the disk refuses, or has just refused."""
         if self._fault is not None and time.monotonic() - self._flushed < FLUSH_SECONDS:
             raise self._fault
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         with files.writing(self._folder):
@@ -231,7 +231,7 @@ class _TensorBoard:
 
     def _opened(self) -> None:
         from tensorboardX import RecordWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
         if self._file is not None:
             return
@@ -244,7 +244,7 @@ class _TensorBoard:
             self._purge_step = None
 
     def _add(self, **event: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
         self._file.write(Event(wall_time=time.time(), **event).SerializeToString())
 
