@@ -1,7 +1,7 @@
 """Train a policy on preferences: `python -m rpo_jax.train --config configs/NAME.yaml [--section.key value ...]`.
 
 Exit status: 0 where the run is finished or was asked to stop, 2 where something given cannot be used, 3, with a report,
-where numbers went wrong too often.
+where numbers went wrong too often, 1 where another process of the run died or is stopped.
 """
 
 from __future__ import annotations

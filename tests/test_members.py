@@ -140,7 +140,7 @@ def frame(value, magic=MAGIC, header_bytes=None, body_bytes=0):
     return PREFIX.pack(magic, len(header) if header_bytes is None else header_bytes, body_bytes) + header
 
 
-def hello(process_id=1, count=2, host="b", nonce="n"):
+def hello(process_id: object = 1, count: object = 2, host: object = "b", nonce: object = "n"):
     return frame([process_id, count, host, nonce])
 
 

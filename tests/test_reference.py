@@ -318,3 +318,8 @@ def test_parameters_in_memory_are_told_apart():
     changed = {"a": np.zeros((2, 3), np.float32), "b": {"c": np.array([1, 1, 1, 2], np.float32)}}
     assert reference.params_fingerprint(params) == reference.params_fingerprint(same)
     assert reference.params_fingerprint(params) != reference.params_fingerprint(changed)
+
+
+def test_a_cache_file_that_vanishes_while_it_is_looked_at_is_passed_over(tmp_path):
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    assert reference.what_changed(tmp_path, PARTS) == []

@@ -82,7 +82,7 @@ def _held(file: Path, what: str) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        beating.join()
+        beating.join(BEAT_SECONDS)  # not longer: its disk may hang
         with contextlib.suppress(OSError):
             if _is_at(descriptor, file) and _is_of(_read(descriptor), record):
                 file.unlink()

@@ -40,6 +40,8 @@ def holder(path, without="", pid=7, command=()):
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(arguments, cwd=REPOSITORY, text=True, **pipes) as process:
         try:
+            assert process.stdout
+            assert process.stderr
             assert process.stdout.readline() == "inside\n", process.stderr.read()
             yield process
         finally:
@@ -172,6 +174,7 @@ def test_one_that_was_taken_for_dead_ends_when_it_comes_back(tmp_path, quick, mo
         with one_writer(path):
             first.send_signal(signal.SIGCONT)
             assert first.wait(60) == 2
+            assert first.stderr
             assert first.stderr.read().startswith(f"error: {path} is written by process {os.getpid()} on {HOST}, since")
         assert not lock_file(path).exists()
 
