@@ -27,8 +27,11 @@ def main():
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tokenizer, reason = _attempt(_loaded, json.loads(sys.stdin.readline()))
-    _answer(["ok", ""] if tokenizer is not None else ["error", reason])
-    for line in sys.stdin if tokenizer is not None else ():
+    if tokenizer is None:
+        _answer(["error", reason])
+        return
+    _answer(["ok", ""])
+    for line in sys.stdin:
         texts, add_special_tokens, tokenizer.encode_special_tokens = json.loads(line)
         _answer(_encoded(tokenizer, texts, add_special_tokens))
 

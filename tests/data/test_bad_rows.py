@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from rpo_jax import train
 from rpo_jax.config.reading import load_config
+from rpo_jax.core.records import Row
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.lines import MAX_LINE_BYTES
 from rpo_jax.data.sources import read_rows
@@ -288,3 +289,13 @@ def test_memory_is_that_of_the_good_rows(tmp_path, rows, name):
     assert examples == len(written.good)
     # Strings and their objects; the rows that the layout is told by; one row being parsed.
     assert grown < 1.2 * written.good_bytes + 1000 * examples + 64 * 2**20
+
+
+def test_what_a_template_would_get_too_deep_is_named():
+    """Rows may nest as deep as JSON is read; functions that call themselves would end on it."""
+    deep = json.loads("[" * 300 + "]" * 300)
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    for column, value in (("tools", [{"a": deep}]), ("chat_template_kwargs", {"a": deep})):
+        found = make_examples([Row(row, "file", 1), Row({**row, column: value}, "file", 2)], on_bad_row="skip")
+        assert [example.row_id for example in found.examples] == ["file:1"]
+        assert found.faults.first.reason.startswith(f"column '{column}' is nested too deep: ")
