@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct answers every training prompt of configs/data/smollm2_prompts.json several times, and VADER scores
 the answers' sentiment. Of the answers that are whole, plain and about their topic, the two that differ most make a
-pair, if the better one is not the longer one: what is praised here is not to be length.
+pair, if the better one is hardly the longer one: what is praised here is not to be length.
 
 The bundled pairs are of the package's 4-bit weights; other weights, or the rounding of another machine, give other
 answers.
@@ -34,8 +34,8 @@ TEMPERATURE = 0.8
 MAX_TOKENS = 40
 MIN_WORDS = 6
 POSITIVE = 0.05  # VADER's own threshold of positive text
-MIN_DIFFERENCE = 0.3  # between the scores of a pair
-MAX_RATIO = 1.4  # of their lengths in words, the rejected one's to the chosen one's
+MIN_DIFFERENCE = 0.2  # between the scores of a pair
+RATIOS = 0.9, 1.4  # of their lengths in words, the rejected one's to the chosen one's
 
 
 def prompts(part: str) -> list[dict[str, str]]:
@@ -54,7 +54,7 @@ def names_topic(topic: str, answer: str) -> bool:
 
 
 def pairs(answers: Sequence[dict[str, Any]], asked: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """Of every prompt the two usable answers that differ most, the better one positive and not the longer one.
+    """Of every prompt the two usable answers that differ most, the better one positive and hardly the longer one.
 
     Args:
         answers: rows that rpo_jax.generate writes, those to one prompt together.
@@ -88,7 +88,7 @@ def _is_usable(answer: dict[str, Any], topic: str) -> bool:
 def _differ(low: tuple[float, str], high: tuple[float, str]) -> bool:
     """Whether the second of two scored answers is positive, the first is not nearly as much, and about as long."""
     ratio = len(low[1].split()) / len(high[1].split())
-    return high[0] >= POSITIVE and high[0] - low[0] >= MIN_DIFFERENCE and 1 <= ratio <= MAX_RATIO
+    return high[0] >= POSITIVE and high[0] - low[0] >= MIN_DIFFERENCE and RATIOS[0] <= ratio <= RATIOS[1]
 
 
 def turns(text: str) -> list[dict[str, str]]:
