@@ -1,12 +1,11 @@
 """Write the quickstart's preference pairs and held-out prompts: `python scripts/make_smollm2_data.py [--out DIR]`.
 
 SmolLM2-135M-Instruct answers every training prompt of configs/data/smollm2_prompts.json several times, and VADER scores
-the answers' sentiment. Of the answers that are whole, plain and about their topic, the two of like length that differ
-most make a pair.
+the answers' sentiment. Of the answers that are whole, plain and about their topic, the two that differ most make a
+pair, if the better one is hardly the longer one: what is praised here is not to be length.
 
-The bundled pairs are of the package's 4-bit weights, from 1,026 answers to the first 230 prompts, three to seven each
-(519 of them sampled with <|endoftext|> in front of the prompt); this script samples all prompts three times. Other
-weights, or the rounding of another machine, give other answers.
+The bundled pairs are of the package's 4-bit weights; other weights, or the rounding of another machine, give other
+answers.
 """
 
 from __future__ import annotations
@@ -29,13 +28,14 @@ from rpo_jax.sampling.generation import GenerateConfig, generate
 DATA = Path(__file__).resolve().parents[1] / "configs" / "data"
 PROMPTS = DATA / "smollm2_prompts.json"
 TRAIN, HELD_OUT = "smollm2_train.jsonl", "smollm2_held_out.jsonl"
-SAMPLES = 3  # of every prompt
+SYSTEM = {"role": "system", "content": "Be brief."}
+SAMPLES = 4  # of every prompt
 TEMPERATURE = 0.8
 MAX_TOKENS = 40
 MIN_WORDS = 6
 POSITIVE = 0.05  # VADER's own threshold of positive text
-MIN_DIFFERENCE = 0.3  # between the scores of a pair
-MAX_RATIO = 1.4  # of their lengths in words
+MIN_DIFFERENCE = 0.2  # between the scores of a pair
+RATIOS = 0.9, 1.4  # of their lengths in words, the rejected one's to the chosen one's
 
 
 def prompts(part: str) -> list[dict[str, str]]:
@@ -54,22 +54,23 @@ def names_topic(topic: str, answer: str) -> bool:
 
 
 def pairs(answers: Sequence[dict[str, Any]], asked: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """Of every prompt the two usable answers of like length, one of them positive, that differ most.
+    """Of every prompt the two usable answers that differ most, the better one positive and hardly the longer one.
 
     Args:
         answers: rows that rpo_jax.generate writes, those to one prompt together.
     """
     score = SentimentIntensityAnalyzer().polarity_scores
     topic_of = {one["text"]: one["topic"] for one in asked}
-    for text, found in groupby(answers, key=lambda row: row["prompt"][-1]["content"]):
-        usable = [row["response"] for row in found if _is_usable(row, topic_of[text])]
+    for prompt, found in groupby(answers, key=lambda row: row["prompt"]):
+        topic = topic_of[prompt[-1]["content"]]
+        usable = [row["response"] for row in found if _is_usable(row, topic)]
         scored = sorted((score(response)["compound"], response) for response in usable)
         apart = [pair for pair in combinations(scored, 2) if _differ(*pair)]
         if not apart:
             continue
         (low, rejected), (high, chosen) = max(apart, key=lambda pair: pair[1][0] - pair[0][0])
         yield {
-            "prompt": [{"role": "user", "content": text}],
+            "prompt": prompt,
             "chosen": [{"role": "assistant", "content": chosen}],
             "rejected": [{"role": "assistant", "content": rejected}],
             "score_chosen": high,
@@ -85,14 +86,19 @@ def _is_usable(answer: dict[str, Any], topic: str) -> bool:
 
 
 def _differ(low: tuple[float, str], high: tuple[float, str]) -> bool:
-    """Whether the second of two scored answers is positive, the first is not nearly as much, and lengths are alike."""
-    words = len(low[1].split()), len(high[1].split())
-    return high[0] >= POSITIVE and high[0] - low[0] >= MIN_DIFFERENCE and max(words) <= MAX_RATIO * min(words)
+    """Whether the second of two scored answers is positive, the first is not nearly as much, and about as long."""
+    ratio = len(low[1].split()) / len(high[1].split())
+    return high[0] >= POSITIVE and high[0] - low[0] >= MIN_DIFFERENCE and RATIOS[0] <= ratio <= RATIOS[1]
+
+
+def turns(text: str) -> list[dict[str, str]]:
+    """A prompt as the model is asked it."""
+    return [SYSTEM, {"role": "user", "content": text}]
 
 
 def messages(asked: Sequence[dict[str, str]], times: int = 1) -> list[dict[str, Any]]:
     """Rows that rpo_jax.generate answers."""
-    return [{"messages": [{"role": "user", "content": one["text"]}]} for one in asked for _ in range(times)]
+    return [{"messages": turns(one["text"])} for one in asked for _ in range(times)]
 
 
 def make(out: Path, work: Path, model: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from make_smollm2_data import POSITIVE, names_topic, prompts
+from make_smollm2_data import POSITIVE, names_topic, prompts, turns
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -89,7 +89,7 @@ def served(folder: Path, prompt: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        turns(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     ids = model.generate(**chat, max_new_tokens=40, do_sample=False)
     return str(tokenizer.decode(ids[0, chat["input_ids"].shape[1] :], skip_special_tokens=True))

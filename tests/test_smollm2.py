@@ -136,7 +136,7 @@ def test_held_out_prompts_are_on_other_topics(script):
 
 
 def test_bundled_pairs_are_of_training_prompts_and_scored_by_vader(script, train):
-    score, asked = SentimentIntensityAnalyzer().polarity_scores, [row["prompt"][0]["content"] for row in train]
+    score, asked = SentimentIntensityAnalyzer().polarity_scores, [row["prompt"][-1]["content"] for row in train]
     assert len(set(asked)) == len(asked)
     assert set(asked) <= {one["text"] for one in script("make_smollm2_data").prompts("train")}
     for row in train:
@@ -150,9 +150,12 @@ def test_bundled_held_out_prompts_are_those_of_the_list(script):
     assert rows_of("held_out") == make.messages(make.prompts("held_out"))
 
 
-def test_length_hardly_tells_chosen_from_rejected(train):
-    words = {side: sum(len(row[side][0]["content"].split()) for row in train) for side in ("chosen", "rejected")}
-    assert words["chosen"] == pytest.approx(words["rejected"], rel=0.1)
+def test_the_better_answer_is_hardly_the_longer_one(script, train):
+    words = np.array([[len(row[side][0]["content"].split()) for side in ("chosen", "rejected")] for row in train])
+    least, most = script("make_smollm2_data").RATIOS
+    assert (words[:, 1] >= least * words[:, 0]).all()
+    assert (words[:, 1] <= most * words[:, 0]).all()
+    assert words[:, 0].mean() < words[:, 1].mean()
 
 
 def test_bundled_rows_are_few():
@@ -185,6 +188,7 @@ def test_a_pair_is_the_best_and_the_worst_of_the_usable_answers(script, unusable
     (pair,) = make.pairs(answers, asked)
     assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == (best, worst)
     assert list(make.pairs(answers[:2], asked)) == []
+    assert list(make.pairs([answers[2], answer("Describe a wet dog.", f"{best} And more of it!")], asked)) == []
 
 
 # The report.
