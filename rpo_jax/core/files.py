@@ -48,9 +48,12 @@ def refusal(path: str | Path, error: BaseException) -> str | None:
 
     Libraries give the system's number as an attribute or, those in other languages than Python, in their text.
     """
-    found = re.search(r"(?:os[ _]error(?:_code)?|\[Errno)\W{1,2}(\d+)", str(error))
-    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
-    if number is None:
+    # Only an OSError's text is taken at Python's own form of it: others may tell of a connection that failed.
+    forms = r"os[ _]error(?:_code)?\W{1,2}(\d+)" + (r"|\[Errno (\d+)\]" if isinstance(error, OSError) else "")
+    found = re.search(forms, str(error))
+    number = getattr(error, "errno", None) or (int(found[1] or found[2]) if found else None)
+    connection = ConnectionRefusedError, ConnectionResetError, ConnectionAbortedError
+    if number is None or number < 1 or isinstance(error, connection):  # below 1 is a server's name that nobody knows
         return None
     return f"{path} cannot be written: {os.strerror(number)}; {_REMEDIES.get(number, 'choose another place')}"
 

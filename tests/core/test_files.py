@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import socket
 
 import pytest
 
@@ -126,3 +127,19 @@ def test_what_nfs_keeps_of_an_open_file_is_in_nobodys_way(tmp_path, monkeypatch)
     recover(path)
     assert (path / "file").read_text() == "3"
     assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("fetching it failed (ConnectError: [Errno -2] Name or service not known)"),
+        ValueError("fetching it failed ([Errno 111] Connection refused)"),
+        ConnectionRefusedError(111, "Connection refused"),
+        socket.gaierror(-2, "Name or service not known"),
+    ],
+)
+def test_a_connection_that_fails_while_a_folder_is_written_is_told_as_that(tmp_path, error):
+    with pytest.raises(type(error)) as caught, atomic_directory(tmp_path / "new" / "folder", overwrite=True):
+        raise error
+    assert caught.value is error
+    assert [path.name for path in (tmp_path / "new").iterdir()] == []
