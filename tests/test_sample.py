@@ -113,7 +113,7 @@ def test_answers_become_pairs_that_training_reads(world, tmp_path, capsys):
     assert len({row["seed"] for row in answers}) == 24
     for row in rows:
         texts = {one["response"] for one in answers if one["prompt"] == row["prompt"]}
-        lengths = sorted(len(text) for text in texts if text.strip())
+        lengths = sorted(len(text) for text in texts if text.strip() and "\0" not in text)
         assert (row["score_chosen"], row["score_rejected"]) == (lengths[-1], lengths[0])
         assert {row["chosen"], row["rejected"]} <= texts
     assert f"{out}: {len(rows)} rows of " in printed

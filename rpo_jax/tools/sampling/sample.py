@@ -114,7 +114,9 @@ def _counted(counts: Counter[str]) -> str:
 
 def _asked(answers: Sequence[dict[str, Any]], config: SampleConfig) -> tuple[list[Asked], Counter[str]]:
     """Prompts with the answers that count, and how many of what there are."""
-    counts: Counter[str] = Counter({"answers": len(answers), "empty": 0, "unfinished": 0, "given before": 0})
+    counts: Counter[str] = Counter(
+        {"answers": len(answers), "empty or with a null character": 0, "unfinished": 0, "given before": 0}
+    )
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for answer in answers:
         by_prompt.setdefault(answer["row_id"], []).append(answer)
@@ -123,8 +125,8 @@ def _asked(answers: Sequence[dict[str, Any]], config: SampleConfig) -> tuple[lis
         texts: dict[str, None] = {}
         for answer in some:
             text = answer["response"]
-            if not text.strip():
-                counts["empty"] += 1
+            if not text.strip() or "\0" in text:  # training reads no text with a null character
+                counts["empty or with a null character"] += 1
             elif answer["finish_reason"] == "length" and not config.keep_unfinished:
                 counts["unfinished"] += 1
             elif text in texts:
