@@ -12,6 +12,7 @@ from typing import Any
 
 from rpo_jax.core.files import check_writable
 from rpo_jax.core.jsonl import parse_json
+from rpo_jax.core.locks import one_writer
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.judging import cost, pairs, summary
 from rpo_jax.tools.judging.cache import AnswerCache
@@ -70,15 +71,24 @@ def judge_files(config: JudgeConfig, reporter: Reporter) -> dict[str, Any]:
     Raises:
         ValueError: for files, a judge or an option that cannot be used; nothing has been asked then.
         EndpointError: where the endpoint does not answer.
+        InUse: where another process judges into the same folder.
     """
     chosen_pairs = _pairs(config)
     compared = pairs.comparisons(chosen_pairs, config.seed, both_orders=config.both_orders)
     out = Path(config.out or _default_out(config)).expanduser()
     _check_out(out)
+    # Another process that judges into the same folder would pay for the same verdicts.
+    with one_writer(out, "--out"):
+        return _judged(config, len(chosen_pairs), compared, out, reporter)
+
+
+def _judged(
+    config: JudgeConfig, count: int, compared: Sequence[Comparison], out: Path, reporter: Reporter
+) -> dict[str, Any]:
     prices = config.prices
     with contextlib.ExitStack() as stack:
         judge = make_judge(config, reporter, stack)
-        reporter.say(f"{len(chosen_pairs)} prompts, {len(compared)} comparisons by {judge.name}")
+        reporter.say(f"{count} prompts, {len(compared)} comparisons by {judge.name}")
         if isinstance(judge, EndpointJudge):
             agree_on_cost(judge, compared, config, reporter)
         verdicts = judge_all(judge, compared, config, reporter)
