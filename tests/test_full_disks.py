@@ -259,7 +259,7 @@ def test_lines_that_the_disk_never_took_are_in_the_checkpoint(tmp_path, capsys):
     assert [row["step"] for row in rows_of(metrics)][-1] < 6
     run_on(tmp_path, tmp_path, rpo_jax.Hook(), **{"run.resume": "auto"})
     written = [(row["step"], "loss" in row) for row in rows_of(metrics)]
-    assert written == sorted(set(written)), "without a double"
+    assert len(written) == len(set(written)), "without a double"
     assert [step for step, trained in written if trained] == list(range(1, 7)), "without a gap"
 
 
