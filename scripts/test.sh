@@ -25,7 +25,7 @@ install() {
 
 tpu_tests() {
   local libtpu=$root/.venv-libtpu pin
-  pin=$("$python" -c 'from rpo_jax.tools.planning.compiled import libtpu_requirement as pin; print(pin())')
+  pin=$("$python" -c 'from rpo_jax.tools.planning.targets import libtpu_requirement as pin; print(pin())')
   install "compile for TPUs" "$libtpu" "$pin" || return 0
   PYTHONPATH=$libtpu TPU_LIBRARY_PATH=$libtpu/libtpu/libtpu.so "$python" -m pytest "$@"
 }
