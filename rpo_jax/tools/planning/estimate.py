@@ -206,7 +206,8 @@ def _surprises(
         numbers = one.shape.bytes // max(1, hlo.Shape(one.shape.dtype, ()).bytes)
         if one.kind == "all-gather" and numbers > max(layer, table):
             said.append(f"all-gather of {_shape(one)}, more than a layer or the vocabulary's table ({one.where})")
-        if one.kind == "all-reduce" and numbers >= table // tensor and numbers > 2**20:
+        activations = local_tokens * model.hidden_size  # which devices that share a matrix product add up
+        if one.kind == "all-reduce" and numbers >= table // tensor and numbers > 2**20 and numbers != activations:
             said.append(f"all-reduce of {_shape(one)}, whole on every device ({one.where})")
     least = 2 * CHUNK_TOKENS  # a chunk of logits is meant to be there
     if local_tokens >= least:

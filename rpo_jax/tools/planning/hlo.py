@@ -26,6 +26,7 @@ _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _INDEX = re.compile(r"\bindex=(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
 _MESH_PART = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _COMMENT = re.compile(r"/\*.*?\*/")  # which element of a long tuple comes next
@@ -212,26 +213,32 @@ def _numbers(text: str) -> list[int]:
 def _first_group(text: str) -> tuple[int, ...]:
     """The devices of the first replica group; of a permute, the pair that is furthest apart.
 
-    Groups stand as {{0,1},{2,3}}, as [groups,size]<=[axes]T(order) or as mesh['a'=4,'b'=2] {'a'}.
+    Groups stand as {{0,1},{2,3}}, as [groups,size]<=[axes]T(order) or as mesh['a'=4,'b'=2], device_ids=([axes]T(order))
+    {'a'}.
     """
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return tuple(_numbers(match.group(1)))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        axes, order = _numbers(match.group(3)), match.group(4)
-        ids = np.arange(math.prod(axes)).reshape(axes).transpose(_numbers(order) if order else None)
-        return tuple(ids.ravel()[: int(match.group(2))].tolist())
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? ?\{([^}]*)\}", text):
+        return tuple(_device_order(match.group(3), match.group(4))[: int(match.group(2))].tolist())
+    if match := _MESH.search(text):
         # A part of an axis is named 'a':(size before it)its size.
-        parts = {name: (before, size) for name, before, size in _MESH_PART.findall(match.group(2))}
+        parts = {name: (before, size) for name, before, size in _MESH_PART.findall(match.group(4))}
         axes, chosen = [], []
         for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1)):
             before, part = parts.get(name, ("1", "1"))
             before, part = (1, int(size)) if not part else (int(before), int(part))
             axes += [before, part, int(size) // before // part]
             chosen += [0, slice(None), 0] if name in parts else [0, 0, 0]
-        return tuple(np.arange(math.prod(axes)).reshape(axes)[tuple(chosen)].ravel().tolist())
+        ids = _device_order(match.group(2) or str(math.prod(axes)), match.group(3))
+        return tuple(ids.reshape(axes)[tuple(chosen)].ravel().tolist())
     pairs = [_numbers(pair) for pair in re.findall(r"[{,]\{(\d+,\d+)\}", text.partition("source_target_pairs=")[2])]
     return tuple(max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=()))
+
+
+def _device_order(axes: str, order: str | None) -> np.ndarray:
+    """The numbers of all devices in the order that [axes]T(order) says."""
+    sizes = _numbers(axes)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) if order else None).ravel()
 
 
 class _Runs(NamedTuple):
