@@ -1,4 +1,4 @@
-"""Print the table of benchmarks/plan.md from the plans in a folder: python -m benchmarks.plan_table .cache/plans"""
+"""Print a table of benchmarks/plan.md from the plans in a folder: python -m benchmarks.plan_table .cache/plans/gpu"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 GIB = 2**30
 HEADER = (
     "model",
-    "slice",
+    "devices",
     "mesh (data x fsdp x tensor)",
     "rows x tokens",
     "parameters + optimizer, GiB",

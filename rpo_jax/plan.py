@@ -1,6 +1,6 @@
 """Plan a run on devices that are not here: `python -m rpo_jax.plan --config C --topology v5p:4x4x4`.
 
-The real training step is compiled ahead of time, by libtpu for TPUs and for virtual CPU devices in place of GPUs.
+The real training step is compiled ahead of time, by libtpu for TPUs and by JAX's CUDA plugin for NVIDIA GPUs.
 Exit status: 0 where something fits, 1 where nothing does, 2 where something given cannot be used.
 """
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from rpo_jax.config.reading import parse_config
 from rpo_jax.core.command import run_command
-from rpo_jax.tools.planning.chips import GPUS
 from rpo_jax.tools.planning.planner import PlanOptions, plan
 from rpo_jax.tools.planning.workload import KNOWN_MODELS
 
@@ -27,10 +26,10 @@ def _parser() -> argparse.ArgumentParser:
         "are the configuration's: --config FILE and --section.key value.",
     )
     add = parser.add_argument
-    add("--topology", help="a TPU slice: v5e:2x4, v5p:4x4x4, v6e:4x4 ... (needs libtpu)")
-    add("--devices", type=int, help="number of GPUs")
+    add("--topology", help="GPUs: h100:8, h100:4x8 (hosts x GPUs), a100, h200, b200 ...; TPUs: v5e:2x4, v5p:4x4x4 ...")
+    add("--devices", type=int, help="number of GPUs, of the kind that --chip names: 8 is --topology h100:8")
     add("--device-memory", help="of each GPU, as 80GiB; the chip's own where not given")
-    add("--chip", choices=GPUS, help="whose rates to take for GPUs; h100 where not given")
+    add("--chip", help="a GPU as --topology names it; h100 where not given")
     add("--model", help=f"a known architecture, where model.path is not here: {', '.join(KNOWN_MODELS)}")
     add("--rows", type=int, help="packed rows of a batch, with --row-tokens")
     add("--row-tokens", type=int, help="their length")

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Makes the environment, checks style and types, and runs the tests. Arguments go to pytest.
-# `scripts/test.sh tpu` runs all tests that compile for TPUs, the long ones too; `scripts/test.sh slow [FILE ...]` runs the
-# long tests, of all files or of some, and notes in tests/slow_ledger.json when it did.
-# Without arguments the step is compiled for TPUs as well, by libtpu in a folder of its own: in the environment it would
-# make every other process look for chips. What else reads an export lies in another: transformers 4, which cannot be
-# beside 5, and llama.cpp's converter.
+# `scripts/test.sh tpu` runs all tests that compile for TPUs, the long ones too, `scripts/test.sh cuda` those that compile
+# for NVIDIA GPUs; `scripts/test.sh slow [FILE ...]` runs the long tests, of all files or of some, and notes in
+# tests/slow_ledger.json when it did.
+# Without arguments the step is compiled for TPUs and for GPUs as well, by libtpu and by JAX's CUDA plugin in folders of
+# their own: in the environment they would make every other process look for chips. What else reads an export lies in
+# another: transformers 4, which cannot be beside 5, and llama.cpp's converter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -25,9 +26,16 @@ install() {
 
 tpu_tests() {
   local libtpu=$root/.venv-libtpu pin
-  pin=$("$python" -c 'from rpo_jax.tools.planning.compiled import libtpu_requirement as pin; print(pin())')
+  pin=$("$python" -c 'from rpo_jax.tools.planning.targets import libtpu_requirement as pin; print(pin())')
   install "compile for TPUs" "$libtpu" "$pin" || return 0
   PYTHONPATH=$libtpu TPU_LIBRARY_PATH=$libtpu/libtpu/libtpu.so "$python" -m pytest "$@"
+}
+
+cuda_tests() {
+  local cuda=$root/.venv-cuda pins
+  mapfile -t pins < <("$python" -c 'from rpo_jax.tools.planning.targets import cuda_requirements as pins; print(*pins(), sep="\n")')
+  install "compile for NVIDIA GPUs" "$cuda" "${pins[@]}" || return 0
+  PYTHONPATH=$cuda "$python" -m pytest "$@"
 }
 
 # All that transformers 4 imports and the environment has not, or has in another version.
@@ -38,15 +46,20 @@ readers=(
 readers_folder=$root/.venv-transformers4
 
 tpu_files=(tests/models/test_tpu.py tests/test_plan_tpu.py)
+cuda_file=tests/test_plan_gpu.py
 if [ "$*" = tpu ]; then
   tpu_tests "${tpu_files[@]}" -m "slow or not slow" -s
+  exit
+fi
+if [ "$*" = cuda ]; then
+  cuda_tests "$cuda_file" -m "slow or not slow" -s
   exit
 fi
 if [ "${1:-}" = slow ]; then
   shift
   ledger=(-m slow --timeout 0 --ledger tests/slow_ledger.json)
   "$python" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "${ledger[@]}" "$@"
-  [ $# -gt 0 ] || tpu_tests "${tpu_files[@]}" "${ledger[@]}"
+  [ $# -gt 0 ] || { tpu_tests "${tpu_files[@]}" "${ledger[@]}" && cuda_tests "$cuda_file" "${ledger[@]}"; }
   exit
 fi
 if install "read exports with transformers 4 and llama.cpp's converter" "$readers_folder" "${readers[@]}"; then
@@ -57,4 +70,4 @@ fi
 "$(dirname "$python")/basedpyright" --pythonpath "$python"
 # Two at a time: most of a test is one thread's compiling.
 "$python" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
-[ $# -gt 0 ] || tpu_tests tests/models/test_tpu.py
+[ $# -gt 0 ] || { tpu_tests tests/models/test_tpu.py && cuda_tests "$cuda_file"; }

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from rpo_jax import models, plan
 from rpo_jax.config import BatchConfig, Config, DataConfig, MeshConfig, PolicyConfig
 from rpo_jax.hosts import sharding
-from rpo_jax.tools.planning import hlo, search, workload
+from rpo_jax.tools.planning import hlo, planner, search, targets, workload
 from rpo_jax.tools.planning.arithmetic import StepSizes, step_flops
+from rpo_jax.tools.planning.chips import CHIPS
 from rpo_jax.tools.planning.compiled import abstract_batch
 from rpo_jax.tools.planning.workload import BatchShape, Lengths, assumed_lengths, planned_batch
 from rpo_jax.training.step import build_steps
@@ -50,7 +52,9 @@ def test_exchanges_are_counted_as_often_as_their_loops_turn():
 
     text = jax.jit(run, out_shardings=rows.sharding).lower(weights, rows).compile().as_text()
     gathers = [one for one in hlo.collectives(text, most_trips=1) if one.kind == "all-gather"]
-    assert [(one.times, one.bytes, one.devices, one.bounded) for one in gathers] == [(layers, 4 * size**2, 8, False)]
+    assert [(one.times, one.bytes, one.bounded) for one in gathers] == [(layers, 4 * size**2, False)]
+    assert gathers[0].group == tuple(range(8))
+    assert gathers[0].in_loop
     assert gathers[0].sent == pytest.approx(4 * size**2 * 7 / 8)
 
 
@@ -190,38 +194,21 @@ def test_known_models_have_their_published_sizes():
     assert counted["llama3-70b"] == 70_553_706_496
 
 
-def test_a_plan_for_gpus_says_what_it_was_compiled_for(tmp_path, capsys):
-    file = tmp_path / "plan.json"
-    assert plan.main([*GPUS, "--device-memory", "80GiB", "--json", str(file)]) == 0
-    told = capsys.readouterr().out
-    assert "Compiled for virtual CPU devices" in told
-    assert "the whole batch: no micro-batches are needed" in told
-    written = json.loads(file.read_text())
-    (only,) = written["plans"]
-    found = only["estimate"]
-    model = models.new_config(
-        family="llama",
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=4,
-        tie_embeddings=False,
-        rope_theta=1e4,
-        max_position_embeddings=32,
-    )
-    assert found["memory"]["params"] == pytest.approx(4 * models.count_params(model) / 8, rel=0.01)
-    assert found["memory"]["optimizer"] == pytest.approx(found["memory"]["params"], rel=0.01)  # rmsprop's one slot
-    assert found["peak_bytes"] < found["memory_limit"] == 80 * 2**30
-    gathers = [row for row in found["exchanges"] if row["kind"] == "all-gather" and row["place"] == "loops"]
-    assert sum(row["count"] for row in gathers) >= 2 * 7  # seven matrices a layer, forward and backward
-    assert found["seconds_overlapped"] <= found["seconds_serial"]
+@pytest.fixture
+def devices_here(monkeypatch):
+    """Plans are compiled for the tests' own devices: what is asked of them needs no compiler of another kind."""
+
+    def target(topology, memory=None):
+        devices = jax.devices()[: int(topology.partition(":")[2])]
+        return targets.Target(topology, CHIPS["h100"], tuple(devices), memory or 80e9, "cpu")
+
+    monkeypatch.setattr(planner, "target_of", target)
 
 
+@pytest.mark.usefixtures("devices_here")
 def test_what_does_not_fit_is_planned_in_micro_batches(tmp_path, capsys):
     file = tmp_path / "plan.json"
-    rows = ["--rows", "64", "--row-tokens", "256"]
+    rows = ["--rows", "64", "--row-tokens", "256", "--model.attention", "dense"]
     whole = replace_memory(tmp_path, rows)
     assert plan.main([*GPUS, *rows, "--device-memory", f"{whole - 1}MB", "--json", str(file)]) == 0
     assert "as configured it does not fit" not in capsys.readouterr().err
@@ -250,6 +237,7 @@ def test_meshes_divide_what_they_split():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("devices_here")
 def test_a_search_ranks_what_fits_before_what_does_not(tmp_path):
     file = tmp_path / "plan.json"
     arguments = ["--devices", "2", *SMALL, "--search", "--json", str(file)]
@@ -262,25 +250,101 @@ def test_a_search_ranks_what_fits_before_what_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("devices", "told"),
     [
-        (["--topology", "v9:2x2", *SMALL], "v5e: 1x1, 2x2, 2x4"),
-        (["--topology", "v5e", *SMALL], "give a generation and its layout"),
-        ([*GPUS, "--mesh.fsdp", "3"], "do not multiply to the 8 devices"),
-        ([*GPUS, "--batch.pairs", "12"], "batch.pairs=12 is not divisible by the 8 shards"),
-        ([*GPUS, "--model", "llama9"], "--model llama9 is not known"),
-        ([*GPUS, "--model.path", "nowhere"], "is no folder with a config.json"),
-        ([*GPUS, "--lengths", "nowhere.json"], "--lengths nowhere.json"),
-        ([*GPUS, "--device-memory", "80"], "is no size"),
-        ([*GPUS, "--rows", "8"], "belong together"),
-        ([*GPUS, "--rows", "9", "--row-tokens", "64"], "must be a multiple of 8"),
-        (SMALL, "one of --topology (TPUs) and --devices (GPUs)"),
-        ([*GPUS, "--prompt-tokens", "40"], "at most data.max_tokens=32"),
+        (["--topology", "v9:2x2"], "v5e: 1x1, 2x2, 2x4"),
+        (["--topology", "v5e"], "give a generation and its layout"),
+        (["--topology", "h10:8"], "--topology h10:8 is not known, the nearest is h100"),
+        (["--topology", "H100:8"], "the nearest is h100"),
+        (["--topology", "h100"], "give a GPU and how many, as h100:8"),
+        (["--topology", "h100:2x2x2"], "give a GPU and how many, as h100:8"),
+        (["--topology", "h100:0"], "give a GPU and how many, as h100:8"),
+        (["--topology", "h100:12"], "12 GPUs are no hosts of 8"),
+        (["--topology", "h100:8", "--chip", "h200"], "--chip goes with --devices"),
+        (["--topology", "v5e:2x4", "--device-memory", "80GiB"], "--device-memory goes with GPUs"),
+        (["--devices", "8", "--chip", "a10"], "--topology a10:8 is not known, the nearest is a100"),
+        (["--devices", "-1"], "give a GPU and how many, as h100:8"),
+        (["--devices", "8", "--device-memory", "80"], "is no size"),
+        ([], "one of --topology (h100:8, v5p:4x4x4) and --devices (a number of GPUs)"),
     ],
 )
-def test_what_cannot_be_planned_is_told_in_one_line(arguments, told, capsys):
-    assert plan.main(arguments) == 2
+def test_devices_that_there_are_not_are_told_in_one_line(devices, told, capsys):
+    assert plan.main([*devices, *SMALL]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--mesh.fsdp", "3"], "do not multiply to the 8 devices"),
+        (["--batch.pairs", "12"], "batch.pairs=12 is not divisible by the 8 shards"),
+        (["--model", "llama9"], "--model llama9 is not known"),
+        (["--model.path", "nowhere"], "is no folder with a config.json"),
+        (["--lengths", "nowhere.json"], "--lengths nowhere.json"),
+        (["--rows", "8"], "belong together"),
+        (["--rows", "9", "--row-tokens", "64"], "must be a multiple of 8"),
+        (["--prompt-tokens", "40"], "at most data.max_tokens=32"),
+    ],
+)
+@pytest.mark.usefixtures("devices_here")
+def test_what_cannot_be_planned_is_told_in_one_line(arguments, told, capsys):
+    assert plan.main([*GPUS, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("installed", "told"),
+    [
+        ({}, "--topology h100:8 needs JAX's CUDA plugin, which compiles for GPUs without one: pip install"),
+        ({"jax-cuda13-plugin": "0.0.1"}, "needs JAX's CUDA plugin"),
+        (
+            {"jax-cuda13-plugin": "0.0.1", "jax-cuda13-pjrt": "0.0.1"},
+            f"jax-cuda13-plugin 0.0.1 and jax-cuda13-pjrt 0.0.1 cannot be used by jaxlib {jaxlib.__version__}",
+        ),
+    ],
+)
+def test_a_compiler_that_is_missing_or_belongs_to_another_jax_is_told_before_anything_compiles(
+    installed, told, monkeypatch, capsys
+):
+    version = targets.metadata.version
+
+    def of(name):
+        if not name.startswith("jax-cuda"):
+            return version(name)
+        if name not in installed:
+            raise targets.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(targets.metadata, "version", of)
+    assert plan.main(["--topology", "h100:8", *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert f"jax-cuda13-plugin=={jaxlib.__version__}" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "layout"),
+    [("h100:1", (1, 1)), ("h100:8", (1, 8)), ("h100:64", (8, 8)), ("a100:4x8", (4, 8)), ("rtx4090:2x1", (2, 1))],
+)
+def test_gpus_beyond_a_host_s_eight_are_hosts_of_eight(topology, layout):
+    assert targets.gpu_layout(topology) == layout
+
+
+def test_what_crosses_hosts_goes_at_the_rate_of_their_network_cards():
+    """Two hosts of eight: NVLink within; a ring through both is as fast as its members' cards in each."""
+    target = targets.Target("h100:2x8", CHIPS["h100"], tuple(range(16)), 80e9, "gpu", hosts=2)
+    link, card = CHIPS["h100"].link_rate, CHIPS["h100"].network_rate
+    assert card == 50e9
+    assert target.link_rate(tuple(range(8, 16))) == link
+    assert target.link_rate((3, 11)) == card
+    assert target.link_rate((2, 3, 10, 11)) == 2 * card
+    assert target.link_rate(()) == target.link_rate(tuple(range(16))) == min(link, 8 * card)
+    tpus = targets.Target("v5p:2x2x2", CHIPS["v5p"], tuple(range(8)), 95e9, "tpu")
+    assert tpus.link_rate((0, 7)) == CHIPS["v5p"].link_rate

@@ -13,7 +13,8 @@ from rpo_jax.hosts import sharding
 from rpo_jax.objectives.logprobs import CHUNK_TOKENS, REST_SHARE
 from rpo_jax.tools.planning import hlo
 from rpo_jax.tools.planning.arithmetic import StepSizes, step_bytes
-from rpo_jax.tools.planning.compiled import abstract_batch, tpu_target
+from rpo_jax.tools.planning.compiled import abstract_batch
+from rpo_jax.tools.planning.targets import tpu_target
 from rpo_jax.tools.planning.workload import BatchShape
 from rpo_jax.training.step import build_steps
 from tests.worlds import small_model

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import math
-import os
-import re
 import time
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -21,48 +15,10 @@ from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import KINDS, Batch, Side
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
-from rpo_jax.tools.planning.chips import CHIPS, TPUS, Chip
+from rpo_jax.tools.planning.targets import Target, one_line
 from rpo_jax.tools.planning.workload import EMBEDDING_WIDTH, BatchShape
 from rpo_jax.training.needs import device_bytes
 from rpo_jax.training.step import Steps, build_steps
-
-# Who the machine is, where there is none to ask; more than one compiler at a time is no harm where no chip is held.
-_NOWHERE = {
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-}
-_KNOWN = {
-    "v4": "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8 ...",
-    "v5e": "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16",
-    "v5p": "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8 ...",
-    "v6e": "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16",
-}
-
-
-@dataclass(frozen=True)
-class Target:
-    """Devices to compile for.
-
-    Attributes:
-        name: as the user gave it.
-        chip: their rates.
-        devices: JAX's, TPUs that are not here or virtual CPU devices.
-        memory: bytes that a program may take on each.
-        platform: tpu, gpu: what the step is written for.
-    """
-
-    name: str
-    chip: Chip
-    devices: tuple[Any, ...]
-    memory: float
-    platform: str
-
-    @property
-    def exact(self) -> bool:
-        """Whether the target's own compiler says what it takes."""
-        return self.platform == "tpu"
 
 
 class CompileError(ValueError):
@@ -115,55 +71,6 @@ class Compiled:
     memory: Memory
     text: str
     seconds: float
-
-
-def libtpu_requirement() -> str:
-    """The libtpu that belongs to the JAX that is installed: another one's programs may not be readable."""
-    asked = (line.partition(";") for line in metadata.requires("jax") or ())
-    return next((name.strip() for name, _, extra in asked if name.startswith("libtpu") and "tpu" in extra), "libtpu")
-
-
-def tpu_target(topology: str) -> Target:
-    """The chips of a slice such as v5p:4x4x4, by libtpu; raises ValueError where libtpu is missing or knows none."""
-    generation, _, layout = topology.partition(":")
-    known = "; ".join(f"{name}: {_KNOWN[name]}" for name in TPUS)
-    if generation not in TPUS or not re.fullmatch(r"\d+(x\d+){1,2}", layout):
-        raise ValueError(f"--topology {topology} is not known; give a generation and its layout, as v5p:4x4x4. {known}")
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise ValueError(
-            f"--topology needs libtpu, which compiles for TPUs without one: pip install '{libtpu_requirement()}'."
-        )
-    for name, value in _NOWHERE.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    # One device a chip: of the generations with two cores, v4 has to be asked for that.
-    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    except Exception as error:  # jaxlib raises several kinds
-        raise ValueError(f"--topology {topology}: {one_line(error)}. {generation} has {_KNOWN[generation]}") from None
-    expected = math.prod(int(part) for part in layout.split("x"))
-    assert len(devices) == expected, f"{topology} has {len(devices)} devices"
-    chip = CHIPS[generation]
-    return Target(topology, chip, tuple(devices), chip.memory, "tpu")
-
-
-def gpu_target(count: int, memory: float, chip: Chip) -> Target:
-    """Virtual CPU devices that stand for GPUs; the process must not have used JAX before with fewer."""
-    with contextlib.suppress(RuntimeError):  # JAX is running already
-        jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices("cpu")
-    if len(devices) < count:
-        raise ValueError(f"--devices {count}: this process already runs JAX with {len(devices)} devices; start anew.")
-    return Target(f"{count} x {chip.name}", chip, tuple(devices[:count]), memory, "gpu")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of a compiler's message, without its codes."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = re.sub(r"^([A-Z_]+: )?(E\d+: )?([A-Za-z]+Oom: )?", "", lines[0])
-    return line.partition(" HLO module:")[0].rstrip(".")
 
 
 def compile_step(config: Config, model: ModelConfig, target: Target, batch: BatchShape) -> Compiled:

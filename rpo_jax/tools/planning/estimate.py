@@ -13,7 +13,8 @@ from rpo_jax.models import ModelConfig
 from rpo_jax.objectives.logprobs import CHUNK_TOKENS, REST_SHARE
 from rpo_jax.tools.planning import hlo
 from rpo_jax.tools.planning.arithmetic import body_parameters, head_parameters, step_bytes, step_flops
-from rpo_jax.tools.planning.compiled import Compiled, Target, compile_step
+from rpo_jax.tools.planning.compiled import Compiled, compile_step
+from rpo_jax.tools.planning.targets import Target
 from rpo_jax.tools.planning.workload import BatchShape, Lengths, necessary, planned_batch, step_sizes
 
 
@@ -46,7 +47,7 @@ class Estimate:
 
     Attributes:
         mesh: sizes of data, fsdp, tensor.
-        fits: whether the compiler (TPU) or our sum (GPU) says that it fits.
+        fits: whether its peak is within the limit; a TPU's compiler says so itself, a GPU's refuses nothing.
         flops: operations that the step does, padding and recomputation included.
         necessary_flops: those that it cannot do without.
         moved_bytes: between memory and arithmetic.
@@ -162,7 +163,7 @@ def counted(
         sent_bytes=sent,
         compute_seconds=flops / chip.flops,
         memory_seconds=moved / chip.memory_rate,
-        link_seconds=sent / chip.link_rate,
+        link_seconds=sum(one.sent * one.times / target.link_rate(one.group) for one in found),
         exchanges=_summed(found),
         surprises=_surprises(found, done.text, model, tensor, local_tokens),
         compile_seconds=done.seconds,
@@ -205,7 +206,8 @@ def _surprises(
         numbers = one.shape.bytes // max(1, hlo.Shape(one.shape.dtype, ()).bytes)
         if one.kind == "all-gather" and numbers > max(layer, table):
             said.append(f"all-gather of {_shape(one)}, more than a layer or the vocabulary's table ({one.where})")
-        if one.kind == "all-reduce" and numbers >= table // tensor and numbers > 2**20:
+        activations = local_tokens * model.hidden_size  # which devices that share a matrix product add up
+        if one.kind == "all-reduce" and numbers >= table // tensor and numbers > 2**20 and numbers != activations:
             said.append(f"all-reduce of {_shape(one)}, whole on every device ({one.where})")
     least = 2 * CHUNK_TOKENS  # a chunk of logits is meant to be there
     if local_tokens >= least:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 _BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 _SHAPE = re.compile(r"\b(" + "|".join(sorted(_BYTES, key=len, reverse=True)) + r"|f8\w*)\[([\d,]*)\]")
@@ -24,7 +26,10 @@ _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _INDEX = re.compile(r"\bindex=(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
+_MESH_PART = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_COMMENT = re.compile(r"/\*.*?\*/")  # which element of a long tuple comes next
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -74,9 +79,10 @@ class Collective:
         kind: one of KINDS.
         bytes: of the larger of what a device gives and gets, once.
         sent: bytes that a device sends each time, if the exchange goes round a ring.
-        devices: how many take part; 0 where the text does not say.
+        group: the devices that take part in one of them, the first one's; empty where all do.
         times: how often a step does it.
-        bounded: whether a loop around it runs as often as the data needs, and `times` takes the most that it can.
+        in_loop: whether a loop is around it.
+        bounded: whether that loop runs as often as the data needs, and `times` takes the most that it can.
         shape: of its largest array.
         where: the operation of the model that it belongs to, as JAX names it.
         ring: the exchange that a loop of permutes stands for: all-gather or reduce-scatter.
@@ -85,16 +91,13 @@ class Collective:
     kind: str
     bytes: int
     sent: float
-    devices: int
+    group: tuple[int, ...]
     times: int
+    in_loop: bool
     bounded: bool
     shape: Shape
     where: str
     ring: str | None
-
-    @property
-    def in_loop(self) -> bool:
-        return "/while/" in self.where
 
 
 def parse(text: str) -> Program:
@@ -110,7 +113,7 @@ def parse(text: str) -> Program:
             # A kernel's whole code stands behind this; of the rest, only the trip count is wanted.
             rest, _, settings = rest.partition("backend_config=")
             trips = _TRIPS.search(settings)
-            clean = " " + _without_layouts(rest) + (trips.group(0) if trips else "")
+            clean = " " + _without_layouts(_COMMENT.sub("", rest)) + (trips.group(0) if trips else "")
             opcode = _OPCODE.search(clean)
             if opcode is None:
                 continue
@@ -145,7 +148,7 @@ def collectives(text: str, most_trips: int) -> list[Collective]:
     """
     program = parse(text)
     found: dict[tuple[str, str], Collective] = {}
-    for computation, instruction, times, bounded in _walk(program, program.entry, 1, False, most_trips):
+    for computation, instruction, runs in _walk(program, program.entry, _Runs(1, False, False), most_trips):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -154,7 +157,7 @@ def collectives(text: str, most_trips: int) -> list[Collective]:
         key = (kind, channel.group(1) if channel else f"{computation}/{instruction.name}")
         if kind == "all-reduce" and _is_scattered(program.computations[computation], instruction):
             kind = "reduce-scatter"
-        exchange = _collective(program, computation, instruction, kind, times, bounded)
+        exchange = _collective(program, computation, instruction, kind, runs)
         if key not in found or found[key].times < exchange.times:
             found[key] = exchange
     return list(found.values())
@@ -170,55 +173,95 @@ def _is_scattered(computation: dict[str, Instruction], instruction: Instruction)
     )
 
 
-def _collective(
-    program: Program, computation: str, instruction: Instruction, kind: str, times: int, bounded: bool
-) -> Collective:
-    results = shapes_in(instruction.result)
+def _collective(program: Program, computation: str, instruction: Instruction, kind: str, runs: _Runs) -> Collective:
     own = program.computations[computation]
     given = [shape for name in instruction.operands if name in own for shape in shapes_in(own[name].result)]
+    result = instruction.result
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # A tuple of what is given, what is got, and flags.
-        results = [max(results, key=lambda shape: shape.bytes)]
+        # A tuple of what is given, what is got, and flags; the compiler makes one exchange of several arrays.
+        result = _elements(result)[1]
+    results = shapes_in(result)
     got, gave = sum(shape.bytes for shape in results), sum(shape.bytes for shape in given)
     size = max(got, gave) if kind in ("all-gather", "reduce-scatter") else got
-    devices = _group_size(instruction.text)
-    share = (devices - 1) / devices if devices else 1.0
+    group = _first_group(instruction.text)
+    share = (len(group) - 1) / len(group) if group else 1.0
     sent = size * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
     name = _OP_NAME.search(instruction.text)
     windowed = re.search(r"windowed_dot_general_body_(ag|rs)", computation)
     ring = {"ag": "all-gather", "rs": "reduce-scatter"}[windowed.group(1)] if windowed else None
     shape = max(results + given, key=lambda shape: shape.bytes)
-    return Collective(kind, size, sent, devices, times, bounded, shape, name.group(1) if name else computation, ring)
+    where = name.group(1) if name else computation
+    return Collective(kind, size, sent, group, runs.times, runs.in_loop, runs.bounded, shape, where, ring)
 
 
-def _group_size(text: str) -> int:
-    """Devices of one replica group: {{0,1},{2,3}}, [groups,size]<=[...] or mesh['a'=4,'b'=2] {'a'}."""
+def _elements(shape: str) -> list[str]:
+    """What a tuple's shape holds, one text an element."""
+    parts, depth = [""], 0
+    for letter in shape.strip()[1:-1]:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def _first_group(text: str) -> tuple[int, ...]:
+    """The devices of the first replica group; of a permute, the pair that is furthest apart.
+
+    Groups stand as {{0,1},{2,3}}, as [groups,size]<=[axes]T(order) or as mesh['a'=4,'b'=2], device_ids=([axes]T(order))
+    {'a'}.
+    """
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(match.group(1).split(","))
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-        return int(match.group(2))
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? ?\{([^}]*)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
-        part = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match.group(2))
-        return math.prod(int(sub) if sub else sizes[name] for name, sub in part)
-    return 0
+        return tuple(_numbers(match.group(1)))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return tuple(_device_order(match.group(3), match.group(4))[: int(match.group(2))].tolist())
+    if match := _MESH.search(text):
+        # A part of an axis is named 'a':(size before it)its size.
+        parts = {name: (before, size) for name, before, size in _MESH_PART.findall(match.group(4))}
+        axes, chosen = [], []
+        for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1)):
+            before, part = parts.get(name, ("1", "1"))
+            before, part = (1, int(size)) if not part else (int(before), int(part))
+            axes += [before, part, int(size) // before // part]
+            chosen += [0, slice(None), 0] if name in parts else [0, 0, 0]
+        ids = _device_order(match.group(2) or str(math.prod(axes)), match.group(3))
+        return tuple(ids.reshape(axes)[tuple(chosen)].ravel().tolist())
+    pairs = [_numbers(pair) for pair in re.findall(r"[{,]\{(\d+,\d+)\}", text.partition("source_target_pairs=")[2])]
+    return tuple(max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=()))
 
 
-def _walk(
-    program: Program, computation: str, times: int, bounded: bool, most_trips: int
-) -> Iterator[tuple[str, Instruction, int, bool]]:
+def _device_order(axes: str, order: str | None) -> np.ndarray:
+    """The numbers of all devices in the order that [axes]T(order) says."""
+    sizes = _numbers(axes)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) if order else None).ravel()
+
+
+class _Runs(NamedTuple):
+    """How often a computation runs in a step, and whether by a loop, by one whose turns the data decides."""
+
+    times: int
+    in_loop: bool
+    bounded: bool
+
+
+def _walk(program: Program, computation: str, runs: _Runs, most_trips: int) -> Iterator[tuple[str, Instruction, _Runs]]:
     """All instructions that run, with how often; loops within loops multiply."""
     for instruction in program.computations.get(computation, {}).values():
-        yield computation, instruction, times, bounded
+        yield computation, instruction, runs
         called = _CALLED.findall(instruction.text)
         for branches in _BRANCHES.findall(instruction.text):
             called += re.findall(r"%?([\w.-]+)", branches)
-        inner, unknown = times, bounded
+        inner = runs
         if instruction.opcode == "while":
             trips = _trip_count(program, computation, instruction)
-            inner, unknown = times * (most_trips if trips is None else trips), bounded or trips is None
+            inner = _Runs(runs.times * (most_trips if trips is None else trips), True, runs.bounded or trips is None)
         for name in called:
-            yield from _walk(program, name, inner, unknown, most_trips)
+            yield from _walk(program, name, inner, most_trips)
 
 
 def _trip_count(program: Program, computation: str, loop: Instruction) -> int | None:

@@ -17,11 +17,11 @@ from rpo_jax.core.command import print_error
 from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
-from rpo_jax.tools.planning.chips import CHIPS
-from rpo_jax.tools.planning.compiled import OutOfMemory, Target, gpu_target, tpu_target
+from rpo_jax.tools.planning.compiled import OutOfMemory
 from rpo_jax.tools.planning.estimate import Estimate, estimate, shape_of
 from rpo_jax.tools.planning.printing import assumptions, print_assumptions, print_plan, print_ranking
 from rpo_jax.tools.planning.search import Trial, judged, largest_micro_batch, ranked, search
+from rpo_jax.tools.planning.targets import Target, target_of
 from rpo_jax.tools.planning.workload import Lengths, assumed_lengths, planned_model
 
 _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
@@ -104,29 +104,24 @@ def make_planner(config: Config, options: PlanOptions) -> Planner:
     """ValueError for whatever cannot be planned; nothing is compiled yet."""
     models.check_choices(config.model, config.lora)
     if (options.topology is None) == (options.devices is None):
-        raise ValueError("give one of --topology (TPUs) and --devices (GPUs).")
+        raise ValueError("give one of --topology (h100:8, v5p:4x4x4) and --devices (a number of GPUs).")
     sizes = [size for size in (options.rows, options.row_tokens) if size is not None]
     if len(sizes) == 1 or min(sizes, default=1) < 1:
         raise ValueError("--rows and --row-tokens belong together, both positive.")
     fixed = (sizes[0], sizes[1]) if sizes else None
     lengths = assumed_lengths(config, options.prompt_tokens, options.response_tokens, options.lengths)
     model, _ = planned_model(config, options.model)
-    if options.devices is None:
-        if options.chip or options.device_memory:
-            raise ValueError("--chip and --device-memory go with --devices; a TPU's topology says both.")
-        return Planner(config, model, tpu_target(str(options.topology)), lengths, fixed)
-    if options.devices < 1:
-        raise ValueError(f"--devices {options.devices} must be at least 1.")
-    chip = CHIPS[options.chip or "h100"]
-    memory = parse_bytes(options.device_memory) if options.device_memory else chip.memory
-    config = replace(config, model=replace(config.model, attention=_on_cpu(config.model.attention)))
-    return Planner(config, model, gpu_target(options.devices, memory, chip), lengths, fixed)
+    memory = parse_bytes(options.device_memory) if options.device_memory else None
+    return Planner(config, model, target_of(_topology(options), memory), lengths, fixed)
 
 
-def _on_cpu(attention: str) -> str:
-    """The attention to compile in place of a GPU's: its own, or for a kernel that needs a GPU one as sparing."""
-    name = models.attention_name(attention, "gpu")
-    return models.ATTENTIONS[name].stand_in or name
+def _topology(options: PlanOptions) -> str:
+    """The devices by one name: so many GPUs are those of `h100:8`."""
+    if options.topology is not None:
+        if options.chip:
+            raise ValueError(f"--chip goes with --devices; --topology {options.topology} names the chip itself.")
+        return options.topology
+    return f"{options.chip or 'h100'}:{options.devices}"
 
 
 def plan(config: Config, options: PlanOptions) -> bool:

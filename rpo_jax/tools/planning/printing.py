@@ -8,9 +8,9 @@ from rich.text import Text
 
 from rpo_jax.core.templates import render
 from rpo_jax.core.text import printable
-from rpo_jax.tools.planning.compiled import Target
 from rpo_jax.tools.planning.estimate import Estimate
 from rpo_jax.tools.planning.search import Trial
+from rpo_jax.tools.planning.targets import Target
 
 GIB = 2**30
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from rpo_jax import models
 from rpo_jax.config import Config, MeshConfig
 from rpo_jax.models import ModelConfig
-from rpo_jax.tools.planning.compiled import Target
 from rpo_jax.tools.planning.estimate import Estimate
+from rpo_jax.tools.planning.targets import Target
 
 
 @dataclass(frozen=True)

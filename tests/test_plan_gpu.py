@@ -1,0 +1,111 @@
+"""Plans for NVIDIA GPUs by JAX's CUDA plugin: the step and the sampler, compiled for cards that are not here."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rpo_jax import models, plan
+from rpo_jax.config import BatchConfig, Config, LoraConfig, MeshConfig, PolicyConfig
+from rpo_jax.hosts import sharding
+from rpo_jax.sampling import engine, kv_cache
+from rpo_jax.tools.planning import hlo
+from rpo_jax.tools.planning.compiled import compile_step
+from rpo_jax.tools.planning.estimate import counted
+from rpo_jax.tools.planning.targets import target_of
+from rpo_jax.tools.planning.workload import BatchShape, Lengths
+from tests.worlds import small_model
+
+pytest.importorskip("jax_plugins.xla_cuda13", reason="only JAX's CUDA plugin compiles for GPUs: scripts/test.sh cuda")
+
+LAYERS, WIDTH, INNER, HEADS, KV_HEADS, VOCABULARY = 4, 512, 1024, 8, 4, 4096
+LAYER = WIDTH * WIDTH * (2 * HEADS + 2 * KV_HEADS) // HEADS + 3 * WIDTH * INNER
+SIZES = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_layers": LAYERS, "num_heads": HEADS}
+SIZES |= {"num_kv_heads": KV_HEADS, "vocab_size": VOCABULARY}
+TOKENS = 1024
+PAIR = [TOKENS // 2, TOKENS // 4, TOKENS // 4]  # one row
+
+
+def compiled(topology, mesh, *, micro_rows=None, rows_each=2, lora=0, attention="auto"):
+    """The plan of a packed step of a small model."""
+    target = target_of(topology)
+    rows = rows_each * mesh.data * mesh.fsdp
+    config = Config(
+        model=PolicyConfig(compute_dtype="bfloat16", remat="dots", attention=attention),
+        batch=BatchConfig(pairs=rows, micro_rows=micro_rows),
+        lora=LoraConfig(rank=lora, base_dtype="bfloat16" if lora else "float32"),
+        mesh=mesh,
+    )
+    model = small_model(**SIZES)
+    batch = BatchShape(rows, TOKENS, rows * TOKENS, rows * TOKENS // 2, rows * TOKENS**2 / 3, "")
+    done = compile_step(config, model, target, batch)
+    return counted(config, model, target, Lengths([PAIR], ""), batch, done)
+
+
+def test_eight_gpus_gather_a_layer_at_a_time_and_scatter_its_gradient_in_every_micro_batch():
+    found = compiled("h100:8", MeshConfig(data=1, fsdp=8), micro_rows=16, rows_each=4)
+    assert found.surprises == ()
+    assert found.fits
+    assert found.peak_bytes < found.memory_limit == 80e9
+    loops = {row.kind: row for row in found.exchanges if row.place == "loops"}
+    micro_batches, weights = 2, 2 * LAYERS * LAYER * 7 / 8  # bfloat16, of which each device lacks seven eighths
+    # A micro-batch runs forward twice and backward once.
+    assert loops["all-gather"].sent == pytest.approx(3 * micro_batches * weights, rel=0.35)
+    assert loops["reduce-scatter"].sent == pytest.approx(micro_batches * weights, rel=0.35)
+    assert "all-reduce" not in loops or loops["all-reduce"].largest < LAYER
+
+
+def test_a_mesh_of_two_by_two_by_two():
+    found = compiled("h100:8", MeshConfig(data=2, fsdp=2, tensor=2))
+    assert found.surprises == ()
+
+
+def test_one_gpu_trains_adapters_on_a_base_that_it_keeps_narrow():
+    found = compiled("h100:1", MeshConfig(), lora=8)
+    assert found.surprises == found.exchanges == ()
+    base = models.count_params(small_model(**SIZES))
+    assert found.memory["frozen"] == pytest.approx(2 * base, rel=0.01)
+    assert found.memory["params"] < base / 10
+
+
+def test_the_sampler_gathers_no_more_than_a_layer():
+    target = target_of("h100:8")
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), target.devices)
+    model = small_model(**SIZES)
+    shapes = models.Policy(model).weights
+    placed = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        shapes.shapes,
+        sharding.parameter_shardings(mesh, *shapes),
+    )
+    with jax.set_mesh(mesh):
+        sampler = engine.Engine(model, mesh, sampling=engine.Sampling(), end_ids=(2,), compute_dtype="bfloat16")
+        params = jax.eval_shape(lambda p: kv_cache.to_decode_layout(p, "bfloat16", "gpu"), placed)
+        state = jax.eval_shape(lambda: sampler.empty(16, 2))
+        text = sampler.go_on.lower(params, state, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+    gathers = [one for one in hlo.collectives(text, most_trips=1) if one.kind == "all-gather"]
+    assert all(one.shape.bytes <= 4 * WIDTH * VOCABULARY for one in gathers)
+
+
+def test_a_plan_says_what_it_was_compiled_for(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    sizes = [word for name, size in SIZES.items() for word in (f"--model.{name}", str(size))]
+    arguments = ["--topology", "a100:2x4", *sizes, "--mesh.fsdp", "8", "--mesh.data", "1", "--batch.pairs", "16"]
+    assert plan.main([*arguments, "--device-memory", "40GiB", "--json", str(file)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Compiled for a100:2x4 by JAX's CUDA plugin" in told
+    assert "Between the 2 hosts each GPU sends 25.0 GB/s" in told
+    (only,) = json.loads(file.read_text())["plans"]
+    found = only["estimate"]
+    count = models.count_params(small_model(**SIZES))
+    assert found["memory"]["params"] == pytest.approx(4 * count / 8, rel=0.01)
+    assert found["memory"]["optimizer"] == pytest.approx(found["memory"]["params"], rel=0.01)  # rmsprop's one slot
+    assert found["peak_bytes"] < found["memory_limit"] == 40 * 2**30
+    assert found["link_seconds"] == pytest.approx(found["sent_bytes"] / (4 * 25e9), rel=0.01)
+
+
+def test_what_does_not_fit_is_told_with_what_it_takes(capsys):
+    large = [*("--topology", "rtx4090:1", "--model", "llama2-7b", "--rows", "1", "--row-tokens", "128")]
+    assert plan.main([*large, "--batch.pairs", "1", "--no-largest"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
