@@ -53,7 +53,7 @@ class Method:
     @property
     def needs_pairs(self) -> bool:
         """Whether a contrast group needs as many rejected responses as chosen ones, pair by pair."""
-        return self.weights is not None and WEIGHTS[self.weights].needs_pairs
+        return self.objective.needs_pairs or (self.weights is not None and WEIGHTS[self.weights].needs_pairs)
 
     @property
     def matrix_group(self) -> int:
@@ -71,7 +71,7 @@ def resolve(config: Config) -> Method:
     _check_batch(config)
     _check_reference(config, objective)
     weights = contrast.weights or objective.weights
-    _check_pairing(config, weights)
+    _check_pairing(config, objective, weights)
     fixed = contrast.temperature is not None
     weighed = weights is not None and WEIGHTS[weights].needs_embeddings
     mode = config.reference.mode
@@ -177,15 +177,23 @@ def _check_reference(config: Config, objective: Objective) -> None:
         )
 
 
-def _check_pairing(config: Config, weights: str | None) -> None:
-    if config.data.pairing != "unpaired" or weights is None or not WEIGHTS[weights].needs_pairs:
+def _check_pairing(config: Config, objective: Objective, weights: str | None) -> None:
+    if config.data.pairing == "paired":
+        return
+    if objective.needs_pairs:
+        raise ConfigError(
+            f"objective.name={config.objective.name} compares the two responses of a pair, but data.pairing is "
+            f"{config.data.pairing}; set it to paired."
+        )
+    if weights is None or not WEIGHTS[weights].needs_pairs:
         return
     if config.contrast.weights is not None:
         raise ConfigError(
-            f"contrast.weights={weights} needs pairs that share a prompt, but data.pairing is unpaired; use "
-            "contrast.weights=embedding or uniform, or data.pairing=paired."
+            f"contrast.weights={weights} needs pairs that share a prompt, but data.pairing is {config.data.pairing}; "
+            "use contrast.weights=embedding or uniform, or data.pairing=paired."
         )
     raise ConfigError(
-        f"objective.name={config.objective.name} contrasts the two responses of a pair, but data.pairing is unpaired; "
+        f"objective.name={config.objective.name} contrasts the two responses of a pair, but data.pairing is "
+        f"{config.data.pairing}; "
         "set contrast.weights to embedding or uniform, or data.pairing to paired."
     )

@@ -154,11 +154,14 @@ class LinkObjective(MatrixObjective):
             )
 
     def options_in_use(self) -> dict[str, Any]:
-        options = self.options()
+        options = super().options_in_use()
         return options if self.link in SMOOTHING else {k: v for k, v in options.items() if k != "label_smoothing"}
 
-    def loss(self, scores: Scores) -> Float[Array, ""]:
+    def terms_of(self, scores: Scores) -> BothSides:
+        """What the responses' scores are the sum of, as ContrastMatrix.mean takes it: rho, and log Z where learned."""
         log_z = scores["chosen"].log_partition, scores["rejected"].log_partition
         learned = () if log_z[0] is None or log_z[1] is None else ((log_z[0], log_z[1]),)
-        terms = (scores.log_ratios(self.average_log_prob), *learned)
-        return linked_mean(scores.contrasts, terms, self.link, self.beta, self.label_smoothing)
+        return scores.log_ratios(self.average_log_prob), *learned
+
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        return linked_mean(scores.contrasts, self.terms_of(scores), self.link, self.beta, self.label_smoothing)

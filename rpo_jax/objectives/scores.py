@@ -60,7 +60,7 @@ class Tokens(NamedTuple):
     """Scored tokens where they lie in the packed rows, R by T; anything at other places."""
 
     log_prob: Float[Array, "R T"]  # the policy's, nats
-    value: Float[Array, "R T"]  # what the value head expects of the rest of the response
+    value: Float[Array, "R T"] | None  # what a value head expects of the rest of the response; None without one
     reference_log_prob: Float[Array, "R T"]
     response_ids: Int[Array, "R T"]  # slot of the token's response, kinds in the order of records.KINDS; -1 elsewhere
 

@@ -140,7 +140,7 @@ def build_steps(
     method, policy = resolve(config), models.Policy(model_config, config.lora)
     objective = method.objective
     schedule = learning_rate_schedule(config.optim, total_steps)
-    wanted = ((partition.NAME, method.learns_partition), (value.NAME, objective.uses_tokens))
+    wanted = ((partition.NAME, method.learns_partition), (value.NAME, objective.uses_values))
     head_names = tuple(name for name, is_wanted in wanted if is_wanted)
     optimizer = make_optimizer(config.optim, schedule, {**policy.decayed, **heads.decayed(head_names)})
     forward = make_log_probs(config, model_config, mesh, tokens=objective.uses_tokens)

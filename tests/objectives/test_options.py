@@ -108,7 +108,7 @@ def test_bounds_say_what_they_are():
 
 def test_two_families_do_not_share_an_option_by_accident():
     owners = [name for objective in losses.OBJECTIVES.values() for name in objective.options()]
-    shared = {"beta", "link", "label_smoothing", "average_log_prob", "nll_weight"}
+    shared = {"beta", "link", "label_smoothing", "average_log_prob", "nll_weight", "nll_mean"}
     assert set(owners) - shared == set(losses.OPTIONS)
     assert methods.OBJECTIVES is losses.OBJECTIVES
 
