@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from rpo_jax.config.checks import ConfigError
 from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.objectives.losses import OBJECTIVES, Objective
+from rpo_jax.objectives.objective import MatrixObjective
 from rpo_jax.objectives.pairwise import LinkObjective
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Method:
         perplexity: effective contrasts a row; None with a fixed temperature.
         weights_on: whether weights multiply scores (Eq. 13) or losses (the authors' release).
         paired: whether slot i of chosen and rejected is one pair in training batches.
+        prompts: where all responses of a prompt come together, prompts of a batch, which `group` then counts; else
+            None.
         reference: where the reference's log-probs come from; None where there is no reference.
         embeds_all: whether all prompts are embedded, to weight contrasts.
         embeds_training: whether those of the training data are, to weight contrasts or to order batches.
@@ -45,6 +48,7 @@ class Method:
     perplexity: float | None
     weights_on: Literal["score", "loss"]
     paired: bool
+    prompts: int | None
     reference: Literal["cached", "live", "adapter"] | None
     embeds_all: bool
     embeds_training: bool
@@ -58,7 +62,11 @@ class Method:
     @property
     def matrix_group(self) -> int:
         """Pairs of the matrices that are computed: for pair-only contrast one, as nothing else of a group counts."""
-        return 1 if self.weights == "pair" else self.group
+        return 1 if self.weights == "pair" or self.objective.uses_lists else self.group
+
+    def groups_of(self, slots: int, size: int) -> int:
+        """Contrast groups of `size` pairs, or prompts, that so many slots of a kind make."""
+        return slots // size if self.prompts is None else self.prompts // size
 
 
 def resolve(config: Config) -> Method:
@@ -68,6 +76,7 @@ def resolve(config: Config) -> Method:
     """
     objective, contrast = config.objective.build(), config.contrast
     _check_matrix(config, objective)
+    _check_columns(config, objective)
     _check_batch(config)
     _check_reference(config, objective)
     weights = contrast.weights or objective.weights
@@ -83,6 +92,7 @@ def resolve(config: Config) -> Method:
         perplexity=None if fixed else DEFAULT_PERPLEXITY if contrast.perplexity is None else contrast.perplexity,
         weights_on=contrast.diagonal_on if weights == "diagonal" else "score",
         paired=config.data.pairing == "paired",
+        prompts=config.batch.pairs if config.data.pairing == "grouped" else None,
         reference=mode if objective.uses_reference and mode != "none" else None,
         embeds_all=weighed,
         embeds_training=weighed or config.batch.order == "related",
@@ -128,6 +138,20 @@ def _check_matrix(config: Config, objective: Objective) -> None:
             f"objective.partition=learned does nothing with contrast.weights=pair ({name!r} has it unless told "
             "otherwise): log Z is the same for both responses of a pair; set objective.partition=none, or "
             "contrast.weights to embedding, uniform or diagonal."
+        )
+
+
+def _check_columns(config: Config, objective: Objective) -> None:
+    name, data = config.objective.name, config.data
+    if data.weight is not None and not (isinstance(objective, MatrixObjective) and objective.takes_sample_weights):
+        raise ConfigError(
+            f"data.weight={data.weight} weights entries of the contrast matrix, whose mean objective.name={name} does "
+            "not take; leave it out, or use an objective on the matrix."
+        )
+    if data.label_smoothing is not None and getattr(objective, "link", None) != "smoothed":
+        raise ConfigError(
+            f"data.label_smoothing={data.label_smoothing} is read by the link smoothed alone; set "
+            "objective.link=smoothed, or leave it out."
         )
 
 
@@ -178,6 +202,11 @@ def _check_reference(config: Config, objective: Objective) -> None:
 
 
 def _check_pairing(config: Config, objective: Objective, weights: str | None) -> None:
+    if objective.uses_lists and config.data.pairing != "grouped":
+        raise ConfigError(
+            f"objective.name={config.objective.name} ranks all responses to a prompt, but data.pairing is "
+            f"{config.data.pairing}; set it to grouped, with data that scores several responses (data.layout ranked)."
+        )
     if config.data.pairing == "paired":
         return
     if objective.needs_pairs:

@@ -42,6 +42,12 @@ class Responses(NamedTuple):
     valid: Bool[Array, "*G S"]
     log_partition: Float[Array, "*G S"] | None = None  # learned log Z of the prompt, nats; None where none is learned
     score: Float[Array, "*G S"] | None = None  # how good the data says the response is; None where nothing needs it
+    row_values: Mapping[str, Float[Array, "*G S"]] | None = None  # numbers of the response's row; None without any
+    log_collision: Float[Array, "*G S"] | None = None  # of the policy, log sum_v p_v^2 summed over tokens; or None
+
+    def row_value(self, name: str) -> Float[Array, "*G S"] | None:
+        """A number of the response's row; None where the data has none of this name."""
+        return None if self.row_values is None else self.row_values.get(name)
 
     def policy_score(self, average: bool) -> Float[Array, "*G S"]:
         """Log-prob of valid slots, 0 elsewhere; divided by the number of tokens if `average`."""

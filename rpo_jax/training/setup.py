@@ -29,7 +29,15 @@ from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.end_tokens import end_tokens
 from rpo_jax.training.diagnosis import Diagnosis
 from rpo_jax.training.hooks.samples import Sampler
-from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_pass, sweep_of, total_steps
+from rpo_jax.training.prepare import (
+    Prepared,
+    batches_of,
+    eval_pairing,
+    is_paired,
+    reference_pass,
+    sweep_of,
+    total_steps,
+)
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, params_fingerprint
 from rpo_jax.training.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 
@@ -271,7 +279,7 @@ def make_setup(
         model_config,
         mesh,
         total_steps,
-        eval_paired=prepared.held_out is not None and is_paired(prepared.held_out),
+        eval_paired=prepared.held_out is not None and eval_pairing(config, prepared.held_out) == "paired",
         reference_config=architecture,
     )
 

@@ -1,6 +1,7 @@
 """Values that independent float64 code gives for these objectives, and what each owes besides its value."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 from rpo_jax.objectives import losses
+from rpo_jax.objectives.matrix import WholeMatrix
 from rpo_jax.objectives.methods import OBJECTIVES
 from rpo_jax.objectives.methods.ada_dpo import scale
-from rpo_jax.objectives.scores import Scores
+from rpo_jax.objectives.methods.ld_dpo import desensitised
+from rpo_jax.objectives.scores import Responses, Scores, Tokens
 from tests.objectives import laws
 
 CHOSEN, REJECTED = (3.0, -0.5), (-1.0, 0.2)  # log-ratios of two pairs
@@ -261,3 +264,109 @@ def test_the_likelihood_beside_a_loss_is_a_mean_over_responses_or_over_tokens():
     ):
         got = laws.named("dpo", nll_weight=0.5, nll_mean=mean).total_loss(scores)
         np.testing.assert_allclose(got, alone + 0.5 * expected, rtol=1e-6)
+
+
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_say_it(precision):
+    """Means of log p - log sum p^2 of -0.4 and -0.7, over responses of one token."""
+    collisions = jnp.array([3.4]), jnp.array([-0.3])
+    got = value(OBJECTIVES["wpo"], [3.0], [-1.0], log_collision=collisions)
+    np.testing.assert_allclose(got, 0.17076794302, rtol=precision)
+    surer = jnp.array([1.0]), jnp.array([-2.0])  # a weight of e^3
+    dpo = value(OBJECTIVES["dpo"], [3.0], [-1.0])
+    for most, weight in ((0.0, math.exp(3)), (1.0, 1.0)):
+        got = value(laws.named("wpo", beta=0.1, wpo_most=most), [3.0], [-1.0], log_collision=surer)
+        np.testing.assert_allclose(got, weight * dpo, rtol=precision)
+
+
+def wpo(chosen, rejected, weights, mask, frozen):
+    log_w = [side[0] - side[1] for side in frozen]
+    entries = [
+        math.exp(log_w[0][i] + log_w[1][j])
+        * math.log1p(math.exp(-0.2 * weights[i, j] * (chosen[0][i] - rejected[0][j])))
+        for i, j in zip(*np.nonzero(mask), strict=True)
+    ]
+    return sum(entries) / len(entries)
+
+
+def test_on_the_matrix_the_weights_of_wpo_are_a_rows_and_a_columns():
+    def loss(chosen, rejected, weights, mask):
+        scores = laws.scores_of(chosen[0], rejected[0], weights, mask, log_collision=(chosen[1], rejected[1]))
+        return laws.named("wpo").loss(scores)
+
+    laws.check_law(loss, wpo, lambda rng, size: (rng.normal(0, 1, size), rng.normal(0, 0.5, size)))
+
+
+def test_ld_dpo_counts_what_is_beyond_the_shorter_response_for_less(precision):
+    """A prompt's tokens, two responses of 3 and 2 tokens, whose first two sum to -10 and the third to -4."""
+    ids = jnp.array([[-1, 0, 0, 0, -1, 1, 1, -1]])
+    log_prob = jnp.array([[jnp.nan, -6.0, -4.0, -4.0, jnp.nan, -1.0, -2.0, jnp.inf]])
+    for alpha, expected in ((0.5, -12.0), (1.0, -14.0), (0.0, -10.0)):
+        got = desensitised(log_prob, ids, jnp.array([2, 2]), alpha)
+        np.testing.assert_allclose(got, [expected, -3.0], rtol=precision)
+
+
+def test_ld_dpo_is_dpo_of_such_log_ratios():
+    """Two pairs in one row and an empty slot; the reference's tokens are half the policy's."""
+    ids = jnp.array([[0, 0, 0, 3, 1, 1, 4, 4, 4, -1]])
+    log_prob = -jnp.arange(1.0, 11.0)[None]
+    tokens = Tokens(log_prob, None, log_prob / 2, ids)
+    num_tokens, valid = jnp.array([3, 2, 0]), jnp.array([True, True, False])
+    chosen = Responses(jnp.zeros(3), jnp.zeros(3), num_tokens, valid)
+    rejected = chosen._replace(num_tokens=jnp.array([1, 3, 0]))
+    matrix = WholeMatrix(jnp.eye(3), jnp.diag(valid))
+    got = laws.named("ld_dpo", ld_dpo_alpha=0.5).loss(Scores({"chosen": chosen, "rejected": rejected}, matrix, tokens))
+    of_chosen, of_rejected = (-1 - 0.5 * (2 + 3), -5 - 6), (-4, -7 - 8 - 0.5 * 9)
+    margins = [(c - r) / 2 for c, r in zip(of_chosen, of_rejected, strict=True)]
+    np.testing.assert_allclose(got, np.mean(np.logaddexp(0, -0.2 * np.array(margins))), rtol=1e-6)
+
+
+SMOOTHED = {"chosen": (3.0, 0.5, -2.0), "rejected": (-4.0, 0.2, 3.0)}
+EPSILON = (0.1, 0.4, 0.25)
+
+
+def smoothing_of(objective, k=slice(None), **more):
+    column = {"label_smoothing": jnp.array(EPSILON[k])}
+    chosen, rejected = (side[k] for side in SMOOTHED.values())
+    return value(objective, chosen, rejected, row_values=(column, column), **more)
+
+
+def test_every_pair_has_its_own_label_smoothing(precision):
+    objective = OBJECTIVES["cdpo"]
+    for k, expected in enumerate((0.473186048885, 0.690259676341, 0.84907698418)):
+        np.testing.assert_allclose(smoothing_of(objective, slice(k, k + 1)), expected, rtol=precision)
+    np.testing.assert_allclose(smoothing_of(objective), 0.670840903136, rtol=precision)
+
+
+def test_across_pairs_it_is_the_mean_of_both():
+    got = smoothing_of(OBJECTIVES["cdpo"], weights=np.full((3, 3), 1 / 3))
+    entries = [
+        (1 - eps) * math.log1p(math.exp(-0.1 / 3 * (c - r))) + eps * math.log1p(math.exp(0.1 / 3 * (c - r)))
+        for (c, one) in zip(SMOOTHED["chosen"], EPSILON, strict=True)
+        for (r, other) in zip(SMOOTHED["rejected"], EPSILON, strict=True)
+        for eps in [(one + other) / 2]
+    ]
+    np.testing.assert_allclose(got, np.mean(entries), rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights_on", ["score", "loss"])
+def test_sample_weights_multiply_a_pairs_entries_and_the_mean_is_over_them(weights_on):
+    rng = np.random.default_rng(0)
+    chosen, rejected = rng.normal(size=(2, 4))
+    weights = rng.dirichlet(np.ones(4), 4)
+    sample = np.array([0.0, 2.0, 0.5, 1.0])
+    counted = np.sqrt(sample[:, None] * sample[None, :])
+    difference = chosen[:, None] - rejected[None, :]
+    if weights_on == "score":
+        expected = np.sum(counted * np.logaddexp(0, -0.2 * weights * difference)) / counted.sum()
+    else:
+        expected = np.sum(weights * counted * np.logaddexp(0, -0.2 * difference)) / (weights * counted).sum()
+    column = jnp.float32(sample)
+    matrix = WholeMatrix(
+        jnp.float32(weights), jnp.ones((4, 4), bool), weights_on=weights_on, sample_weights=(column, column)
+    )
+    scores = laws.scores_of(jnp.float32(chosen), jnp.float32(rejected), weights, None)
+    got = laws.named("dpo").loss(Scores(scores.responses, matrix))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    pairs = replace(matrix, weights=jnp.eye(4), mask=jnp.eye(4, dtype=bool))
+    own = np.sum(sample * np.logaddexp(0, -0.2 * (chosen - rejected))) / sample.sum()
+    np.testing.assert_allclose(laws.named("dpo").loss(Scores(scores.responses, pairs)), own, rtol=1e-5)

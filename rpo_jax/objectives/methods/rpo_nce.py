@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ class RPONCE(MatrixObjective):
 
     weights: str | None = "embedding"
     average_log_prob: bool = False
+    takes_sample_weights: ClassVar[bool] = False  # entries of a row have no mean of their own
 
     def loss(self, scores: Scores) -> Float[Array, ""]:
         ratios = map(at_least_float32, scores.log_ratios(self.average_log_prob))
@@ -47,7 +49,7 @@ class RPONCE(MatrixObjective):
         return total / jnp.maximum(self.count(scores), 1)
 
     def count(self, scores: Scores) -> Int[Array, ""] | Float[Array, ""]:
-        return scores.contrasts.counts()[1]
+        return scores.contrasts.valid()[1]
 
 
 OBJECTIVES = {
