@@ -27,6 +27,7 @@ from rpo_jax.training.scoring import make_loss
 PAIRS, LONGEST = 10, 60  # of 1 to 60 tokens: a mean over tokens tells batches of equal size apart
 # Moments or an order of the batch's are in these losses, and KTO's reference point is the batch's too.
 OF_A_BATCH = {"alpha_dpo", "bco_pair", "aot", "aot_unpaired"}
+OF_TOKENS = {name for name, row in OBJECTIVES.items() if row.uses_tokens}
 PAIR = ContrastConfig(weights="pair")
 
 
@@ -73,9 +74,7 @@ def held_out(pairs: int, contrast: ContrastConfig, **objective: Any) -> dict[str
     return {name: float(value) for name, value in metrics.finalize(reduce(metrics.combine, parts)).items()}
 
 
-@pytest.mark.parametrize(
-    "name", sorted(OBJECTIVES.keys() - OF_A_BATCH - {name for name, row in OBJECTIVES.items() if row.uses_tokens})
-)
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - OF_A_BATCH - OF_TOKENS))
 def test_held_out_metrics_do_not_depend_on_the_batch(name):
     options = {"nll_weight": 0.5} if "nll_weight" in OBJECTIVES[name].options() else {}
     whole, parts = (held_out(pairs, PAIR, name=name, **options) for pairs in (PAIRS, 3))

@@ -32,7 +32,12 @@ def value(objective, chosen=CHOSEN, rejected=REJECTED, weights=None, **values):
     chosen, rejected = jnp.array(chosen), jnp.array(rejected)
     mask = jnp.eye(len(chosen), dtype=bool) if weights is None else None
     matrix = jnp.eye(len(chosen)) if weights is None else jnp.array(weights)
-    return objective.total_loss(laws.scores_of(chosen, rejected, matrix, mask, **values))
+
+    @jax.jit  # one program compiles sooner than its operations one by one
+    def found(chosen, rejected, values):
+        return objective.total_loss(laws.scores_of(chosen, rejected, matrix, mask, **values))
+
+    return found(chosen, rejected, values)
 
 
 PAIRS = {

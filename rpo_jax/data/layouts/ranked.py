@@ -131,9 +131,7 @@ def _scores(values: Fields, items: Sequence[Any]) -> list[float]:
         return [_number(score, "scores", number) for number, score in enumerate(found, start=1)]
     keys = [next((key for key in _SCORES if item.get(key) is not None), None) for item in items]
     if None in keys:
-        raise Unusable(
-            f"column 'scores' is missing: and response {keys.index(None) + 1} has none of {', '.join(_SCORES)}"
-        )
+        raise Unusable(f"column 'scores' is missing: response {keys.index(None) + 1} has none of {', '.join(_SCORES)}")
     return [_number(item[key], str(key), number) for number, (item, key) in enumerate(zip(items, keys, strict=True), 1)]
 
 
