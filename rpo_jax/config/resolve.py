@@ -176,6 +176,11 @@ def _check_reference(config: Config, objective: Objective) -> None:
             f"objective.name={name} mixes several references, but reference.others names none besides the first; give "
             "their folders."
         )
+    if config.reference.adaptive and config.data.pairing != "paired":
+        raise ConfigError(
+            f"reference.adaptive weighs references by pairs, but data.pairing is {config.data.pairing}; set it to "
+            "paired, or give reference.weights."
+        )
     if not objective.uses_reference and config.reference.others:
         raise ConfigError(
             f"objective.name={name} uses no reference, so reference.others would not be read; leave it out."

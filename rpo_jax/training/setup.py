@@ -23,7 +23,7 @@ from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from rpo_jax.hosts import processes, sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.folders import folder_fingerprint
-from rpo_jax.objectives.methods.mrpo import mixed_reference
+from rpo_jax.objectives.methods.mrpo import adaptive_reference, mixed_reference
 from rpo_jax.runs.folder import MODEL
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.end_tokens import end_tokens
@@ -164,7 +164,10 @@ class _References:
             if data is None:
                 return None
             tables = jnp.stack([getattr(one, name).reference_log_probs for one in found])
-            mixture = mixed_reference(tables, jnp.array(settings.mixture), settings.clip)
+            if settings.adaptive:
+                mixture = adaptive_reference(tables, *_pairs_of(data), settings.clip)
+            else:
+                mixture = mixed_reference(tables, jnp.array(settings.mixture), settings.clip)
             return dataclasses.replace(data, reference_log_probs=np.asarray(mixture))
 
         return dataclasses.replace(prepared, train=mixed("train"), held_out=mixed("held_out"))
@@ -227,13 +230,24 @@ class _References:
         return folder_fingerprint(models.resolve_folder(source)) if processes.is_main() else ""
 
 
+def _pairs_of(data: PreferenceData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each response the first chosen and the first rejected one of its example, and whether it is a chosen one."""
+    firsts = []
+    for kind in ("chosen", "rejected"):
+        numbers, first = data.of_kind(kind), np.zeros(len(data.examples), np.int64)
+        first[data.example_index[numbers][::-1]] = numbers[::-1]  # of several the first stays
+        firsts.append(first[data.example_index])
+    is_chosen = np.isin(np.arange(data.num_responses), data.of_kind("chosen"))
+    return *firsts, is_chosen
+
+
 def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
     """ValueError for data that cannot be packed or contrasted, before anything is loaded."""
     batches_of(config, prepared.train, prepared.responses, shards)
     if prepared.held_out is None:
         return
     sweep_of(config, prepared.held_out, prepared.eval_responses, shards)
-    if resolve(config).needs_pairs and not is_paired(prepared.held_out):
+    if (resolve(config).needs_pairs or config.reference.adaptive) and not is_paired(prepared.held_out):
         raise ValueError(
             f"objective.name={config.objective.name} contrasts the two responses of a pair, but the held-out data has "
             "examples with only one; evaluate on pairs."
