@@ -20,13 +20,13 @@ from rpo_jax.config import (
     ReferenceConfig,
     resolve,
 )
-from rpo_jax.core.records import PreferenceData, TokenizedExample, TokenizedResponse
+from rpo_jax.core.records import PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
 from rpo_jax.objectives.losses import OBJECTIVES
 from rpo_jax.training.step import build_steps, put_batch
-from tests.worlds import VOCAB, random_data, small_model
+from tests.worlds import random_data, small_model, with_more_responses
 
 PAIRS, STEPS, MICRO_ROWS = 8, 2, 8
 MODEL = small_model(num_layers=1)
@@ -36,25 +36,6 @@ LORA = LoraConfig(rank=4, alpha=16.0)
 def scored(data: PreferenceData) -> PreferenceData:
     scores = np.random.default_rng(1).normal(size=data.num_responses).astype(np.float32)
     return dataclasses.replace(data, scores=scores)
-
-
-def many(data: PreferenceData) -> PreferenceData:
-    """The prompts with one to three further responses each, of either kind."""
-    rng = np.random.default_rng(2)
-
-    def more(number: int) -> list[TokenizedResponse]:
-        return [
-            TokenizedResponse(kind, rng.integers(3, VOCAB, rng.integers(2, 9)).astype(np.int32), 1000 + 9 * number + k)
-            for k, kind in enumerate(rng.choice(["chosen", "rejected"], rng.integers(1, 4)))
-        ]
-
-    examples = [
-        TokenizedExample(one.row_id, one.prompt_id, one.prompts, (*one.responses, *more(number)))
-        for number, one in enumerate(data.examples)
-    ]
-    made = PreferenceData(examples)
-    row = None if data.embeddings is None else made.example_index
-    return dataclasses.replace(made, embeddings=data.embeddings, embedding_row=row)
 
 
 def trained(config: Config, data: PreferenceData, shape: tuple[int, int, int]) -> list[dict[str, float]]:
@@ -131,4 +112,4 @@ def test_micro_batches_on_a_mesh_give_what_one_device_gives(name):
 
 @pytest.mark.parametrize("name", [pytest.param("rpo", marks=[pytest.mark.slow]), "infonca"])
 def test_so_does_a_batch_of_prompts_with_any_number_of_responses(name):
-    check(name, "grouped", scored(many(random_data(12))))
+    check(name, "grouped", scored(with_more_responses(random_data(12))))
