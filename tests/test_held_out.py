@@ -26,7 +26,7 @@ from rpo_jax.training.scoring import make_loss
 
 PAIRS, LONGEST = 10, 60  # of 1 to 60 tokens: a mean over tokens tells batches of equal size apart
 # Moments or an order of the batch's are in these losses, and KTO's reference point is the batch's too.
-OF_A_BATCH = {"alpha_dpo", "bco_pair", "aot", "aot_unpaired"}
+OF_A_BATCH = {"alpha_dpo", "bco_pair", "aot", "aot_unpaired", "upo"}
 OF_TOKENS = {name for name, row in OBJECTIVES.items() if row.uses_tokens}
 PAIR = ContrastConfig(weights="pair")
 

@@ -38,7 +38,7 @@ class Method:
         reference: where the reference's log-probs come from; None where there is no reference.
         embeds_all: whether all prompts are embedded, to weight contrasts.
         embeds_training: whether those of the training data are, to weight contrasts or to order batches.
-        learns_partition: whether a head for log Z is trained beside the model.
+        learns_partition: whether a head for log Z, or another value of the prompt, is trained beside the model.
     """
 
     objective: Objective
@@ -96,7 +96,7 @@ def resolve(config: Config) -> Method:
         reference=mode if objective.uses_reference and mode != "none" else None,
         embeds_all=weighed,
         embeds_training=weighed or config.batch.order == "related",
-        learns_partition=config.objective.partition == "learned",
+        learns_partition=config.objective.partition == "learned" or objective.uses_prompt_values,
     )
 
 

@@ -56,6 +56,7 @@ class Traits:
     contrast.WEIGHTS; None without a contrast matrix. needs_pairs: whether slot i of chosen and rejected must be one
     pair, whatever the weights. uses_scores: whether the data must score the responses. uses_tokens: whether it sees
     every token instead of the sums over responses alone. uses_values: whether a head predicts a value for each of them.
+    uses_prompt_values: whether a head predicts a value of each prompt, in the place of Responses.log_partition.
     uses_confidence: whether it sees how concentrated the policy is, as Responses.log_collision.
     uses_lists: whether all responses to a prompt are a group of their own. mixes_references: whether it needs more
     references than one.
@@ -70,6 +71,7 @@ class Traits:
     uses_scores: bool = False
     uses_tokens: bool = False
     uses_values: bool = False
+    uses_prompt_values: bool = False
     uses_confidence: bool = False
     uses_lists: bool = False
     mixes_references: bool = False

@@ -1,5 +1,7 @@
 """Objectives of scored lists: published numbers, slots that hold nothing, and no say in which responses are chosen."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,23 @@ def test_a_list_of_four_whichever_are_chosen(name, double, rtol):
             np.testing.assert_allclose(got, VALUES[name], rtol=rtol)
 
 
-@pytest.mark.parametrize("name", VALUES)
+def test_lipo_of_a_list_is_its_equation():
+    scores = [0.9, 0.6, 0.7, 0.2]
+    ranks = [1 + sorted(LOG_RATIOS, reverse=True).index(x) for x in LOG_RATIOS]
+    terms = [
+        abs(2 ** scores[i] - 2 ** scores[j])
+        * abs(1 / math.log(1 + ranks[i]) - 1 / math.log(1 + ranks[j]))
+        * math.log1p(math.exp(-0.1 * (LOG_RATIOS[i] - LOG_RATIOS[j])))
+        for i in range(4)
+        for j in range(4)
+        if scores[i] > scores[j]
+    ]
+    sides = [([LOG_RATIOS[k] for k in part], [scores[k] for k in part]) for part in ((1, 3), (0, 2))]
+    got = OBJECTIVES["lipo_lists"].loss(lists(sides, slots=3))
+    np.testing.assert_allclose(got, sum(terms) / len(terms), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*VALUES, "lipo_lists"])
 def test_lists_of_different_lengths_count_alike_and_empty_ones_not(name):
     """Four responses, two, one, and none."""
     pair, alone, nothing = [([1.0], [3.0]), ([-2.0], [1.0])], [([1.5], [2.0]), ([], [])], [([], [])] * 2

@@ -375,3 +375,33 @@ def test_sample_weights_multiply_a_pairs_entries_and_the_mean_is_over_them(weigh
     pairs = replace(matrix, weights=jnp.eye(4), mask=jnp.eye(4, dtype=bool))
     own = np.sum(sample * np.logaddexp(0, -0.2 * (chosen - rejected))) / sample.sum()
     np.testing.assert_allclose(laws.named("dpo").loss(Scores(scores.responses, pairs)), own, rtol=1e-5)
+
+
+def test_upo(precision):
+    """Two chosen and two rejected responses, their scores, and values of their prompts."""
+    sides = ((1.0, -0.5), (0.3, -2.0))
+    log_prob, score, prompt_value = ((-12.0, -7.0), (-20.0, -9.0)), ((0.8, 0.1), (0.5, 0.3)), ((0.4, 0.4), (0.6, 0.2))
+
+    def terms(values):
+        responses = {}
+        for k, kind in enumerate(("chosen", "rejected")):
+            policy = jnp.array(log_prob[k])
+            reference, ones = policy - jnp.array(sides[k]), jnp.ones(2, bool)
+            found = Responses(policy, reference, jnp.ones(2, int), ones, values[k], jnp.array(score[k]))
+            responses[kind] = found
+        kl = jnp.array([0.2])
+        responses["mismatched"] = Responses(kl, jnp.zeros(1), jnp.ones(1, int), jnp.ones(1, bool))
+        return OBJECTIVES["upo"].terms(Scores(responses))
+
+    values = tuple(jnp.array(side) for side in prompt_value)
+    kto, likelihood, expectile = (term.mean for term in terms(values))
+    np.testing.assert_allclose(kto, 0.486306065393, rtol=precision)
+    np.testing.assert_allclose(likelihood, 0.1 * 14.4788531199, rtol=precision)
+    np.testing.assert_allclose(kto + likelihood, 1.93419137738, rtol=precision)
+    np.testing.assert_allclose(expectile, 0.03725, rtol=precision)
+    of_chosen, of_rejected = jax.grad(lambda x: sum(term.mean for term in terms(x)))(values)
+    np.testing.assert_allclose([*of_chosen, *of_rejected], [-0.14, 0.045, 0.015, -0.035], rtol=precision)
+    weights = OBJECTIVES["upo"].weights_of(*(jnp.array(x).ravel() for x in (score, prompt_value)), jnp.ones(4, bool))
+    np.testing.assert_allclose(weights, [2.22554092849, 0.548811636094, 0.818730753078, 1.22140275816], rtol=precision)
+    bounded = laws.named("upo", upo_most=1.0)
+    assert jnp.max(bounded.weights_of(jnp.array([9.0]), jnp.array([0.0]), jnp.ones(1, bool))) == 1

@@ -103,8 +103,33 @@ class NCA(InfoNCA):
         return jnp.sum(kept, axis=-1) + jnp.sum(noise, axis=-1) / jnp.maximum(jnp.sum(lists.valid, axis=-1), 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LiPOLists(ListObjective):
+    """LambdaLoss of a list: every pair of which one scores higher, by what exchanging them would change of the gain.
+
+    L = mean over lists of the mean over pairs r_i > r_j of Delta_ij log(1 + exp(-beta (rho_i - rho_j))),
+    Delta_ij = |2^(r_i) - 2^(r_j)| |1 / log(1 + rank_i) - 1 / log(1 + rank_j)|, ranks by rho, without gradient, and r
+    the data's scores, which are probabilities in the paper: gains of much larger ones outweigh all others.
+    Source: Liu et al. 2024, arXiv 2402.01878, Eq. 8, whose sum over pairs is a mean here.
+    """
+
+    def list_loss(self, lists: Lists) -> Float[Array, "*G"]:
+        order = jnp.argsort(jnp.where(lists.valid, -jax.lax.stop_gradient(lists.reward), jnp.inf), axis=-1, stable=True)
+        discount = 1 / jnp.log1p(1 + jnp.argsort(order, axis=-1))
+        gain = jnp.exp2(lists.score)
+
+        def differences(x: Float[Array, "*G K"]) -> Float[Array, "*G K K"]:
+            return x[..., :, None] - x[..., None, :]
+
+        better = (differences(lists.score) > 0) & lists.valid[..., :, None] & lists.valid[..., None, :]
+        change = jnp.abs(differences(gain) * differences(discount))
+        losses = zero_where_invalid(change * jax.nn.softplus(-differences(lists.reward)), better)
+        return jnp.sum(losses, axis=(-2, -1)) / jnp.maximum(jnp.sum(better, axis=(-2, -1)), 1)
+
+
 OBJECTIVES = {
     "exo_rewards": ExoRewards(description="EXO of scored lists", source="arXiv 2402.00856 and its authors' code"),
     "infonca": InfoNCA(description="InfoNCA of scored lists", source="arXiv 2402.05369 and its authors' code"),
+    "lipo_lists": LiPOLists(description="LiPO-lambda of scored lists", source="arXiv 2402.01878, Eq. 8"),
     "nca": NCA(description="Noise Contrastive Alignment of scored lists", source="arXiv 2402.05369"),
 }
