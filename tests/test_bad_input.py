@@ -179,7 +179,7 @@ def test_weights_that_need_pairs_with_unpaired_data(refused, weights):
     assert "data.pairing=paired" in error
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "cdpo", "slic"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "cdpo", "slic", "aot"])
 def test_an_objective_that_needs_pairs_with_unpaired_data(refused, name):
     error = refused({"objective.name": name, "contrast.weights": "null", "data.pairing": "unpaired"})
     assert f"objective.name={name}" in error

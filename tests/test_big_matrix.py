@@ -153,6 +153,33 @@ def test_unpaired_responses_and_averaged_log_probs_work_in_blocks():
     assert "contrast/diagonal_weight" not in got
 
 
+@pytest.mark.parametrize("name", ["uniform", "diagonal on the loss"])
+def test_numbers_of_rows_work_in_blocks(name):
+    batch, log_probs = world(M, M)
+    rng = np.random.default_rng(3)
+
+    def numbered(side):
+        weight, smoothing = (jnp.asarray(rng.uniform(0, most, M), jnp.float32) for most in (2, 0.5))
+        return side._replace(row_values={"weight": weight, "label_smoothing": smoothing})
+
+    config = Config(
+        data=DataConfig(weight="w", label_smoothing="e"),
+        objective=ObjectiveConfig(link="smoothed"),
+        contrast=ContrastConfig(**WEIGHTINGS[name]),
+    )
+    batch = batch._replace(sides={kind: numbered(side) for kind, side in batch.sides.items()})
+    weighed = agree(config, (2, 2, 2), batch, log_probs)
+    assert weighed["count"] != everything(config, make_mesh(1, 1, 1), *world(M, M))["count"]
+
+
+@pytest.mark.parametrize("objective", ["wpo", "f_dpo"])
+def test_what_else_is_known_of_responses_works_in_blocks(objective):
+    batch, log_probs = world(M, M)
+    log_probs = log_probs._replace(collision=log_probs.log_prob - 0.1 * log_probs.num_tokens)
+    config = Config(objective=ObjectiveConfig(name=objective), contrast=ContrastConfig(weights="uniform"))
+    agree(config, (2, 2, 2), batch, log_probs)
+
+
 @pytest.mark.parametrize(("name", "block"), [("calibrated", 5), ("diagonal", 1), ("uniform", 1000)])
 def test_groups_work_in_blocks_of_any_size(name, block):
     """Blocks of three rows, of one, and one of more rows than there are."""

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.config import BatchConfig, Config, ContrastConfig, ObjectiveConfig, ReferenceConfig, resolve
+from rpo_jax.config import (
+    BatchConfig,
+    Config,
+    ContrastConfig,
+    DataConfig,
+    ObjectiveConfig,
+    ReferenceConfig,
+    resolve,
+)
 from rpo_jax.core.records import KINDS, Batch, Side
 from rpo_jax.hosts import sharding
 from rpo_jax.objectives import metrics
@@ -17,7 +25,9 @@ from rpo_jax.training.micro_batches import LogProbs
 from rpo_jax.training.scoring import make_loss
 
 PAIRS, LONGEST = 10, 60  # of 1 to 60 tokens: a mean over tokens tells batches of equal size apart
-MOMENTS_OF_A_BATCH = {"alpha_dpo", "ppo"}  # are in these losses, and KTO's reference point is the batch's too
+# Moments or an order of the batch's are in these losses, and KTO's reference point is the batch's too.
+OF_A_BATCH = {"alpha_dpo", "bco_pair", "aot", "aot_unpaired", "upo"}
+OF_TOKENS = {name for name, row in OBJECTIVES.items() if row.uses_tokens}
 PAIR = ContrastConfig(weights="pair")
 
 
@@ -26,7 +36,7 @@ def batch_of(kinds, first, slots):
     rng = np.random.default_rng(0)
     pairs = np.arange(first, first + slots)
     valid, pairs = pairs < PAIRS, np.minimum(pairs, PAIRS - 1)
-    sides, log_probs, lengths = {}, [], []
+    sides, log_probs, lengths, collisions = {}, [], [], []
     for number, kind in enumerate(kinds):
         log_prob, reference = rng.normal(-40, 9, (2, PAIRS)).astype(np.float32)
         sides[kind] = Side(
@@ -40,9 +50,11 @@ def batch_of(kinds, first, slots):
         )
         log_probs.append(log_prob[pairs])
         lengths.append(rng.integers(1, LONGEST, PAIRS)[pairs])
+        collisions.append(rng.normal(-40, 3, PAIRS).astype(np.float32)[pairs])
     rows: Any = [jnp.zeros((1, 1), jnp.int32)] * 6
     batch = Batch(*rows, jax.tree.map(jnp.asarray, sides))
-    return batch, LogProbs(jnp.concatenate(log_probs), jnp.concatenate(lengths))
+    log_prob, num_tokens, collision = map(jnp.concatenate, (log_probs, lengths, collisions))
+    return batch, LogProbs(log_prob, num_tokens, collision=collision)
 
 
 def held_out(pairs: int, contrast: ContrastConfig, **objective: Any) -> dict[str, float]:
@@ -51,6 +63,7 @@ def held_out(pairs: int, contrast: ContrastConfig, **objective: Any) -> dict[str
     config = Config(
         objective=ObjectiveConfig(**objective),
         contrast=contrast if named.weights is not None else ContrastConfig(),
+        data=DataConfig(pairing="grouped" if named.uses_lists else "paired"),
         reference=ReferenceConfig(others=("another",) if named.mixes_references else ()),
         batch=BatchConfig(pairs=pairs),
     )
@@ -61,7 +74,7 @@ def held_out(pairs: int, contrast: ContrastConfig, **objective: Any) -> dict[str
     return {name: float(value) for name, value in metrics.finalize(reduce(metrics.combine, parts)).items()}
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - MOMENTS_OF_A_BATCH))
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - OF_A_BATCH - OF_TOKENS))
 def test_held_out_metrics_do_not_depend_on_the_batch(name):
     options = {"nll_weight": 0.5} if "nll_weight" in OBJECTIVES[name].options() else {}
     whole, parts = (held_out(pairs, PAIR, name=name, **options) for pairs in (PAIRS, 3))

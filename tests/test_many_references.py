@@ -9,7 +9,7 @@ from rpo_jax import export, train
 from rpo_jax.config import resolve
 from rpo_jax.config.reading import load_config
 from rpo_jax.models.huggingface.folders import folder_fingerprint
-from rpo_jax.objectives.methods.mrpo import mixed_reference
+from rpo_jax.objectives.methods.mrpo import adaptive_reference, mixed_reference
 from rpo_jax.training.reference import FOLDER
 from tests.runs import configured, metric_lines, settings, write_rows
 
@@ -68,6 +68,27 @@ def test_a_run_has_the_mixture_for_its_reference(place, capsys):
     alone = first_line("alone", {"reference.weights": "[0.5, 0.5]", "reference.clip": 0.0})
     assert "computed" not in capsys.readouterr().out
     assert alone["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_weighs_two_references_by_every_pair(place):
+    folder, data, other = place
+    changes = {**SHORT, "batch.pairs": 24, "objective.name": "mrpo", "objective.beta": 0.5, "train.steps": 1}
+    changes |= {"reference.others": f'["{other}"]', "reference.adaptive": True, "train.eval_every": 1}
+    rpo_jax.run(configured(data, folder / "adaptive", folder / "adaptive cache", changes))
+    line = next(line for line in metric_lines(folder / "adaptive") if "rewards/chosen" in line)
+    found, theirs = cached(folder / "adaptive cache"), folder_fingerprint(other)
+    sides = []
+    for response in ("chosen", "rejected"):
+        own = next(values for (weights, kind), values in found.items() if kind == response and weights != theirs)
+        sides.append((own, found[theirs, response]))
+    table, count = np.concatenate(np.array(sides), axis=1), len(sides[0][0])
+    first, second = np.arange(count), np.arange(count) + count
+    is_chosen = np.arange(2 * count) < count
+    mixture = adaptive_reference(table, np.tile(first, 2), np.tile(second, 2), is_chosen)
+    expected = 0.5 * np.mean((table[0] - np.asarray(mixture))[:count])
+    assert abs(expected) > 1e-3
+    assert line["rewards/chosen"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_a_folder_that_is_none_is_refused_in_one_line(place, tmp_path, capsys):

@@ -15,7 +15,7 @@ from rpo_jax.training.prepare import reference_pass
 from rpo_jax.training.reference import compute_log_probs
 from rpo_jax.training.step import build_log_probs, put_batch
 from tests.data.ragged import RESPONSES, ids_of
-from tests.worlds import random_data, small_model
+from tests.worlds import random_data, small_model, with_more_responses
 
 MODEL = small_model()
 PAIRS = 8
@@ -77,6 +77,28 @@ def test_packed_equals_padded(params, pairing, responses, examples_a_prompt):
         assert log_prob == pytest.approx(expected, rel=0, abs=1e-5 * len(response_ids)), (example.row_id, name)
     if examples_a_prompt == 24:
         assert batch.branch_ids.max() > 3, "more responses share a prompt than one example has"
+
+
+@pytest.mark.parametrize("row_tokens", [None, 32], ids=["a row for each group", "groups longer than a row"])
+def test_any_number_of_responses_to_a_prompt_equal_rows_of_their_own(params, row_tokens):
+    data = with_more_responses(random_data(8))
+    data = dataclasses.replace(data, reference_log_probs=np.arange(data.num_responses, dtype=np.float32))
+    batches = PreferenceBatches(data, pairs=4, pairing="grouped", seed=0, row_tokens=row_tokens)
+    mesh, seen = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), set()
+    with jax.set_mesh(mesh):
+        log_probs, _ = build_log_probs(Config(), MODEL, mesh)
+        for step in range(batches.steps_per_epoch):
+            batch = batches.batch_at(step)
+            values = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob)
+            for name, slots in batch.slots().items():
+                side = batch.sides[name]
+                for slot in np.flatnonzero(side.valid):
+                    number = int(side.reference_log_prob[slot])  # as made above
+                    seen.add(number)
+                    response = data.response(number)
+                    expected = padded_log_prob(params, data.example_of(number).prompt_ids, response.ids)
+                    assert values[slots.start + slot] == pytest.approx(expected, rel=0, abs=1e-5 * len(response.ids))
+    assert seen == set(range(data.num_responses))
 
 
 def test_attention_by_blocks_over_long_rows_equals_padded(params):

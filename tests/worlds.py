@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rpo_jax import models
-from rpo_jax.core.records import PreferenceData
+from rpo_jax.core.records import PreferenceData, TokenizedExample, TokenizedResponse
 from rpo_jax.models import lora
 from rpo_jax.models.projection import Quantized
 from tests.data.ragged import embedded, example
@@ -33,6 +34,25 @@ def random_data(num_examples: int = 20, *, seed: int = 0, width: int = 8, mismat
     embeddings = embeddings.astype(np.float32)
     reference = (-10 + rng.normal(size=(num_examples, 3))).astype(np.float32)
     return embedded(examples, embeddings, reference=reference)
+
+
+def with_more_responses(data: PreferenceData) -> PreferenceData:
+    """The prompts with one to three further responses each, of either kind."""
+    rng = np.random.default_rng(2)
+
+    def more(number: int) -> list[TokenizedResponse]:
+        return [
+            TokenizedResponse(kind, rng.integers(3, VOCAB, rng.integers(2, 9)).astype(np.int32), 1000 + 9 * number + k)
+            for k, kind in enumerate(rng.choice(["chosen", "rejected"], rng.integers(1, 4)))
+        ]
+
+    examples = [
+        TokenizedExample(one.row_id, one.prompt_id, one.prompts, (*one.responses, *more(number)))
+        for number, one in enumerate(data.examples)
+    ]
+    made = PreferenceData(examples)
+    row = None if data.embeddings is None else made.example_index
+    return dataclasses.replace(made, embeddings=data.embeddings, embedding_row=row)
 
 
 def small_model(**changes) -> models.ModelConfig:

@@ -23,8 +23,13 @@ class DataConfig:
         columns: what the data calls columns of the layout, as in `{prompt: question}`; on the command line
             `--data.columns.prompt question`.
         ignore_columns: columns that are read as if they were not there, though they might belong to the prompt.
-        pairing: `paired` keeps a pair's responses in one contrast row and column; `unpaired` draws chosen and
-            rejected responses apart.
+        ranked_rule: which responses of the layout `ranked` are chosen: those `above_mean`, the `best`, the
+            `top_half`, or those from a `threshold` on; the others are rejected. Rows whose scores are all equal are
+            left out, but for the threshold.
+        ranked_threshold: the least score of a chosen response, for `ranked_rule: threshold`.
+        pairing: `paired` keeps a pair's responses in one contrast row and column, of several responses the first of
+            each kind; `unpaired` draws chosen and rejected responses apart; `grouped` draws prompts, each with all of
+            its responses, however many.
         max_prompt_tokens: a prompt is cut to this where prompt and response exceed `max_tokens`.
         max_tokens: prompt and response together.
         truncation_side: which end of a long prompt survives; `auto` keeps the end of dialogues and the start of
@@ -34,6 +39,10 @@ class DataConfig:
         template_arguments: what the chat template is given besides the messages, for example enable_thinking: false.
         chosen_score: column with a number for each chosen response, how good it is; read where the objective needs it.
         rejected_score: the same of rejected responses.
+        weight: column with a number for each row, how much its responses count in the contrast matrix, on average 1;
+            all alike where not given.
+        label_smoothing: column with a number for each row, the probability that its label is flipped, for the link
+            `smoothed`, in place of objective.label_smoothing.
         on_bad_row: `error` refuses data with an unusable row; `skip` drops, counts and reports such rows.
     """
 
@@ -46,7 +55,9 @@ class DataConfig:
     layout: str = "auto"
     columns: dict[str, str] = field(default_factory=dict)
     ignore_columns: tuple[str, ...] = ()
-    pairing: Literal["paired", "unpaired"] = "paired"
+    ranked_rule: Literal["above_mean", "best", "top_half", "threshold"] = "above_mean"
+    ranked_threshold: float | None = None
+    pairing: Literal["paired", "unpaired", "grouped"] = "paired"
     max_prompt_tokens: int = 256
     max_tokens: int = 512
     truncation_side: Literal["auto", "keep_start", "keep_end"] = "auto"
@@ -54,6 +65,8 @@ class DataConfig:
     template_arguments: dict[str, Any] = field(default_factory=dict)
     chosen_score: str = "score_chosen"
     rejected_score: str = "score_rejected"
+    weight: str | None = None
+    label_smoothing: str | None = None
     on_bad_row: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
@@ -62,6 +75,11 @@ class DataConfig:
             raise ConfigError(
                 f"data.max_prompt_tokens={self.max_prompt_tokens} leaves no room for a response in "
                 f"data.max_tokens={self.max_tokens}; raise max_tokens or lower max_prompt_tokens."
+            )
+        if (self.ranked_rule == "threshold") != (self.ranked_threshold is not None):
+            raise ConfigError(
+                f"data.ranked_threshold={self.ranked_threshold} and data.ranked_rule={self.ranked_rule} do not go "
+                "together: the rule threshold needs a number, and the others have none."
             )
         if self.eval_rows < 0:
             raise ConfigError(f"data.eval_rows={self.eval_rows} must not be negative.")
@@ -93,7 +111,8 @@ class BatchConfig:
     """The global batch: the same whatever the number of devices and hosts.
 
     Args:
-        pairs: pairs of a step; with unpaired data, chosen and rejected responses of a step each.
+        pairs: pairs of a step; with unpaired data, chosen and rejected responses of a step each; with grouped data,
+            prompts.
         micro_rows: packed rows whose activations are in memory at a time; all where not given. The contrast
             matrix spans the whole batch either way, and the gradient is the same; it costs one more forward pass.
         micro_keep: keep of every micro-batch what model.remat keeps, until its backward pass: no more forward passes

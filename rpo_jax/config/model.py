@@ -91,6 +91,8 @@ class ReferenceConfig:
         others: folders of further references, mixed with the first into a virtual one; their log-probs are cached.
         weights: of the first reference and the others in the mixture; even where not given.
         clip: how far another reference's log-prob may be from the first's, as a share of it.
+        adaptive: of two references, weights by how far each tells a pair's responses apart, in place of `weights`, and
+            `clip` parted between a pair's responses by how likely they are.
     """
 
     mode: Literal["cached", "live", "adapter", "none"] = "cached"
@@ -98,6 +100,7 @@ class ReferenceConfig:
     others: tuple[str, ...] = ()
     weights: tuple[float, ...] | None = None
     clip: float = 0.1
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "others", tuple(self.others))  # a list is what YAML and notebooks give
@@ -107,6 +110,11 @@ class ReferenceConfig:
             raise ConfigError(f"reference.clip={self.clip} must be at least 0 and below 1.")
         if self.weights is not None and not self.others:
             raise ConfigError("reference.weights is given, but reference.others names no reference to mix with.")
+        if self.adaptive and (len(self.others) != 1 or self.weights is not None):
+            raise ConfigError(
+                "reference.adaptive weighs two references by every pair: give it one folder in reference.others, and "
+                "no reference.weights."
+            )
         if not self.others:
             return
         if self.mode != "cached":

@@ -19,10 +19,11 @@ class _SharedOptions:
         name: a name in rpo_jax.objectives.losses.OBJECTIVES.
         beta: inverse temperature of the implicit reward, 1/nats; the objective's own where not given: {betas}.
         link: overrides the objective's link on the contrast matrix: logistic, smoothed, squared, hinge, robust or exo.
-        label_smoothing: probability that a label is flipped (epsilon of the links smoothed, robust and exo); the
-            objective's own, 0.1, where not given.
+        label_smoothing: probability that a label is flipped (epsilon of the links smoothed, robust and exo, and of
+            aot); the objective's own where not given: 0.1, aot 0.
         average_log_prob: divide each response's log-prob by its number of scored tokens.
         nll_weight: weight of the chosen responses' negative log-likelihood per token beside a pairwise objective.
+        nll_mean: what that likelihood is a mean over: `responses`, each alike, or `tokens` of the batch, as in sft.
         partition: `learned` trains a head that predicts log Z(x) of the prompt, whose differences between prompts
             enter the scores of the contrast matrix; `none` takes them as 0, as the paper does. The head is in the
             run's checkpoints, not in what is exported of them.
@@ -34,6 +35,7 @@ class _SharedOptions:
     label_smoothing: float | None = None
     average_log_prob: bool = False
     nll_weight: float = 0.0
+    nll_mean: Literal["responses", "tokens"] = "responses"
     partition: Literal["none", "learned"] = "none"
 
     def __post_init__(self) -> None:

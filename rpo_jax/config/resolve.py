@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from rpo_jax.config.checks import ConfigError
 from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.objectives.losses import OBJECTIVES, Objective
+from rpo_jax.objectives.objective import MatrixObjective
 from rpo_jax.objectives.pairwise import LinkObjective
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ class Method:
         perplexity: effective contrasts a row; None with a fixed temperature.
         weights_on: whether weights multiply scores (Eq. 13) or losses (the authors' release).
         paired: whether slot i of chosen and rejected is one pair in training batches.
+        prompts: where all responses of a prompt come together, prompts of a batch, which `group` then counts; else
+            None.
         reference: where the reference's log-probs come from; None where there is no reference.
         embeds_all: whether all prompts are embedded, to weight contrasts.
         embeds_training: whether those of the training data are, to weight contrasts or to order batches.
-        learns_partition: whether a head for log Z is trained beside the model.
+        learns_partition: whether a head for log Z, or another value of the prompt, is trained beside the model.
     """
 
     objective: Objective
@@ -45,6 +48,7 @@ class Method:
     perplexity: float | None
     weights_on: Literal["score", "loss"]
     paired: bool
+    prompts: int | None
     reference: Literal["cached", "live", "adapter"] | None
     embeds_all: bool
     embeds_training: bool
@@ -53,12 +57,16 @@ class Method:
     @property
     def needs_pairs(self) -> bool:
         """Whether a contrast group needs as many rejected responses as chosen ones, pair by pair."""
-        return self.weights is not None and WEIGHTS[self.weights].needs_pairs
+        return self.objective.needs_pairs or (self.weights is not None and WEIGHTS[self.weights].needs_pairs)
 
     @property
     def matrix_group(self) -> int:
         """Pairs of the matrices that are computed: for pair-only contrast one, as nothing else of a group counts."""
-        return 1 if self.weights == "pair" else self.group
+        return 1 if self.weights == "pair" or self.objective.uses_lists else self.group
+
+    def groups_of(self, slots: int, size: int) -> int:
+        """Contrast groups of `size` pairs, or prompts, that so many slots of a kind make."""
+        return slots // size if self.prompts is None else self.prompts // size
 
 
 def resolve(config: Config) -> Method:
@@ -68,10 +76,11 @@ def resolve(config: Config) -> Method:
     """
     objective, contrast = config.objective.build(), config.contrast
     _check_matrix(config, objective)
+    _check_columns(config, objective)
     _check_batch(config)
     _check_reference(config, objective)
     weights = contrast.weights or objective.weights
-    _check_pairing(config, weights)
+    _check_pairing(config, objective, weights)
     fixed = contrast.temperature is not None
     weighed = weights is not None and WEIGHTS[weights].needs_embeddings
     mode = config.reference.mode
@@ -83,10 +92,11 @@ def resolve(config: Config) -> Method:
         perplexity=None if fixed else DEFAULT_PERPLEXITY if contrast.perplexity is None else contrast.perplexity,
         weights_on=contrast.diagonal_on if weights == "diagonal" else "score",
         paired=config.data.pairing == "paired",
+        prompts=config.batch.pairs if config.data.pairing == "grouped" else None,
         reference=mode if objective.uses_reference and mode != "none" else None,
         embeds_all=weighed,
         embeds_training=weighed or config.batch.order == "related",
-        learns_partition=config.objective.partition == "learned",
+        learns_partition=config.objective.partition == "learned" or objective.uses_prompt_values,
     )
 
 
@@ -131,6 +141,20 @@ def _check_matrix(config: Config, objective: Objective) -> None:
         )
 
 
+def _check_columns(config: Config, objective: Objective) -> None:
+    name, data = config.objective.name, config.data
+    if data.weight is not None and not (isinstance(objective, MatrixObjective) and objective.takes_sample_weights):
+        raise ConfigError(
+            f"data.weight={data.weight} weights entries of the contrast matrix, whose mean objective.name={name} does "
+            "not take; leave it out, or use an objective on the matrix."
+        )
+    if data.label_smoothing is not None and getattr(objective, "link", None) != "smoothed":
+        raise ConfigError(
+            f"data.label_smoothing={data.label_smoothing} is read by the link smoothed alone; set "
+            "objective.link=smoothed, or leave it out."
+        )
+
+
 def _check_batch(config: Config) -> None:
     group, pairs = config.contrast.group, config.batch.pairs
     if group != "global" and pairs % group:
@@ -151,6 +175,11 @@ def _check_reference(config: Config, objective: Objective) -> None:
         raise ConfigError(
             f"objective.name={name} mixes several references, but reference.others names none besides the first; give "
             "their folders."
+        )
+    if config.reference.adaptive and config.data.pairing != "paired":
+        raise ConfigError(
+            f"reference.adaptive weighs references by pairs, but data.pairing is {config.data.pairing}; set it to "
+            "paired, or give reference.weights."
         )
     if not objective.uses_reference and config.reference.others:
         raise ConfigError(
@@ -177,15 +206,28 @@ def _check_reference(config: Config, objective: Objective) -> None:
         )
 
 
-def _check_pairing(config: Config, weights: str | None) -> None:
-    if config.data.pairing != "unpaired" or weights is None or not WEIGHTS[weights].needs_pairs:
+def _check_pairing(config: Config, objective: Objective, weights: str | None) -> None:
+    if objective.uses_lists and config.data.pairing != "grouped":
+        raise ConfigError(
+            f"objective.name={config.objective.name} ranks all responses to a prompt, but data.pairing is "
+            f"{config.data.pairing}; set it to grouped, with data that scores several responses (data.layout ranked)."
+        )
+    if config.data.pairing == "paired":
+        return
+    if objective.needs_pairs:
+        raise ConfigError(
+            f"objective.name={config.objective.name} compares the two responses of a pair, but data.pairing is "
+            f"{config.data.pairing}; set it to paired."
+        )
+    if weights is None or not WEIGHTS[weights].needs_pairs:
         return
     if config.contrast.weights is not None:
         raise ConfigError(
-            f"contrast.weights={weights} needs pairs that share a prompt, but data.pairing is unpaired; use "
-            "contrast.weights=embedding or uniform, or data.pairing=paired."
+            f"contrast.weights={weights} needs pairs that share a prompt, but data.pairing is {config.data.pairing}; "
+            "use contrast.weights=embedding or uniform, or data.pairing=paired."
         )
     raise ConfigError(
-        f"objective.name={config.objective.name} contrasts the two responses of a pair, but data.pairing is unpaired; "
+        f"objective.name={config.objective.name} contrasts the two responses of a pair, but data.pairing is "
+        f"{config.data.pairing}; "
         "set contrast.weights to embedding or uniform, or data.pairing to paired."
     )

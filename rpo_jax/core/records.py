@@ -13,7 +13,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, overload
@@ -98,13 +98,14 @@ class PreferenceExample:
     prompt: a string is used as it is; messages go through the chat template, which opens the assistant's turn. Where
     they end with a turn of the assistant, responses continue that turn.
     template_arguments: what the template is given beside the messages (tools, ...), a JSON object as text; empty where
-    there is nothing.
+    there is nothing. values: numbers of the row by name, where they were asked for.
     """
 
     row_id: str
     prompt: str | tuple[Message, ...]
     responses: tuple[Response, ...]
     template_arguments: str = ""
+    values: tuple[tuple[str, float], ...] = ()
 
     def first(self, kind: str) -> Response | None:
         """The first response of this kind; None where there is none."""
@@ -256,6 +257,7 @@ class PreferenceData:
         embedding_row: row of `embeddings` that goes with each response; -1 where none does. None without embeddings.
         reference_log_probs: nats, NaN where there is none yet; None until computed.
         scores: NaN where the data gives none; None where the objective needs none.
+        row_values: numbers of the responses' rows, by name.
     """
 
     examples: Sequence[TokenizedExample]
@@ -263,9 +265,10 @@ class PreferenceData:
     embedding_row: Int[np.ndarray, "r"] | None = None
     reference_log_probs: Float[np.ndarray, "r"] | None = None
     scores: Float[np.ndarray, "r"] | None = None
+    row_values: Mapping[str, Float[np.ndarray, "r"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for facts in (self.embedding_row, self.reference_log_probs, self.scores):
+        for facts in (self.embedding_row, self.reference_log_probs, self.scores, *self.row_values.values()):
             assert facts is None or len(facts) == self.num_responses, "one fact for each response"
 
     @cached_property
@@ -306,6 +309,7 @@ class Side(NamedTuple):
     text_id: Int[Array, "S"]
     example_index: Int[Array, "S"]  # which example of the data set: for reports and caches
     score: Float[Array, "S"] | None = None  # of the response, by the data; None where nothing needs it
+    row_values: dict[str, Float[Array, "S"]] | None = None  # of the response's row, by name; None where there are none
 
 
 class Batch(NamedTuple):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Literal
 
 from rpo_jax.core.records import PreferenceExample, Row
-from rpo_jax.data.faults import BadRow, Faults, plain
+from rpo_jax.data.faults import BadRow, Faults, LeftOut, plain
 from rpo_jax.data.layouts import LAYOUTS
 from rpo_jax.data.layouts.fields import Fields, Unusable, number_field
 from rpo_jax.data.layouts.layout import Layout
 from rpo_jax.data.layouts.messages import turns_text
+from rpo_jax.data.layouts.ranked import ABOVE_MEAN, AllEqual, Rule, by_rule
 
 _DETECTION_ROWS = 100  # the layout is a vote, so that a broken first row does not hide it
 _NAMED_COLUMNS, _NAME_CHARACTERS = 200, 100  # so many are reported, and none longer: junk has any number
@@ -27,6 +29,7 @@ class ExampleSet:
     Attributes:
         num_rows: that were read, unusable ones too.
         columns: those that rows have, and which of the layout's each was read as; empty where no one read it.
+        left_out: rows of which the rule that ranks responses makes nothing; they are no faults.
     """
 
     examples: tuple[PreferenceExample, ...]
@@ -35,6 +38,7 @@ class ExampleSet:
     faults: Faults
     num_rows: int
     columns: Mapping[str, str]
+    left_out: Faults = field(default_factory=Faults)
 
     @property
     def prompt_columns(self) -> tuple[str, ...]:
@@ -49,6 +53,8 @@ def make_examples(
     scores: Mapping[str, str] | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
+    rule: Rule = ABOVE_MEAN,
+    row_values: Mapping[str, str] | None = None,
 ) -> ExampleSet:
     """Examples of every usable row. What of a row makes no example is not kept, so `rows` may be a stream.
 
@@ -60,6 +66,8 @@ def make_examples(
         scores: for each kind of response the column with its score; a row that lacks one that it needs is unusable.
         columns: what the rows call columns of the layout, where their names differ.
         ignore_columns: columns that are as if they were not there.
+        rule: which of a prompt's responses are chosen, where the layout ranks them by scores.
+        row_values: names of numbers that every row has, and the columns that they are in.
 
     Raises ValueError also for an unknown layout, columns that fit none, `columns` that the layout or the rows do not
     have, scores asked of a layout that makes one example of several rows, or where no row is usable.
@@ -84,23 +92,29 @@ def make_examples(
     if name not in LAYOUTS and (start or name != "auto"):
         nearest = difflib.get_close_matches(name, LAYOUTS, n=1, cutoff=0.0)[0]
         raise ValueError(f"data.layout '{name}' is unknown; did you mean '{nearest}'? Known are {', '.join(LAYOUTS)}.")
-    if scores is not None and start and LAYOUTS[name].joins_rows:
+    if (scores is not None or row_values) and start and LAYOUTS[name].joins_rows:
         raise ValueError(
-            f"data.layout '{name}' makes an example of several rows, so no row scores its responses; use an objective "
-            "without scores, or data with a row for each pair."
+            f"data.layout '{name}' makes an example of several rows, so no row scores its responses, or has a weight "
+            "or a label smoothing of its own; use an objective and settings without them, or data with a row for each "
+            "pair."
         )
     everything = chain((start.popleft() for _ in range(len(start))), stream)  # each given up as it is taken
-    examples, read = [], _Read(columns or {}, ignore_columns)
+    examples, read, left_out = [], _Read(columns or {}, ignore_columns, rule, row_values or {}), Faults()
     if num_rows > faults.total:
         read.check(name)
         for outcome in read.outcomes(LAYOUTS[name], everything, scores):
             if isinstance(outcome, PreferenceExample):
                 examples.append(outcome)
             else:
-                faults.add(*outcome)
+                (left_out if isinstance(outcome, LeftOut) else faults).add(*outcome)
     if faults and (on_bad_row == "error" or not examples):
         raise faults.error(
             f"{num_rows} rows cannot be used", on_bad_row, "none is left, so check the data or data.layout"
+        )
+    if not examples and left_out:
+        raise ValueError(
+            f"no preference found: data.ranked_rule={rule.name} leaves out {left_out.total} of {num_rows} rows "
+            f"({left_out.counted()}); check their scores, or use another rule."
         )
     if not examples:
         raise ValueError(
@@ -108,7 +122,7 @@ def make_examples(
             f"({LAYOUTS[name].description}); check the data or data.layout."
         )
     side = LAYOUTS[name].truncation_side
-    return ExampleSet(tuple(examples), name, side, faults, num_rows, read.found)
+    return ExampleSet(tuple(examples), name, side, faults, num_rows, read.found, left_out)
 
 
 def _check_found(rows: Collection[Row], columns: Mapping[str, str]) -> None:
@@ -132,8 +146,10 @@ class _Read:
         found: as ExampleSet.columns.
     """
 
-    def __init__(self, columns: Mapping[str, str], ignored: Collection[str]) -> None:
-        self._columns, self._ignored = columns, frozenset(ignored)
+    def __init__(
+        self, columns: Mapping[str, str], ignored: Collection[str], rule: Rule, row_values: Mapping[str, str]
+    ) -> None:
+        self._columns, self._ignored, self._rule, self._row_values = columns, frozenset(ignored), rule, row_values
         self.found: dict[str, str] = {}
 
     def check(self, layout: str) -> None:
@@ -151,12 +167,19 @@ class _Read:
         self, layout: Layout, rows: Iterable[Row], scores: Mapping[str, str] | None
     ) -> Iterator[PreferenceExample | BadRow]:
         fields = self._fields(layout, rows)
-        if scores is None:
+        scores = None if layout.ranks else scores
+        if scores is None and not layout.ranks and not self._row_values:
             yield from layout.read(fields)
             return
         for row in fields:
             for outcome in layout.read([row]):
-                yield _scored(outcome, row, scores) if isinstance(outcome, PreferenceExample) else outcome
+                if isinstance(outcome, PreferenceExample) and layout.ranks:
+                    outcome = _ranked(outcome, self._rule)
+                if isinstance(outcome, PreferenceExample) and scores is not None:
+                    outcome = _scored(outcome, row, scores)
+                if isinstance(outcome, PreferenceExample) and self._row_values:
+                    outcome = _valued(outcome, row, self._row_values)
+                yield outcome
 
     def _fields(self, layout: Layout, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
@@ -172,6 +195,16 @@ class _Read:
                 self.found.setdefault(column, "")
 
 
+def _ranked(example: PreferenceExample, rule: Rule) -> PreferenceExample | BadRow:
+    """The example with chosen and rejected responses."""
+    try:
+        return by_rule(example, rule)
+    except AllEqual as reason:
+        return LeftOut(example.row_id, str(reason))
+    except Unusable as reason:
+        return BadRow(example.row_id, str(reason))
+
+
 def _scored(example: PreferenceExample, row: Row, columns: Mapping[str, str]) -> PreferenceExample | BadRow:
     """The example with the scores that its row gives to the responses it has."""
     try:
@@ -179,6 +212,25 @@ def _scored(example: PreferenceExample, row: Row, columns: Mapping[str, str]) ->
     except Unusable as reason:
         return BadRow(example.row_id, f"{reason} (data.chosen_score and data.rejected_score name the columns)")
     return replace(example, responses=tuple(responses))
+
+
+# What numbers of a row may be: the least and the most.
+ROW_VALUES = {"weight": (0.0, math.inf), "label_smoothing": (0.0, 0.5)}
+
+
+def _valued(example: PreferenceExample, row: Row, columns: Mapping[str, str]) -> PreferenceExample | BadRow:
+    """The example with the numbers of its row."""
+    found = {}
+    for name, column in columns.items():
+        low, high = ROW_VALUES[name]
+        try:
+            found[name] = number_field(row.values, column)
+            if not low <= found[name] <= high:
+                bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise Unusable(f"column '{column}' is not {bounds}: got {found[name]:g}")
+        except Unusable as reason:
+            return BadRow(example.row_id, f"{reason} (data.{name} names the column)")
+    return replace(example, values=tuple(found.items()))
 
 
 def detect_layout(

@@ -27,6 +27,10 @@ class BadRow(NamedTuple):
         return file, int(number)
 
 
+class LeftOut(BadRow):
+    """A record that could be used, and of which a rule makes nothing."""
+
+
 class BrokenFile(Exception):
     """A file that breaks off: what was read before stands, nothing after it can be read."""
 

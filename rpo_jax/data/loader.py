@@ -29,7 +29,7 @@ from rpo_jax.data.related import Points, related_order, whole_points
 from rpo_jax.data.shapes import PackedShape, choose_shapes, row_lengths
 
 ROW_TOKENS_MULTIPLE = 64
-PAIRINGS = ("paired", "unpaired")
+PAIRINGS = ("paired", "unpaired", "grouped")
 ORDERS = ("shuffled", "related", "sequential")
 
 # How many of a run's own batches its shapes are chosen by: as many as are packed in well under a second.
@@ -46,6 +46,8 @@ class _Pool:
 
     Attributes:
         tokens: for each prompt that responses follow, the tokens of every draw's segment.
+        examples: of every draw.
+        longest: the most tokens that a row should have room for.
     """
 
     def __init__(self, data: PreferenceData, draws: dict[str, Int[np.ndarray, "d"]]) -> None:
@@ -56,13 +58,61 @@ class _Pool:
             after = flat.prompt[numbers]
             for prompt in np.unique(after).tolist():
                 tokens[prompt] += np.where(after == prompt, flat.response_tokens[numbers], 0)
-        examples = data.example_index[first]
-        self.tokens = [count + flat.prompt_tokens(examples, prompt) for prompt, count in tokens.items()]
+        self.examples = data.example_index[first]
+        self.tokens = [count + flat.prompt_tokens(self.examples, prompt) for prompt, count in tokens.items()]
+        self.longest = max(int(count.max()) for count in self.tokens)
 
-    def take(self, draws: Int[np.ndarray, "S"]) -> Draws:
-        """The responses of these draws; none where a draw is NO_RESPONSE."""
+    def take(self, draws: Int[np.ndarray, "S"]) -> list[Draws]:
+        """The responses of these draws, those together that share a segment; none where a draw is NO_RESPONSE."""
         taken = draws != NO_RESPONSE
-        return {kind: np.where(taken, responses[draws], NO_RESPONSE) for kind, responses in self.draws.items()}
+        return [{kind: np.where(taken, responses[draws], NO_RESPONSE) for kind, responses in self.draws.items()}]
+
+    def points(self) -> list[Int[np.ndarray, "d"]]:
+        """Responses whose embeddings place a draw."""
+        return [responses for kind, responses in self.draws.items() if KINDS[kind].made_by is None]
+
+
+class _PromptPool(_Pool):
+    """Draw d is an example with all its responses: of each kind as many slots as any example has, the rest empty.
+
+    Every response is a segment of its own, which packing joins with those of the same prompt as far as a row holds
+    them: a group that is longer than a row goes into several, its prompt into each.
+
+    Attributes:
+        draws: responses of each draw, by kind, [d, slots of a draw]; NO_RESPONSE where it has fewer.
+    """
+
+    def __init__(self, data: PreferenceData, kinds: Sequence[str]) -> None:
+        self.size, flat = len(data.examples), data.flat
+        self.examples = np.arange(self.size)
+        self.draws, self.tokens = {}, []
+        together: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(self.size, np.int64))
+        for kind in kinds:
+            numbers = data.of_kind(kind)
+            of = data.example_index[numbers]
+            held = np.bincount(of, minlength=self.size)
+            if not len(numbers):
+                raise ValueError(f"None of the {self.size} examples has a {kind} response; add rows that have one.")
+            table = np.full((self.size, held.max()), NO_RESPONSE, np.int64)
+            table[of, np.arange(len(numbers)) - (np.cumsum(held) - held)[of]] = numbers
+            self.draws[kind] = table
+            for column in table.T:
+                there = np.where(column == NO_RESPONSE, 0, flat.response_tokens[column])
+                prompts = np.where(column == NO_RESPONSE, 0, flat.prompt[column])
+                self.tokens.append(np.where(there, there + flat.prompt_tokens(self.examples, prompts), 0))
+                for prompt in np.unique(prompts).tolist():
+                    together[prompt] += np.where(prompts == prompt, there, 0)
+        whole = (count + flat.prompt_tokens(self.examples, prompt) for prompt, count in together.items())
+        self.longest = max(int(count.max()) for count in whole)
+
+    def take(self, draws: Int[np.ndarray, "S"]) -> list[Draws]:
+        taken = (draws != NO_RESPONSE)[:, None]
+        return [{kind: np.where(taken, table[draws], NO_RESPONSE).ravel()} for kind, table in self.draws.items()]
+
+    def points(self) -> list[Int[np.ndarray, "d"]]:
+        """The first response of each example."""
+        tables = np.concatenate([table for kind, table in self.draws.items() if KINDS[kind].made_by is None], axis=1)
+        return [tables[self.examples, np.argmax(tables != NO_RESPONSE, axis=1)]]
 
 
 class PreferenceBatches:
@@ -73,7 +123,9 @@ class PreferenceBatches:
         pairs: slots of each side of a batch: M = pairs, N = pairs or 0, K = pairs or 0.
         pairing: `paired` gives slot i of every side to one example, of which it takes the first response of each kind;
             `unpaired` draws all chosen and all rejected responses from two pools, shuffled apart, as many of each: the
-            larger pool's size is the epoch, the smaller one starts again when it is used up, shuffled in a new order.
+            larger pool's size is the epoch, the smaller one starts again when it is used up, shuffled in a new order;
+            `grouped` draws examples, each with all of its responses: a batch has the slots of `pairs` examples with the
+            most responses of each kind, those of an example side by side.
         responses: which of KINDS to load; slot i of a kind belongs to slot i of the kind that KINDS names with it. Both
             sides are refined or none.
         order: `shuffled` anew each epoch; `related`, batches of neighbours in embedding space, other ones each epoch
@@ -118,7 +170,7 @@ class PreferenceBatches:
         _check_related(data, pairs, order, group)
         self.data = data
         self.pairs = pairs
-        self.paired = pairing == "paired"
+        self.paired, self.grouped = pairing == "paired", pairing == "grouped"
         self.responses = tuple(name for name in KINDS if name in responses)
         self.order = order
         self.seed = seed
@@ -173,7 +225,7 @@ class PreferenceBatches:
 
     def _draws(self, step: int) -> list[Draws]:
         """The response in each slot."""
-        return [self._pools[name].take(draws) for name, draws in self._indices(step).items()]
+        return [drawn for name, draws in self._indices(step).items() for drawn in self._pools[name].take(draws)]
 
     def _indices(self, step: int) -> dict[str, Int[np.ndarray, "S"]]:
         """Pool name -> draw of each slot, NO_RESPONSE past the end of the epoch."""
@@ -220,7 +272,7 @@ class PreferenceBatches:
         assert row is not None
         points = {}
         for name, pool in self._pools.items():
-            rows = [row[responses] for kind, responses in pool.draws.items() if KINDS[kind].made_by is None]
+            rows = [row[responses] for responses in pool.points()]
             if not any(
                 (rows[0] != other).any() and (embeddings[rows[0]] != embeddings[other]).any() for other in rows[1:]
             ):
@@ -234,6 +286,8 @@ class PreferenceBatches:
     def _build_pools(self) -> dict[str, _Pool]:
         """A pool for the pairs, or one for each kind that others go with; by the name of the first of its kinds."""
         count, pools = len(self.data.examples), {}
+        if self.grouped:
+            return {"chosen": _PromptPool(self.data, self.responses)}
         for name in ["chosen"] if self.paired else [name for name in self.responses if KINDS[name].slot_of == name]:
             kinds = [kind for kind in self.responses if self.paired or KINDS[kind].slot_of == name]
             numbers = {kind: self.data.of_kind(kind) for kind in {name, *kinds}}
@@ -260,7 +314,7 @@ class PreferenceBatches:
         lacking = [(int(np.argmin(held[kind] > 0)), kind) for kind in kinds if not held[kind].all()]
         if lacking:
             draw, kind = min(lacking, key=lambda found: found[0])
-            fix = "give it one, or train on the responses apart with data.pairing: unpaired"
+            fix = "give it one, or train on the responses apart with data.pairing: unpaired or grouped"
             if KINDS[kind].made_by is not None:
                 fix = f"{KINDS[kind].made_by} before it is loaded"
             raise ValueError(f"{self.data.flat.row_ids[examples[draw]]} has no {kind} response; {fix}.")
@@ -272,11 +326,12 @@ class PreferenceBatches:
         )
         longest = int(tokens.max())
         if row_tokens is None:
+            longest = max(pool.longest for pool in self._pools.values())
             return row_lengths(longest * row_segments, ROW_TOKENS_MULTIPLE)
         if longest > row_tokens:
-            first = next(iter(pool.draws.values()))[int(tokens.argmax())]
+            example = pool.examples[int(tokens.argmax())]
             raise ValueError(
-                f"{self.data.example_of(int(first)).row_id} needs {longest} tokens for its prompt and responses, more "
+                f"{self.data.flat.row_ids[example]} needs {longest} tokens for its prompt and responses, more "
                 f"than batch.row_tokens={row_tokens}; raise it to {longest}, or lower data.max_tokens."
             )
         return (row_tokens,)

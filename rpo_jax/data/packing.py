@@ -253,6 +253,7 @@ def _side(data: PreferenceData, kind: str, responses: Int[np.ndarray, "S"]) -> S
         text_id=spread(data.flat.text_id[numbers], np.int32, -1),
         example_index=spread(examples, np.int32, -1),
         score=None if scores is None else spread(scores[numbers], np.float32),
+        row_values={name: spread(of[numbers], np.float32) for name, of in data.row_values.items()} or None,
     )
 
 

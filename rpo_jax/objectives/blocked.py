@@ -73,7 +73,7 @@ class BlockedMatrix(ContrastMatrix):
     entries: Float[Array, ""]
     valid_rows: Float[Array, ""]
 
-    def counts(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def valid(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         return self.entries, self.valid_rows
 
     def sum(self, rows_loss: RowsLoss, chosen: Any, rejected: Any) -> Float[Array, ""]:

@@ -56,10 +56,32 @@ def response_log_probs(
     Raises:
         ValueError: chunk_tokens below 1.
     """
-    found, _, response_ids = _scored_first(
+    found, _, _, response_ids = _scored_first(
         hidden, head, tokens, previous, response_ids, chunk_tokens, shards, constrain or _anywhere
     )
     return by_response(found, response_ids, num_responses)
+
+
+def response_log_probs_and_collisions(
+    hidden: Float[Array, "R T D"],
+    head: Float[Array, "D V"],
+    tokens: Int[Array, "R T"],
+    previous: Int[Array, "R T"],
+    response_ids: Int[Array, "R T"],
+    num_responses: int,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    shards: int = 1,
+    constrain: Constrain | None = None,
+) -> tuple[Float[Array, "P"], Int[Array, "P"], Float[Array, "P"]]:
+    """As `response_log_probs`, and the sum over a response's tokens of log sum_v p_v^2, nats, without gradient.
+
+    That is the log of the probability that two tokens drawn there are the same.
+    """
+    where = chunk_tokens, shards, constrain or _anywhere
+    found, collision, _, response_ids = _scored_first(hidden, head, tokens, previous, response_ids, *where, True)
+    assert collision is not None, "asked for"
+    return *by_response(found, response_ids, num_responses), by_response(collision, response_ids, num_responses)[0]
 
 
 def by_response(
@@ -85,7 +107,7 @@ def token_log_probs(
     constrain: Constrain | None = None,
 ) -> Float[Array, "R T"]:
     """Log-prob of every scored token (nats, float32) at its place, 0 elsewhere; as `response_log_probs`."""
-    found, order, response_ids_first = _scored_first(
+    found, _, order, response_ids_first = _scored_first(
         hidden, head, tokens, previous, response_ids, chunk_tokens, shards, constrain or _anywhere
     )
     found = jnp.where(response_ids_first >= 0, found, 0.0)
@@ -101,8 +123,12 @@ def _scored_first(
     chunk_tokens: int,
     shards: int,
     constrain: Constrain,
-) -> tuple[Float[Array, "S n"], Int[Array, "S n"], Int[Array, "S n"]]:
-    """Log-probs of every shard's tokens with its scored ones first, where each of them was, and its response."""
+    collides: bool = False,
+) -> tuple[Float[Array, "S n"], Float[Array, "S n"] | None, Int[Array, "S n"], Int[Array, "S n"]]:
+    """Log-probs of every shard's tokens with its scored ones first, where each of them was, and its response.
+
+    After the log-probs come, where `collides`, those that two tokens drawn there are the same.
+    """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1.")
     num_rows, num_tokens = tokens.shape
@@ -117,22 +143,22 @@ def _scored_first(
         jnp.take_along_axis(x, order, axis=1) for x in (flat_tokens, predictor, response_ids)
     )
     scored = response_ids >= 0
-    found: Any = _token_log_probs(
-        (min(chunk_tokens, flat_tokens.shape[1]), constrain),
+    found, collision = _token_log_probs(
+        (min(chunk_tokens, flat_tokens.shape[1]), constrain, collides),
         hidden.reshape(shards, -1, hidden.shape[-1]),
         head,
         flat_tokens,
         predictor,
         scored,
     )
-    return found, order, response_ids
+    return found, collision, order, response_ids
 
 
 def _anywhere(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return x
 
 
-Settings = tuple[int, Constrain]  # tokens of a chunk; where logits go
+Settings = tuple[int, Constrain, bool]  # tokens of a chunk; where logits go; whether collisions are asked for
 Chunk = Callable[[jax.Array], jax.Array]  # [S, n, ...] to the chunk's [S, c, ...]
 
 
@@ -185,27 +211,36 @@ def _token_log_probs(
     targets: Int[Array, "S n"],
     predictor: Int[Array, "S n"],
     scored: Bool[Array, "S n"],
-) -> Float[Array, "S n"]:
-    """log softmax(hidden[s, predictor] @ head)[target] where scored, which comes first in every shard."""
+) -> tuple[Any, Any]:
+    """log softmax(hidden[s, predictor] @ head)[target] where scored, which comes first in every shard.
+
+    And where it is asked for, log sum_v softmax_v^2, which has no gradient.
+    """
     ids = _padded(settings, targets, predictor, scored)
 
-    def body(chunk: Chunk, start: jax.Array, found: jax.Array) -> jax.Array:
+    def body(chunk: Chunk, start: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         targets, predictor, scored = map(chunk, ids)
         _, logits = _logits(settings, hidden, head, predictor, scored)
         target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
-        return lax.dynamic_update_slice_in_dim(found, target - jax.nn.logsumexp(logits, axis=-1), start, axis=1)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        new = [target - normaliser]
+        if settings[2]:
+            new.append(jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normaliser)
+        return tuple(lax.dynamic_update_slice_in_dim(of, x, start, axis=1) for of, x in zip(found, new, strict=True))
 
-    found = _over_chunks(settings[0], scored, body, jnp.zeros(ids[0].shape, jnp.float32))
-    return found[:, : targets.shape[1]]
+    empty = (jnp.zeros(ids[0].shape, jnp.float32),) * (2 if settings[2] else 1)
+    found, *collision = (x[:, : targets.shape[1]] for x in _over_chunks(settings[0], scored, body, empty))
+    return found, collision[0] if collision else None
 
 
-def _forward(settings: Settings, *inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _forward(settings: Settings, *inputs: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
     # Nothing of the forward pass is kept: where only the gradient is asked for, it need not run at all.
     return _token_log_probs(settings, *inputs), inputs
 
 
-def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangent: Float[Array, "S n"]) -> tuple[Any, ...]:
+def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     """d log p[target] / d logits = onehot(target) - softmax(logits)."""
+    cotangent, _ = cotangents
     hidden, head, targets, predictor, scored = saved
     ids = _padded(settings, targets, predictor, scored, jnp.where(scored, cotangent, 0.0))
 

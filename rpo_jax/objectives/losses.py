@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from rpo_jax.objectives.methods import OBJECTIVES, OPTIONS
 from rpo_jax.objectives.methods.kto import kl_estimate, kto_loss
-from rpo_jax.objectives.methods.sft import sft_loss
-from rpo_jax.objectives.objective import Objective, nll_loss
+from rpo_jax.objectives.objective import Objective, nll_loss, sft_loss
 from rpo_jax.objectives.pairwise import LINKS, pairwise_loss
 
 __all__ = [

@@ -5,6 +5,7 @@ Letters: M chosen and N rejected responses of a contrast group, *G leading group
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,14 +46,27 @@ EntryLoss = Callable[[Float[Array, "*G M N"], EntryContext], Float[Array, "*G M 
 class ContrastMatrix(ABC):
     """Weights and valid entries of all contrasts of a batch.
 
-    weights_on: whether weights multiply scores (Eq. 13) or losses (the authors' release).
+    weights_on: whether weights multiply scores (Eq. 13) or losses (the authors' release). sample_weights: how much each
+    chosen and each rejected response counts, an entry by the geometric mean v_ij of both, a pair's own by its weight;
+    all alike where None.
     """
 
     weights_on: WeightsOn = field(default="score", kw_only=True)
+    sample_weights: tuple[Float[Array, "*G M"], Float[Array, "*G N"]] | None = field(default=None, kw_only=True)
 
     @abstractmethod
-    def counts(self) -> tuple[Int[Array, ""] | Float[Array, ""], Int[Array, ""] | Float[Array, ""]]:
+    def valid(self) -> tuple[Int[Array, ""] | Float[Array, ""], Int[Array, ""] | Float[Array, ""]]:
         """Valid entries, and rows with a valid entry."""
+
+    def counts(self) -> tuple[Int[Array, ""] | Float[Array, ""], Int[Array, ""] | Float[Array, ""]]:
+        """What means are over: sums of v_ij over the valid entries, and of w_ij v_ij, which is over rows.
+
+        Without sample weights as many as `valid` says.
+        """
+        if self.sample_weights is None:
+            return self.valid()
+        roots = [at_least_float32(jnp.sqrt(weights)) for weights in self.sample_weights]
+        return self.sum(_sum_of_weights, *roots), self.sum(_weighted_sum_of_weights, *roots)
 
     @abstractmethod
     def sum(self, rows_loss: RowsLoss, chosen: Any, rejected: Any) -> Float[Array, ""]:
@@ -70,8 +84,15 @@ class ContrastMatrix(ABC):
         rows, columns = (
             tuple(tuple(at_least_float32(x[k]) for x in part) for part in (terms, context)) for k in (0, 1)
         )
+        if self.sample_weights is not None:
+            rows, columns = (
+                (*side, jnp.sqrt(weights)) for side, weights in zip((rows, columns), self.sample_weights, strict=True)
+            )
         total = self.sum(partial(_loss_of_rows, entry_loss, self.weights_on), rows, columns)
-        return total / jnp.maximum(entries if self.weights_on == "score" else valid_rows, 1)
+        count = entries if self.weights_on == "score" else valid_rows
+        if self.sample_weights is not None:
+            return total / jnp.where(count > 0, count, 1)
+        return total / jnp.maximum(count, 1)
 
 
 @dataclass(frozen=True)
@@ -81,8 +102,8 @@ class WholeMatrix(ContrastMatrix):
     weights: Float[Array, "*G M N"]
     mask: Bool[Array, "*G M N"]
 
-    def counts(self) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """As ContrastMatrix.counts."""
+    def valid(self) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """As ContrastMatrix.valid."""
         return jnp.sum(self.mask), jnp.sum(jnp.any(self.mask, axis=-1))
 
     def sum(self, rows_loss: RowsLoss, chosen: Any, rejected: Any) -> Float[Array, ""]:
@@ -97,7 +118,7 @@ def _loss_of_rows(
 
     Each term's difference is taken first: what is the same for both drops out of the score exactly.
     """
-    (chosen, chosen_values), (rejected, rejected_values) = rows, columns
+    (chosen, chosen_values, *chosen_root), (rejected, rejected_values, *rejected_root) = rows, columns
 
     def sides(of_chosen: Array, of_rejected: Array) -> tuple[Array, Array]:
         # Masked before the difference as well as after the loss: a gradient through 0 * nan is nan.
@@ -107,8 +128,18 @@ def _loss_of_rows(
     difference = sum(others, start=first)
     weights = zero_where_invalid(weights, mask)
     values = tuple(map(sides, chosen_values, rejected_values))
+    counted = [c * r for c, r in map(sides, chosen_root, rejected_root)]  # the sample weights, where there are any
     if weights_on == "score":
-        losses = entry_loss(weights * difference, EntryContext(weights, mask, values))
-        return jnp.sum(zero_where_invalid(losses, mask))
-    losses = entry_loss(difference, EntryContext(jnp.ones_like(weights), mask, values))
-    return jnp.sum(weights * zero_where_invalid(losses, mask))
+        losses = zero_where_invalid(entry_loss(weights * difference, EntryContext(weights, mask, values)), mask)
+    else:
+        losses = zero_where_invalid(entry_loss(difference, EntryContext(jnp.ones_like(weights), mask, values)), mask)
+        counted.append(weights)
+    return jnp.sum(math.prod(counted, start=losses))
+
+
+def _sum_of_weights(chosen: Array, rejected: Array, weights: Array, mask: Array) -> Float[Array, ""]:
+    return jnp.sum(zero_where_invalid(chosen[..., :, None] * rejected[..., None, :], mask))
+
+
+def _weighted_sum_of_weights(chosen: Array, rejected: Array, weights: Array, mask: Array) -> Float[Array, ""]:
+    return jnp.sum(zero_where_invalid(weights * chosen[..., :, None] * rejected[..., None, :], mask))

@@ -53,9 +53,13 @@ class Traits:
     """What an objective is, and what must be prepared for it, whatever its options.
 
     responses: the kinds of response that must be scored. weights: the contrast weights by default, a name in
-    contrast.WEIGHTS; None without a contrast matrix. uses_scores: whether the data must score the responses.
-    uses_tokens: whether it sees every token, with a value that a head predicts, instead of the sums over responses
-    alone. mixes_references: whether it needs more references than one.
+    contrast.WEIGHTS; None without a contrast matrix. needs_pairs: whether slot i of chosen and rejected must be one
+    pair, whatever the weights. uses_scores: whether the data must score the responses. uses_tokens: whether it sees
+    every token instead of the sums over responses alone. uses_values: whether a head predicts a value for each of them.
+    uses_prompt_values: whether a head predicts a value of each prompt, in the place of Responses.log_partition.
+    uses_confidence: whether it sees how concentrated the policy is, as Responses.log_collision.
+    uses_lists: whether all responses to a prompt are a group of their own. mixes_references: whether it needs more
+    references than one.
     """
 
     description: str
@@ -63,8 +67,13 @@ class Traits:
     responses: tuple[str, ...] = ("chosen", "rejected")
     weights: str | None = None
     uses_reference: bool = True
+    needs_pairs: bool = False
     uses_scores: bool = False
     uses_tokens: bool = False
+    uses_values: bool = False
+    uses_prompt_values: bool = False
+    uses_confidence: bool = False
+    uses_lists: bool = False
     mixes_references: bool = False
 
 
@@ -130,18 +139,27 @@ class Objective(Traits, ABC):
 class MatrixObjective(Objective):
     """A mean over the entries of the contrast matrix.
 
-    nll_weight: weight of the chosen responses' negative log-likelihood per token beside it.
+    nll_weight: weight of the chosen responses' negative log-likelihood per token beside it. nll_mean: what that is a
+    mean over, `responses` (`nll_loss`) or `tokens` (`sft_loss`).
     """
 
     weights: str | None = "pair"
     nll_weight: float = 0.0
+    takes_sample_weights: ClassVar[bool] = True
+    nll_mean: str = "responses"
 
     def added(self, scores: Scores) -> tuple[Term, ...]:
-        """`nll_weight` times `nll_loss` of the chosen responses, where it has a weight."""
+        """`nll_weight` times the likelihood loss of the chosen responses, where it has a weight."""
         if not self.nll_weight:
             return ()
         chosen = scores["chosen"]
+        if self.nll_mean == "tokens":
+            return (sft_term(scores, self.nll_weight),)
         return (Term(self.nll_weight * nll_loss(*likelihood_of(chosen)), jnp.sum(chosen.valid)),)
+
+    def options_in_use(self) -> dict[str, Any]:
+        unused = () if self.nll_weight else ("nll_mean",)
+        return {name: value for name, value in self.options().items() if name not in unused}
 
     def count(self, scores: Scores) -> Int[Array, ""] | Float[Array, ""]:
         """What the matrix's mean is over: its valid entries, or its rows where weights are on the losses."""
@@ -160,6 +178,25 @@ def nll_loss(
     tokens do.
     """
     return masked_mean(-zero_where_invalid(chosen_log_prob, mask) / jnp.maximum(chosen_num_tokens, 1), mask)
+
+
+def sft_loss(
+    chosen_log_prob: Float[Array, "*G M"],
+    chosen_num_tokens: Int[Array, "*G M"],
+    mask: Bool[Array, "*G M"] | None = None,
+) -> Float[Array, ""]:
+    """Negative log-likelihood of the chosen responses per token.  L = -sum_i log pi(y_i) / sum_i |y_i|.
+
+    The mean is over the tokens of the whole batch, so a long response counts for more than a short one.
+    """
+    num_tokens = jnp.sum(zero_where_invalid(chosen_num_tokens, mask))
+    return -jnp.sum(zero_where_invalid(chosen_log_prob, mask)) / jnp.maximum(num_tokens, 1)
+
+
+def sft_term(scores: Scores, weight: float = 1.0) -> Term:
+    """`sft_loss` of a batch times a weight, with the number of tokens that it is a mean over."""
+    chosen = scores["chosen"]
+    return Term(weight * sft_loss(*likelihood_of(chosen)), jnp.sum(jnp.where(chosen.valid, chosen.num_tokens, 0)))
 
 
 def likelihood_of(responses: Responses) -> tuple[Float[Array, "*G S"], Int[Array, "*G S"], Bool[Array, "*G S"]]:

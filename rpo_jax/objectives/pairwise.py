@@ -19,7 +19,7 @@ from rpo_jax.objectives.objective import MatrixObjective
 from rpo_jax.objectives.scores import Scores
 
 # From u = w_ij (rho_chosen,i - rho_rejected,j), beta and label smoothing to a loss per entry.
-Link = Callable[[Float[Array, "*S"], float, float], Float[Array, "*S"]]
+Link = Callable[[Float[Array, "*S"], float, Any], Float[Array, "*S"]]
 
 
 def _logistic(u, beta, label_smoothing):
@@ -154,11 +154,23 @@ class LinkObjective(MatrixObjective):
             )
 
     def options_in_use(self) -> dict[str, Any]:
-        options = self.options()
+        options = super().options_in_use()
         return options if self.link in SMOOTHING else {k: v for k, v in options.items() if k != "label_smoothing"}
 
-    def loss(self, scores: Scores) -> Float[Array, ""]:
+    def terms_of(self, scores: Scores) -> BothSides:
+        """What the responses' scores are the sum of, as ContrastMatrix.mean takes it: rho, and log Z where learned."""
         log_z = scores["chosen"].log_partition, scores["rejected"].log_partition
         learned = () if log_z[0] is None or log_z[1] is None else ((log_z[0], log_z[1]),)
-        terms = (scores.log_ratios(self.average_log_prob), *learned)
-        return linked_mean(scores.contrasts, terms, self.link, self.beta, self.label_smoothing)
+        return scores.log_ratios(self.average_log_prob), *learned
+
+    def loss(self, scores: Scores) -> Float[Array, ""]:
+        """`pairwise_loss`; where the data has a label smoothing, an entry's is the mean of both responses' rows."""
+        smoothing = scores["chosen"].row_value("label_smoothing"), scores["rejected"].row_value("label_smoothing")
+        if smoothing[0] is None or smoothing[1] is None:
+            return linked_mean(scores.contrasts, self.terms_of(scores), self.link, self.beta, self.label_smoothing)
+
+        def entry_loss(u, at):
+            ((chosen, rejected),) = at.values
+            return LINKS[self.link](u, self.beta, (chosen + rejected) / 2)
+
+        return scores.contrasts.mean(self.terms_of(scores), entry_loss, ((smoothing[0], smoothing[1]),))

@@ -42,6 +42,12 @@ class Responses(NamedTuple):
     valid: Bool[Array, "*G S"]
     log_partition: Float[Array, "*G S"] | None = None  # learned log Z of the prompt, nats; None where none is learned
     score: Float[Array, "*G S"] | None = None  # how good the data says the response is; None where nothing needs it
+    row_values: Mapping[str, Float[Array, "*G S"]] | None = None  # numbers of the response's row; None without any
+    log_collision: Float[Array, "*G S"] | None = None  # of the policy, log sum_v p_v^2 summed over tokens; or None
+
+    def row_value(self, name: str) -> Float[Array, "*G S"] | None:
+        """A number of the response's row; None where the data has none of this name."""
+        return None if self.row_values is None else self.row_values.get(name)
 
     def policy_score(self, average: bool) -> Float[Array, "*G S"]:
         """Log-prob of valid slots, 0 elsewhere; divided by the number of tokens if `average`."""
@@ -60,7 +66,7 @@ class Tokens(NamedTuple):
     """Scored tokens where they lie in the packed rows, R by T; anything at other places."""
 
     log_prob: Float[Array, "R T"]  # the policy's, nats
-    value: Float[Array, "R T"]  # what the value head expects of the rest of the response
+    value: Float[Array, "R T"] | None  # what a value head expects of the rest of the response; None without one
     reference_log_prob: Float[Array, "R T"]
     response_ids: Int[Array, "R T"]  # slot of the token's response, kinds in the order of records.KINDS; -1 elsewhere
 

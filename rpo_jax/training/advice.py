@@ -68,7 +68,7 @@ def _batch(config: Config, draws: int) -> Advice | None:
     pairs = config.batch.pairs
     if pairs <= draws:
         return None
-    what = "pairs" if config.data.pairing == "paired" else "responses of a kind"
+    what = {"paired": "pairs", "unpaired": "responses of a kind", "grouped": "prompts"}[config.data.pairing]
     return Advice(
         f"batch.pairs={pairs} is more than the {draws:,} {what} of the training data: every step has all of them, and "
         f"{pairs - draws:,} of its slots stay empty",

@@ -13,15 +13,23 @@ from rpo_jax.config import Config
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives import partition, value
-from rpo_jax.objectives.logprobs import by_response, response_log_probs, token_log_probs
+from rpo_jax.objectives.logprobs import (
+    by_response,
+    response_log_probs,
+    response_log_probs_and_collisions,
+    token_log_probs,
+)
 from rpo_jax.training.micro_batches import Forward, LogProbs, Params, TokenScores
 
 
-def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh, *, tokens: bool = False) -> Forward:
+def make_log_probs(
+    config: Config, model_config: ModelConfig, mesh: Mesh, *, tokens: bool = False, collisions: bool = False
+) -> Forward:
     """Function from parameters and packed rows to the log-probs of the responses that these rows hold.
 
     With the head of a learned log Z as a fourth argument, to their prompts' log Z too. With `tokens`, to the log-prob
-    of every scored token besides, and with a value head as a fifth argument to its value.
+    of every scored token besides, and with a value head as a fifth argument to its value. With `collisions` instead, to
+    how likely two tokens drawn at each place are the same.
     """
     placement, policy = sharding.Placement(mesh), models.Policy(model_config)
     how = models.Execution(
@@ -46,6 +54,9 @@ def make_log_probs(config: Config, model_config: ModelConfig, mesh: Mesh, *, tok
         ids = (rows["tokens"], rows["previous"], rows["response_ids"])
         if log_z is not None:
             log_z = partition.log_partition(hidden, placement.gather(log_z, ("embed",)), *ids[1:], num_responses)
+        if collisions:
+            *found, collision = response_log_probs_and_collisions(hidden, head, *ids, num_responses, **chunks)
+            return LogProbs(*found, log_z, collision=collision)
         if not tokens:
             return LogProbs(*response_log_probs(hidden, head, *ids, num_responses, **chunks), log_z)
         found = token_log_probs(hidden, head, *ids, **chunks)

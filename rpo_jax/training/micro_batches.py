@@ -29,6 +29,7 @@ class LogProbs(NamedTuple):
     num_tokens: Int[Array, "P"]
     log_partition: Float[Array, "P"] | None = None  # of each response's prompt, nats; None where none is learned
     tokens: TokenScores | None = None  # None where the loss sees sums alone
+    collision: Float[Array, "P"] | None = None  # log sum_v p_v^2 summed over scored tokens; None where not asked for
 
 
 Forward = Callable[..., LogProbs]  # of parameters, packed rows and the number of responses

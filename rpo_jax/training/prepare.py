@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExampl
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.embeddings import embed_texts
 from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, prompt_text
+from rpo_jax.data.layouts.ranked import Rule
 from rpo_jax.data.limited_tokenizer import close_tokenizers
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.reference_pass import ReferencePass
@@ -76,6 +77,11 @@ def is_paired(data: PreferenceData) -> bool:
     return all(np.isin(everyone, data.example_index[data.of_kind(kind)]).all() for kind in ("chosen", "rejected"))
 
 
+def eval_pairing(config: Config, data: PreferenceData) -> Literal["paired", "unpaired", "grouped"]:
+    """How held-out responses come together: as in training where that groups them, else as pairs where they are."""
+    return "grouped" if config.data.pairing == "grouped" else "paired" if is_paired(data) else "unpaired"
+
+
 def batches_of(
     config: Config,
     data: PreferenceData,
@@ -105,7 +111,7 @@ def sweep_of(
     """Batches of every response once, in order: for evaluation."""
     return PreferenceBatches(
         data,
-        pairing="paired" if is_paired(data) else "unpaired",
+        pairing=eval_pairing(config, data),
         responses=responses,
         order="sequential",
         once=True,
@@ -170,7 +176,10 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
         scores = {"chosen": data.chosen_score, "rejected": data.rejected_score}
     try:
         rows = read_rows(path, split=split)
-        found = make_examples(rows, data.layout, data.on_bad_row, scores, data.columns, data.ignore_columns)
+        rule = Rule(data.ranked_rule, data.ranked_threshold)
+        found = make_examples(
+            rows, data.layout, data.on_bad_row, scores, data.columns, data.ignore_columns, rule, row_value_columns(data)
+        )
     except (ValueError, OSError):
         # All have read before one of them stops the others: each refuses a bad row by itself, in the same words.
         with contextlib.suppress(PeerFailure):
@@ -183,9 +192,18 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
             f"process {other} finds {counts[other]} rows in the data where process 0 finds {counts[0]}; give every "
             "host the same files."
         )
+    if found.left_out:
+        told = f"{path}: {found.left_out.total} rows left out by data.ranked_rule={data.ranked_rule}"
+        reporter.say(f"{told}\n{found.left_out.report()}")
     if found.faults:
         reporter.say(f"{path}: {found.faults.total} unusable rows skipped\n{found.faults.report()}")
     return found
+
+
+def row_value_columns(data: DataConfig) -> dict[str, str]:
+    """Names of the numbers that every row is to have, and their columns."""
+    named = {"weight": data.weight, "label_smoothing": data.label_smoothing}
+    return {name: column for name, column in named.items() if column is not None}
 
 
 def token_limits(data: DataConfig, found: ExampleSet) -> TokenLimits:
@@ -297,9 +315,10 @@ def _with_facts(
 ) -> PreferenceData:
     """The data with the embedding and the score of each response, as far as the objective needs them."""
     data, scored = PreferenceData(tokenized), resolve(config).objective.uses_scores
-    if not embedded and not scored:
+    wanted = row_value_columns(config.data)
+    if not embedded and not scored and not wanted:
         return data
-    texts, rows, scores, kind = [], [], [], config.embedding.text
+    texts, rows, scores, values, kind = [], [], [], [], config.embedding.text
     found = iter(part.found.examples)
     for tokens in tokenized:
         example = next(one for one in found if one.row_id == tokens.row_id)
@@ -310,8 +329,12 @@ def _with_facts(
         made = len(tokens.responses) - len(example.responses)
         rows += [*(first + (i if len(own) > 1 else 0) for i in range(len(example.responses))), *[-1] * made]
         scores += [*(response.score for response in example.responses), *[None] * made]
+        values += [dict(example.values)] * len(tokens.responses)
     if scored:
         data = replace(data, scores=np.array(scores, np.float32))
+    if wanted:
+        columns = {name: np.array([of[name] for of in values], np.float32) for name in wanted}
+        data = replace(data, row_values=columns)
     if embedded:
         vectors = list(shared(texts, partial(_embed, config, reporter)))
         data = replace(data, embeddings=np.stack(vectors), embedding_row=np.array(rows, np.int64))

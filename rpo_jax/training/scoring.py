@@ -6,6 +6,7 @@ Letters: P response slots, kinds side by side in the order of records.KINDS.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -66,8 +67,9 @@ def make_scores(method: Method, alpha: float, block: int | str, mesh: Mesh) -> S
     size = method.matrix_group
 
     def grouped(x: Array) -> Array:
+        groups = method.groups_of(x.shape[0], size)
         # Spelt out, because embeddings that nothing needs have width 0, which leaves a -1 undetermined.
-        return x if x.shape[0] <= size > 1 else x.reshape(x.shape[0] // size, size, *x.shape[1:])
+        return x if groups <= 1 < size else x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
 
     def fill(
         chosen: Side,
@@ -113,9 +115,15 @@ def make_scores(method: Method, alpha: float, block: int | str, mesh: Mesh) -> S
                 side.valid,
                 z,
                 side.score,
+                side.row_values,
+                None if log_probs.collision is None else log_probs.collision[slots],
             )
             responses[kind] = jax.tree.map(grouped, found)
         matrix, means = matrix_of(batch.sides, paired)
+        if matrix is not None:
+            weights = responses["chosen"].row_value("weight"), responses["rejected"].row_value("weight")
+            if weights[0] is not None and weights[1] is not None:
+                matrix = replace(matrix, sample_weights=(weights[0], weights[1]))
         return Scores(responses, matrix, _tokens(log_probs.tokens, reference, batch)), means
 
     return scores_of
@@ -124,7 +132,6 @@ def make_scores(method: Method, alpha: float, block: int | str, mesh: Mesh) -> S
 def _tokens(policy: TokenScores | None, reference: TokenScores | None, batch: Batch) -> Tokens | None:
     if policy is None:
         return None
-    assert policy.value is not None, "the objective has a value head"
     assert reference is not None, "checked with the configuration: a cache knows no tokens"
     return Tokens(policy.log_prob, policy.value, reference.log_prob, batch.response_ids)
 

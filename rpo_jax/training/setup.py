@@ -23,13 +23,21 @@ from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from rpo_jax.hosts import processes, sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.folders import folder_fingerprint
-from rpo_jax.objectives.methods.mrpo import mixed_reference
+from rpo_jax.objectives.methods.mrpo import adaptive_reference, mixed_reference
 from rpo_jax.runs.folder import MODEL
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.end_tokens import end_tokens
 from rpo_jax.training.diagnosis import Diagnosis
 from rpo_jax.training.hooks.samples import Sampler
-from rpo_jax.training.prepare import Prepared, batches_of, is_paired, reference_pass, sweep_of, total_steps
+from rpo_jax.training.prepare import (
+    Prepared,
+    batches_of,
+    eval_pairing,
+    is_paired,
+    reference_pass,
+    sweep_of,
+    total_steps,
+)
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, params_fingerprint
 from rpo_jax.training.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 
@@ -156,7 +164,10 @@ class _References:
             if data is None:
                 return None
             tables = jnp.stack([getattr(one, name).reference_log_probs for one in found])
-            mixture = mixed_reference(tables, jnp.array(settings.mixture), settings.clip)
+            if settings.adaptive:
+                mixture = adaptive_reference(tables, *_pairs_of(data), settings.clip)
+            else:
+                mixture = mixed_reference(tables, jnp.array(settings.mixture), settings.clip)
             return dataclasses.replace(data, reference_log_probs=np.asarray(mixture))
 
         return dataclasses.replace(prepared, train=mixed("train"), held_out=mixed("held_out"))
@@ -219,13 +230,24 @@ class _References:
         return folder_fingerprint(models.resolve_folder(source)) if processes.is_main() else ""
 
 
+def _pairs_of(data: PreferenceData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each response the first chosen and the first rejected one of its example, and whether it is a chosen one."""
+    firsts = []
+    for kind in ("chosen", "rejected"):
+        numbers, first = data.of_kind(kind), np.zeros(len(data.examples), np.int64)
+        first[data.example_index[numbers][::-1]] = numbers[::-1]  # of several the first stays
+        firsts.append(first[data.example_index])
+    is_chosen = np.isin(np.arange(data.num_responses), data.of_kind("chosen"))
+    return *firsts, is_chosen
+
+
 def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
     """ValueError for data that cannot be packed or contrasted, before anything is loaded."""
     batches_of(config, prepared.train, prepared.responses, shards)
     if prepared.held_out is None:
         return
     sweep_of(config, prepared.held_out, prepared.eval_responses, shards)
-    if resolve(config).needs_pairs and not is_paired(prepared.held_out):
+    if (resolve(config).needs_pairs or config.reference.adaptive) and not is_paired(prepared.held_out):
         raise ValueError(
             f"objective.name={config.objective.name} contrasts the two responses of a pair, but the held-out data has "
             "examples with only one; evaluate on pairs."
@@ -271,7 +293,7 @@ def make_setup(
         model_config,
         mesh,
         total_steps,
-        eval_paired=prepared.held_out is not None and is_paired(prepared.held_out),
+        eval_paired=prepared.held_out is not None and eval_pairing(config, prepared.held_out) == "paired",
         reference_config=architecture,
     )
 

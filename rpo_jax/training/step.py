@@ -140,10 +140,11 @@ def build_steps(
     method, policy = resolve(config), models.Policy(model_config, config.lora)
     objective = method.objective
     schedule = learning_rate_schedule(config.optim, total_steps)
-    wanted = ((partition.NAME, method.learns_partition), (value.NAME, objective.uses_tokens))
+    wanted = ((partition.NAME, method.learns_partition), (value.NAME, objective.uses_values))
     head_names = tuple(name for name, is_wanted in wanted if is_wanted)
     optimizer = make_optimizer(config.optim, schedule, {**policy.decayed, **heads.decayed(head_names)})
-    forward = make_log_probs(config, model_config, mesh, tokens=objective.uses_tokens)
+    sees = {"tokens": objective.uses_tokens, "collisions": objective.uses_confidence}
+    forward = make_log_probs(config, model_config, mesh, **sees)
     reference_forward = make_log_probs(config, reference_config or model_config, mesh, tokens=objective.uses_tokens)
     scored = make_loss(method, config.contrast.alpha, config.contrast.block, mesh)
     micro_rows, micro_keep = config.batch.micro_rows, config.batch.micro_keep

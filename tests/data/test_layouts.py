@@ -70,6 +70,7 @@ TREE = [
 GOOD = {
     "preference": [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}],
     "unpaired": [{"prompt": "Why?", "completion": " So.", "label": True}],
+    "ranked": [{"prompt": "Why?", "responses": ["So.", "No.", "Hm."], "scores": [3, 1, 2]}],
     "hh_rlhf": [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}],
     "summarize_from_feedback": [{"info": REDDIT, "summaries": SUMMARIES, "choice": 1}],
     "ultrafeedback_binarized": [

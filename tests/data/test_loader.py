@@ -329,3 +329,74 @@ def test_a_pair_is_the_first_response_of_each_kind():
     for kind, slots in batch.slots().items():
         for slot, example in enumerate(data.examples):
             assert sequence(batch, slots.start + slot)[1] == ids_of(example, kind).tolist()
+
+
+def test_a_draw_of_a_group_is_a_prompt_with_all_its_responses():
+    """The two prompts of `many_responses` in a batch: slots for the most that one has of each kind."""
+    data = many_responses()
+    batches = PreferenceBatches(data, pairs=2, pairing="grouped", seed=0)
+    held = {kind: np.bincount(data.example_index[data.of_kind(kind)], minlength=2) for kind in ("chosen", "rejected")}
+    for step in range(3):
+        batch, order = batches.batch_at(step), set()
+        assert batches.steps_per_epoch == 1
+        for kind, slots in batch.slots().items():
+            side = batch.sides[kind]
+            assert len(side.valid) == 2 * held[kind].max()
+            for place, of in enumerate(np.split(np.arange(len(side.valid)), 2)):
+                (example,) = set(side.example_index[of][side.valid[of]].tolist())
+                order.add((place, example))
+                numbers = [n for n in data.of_kind(kind) if data.example_index[n] == example]
+                filled = of[side.valid[of]]
+                assert filled.tolist() == of[: len(numbers)].tolist(), "side by side"
+                for slot, number in zip(filled, numbers, strict=True):
+                    prompt, response = sequence(batch, slots.start + slot)
+                    assert response == data.response(number).ids.tolist()
+                    assert prompt == data.example_of(number).prompt_ids.tolist()
+        assert len(order) == 2, "both kinds have their prompts in the same places"
+        assert batch.segment_ids.max() == 2, "each prompt once"
+
+
+def test_a_group_that_is_longer_than_a_row_has_its_prompt_in_several():
+    data = many_responses()
+    longest = int(data.flat.response_tokens.max()) + 3
+    batches = PreferenceBatches(data, pairs=2, pairing="grouped", seed=0, row_tokens=longest)
+    batch = batches.batch_at(0)
+    seen = sorted(
+        sequence(batch, slot)[1]
+        for slots in batch.slots().values()
+        for slot in range(slots.start, slots.stop)
+        if (batch.response_ids == slot).any()
+    )
+    assert seen == sorted(data.response(n).ids.tolist() for n in range(data.num_responses))
+    with pytest.raises(
+        ValueError, match=rf"file:\d needs {longest} tokens .* more than batch.row_tokens={longest - 1}"
+    ):
+        PreferenceBatches(data, pairs=2, pairing="grouped", seed=0, row_tokens=longest - 1)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential", "related"])
+def test_groups_come_once_an_epoch(order):
+    data = paired_data(10, width=4)
+    batches = PreferenceBatches(data, pairs=4, pairing="grouped", order=order, seed=1)
+    for side in ("chosen", "rejected"):
+        assert sorted(served(batches, 1, side)) == list(range(10))
+    assert served(batches, 0, "chosen") == served(batches, 0, "rejected")
+
+
+def test_groups_without_any_rejected_response_are_refused():
+    with pytest.raises(ValueError, match="None of the 3 examples has a rejected response"):
+        PreferenceBatches(unpaired_data(3, 0), pairs=2, pairing="grouped", seed=0)
+
+
+def test_numbers_of_rows_are_in_the_slots_of_their_responses():
+    data = many_responses()
+    numbers = np.arange(7, dtype=np.float32)
+    data = PreferenceData(data.examples, row_values={"weight": numbers + 1})
+    batch = PreferenceBatches(data, pairs=2, pairing="grouped", seed=0).batch_at(0)
+    for kind, slots in batch.slots().items():
+        side = batch.sides[kind]
+        for slot, valid in enumerate(side.valid):
+            value = side.row_values["weight"][slot]
+            assert (value > 0) == valid
+            if valid:
+                assert sequence(batch, slots.start + slot)[1] == data.response(int(value) - 1).ids.tolist()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.objectives.logprobs import response_log_probs
+from rpo_jax.objectives.logprobs import response_log_probs, response_log_probs_and_collisions
 from tests.objectives import oracle
 
 R, T, D, V, P = 3, 11, 6, 37, 7
@@ -44,6 +44,26 @@ def test_log_probs_agree_with_the_oracle_in_any_chunks(chunk_tokens):
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
     np.testing.assert_array_equal(num_tokens, count)
     assert list(count) == [4, 4, 1, 6, 5, 0, 0]  # the last two responses have no token
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 128])
+def test_collisions_are_sums_of_squared_probabilities_and_move_no_gradient(chunk_tokens):
+    hidden, head, tokens, previous, response_ids = batch = draw(5)
+    found = response_log_probs_and_collisions(*batch, P, chunk_tokens=chunk_tokens)
+    np.testing.assert_array_equal(found[0], response_log_probs(*batch, P, chunk_tokens=chunk_tokens)[0])
+    logits = np.asarray(jnp.take_along_axis(hidden, previous[..., None], axis=1), np.float64) @ np.asarray(head)
+    share = np.exp(logits - logits.max(-1, keepdims=True))
+    share /= share.sum(-1, keepdims=True)
+    collision = np.log(np.sum(share**2, axis=-1))
+    expected = [np.sum(np.where(np.asarray(response_ids) == p, collision, 0)) for p in range(P)]
+    np.testing.assert_allclose(found[2], expected, rtol=1e-5, atol=1e-6)
+
+    def loss(head, collides):
+        sums = response_log_probs_and_collisions(hidden, head, tokens, previous, response_ids, P, chunk_tokens=4)
+        return jnp.sum(jnp.square(sums[0])) + collides * jnp.sum(sums[2])
+
+    gradients = [jax.grad(loss)(head, collides) for collides in (0.0, 1.0)]
+    np.testing.assert_array_equal(*gradients)
 
 
 def test_bfloat16_hidden_states_lose_nothing_after_the_product():

@@ -1,12 +1,13 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rpo_jax.config import Config, ConfigError, ObjectiveConfig, ReferenceConfig
 from rpo_jax.objectives import losses
-from rpo_jax.objectives.methods.mrpo import mixed_reference
+from rpo_jax.objectives.methods.mrpo import adaptive_reference, mixed_reference
 
 WEIGHTS = (0.5, 0.3, 0.2)
 
@@ -38,6 +39,27 @@ def test_two_references_are_the_releases_formula():
     np.testing.assert_allclose(got[0], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("double", "rtol"), [(False, 1e-5), (True, 1e-9)])
+def test_a_pairs_own_weights_and_clipping_rates(double, rtol):
+    """By the equations, of two pairs; the second response of the data is of the second pair."""
+    table = np.array([[-3.0, -20.0, -5.0, -22.0], [-2.0, -31.0, -9.0, -19.0]])
+    pairs, eta = ((0, 2), (1, 3)), 0.4
+    expected = np.zeros(4)
+    for chosen, rejected in pairs:
+        a = np.abs(table[:, chosen] - table[:, rejected])
+        alpha = a[1] / (a[0] + a[1] + 1e-6)
+        b = np.abs(table[:, [chosen, rejected]].mean(axis=0))
+        share = b[0] / b.sum()
+        for response, rate in ((chosen, eta * share), (rejected, eta * (1 - share))):
+            first, other = table[:, response]
+            other = min(max(other, (1 + rate) * first), (1 - rate) * first)
+            expected[response] = -math.log(alpha * math.exp(-first) + (1 - alpha) * math.exp(-other))
+    with jax.enable_x64(double):
+        is_chosen = jnp.array([True, True, False, False])
+        got = adaptive_reference(jnp.array(table), jnp.array([0, 1, 0, 1]), jnp.array([2, 3, 2, 3]), is_chosen, eta)
+        np.testing.assert_allclose(got, expected, rtol=rtol)
+
+
 def test_references_that_agree_are_one_and_what_is_missing_stays_so():
     log_probs = jnp.tile(jnp.float32([-2.0, -700.0, jnp.nan]), (3, 1))
     np.testing.assert_allclose(mixed_reference(log_probs, jnp.asarray(WEIGHTS)), log_probs[0], rtol=1e-6)
@@ -62,6 +84,8 @@ OTHERS = {"others": ("a",)}
         ("dpo", OTHERS | {"weights": (0.5, 0.3, 0.2)}, r"weights=\[0.5, 0.3, 0.2\] must be 2 positive numbers"),
         ("dpo", OTHERS | {"weights": (0.9, 0.2)}, "that sum to 1"),
         ("dpo", {"weights": (1.0,)}, "reference.weights is given, but reference.others names no reference"),
+        ("mrpo", {"adaptive": True}, "reference.adaptive weighs two references by every pair: give it one folder"),
+        ("mrpo", OTHERS | {"adaptive": True, "weights": (0.5, 0.5)}, "and no reference.weights"),
         ("dpo", OTHERS | {"clip": 1.0}, "reference.clip=1.0 must be at least 0 and below 1"),
     ],
 )

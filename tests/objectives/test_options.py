@@ -1,9 +1,11 @@
 """Options of single objectives: in the configuration by themselves, checked by their rows, refused by all others."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from rpo_jax import train
 from rpo_jax.config import Config, ConfigError, ObjectiveConfig, options_taken, resolve, with_defaults_taken
@@ -108,7 +110,7 @@ def test_bounds_say_what_they_are():
 
 def test_two_families_do_not_share_an_option_by_accident():
     owners = [name for objective in losses.OBJECTIVES.values() for name in objective.options()]
-    shared = {"beta", "link", "label_smoothing", "average_log_prob", "nll_weight"}
+    shared = {"beta", "link", "label_smoothing", "average_log_prob", "nll_weight", "nll_mean"}
     assert set(owners) - shared == set(losses.OPTIONS)
     assert methods.OBJECTIVES is losses.OBJECTIVES
 
@@ -122,3 +124,15 @@ def test_the_chosen_responses_nll_comes_beside_any_pairwise_objective(name):
     nll = np.mean((-log_prob.astype(np.float64) / num_tokens)[valid])
     got = laws.named(name, nll_weight=0.25).total_loss(scores)
     np.testing.assert_allclose(got, alone + 0.25 * nll, rtol=1e-6)
+
+
+def test_the_index_of_methods_has_every_objective_and_settings_that_build_it():
+    text = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    assert sorted(row[0].strip("|` ") for row in rows) == sorted(losses.OBJECTIVES)
+    for row in rows:
+        name, settings = row[0].strip("|` "), row[3].replace("`", "").replace("<br>", "\n")
+        sections = yaml.safe_load(settings)
+        keys = {f"{section}.{key}": value for section, of in sections.items() for key, value in of.items()}
+        overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
+        assert load_config(None, overrides).objective.name == name

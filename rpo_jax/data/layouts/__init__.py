@@ -6,6 +6,7 @@ from rpo_jax.data.layouts import (
     hh_rlhf,
     oasst1,
     preference,
+    ranked,
     sharegpt,
     shp,
     summarize_from_feedback,
@@ -17,6 +18,7 @@ from rpo_jax.data.layouts.layout import Layout
 LAYOUTS: dict[str, Layout] = {
     "preference": preference.LAYOUT,
     "unpaired": unpaired.LAYOUT,
+    "ranked": ranked.LAYOUT,
     "hh_rlhf": hh_rlhf.LAYOUT,
     "summarize_from_feedback": summarize_from_feedback.LAYOUT,
     "ultrafeedback_binarized": ultrafeedback_binarized.LAYOUT,

@@ -33,6 +33,8 @@ class Layout:
         aliases: what else its columns are called, the first that a row has taken.
         recognise: tells it, by a row's values, from another layout with the same columns.
         joins_rows: an example is made of several rows, so whoever makes one reads all.
+        also: columns that it reads where they are.
+        ranks: its responses have scores, and whoever reads it says by which rule they are chosen or rejected.
     """
 
     read: Reader
@@ -43,11 +45,13 @@ class Layout:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     recognise: Callable[[Fields], bool] | None = None
     joins_rows: bool = False
+    also: tuple[str, ...] = ()
+    ranks: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """All columns that it reads."""
-        return tuple(dict.fromkeys((*self.columns, *self.prompt, *conditions.USED)))
+        return tuple(dict.fromkeys((*self.columns, *self.also, *self.prompt, *conditions.USED)))
 
     @cached_property
     def _other_names(self) -> frozenset[str]:

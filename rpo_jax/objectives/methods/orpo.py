@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rpo_jax.objectives.methods.sft import sft_term
-from rpo_jax.objectives.objective import MatrixObjective, Term, option
+from rpo_jax.objectives.objective import MatrixObjective, Term, option, sft_term
 from rpo_jax.objectives.scores import Scores
 
 LEAST_SURPRISE = 1e-6  # nats per token: a certain response has finite odds, and so has a slot that holds none

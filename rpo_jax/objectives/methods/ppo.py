@@ -99,6 +99,7 @@ class PPO(Objective):
     """`ppo_loss` of a batch: the reward of a chosen response is 1, of a rejected one -1, of others 0."""
 
     uses_tokens: bool = True
+    uses_values: bool = True
     ppo_clip: float = option(0.5, "PPO's clip c: ratios are held between c and 1/c.", low=0, high=1, open=True)
     ppo_gamma: float = option(0.99, "PPO's discount of a later token's reward.", low=0, high=1)
     ppo_lambda: float = option(0.95, "PPO's lambda of the generalised advantage estimate.", low=0, high=1)
@@ -106,12 +107,17 @@ class PPO(Objective):
     ppo_kl_weight: float = option(0.1, "PPO's weight of the distance from the reference.", low=0)
 
     def loss(self, scores: Scores) -> Float[Array, ""]:
-        assert scores.tokens is not None, "it uses tokens"
+        tokens = scores.tokens
+        assert tokens is not None, "it uses tokens"
+        assert tokens.value is not None, "it uses values"
         reward = {"chosen": 1, "rejected": -1}
         kinds = [kind for kind in KINDS if kind in scores.responses]  # in the order of their slots
         rewards = [jnp.full(scores[kind].valid.size, reward.get(kind, 0), jnp.float32) for kind in kinds]
         return ppo_loss(
-            *scores.tokens,
+            tokens.log_prob,
+            tokens.value,
+            tokens.reference_log_prob,
+            tokens.response_ids,
             jnp.concatenate(rewards),
             clip=self.ppo_clip,
             gamma=self.ppo_gamma,

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rpo_jax.objectives.methods.sft import sft_term
-from rpo_jax.objectives.objective import MatrixObjective, Term, option
+from rpo_jax.objectives.objective import MatrixObjective, Term, option, sft_term
 from rpo_jax.objectives.scores import Scores
 
 

@@ -14,13 +14,14 @@ from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_DISTRIBUTION, M
 from rpo_jax.data.examples import ExampleSet, make_examples
 from rpo_jax.data.faults import plain
 from rpo_jax.data.hub import cached_folder
+from rpo_jax.data.layouts.ranked import Rule
 from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import describe_cuts, describe_notes, encode_examples, join_encoded
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
 from rpo_jax.training.advice import advise
-from rpo_jax.training.prepare import token_limits, total_steps
+from rpo_jax.training.prepare import row_value_columns, token_limits, total_steps
 
 
 def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
@@ -125,10 +126,14 @@ def _check_source(
             config.data.on_bad_row,
             columns=config.data.columns,
             ignore_columns=config.data.ignore_columns,
+            rule=Rule(config.data.ranked_rule, config.data.ranked_threshold),
+            row_values=row_value_columns(config.data),
         )
     except ValueError as error:
         return [failed(subject, error)], None
     text = f"{path}: {len(read.examples):,} examples, layout {read.layout}; {_columns(read)}"
+    if read.left_out:
+        text += f"; {read.left_out.total:,} rows left out by data.ranked_rule ({read.left_out.counted()})"
     found = [ok(subject, text)]
     if read.faults:
         skipped = f"{text}; {read.faults.total:,} rows are skipped ({read.faults.counted()})"

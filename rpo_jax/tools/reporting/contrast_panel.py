@@ -64,7 +64,7 @@ def batch_contrast(config: Config, prepared: Prepared, step: int = 1) -> BatchCo
     chosen, rejected = batch.sides["chosen"], batch.sides["rejected"]
     embedded = chosen.embedding.shape[1] > 0
     cosine = np.asarray(contrast.cosine(chosen.embedding, rejected.embedding)) if embedded else None
-    rows, columns = _order(batch, method.group)
+    rows, columns = _order(batch, method.groups_of(len(batch.sides["chosen"].valid), method.group))
     columns = rows if method.paired else columns
 
     def prompts(index: Int[np.ndarray, "S"]) -> list[str]:
@@ -87,31 +87,32 @@ def _weights(
     method: Method, alpha: float, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """Weights and valid entries of the whole batch, nothing across groups; each row's temperature and perplexity."""
-    pairs, size = batch.sides["chosen"].valid.shape[0], method.group
+    groups = method.groups_of(len(batch.sides["chosen"].valid), method.group)
     chosen, rejected = (
-        jax.tree.map(lambda x: jnp.asarray(x.reshape(pairs // size, size, *x.shape[1:])), batch.sides[kind])
+        jax.tree.map(lambda x: jnp.asarray(x.reshape(groups, len(x) // groups, *x.shape[1:])), batch.sides[kind])
         for kind in ("chosen", "rejected")
     )
     matrix = weigh(method, alpha, chosen, rejected)
-    temperature = None if matrix.temperature is None else np.asarray(matrix.temperature).reshape(pairs)
-    perplexity = np.asarray(contrast.row_perplexity(matrix.weights, matrix.mask)).reshape(pairs)
+    temperature = None if matrix.temperature is None else np.asarray(matrix.temperature).ravel()
+    perplexity = np.asarray(contrast.row_perplexity(matrix.weights, matrix.mask)).ravel()
     return _on_diagonal(np.asarray(matrix.weights)), _on_diagonal(np.asarray(matrix.mask)), temperature, perplexity
 
 
 def _on_diagonal(blocks: np.ndarray) -> np.ndarray:
-    """The groups' matrices [G, B, B] as blocks of one [G B, G B], zero elsewhere."""
-    groups, size, _ = blocks.shape
-    whole = np.zeros((groups, size, groups, size), blocks.dtype)
+    """The groups' matrices [G, B, C] as blocks of one [G B, G C], zero elsewhere."""
+    groups, rows, columns = blocks.shape
+    whole = np.zeros((groups, rows, groups, columns), blocks.dtype)
     whole[np.arange(groups), :, np.arange(groups), :] = blocks
-    return whole.reshape(groups * size, groups * size)
+    return whole.reshape(groups * rows, groups * columns)
 
 
-def _order(batch: Batch, group: int) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "N"]]:
+def _order(batch: Batch, groups: int) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "N"]]:
     """Filled slots of both sides, group by group, in each so that neighbours have related prompts."""
     rows, columns, sides = [], [], (batch.sides["chosen"], batch.sides["rejected"])
-    for start in range(0, len(sides[0].valid), group):
-        slots = np.arange(start, start + group)
-        chosen, rejected = (slots[side.valid[slots]] for side in sides)
+    for number in range(groups):
+        size = [len(side.valid) // groups for side in sides]
+        slots = (number * count + np.arange(count) for count in size)
+        chosen, rejected = (of[side.valid[of]] for side, of in zip(sides, slots, strict=True))
         embeddings = np.concatenate([sides[0].embedding[chosen], sides[1].embedding[rejected]])
         chain = np.array(_chain(embeddings), int)
         rows.append(chosen[chain[chain < len(chosen)]])
