@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
+Settings = tuple[int, Constrain, float | None]  # tokens of a chunk; where logits go; their softcap
 
 # Scored tokens of a shard whose logits exist at once. Every chunk reads and writes the head's whole gradient, so they
 # should be large; the rest of the tokens goes into smaller ones, so that little is computed for nothing.
@@ -34,6 +35,7 @@ def response_log_probs(
     chunk_tokens: int = CHUNK_TOKENS,
     shards: int = 1,
     constrain: Constrain | None = None,
+    softcap: float | None = None,
 ) -> tuple[Float[Array, "P"], Int[Array, "P"]]:
     """Summed log-prob (nats, float32) and number of scored tokens of every response of the batch.
 
@@ -52,13 +54,13 @@ def response_log_probs(
         chunk_tokens: scored tokens of a shard per chunk.
         shards: number of devices among which the rows are split; divides R.
         constrain: applied to each chunk's logits with the names of their axes, ("rows", "tokens", "vocab").
+        softcap: c, where the model's logits are c tanh(hidden @ head / c).
 
     Raises:
         ValueError: chunk_tokens below 1.
     """
-    found, _, response_ids = _scored_first(
-        hidden, head, tokens, previous, response_ids, chunk_tokens, shards, constrain or _anywhere
-    )
+    settings = chunk_tokens, constrain or _anywhere, softcap
+    found, _, response_ids = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
     return by_response(found, response_ids, num_responses)
 
 
@@ -83,11 +85,11 @@ def token_log_probs(
     chunk_tokens: int = CHUNK_TOKENS,
     shards: int = 1,
     constrain: Constrain | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "R T"]:
     """Log-prob of every scored token (nats, float32) at its place, 0 elsewhere; as `response_log_probs`."""
-    found, order, response_ids_first = _scored_first(
-        hidden, head, tokens, previous, response_ids, chunk_tokens, shards, constrain or _anywhere
-    )
+    settings = chunk_tokens, constrain or _anywhere, softcap
+    found, order, response_ids_first = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
     found = jnp.where(response_ids_first >= 0, found, 0.0)
     return jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1).reshape(tokens.shape)
 
@@ -98,11 +100,11 @@ def _scored_first(
     tokens: Int[Array, "R T"],
     previous: Int[Array, "R T"],
     response_ids: Int[Array, "R T"],
-    chunk_tokens: int,
+    settings: Settings,
     shards: int,
-    constrain: Constrain,
 ) -> tuple[Float[Array, "S n"], Int[Array, "S n"], Int[Array, "S n"]]:
     """Log-probs of every shard's tokens with its scored ones first, where each of them was, and its response."""
+    chunk_tokens = settings[0]
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1.")
     num_rows, num_tokens = tokens.shape
@@ -118,7 +120,7 @@ def _scored_first(
     )
     scored = response_ids >= 0
     found: Any = _token_log_probs(
-        (min(chunk_tokens, flat_tokens.shape[1]), constrain),
+        (min(chunk_tokens, flat_tokens.shape[1]), *settings[1:]),
         hidden.reshape(shards, -1, hidden.shape[-1]),
         head,
         flat_tokens,
@@ -132,7 +134,6 @@ def _anywhere(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return x
 
 
-Settings = tuple[int, Constrain]  # tokens of a chunk; where logits go
 Chunk = Callable[[jax.Array], jax.Array]  # [S, n, ...] to the chunk's [S, c, ...]
 
 
@@ -169,6 +170,8 @@ def _logits(
     # Garbage at unscored positions must not reach a gradient through 0 * nan.
     at = jnp.where(scored[..., None], at, 0)
     logits = jnp.einsum("scd,dv->scv", at, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if settings[2] is not None:
+        logits = settings[2] * jnp.tanh(logits / settings[2])
     return at, settings[1](logits, ("rows", "tokens", "vocab"))
 
 
@@ -205,7 +208,7 @@ def _forward(settings: Settings, *inputs: jax.Array) -> tuple[jax.Array, tuple[j
 
 
 def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangent: Float[Array, "S n"]) -> tuple[Any, ...]:
-    """d log p[target] / d logits = onehot(target) - softmax(logits)."""
+    """d log p[target] / d logits = onehot(target) - softmax(logits); a cap c multiplies by 1 - (logits / c)^2."""
     hidden, head, targets, predictor, scored = saved
     ids = _padded(settings, targets, predictor, scored, jnp.where(scored, cotangent, 0.0))
 
@@ -213,6 +216,8 @@ def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangent: Float
         targets, predictor, scored, weight = map(chunk, ids)
         at, logits = _logits(settings, hidden, head, predictor, scored)
         difference = _is_target(logits, targets) - jax.nn.softmax(logits, axis=-1)
+        if settings[2] is not None:
+            difference *= 1 - jnp.square(logits / settings[2])
         difference = (weight[..., None] * difference).astype(hidden.dtype)
         wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
         # One token may predict several: the first ones of all responses to a prompt.
