@@ -46,6 +46,5 @@ _DIFFERENCES = {
 def check_family(family: str, what: str) -> None:
     """Raise ValueError for a family that is not known, saying what differs where it is near one; `what` begins it."""
     if family not in FAMILIES:
-        known = ", ".join(f"{name} ({entry.architecture})" for name, entry in FAMILIES.items())
         why = f": {_DIFFERENCES[family]}" if family in _DIFFERENCES else ""
-        raise ValueError(f"{what} is not supported{why}; known families: {known}.")
+        raise ValueError(f"{what} is not supported{why}; known families: {', '.join(FAMILIES)}.")
