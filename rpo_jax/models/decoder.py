@@ -81,14 +81,15 @@ class RMSNorm(nnx.Module):
     def __init__(self, config: ModelConfig, make: _Maker, axes: dict[str, int]):
         self.eps = config.rms_norm_eps
         self.axes = tuple(axes)
-        self.centre = 1.0 if config.parts.centred_norms else 0.0
-        self.scale = make.constant(1.0 - self.centre, axes)
+        self.centred = config.parts.centred_norms
+        self.scale = make.constant(0.0 if self.centred else 1.0, axes)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         wide = x.astype(jnp.float32)
         over = tuple(range(-len(self.axes), 0))
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=over, keepdims=True) + self.eps)
-        return (wide * inverse * (self.centre + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        return (wide * inverse * (1 + scale if self.centred else scale)).astype(x.dtype)
 
     def gather(self, gather: Constrain) -> None:
         """Have the scale whole over the devices that share rows."""
@@ -202,7 +203,6 @@ class Layer(nnx.Module):
             return added(self.mlp_norm, lambda x: self.mlp(x, constrain), self.mlp_output_norm, x)
 
         x = constrain(added(self.attention_norm, attention, self.attention_output_norm, x), axes)
-
         if chunks is None:
             return constrain(transform(x), axes)
         # Before the loop over chunks, or each of them would gather the weights again.
