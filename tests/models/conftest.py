@@ -114,13 +114,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "embedding_multiplier": 10.0,
             "residual_multiplier": 0.5,
             "attention_multiplier": 0.1,
-            "logits_scaling": 0.125,
+            "logits_scaling": 0.75,
         },
     ),
     "exaone4": ("Exaone4", LAYERS),
     "exaone4 no windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
     "ministral": ("Ministral", LAYERS | {"head_dim": 24}),
-    "cwm": ("Cwm", LAYERS | {"head_dim": 24, "eos_token_id": [2, 3]}),
     "seed_oss": ("SeedOss", {"head_dim": 24, "attention_bias": True, "attention_out_bias": False, "pad_token_id": 0}),
 }
 
@@ -129,13 +128,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def torch_model(name: str) -> Any:
     """A model whose every weight is random and large enough that an error in any of them shows in the logits."""
     prefix, changes = CASES[name]
-    config = getattr(transformers, f"{prefix}Config")(**(SIZES | changes), attn_implementation="eager")
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    model_class = getattr(transformers, f"{prefix}ForCausalLM")
+    config = model_class.config_class(**(SIZES | changes), attn_implementation="eager")
+    model = model_class(config).eval()
     generator = torch.Generator().manual_seed(0)
+    centre = 0 if "Gemma" in prefix else 1  # of norms' scales
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in _name(model, parameter) else 0.15 * noise)
+            parameter.copy_(centre + 0.3 * noise if "norm" in _name(model, parameter) else 0.15 * noise)
     return model
 
 

@@ -117,7 +117,6 @@ PUBLIC: dict[str, Public] = {
             "dtype": "bfloat16",
         },
         {"local_rope": Rope(theta=10_000.0), "attention_softcap": None, "logit_softcap": None},
-        999_885_952,
     ),
     "google/gemma-3-12b-it, its text": Public(
         "gemma3_text",

@@ -1,8 +1,8 @@
 """The table of model families: every module of this folder that declares `FAMILY` is in it, under the module's name.
 
 To add a family: put a module here, named as transformers' model_type, and a case into tests/models/conftest.py. Reading
-and writing folders, LoRA's targets, planning, decoding and messages follow from what it declares; docs/families.md has the
-recipe.
+and writing folders, LoRA's targets, planning, decoding and messages follow from what it declares; docs/families.md has
+the recipe.
 """
 
 from __future__ import annotations
