@@ -112,7 +112,8 @@ def _with_eyes(family):
     """A tiny model that also sees, whose language model is a text family's."""
     vision = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     if family == "gemma3":
-        text = torch_model("gemma3").config.to_dict() | {"model_type": "gemma3_text"}
+        # transformers' model with eyes caps no logits, whatever its configuration says; published ones say nothing.
+        text = torch_model("gemma3").config.to_dict() | {"model_type": "gemma3_text", "final_logit_softcapping": None}
         vision |= {"image_size": 28, "patch_size": 14}
         return Gemma3ForConditionalGeneration(
             Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, eos_token_id=[5, 6])
