@@ -23,6 +23,7 @@ PARAMETER_RULES: dict[str, str] = {
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "fused_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
 }

@@ -4,7 +4,58 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rpo_jax.models.rope import Rope
+from rpo_jax.models.rope import Rope, longest_sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What of a decoder differs from Llama's; with every default it is Llama's.
+
+    Args:
+        activation: of the MLP's gate, a key of rpo_jax.models.decoder.ACTIVATIONS.
+        centred_norms: norms multiply by 1 + scale.
+        norm_before: attention and MLP read the normed residual stream.
+        norm_after: what attention and MLP give is normed before it is added.
+        joint_qk_norm: the norm of queries, and that of keys, is over all heads together.
+        fused_projections: one matrix for queries, keys and values, and one for the MLP's gate and up projection.
+        rotated_dim: how many dimensions of a head are rotated, the first ones; None for all.
+        local_rope: rotary embedding of the layers with a sliding window, where they have their own.
+        unrotated_layers: numbers of the layers without rotary embedding.
+        embedding_scale: embeddings are multiplied by it.
+        residual_scale: what attention and MLP give is multiplied by it before it is added.
+        attention_scale: scores are query times key times this; None for 1 / sqrt(head_dim).
+        attention_softcap: c of c tanh(scores / c); None for the scores as they are.
+        logit_divisor: logits are divided by it.
+        logit_softcap: c of c tanh(logits / c); None for the logits as they are.
+    """
+
+    activation: str = "silu"
+    centred_norms: bool = False
+    norm_before: bool = True
+    norm_after: bool = False
+    joint_qk_norm: bool = False
+    fused_projections: bool = False
+    rotated_dim: int | None = None
+    local_rope: Rope | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_divisor: float = 1.0
+    logit_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        scales = ("embedding_scale", "residual_scale", "attention_scale", "logit_divisor")
+        for name in (*scales, "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
+                raise ValueError(f"{name} must be a number greater than 0, got {str(value)[:100]}.")
+        if self.rotated_dim is not None and (self.rotated_dim < 2 or self.rotated_dim % 2):
+            raise ValueError(f"rotated_dim={self.rotated_dim} must be even and at least 2: pairs of dimensions turn.")
+
+
+LLAMA = Variant()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +85,7 @@ class ModelConfig:
         eos_token_id: end of sequence; some models have several.
         pad_token_id: padding.
         dtype: dtype of the tensors in the folder that the model came from, and of those it is saved to.
+        variant: what differs from Llama's decoder, where anything does: records of older runs know no such field.
     """
 
     family: str
@@ -58,6 +110,41 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None
     pad_token_id: int | None
     dtype: str
+    variant: Variant | None = None
+
+    @property
+    def parts(self) -> Variant:
+        """What the decoder is made of."""
+        return self.variant or LLAMA
+
+    @property
+    def rotated_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return self.parts.rotated_dim or self.head_dim
+
+    @property
+    def layer_ropes(self) -> tuple[Rope | None, ...]:
+        """Each layer's rotary embedding, None for none."""
+        local, unrotated = self.parts.local_rope or self.rope, frozenset(self.parts.unrotated_layers)
+        return tuple(
+            None if layer in unrotated else self.rope if window is None else local
+            for layer, window in enumerate(self.sliding_windows)
+        )
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """The distinct ones of layer_ropes."""
+        return tuple(dict.fromkeys(self.layer_ropes))
+
+    @property
+    def rope_of_layer(self) -> tuple[int, ...]:
+        """For each layer the number of its rope among `ropes`."""
+        return tuple(map(self.ropes.index, self.layer_ropes))
+
+    @property
+    def positions(self) -> int:
+        """Longest sequence that the model can be given; LongRoPE's other frequencies beyond its own are not used."""
+        return min(self.max_position_embeddings, longest_sequence(self.rope) or self.max_position_embeddings)
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
@@ -78,3 +165,11 @@ class ModelConfig:
             )
         if any(window is not None and window < 1 for window in self.sliding_windows):
             raise ValueError(f"sliding_windows={self.sliding_windows} must be positive or None.")
+        if self.variant == LLAMA:
+            object.__setattr__(self, "variant", None)  # one architecture is one value
+        if self.rotated_dim > self.head_dim:
+            raise ValueError(f"rotated_dim={self.rotated_dim} must be at most head_dim={self.head_dim}.")
+        if any(layer not in range(self.num_layers) for layer in self.parts.unrotated_layers):
+            raise ValueError(
+                f"unrotated_layers={self.parts.unrotated_layers} must be numbers of the {self.num_layers} layers."
+            )

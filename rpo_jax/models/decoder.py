@@ -1,7 +1,8 @@
-"""The one decoder: Llama, Mistral and Qwen are settings of it.
+"""The one decoder: every family is settings of it.
 
 Parameters are a plain nested dict of arrays; those of a layer carry all layers along their first axis, and the
-forward pass scans over it. Letters: B rows, T tokens, D hidden, V vocabulary, P = half the head dimension, L layers.
+forward pass scans over it. Letters: B rows, T tokens, D hidden, V vocabulary, P pairs of a head's rotated
+dimensions, N ropes, L layers.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.attention.kind import ONE_DEVICE, Attend, Split
+from rpo_jax.models.attention.kind import ONE_DEVICE, Attend, Split, capped
 from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import make_attention
 from rpo_jax.models.projection import gathered, project
 from rpo_jax.models.recompute import REMATS, in_chunks
 from rpo_jax.models.rope import rotate, rotation
 
+# By transformers' names.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 Params = dict[str, Any]
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 
@@ -66,17 +73,23 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """y = scale * x / sqrt(mean(x^2) + eps), in float32.  Source: arXiv 1910.07467."""
+    """y = scale * x / sqrt(mean(x^2) + eps) over all axes of the scale, in float32; 1 + scale where norms are centred.
 
-    def __init__(self, make: _Maker, axes: dict[str, int], eps: float):
-        self.eps = eps
+    Source: arXiv 1910.07467.
+    """
+
+    def __init__(self, config: ModelConfig, make: _Maker, axes: dict[str, int]):
+        self.eps = config.rms_norm_eps
         self.axes = tuple(axes)
-        self.scale = make.constant(1.0, axes)
+        self.centred = config.parts.centred_norms
+        self.scale = make.constant(0.0 if self.centred else 1.0, axes)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        over = tuple(range(-len(self.axes), 0))
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=over, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        return (wide * inverse * (1 + scale if self.centred else scale)).astype(x.dtype)
 
     def gather(self, gather: Constrain) -> None:
         """Have the scale whole over the devices that share rows."""
@@ -89,12 +102,24 @@ class Attention(nnx.Module):
         head = {"head_dim": config.head_dim}
         heads = {"heads": config.num_heads} | head
         kv_heads = {"kv_heads": config.num_kv_heads} | head
-        self.query = Linear(make, hidden, heads, config.qkv_bias)
-        self.key = Linear(make, hidden, kv_heads, config.qkv_bias)
-        self.value = Linear(make, hidden, kv_heads, config.qkv_bias)
+        parts = config.parts
+        # The kernels divide scores by sqrt(head_dim); what more there is to it goes into the queries.
+        scale = 1.0 if parts.attention_scale is None else parts.attention_scale * config.head_dim**0.5
+        self.query_scale = 1.0 if math.isclose(scale, 1.0) else scale
+        # Where queries, keys and values end in the joined heads, as files have them.
+        self.ends = (config.num_heads, config.num_heads + config.num_kv_heads)
+        if parts.fused_projections:
+            joined = {"fused_heads": config.num_heads + 2 * config.num_kv_heads} | head
+            self.query_key_value = Linear(make, hidden, joined, config.qkv_bias)
+        else:
+            self.query_key_value = None
+            self.query = Linear(make, hidden, heads, config.qkv_bias)
+            self.key = Linear(make, hidden, kv_heads, config.qkv_bias)
+            self.value = Linear(make, hidden, kv_heads, config.qkv_bias)
         self.output = Linear(make, heads, hidden, config.output_bias)
-        self.query_norm = RMSNorm(make, head, config.rms_norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(make, head, config.rms_norm_eps) if config.qk_norm else None
+        of_query, of_key = (heads, kv_heads) if parts.joint_qk_norm else (head, head)
+        self.query_norm = RMSNorm(config, make, of_query) if config.qk_norm else None
+        self.key_norm = RMSNorm(config, make, of_key) if config.qk_norm else None
 
     def __call__(
         self,
@@ -103,39 +128,57 @@ class Attention(nnx.Module):
         attend: Callable[[Array, Array, Array], Array],
         constrain: Constrain,
     ) -> Float[Array, "B T D"]:
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.query_key_value is None:
+            query, key, value = self.query(x), self.key(x), self.value(x)
+        else:
+            query, key, value = jnp.split(self.query_key_value(x), self.ends, axis=-2)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = constrain(rotate(query, *cos_sin), ("rows", "tokens", "heads", "head_dim"))
+        query = constrain(rotate(query, *cos_sin, self.query_scale), ("rows", "tokens", "heads", "head_dim"))
         key = constrain(rotate(key, *cos_sin), ("rows", "tokens", "kv_heads", "head_dim"))
         value = constrain(value, ("rows", "tokens", "kv_heads", "head_dim"))
         return self.output(constrain(attend(query, key, value), ("rows", "tokens", "heads", "head_dim")))
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)).  Source: arXiv 2002.05202 (SwiGLU)."""
+    """down(activation(gate(x)) * up(x)).  Source: arXiv 2002.05202 (SwiGLU, GeGLU)."""
 
     def __init__(self, config: ModelConfig, make: _Maker):
         hidden, inner = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
-        self.gate = Linear(make, hidden, inner, config.mlp_bias)
-        self.up = Linear(make, hidden, inner, config.mlp_bias)
+        self.activation = config.parts.activation
+        if config.parts.fused_projections:
+            self.gate_up = Linear(make, hidden, {"gate_up": 2} | inner, config.mlp_bias)
+        else:
+            self.gate_up = None
+            self.gate = Linear(make, hidden, inner, config.mlp_bias)
+            self.up = Linear(make, hidden, inner, config.mlp_bias)
         self.down = Linear(make, inner, hidden, config.mlp_bias)
 
     def __call__(self, x: Float[Array, "B T D"], constrain: Constrain) -> Float[Array, "B T D"]:
-        return self.down(constrain(jax.nn.silu(self.gate(x)) * self.up(x), ("rows", "tokens", "mlp")))
+        if self.gate_up is None:
+            gate, up = self.gate(x), self.up(x)
+        else:
+            joined = self.gate_up(x)
+            gate, up = joined[..., 0, :], joined[..., 1, :]
+        return self.down(constrain(ACTIVATIONS[self.activation](gate) * up, ("rows", "tokens", "mlp")))
 
     def gather(self, gather: Constrain) -> None:
-        for linear in (self.gate, self.up, self.down):
+        for linear in (self.gate, self.up, self.down) if self.gate_up is None else (self.gate_up, self.down):
             linear.gather(gather)
 
 
 class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, make: _Maker):
-        hidden = {"embed": config.hidden_size}
-        self.attention_norm = RMSNorm(make, hidden, config.rms_norm_eps)
+        parts = config.parts
+
+        def norm(wanted: bool) -> RMSNorm | None:
+            return RMSNorm(config, make, {"embed": config.hidden_size}) if wanted else None
+
+        self.attention_norm, self.attention_output_norm = norm(parts.norm_before), norm(parts.norm_after)
         self.attention = Attention(config, make)
-        self.mlp_norm = RMSNorm(make, hidden, config.rms_norm_eps)
+        self.mlp_norm, self.mlp_output_norm = norm(parts.norm_before), norm(parts.norm_after)
         self.mlp = GatedMLP(config, make)
+        self.residual_scale = parts.residual_scale
 
     def __call__(
         self,
@@ -147,16 +190,25 @@ class Layer(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attention and MLP, each added to its input; the MLP in chunks, if devices so share it."""
         axes = ("rows", "tokens", "embed")
-        x = constrain(x + self.attention(self.attention_norm(x), cos_sin, attend, constrain), axes)
+
+        def added(before: RMSNorm | None, block: Callable[[Array], Array], after: RMSNorm | None, x: Array) -> Array:
+            change = block(x if before is None else before(x))
+            change = change if after is None else after(change)
+            return x + (change if self.residual_scale == 1.0 else change * self.residual_scale)
+
+        def attention(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+            return self.attention(x, cos_sin, attend, constrain)
 
         def transform(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            return x + self.mlp(self.mlp_norm(x), constrain)
+            return added(self.mlp_norm, lambda x: self.mlp(x, constrain), self.mlp_output_norm, x)
 
+        x = constrain(added(self.attention_norm, attention, self.attention_output_norm, x), axes)
         if chunks is None:
             return constrain(transform(x), axes)
         # Before the loop over chunks, or each of them would gather the weights again.
-        self.mlp_norm.gather(chunks.gather)
-        self.mlp.gather(chunks.gather)
+        for module in (self.mlp_norm, self.mlp, self.mlp_output_norm):
+            if module is not None:
+                module.gather(chunks.gather)
         return constrain(in_chunks(transform, x, chunks.shards("rows")), axes)
 
 
@@ -166,7 +218,8 @@ class Decoder(nnx.Module):
         embedding = {"vocab": config.vocab_size, "embed": config.hidden_size}
         self.embed = make.normal(embedding)
         self.layers = Layer(config, make._replace(stack={"layers": config.num_layers}))
-        self.final_norm = RMSNorm(make, {"embed": config.hidden_size}, config.rms_norm_eps)
+        self.final_norm = RMSNorm(config, make, {"embed": config.hidden_size})
+        self.logit_divisor = config.parts.logit_divisor
         head = {"embed": config.hidden_size, "vocab": config.vocab_size}
         self.head = None if config.tie_embeddings else make.normal(head)
 
@@ -175,25 +228,55 @@ class Decoder(nnx.Module):
         x: Float[Array, "B T D"],
         cos_sin: Any,
         attend: Attend,
-        window_of_layer: Int[Array, "L"],
+        of_layer: tuple[Int[Array, "L"], Int[Array, "L"]],
         remat: str,
         constrain: Constrain,
         split: Split,
     ) -> Float[Array, "B T D"]:
-        """All layers and the final norm, on embedded tokens."""
+        """All layers and the final norm, on embedded tokens.
+
+        Args:
+            cos_sin: of every rope.
+            of_layer: which of the distinct windows and of the ropes each layer has.
+        """
         graphdef, stacked = nnx.split(self.layers)
         policy, in_chunks = REMATS[remat]
         chunks = split if in_chunks else None
 
         def body(x, inputs):
-            weights, which = inputs
+            weights, (window, rope) = inputs
             layer = nnx.merge(graphdef, weights)
-            return layer(x, cos_sin, lambda q, k, v: attend(q, k, v, which), constrain, chunks), None
+            # A single one is indexed statically, so that a scan over layers need not copy it in every one.
+            angles = tuple(of_ropes[rope if len(of_ropes) > 1 else 0] for of_ropes in cos_sin)
+            return layer(x, angles, lambda q, k, v: attend(q, k, v, window), constrain, chunks), None
 
         # A scan already keeps XLA from merging the recomputation with the forward pass.
         step = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(step, x, (stacked, window_of_layer))
-        return self.final_norm(x)
+        x, _ = jax.lax.scan(step, x, (stacked, of_layer))
+        return divided(self.final_norm(x), self.logit_divisor)
+
+
+def divided(x: Float[Array, "..."], logit_divisor: float) -> Float[Array, "..."]:
+    """What the head reads: a divisor of the logits divides the hidden states instead, of which there are fewer."""
+    return x if logit_divisor == 1.0 else x / jnp.asarray(logit_divisor, x.dtype)
+
+
+def rotations(
+    model_config: ModelConfig, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "N B T P"], Float[Array, "N B T P"]]:
+    """cos and sin of the model's distinct ropes."""
+    found = (rotation(rope, model_config.rotated_dim, positions) for rope in model_config.ropes)
+    cos, sin = map(jnp.stack, zip(*found, strict=True))
+    return cos, sin
+
+
+def embedded(
+    model_config: ModelConfig, table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike
+) -> Float[Array, "B T D"]:
+    """The tokens' rows of the embedding, scaled."""
+    x, scale = table[tokens].astype(dtype), model_config.parts.embedding_scale
+    # Rounded to the compute dtype first, as the models that have it were trained.
+    return x if scale == 1.0 else x * jnp.asarray(scale, dtype)
 
 
 @functools.cache
@@ -210,7 +293,7 @@ def abstract_params(model_config: ModelConfig) -> Params:
 def param_axes(model_config: ModelConfig) -> Params:
     """For each parameter the names of its axes, in the tree of the parameters.
 
-    Names: layers, vocab, embed, heads, kv_heads, head_dim, mlp. Leaves are tuples: map with
+    Names: layers, vocab, embed, heads, kv_heads, fused_heads, head_dim, gate_up, mlp. Leaves are tuples: map with
     is_leaf=lambda x: isinstance(x, tuple).
     """
     state = _abstract(model_config)[1]
@@ -224,7 +307,7 @@ def count_params(model_config: ModelConfig) -> int:
 
 
 def init_params(model_config: ModelConfig, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> Params:
-    """New parameters: weights normal with standard deviation initializer_range, norms 1, biases 0.
+    """New parameters: weights normal with standard deviation initializer_range, norms the identity, biases 0.
 
     A pure function: under jax.jit with out_shardings each device makes only its own part.
     """
@@ -246,7 +329,7 @@ def hidden_states(
     constrain: Constrain | None = None,
     split: Split = ONE_DEVICE,
 ) -> Float[Array, "B T D"]:
-    """Residual stream after the final norm, in compute_dtype.
+    """Residual stream after the final norm, in compute_dtype: with output_head the logits, before their cap if any.
 
     A token sees earlier tokens of its own segment that are of branch 0 or of its own branch (core.records.Batch);
     the sliding window counts positions. An attention mask of ones and zeros is a valid segment_ids.
@@ -275,14 +358,15 @@ def hidden_states(
 
     windows = tuple(dict.fromkeys(model_config.sliding_windows))
     ids = TokenIds(positions, segment_ids, branch_ids)
-    attend = make_attention(attention, platform or jax.default_backend(), ids, windows, split)
+    softcap = model_config.parts.attention_softcap
+    attend = make_attention(attention, platform or jax.default_backend(), ids, windows, split, softcap)
     window_of_layer = jnp.array([windows.index(window) for window in model_config.sliding_windows])
-    cos_sin = rotation(model_config.rope, model_config.head_dim, positions)
+    cos_sin, rope_of_layer = rotations(model_config, positions), jnp.array(model_config.rope_of_layer)
     model = nnx.merge(_abstract(model_config)[0], params)
     # Whole over fsdp before rows are taken from it: a lookup in a table split both ways would be repeated everywhere.
     table = split.gather(model.embed[...], ("vocab", "embed"))
-    x = constrain(table[tokens].astype(compute_dtype), ("rows", "tokens", "embed"))
-    return model(x, cos_sin, attend, window_of_layer, remat, constrain, split)
+    x = constrain(embedded(model_config, table, tokens, compute_dtype), ("rows", "tokens", "embed"))
+    return model(x, cos_sin, attend, (window_of_layer, rope_of_layer), remat, constrain, split)
 
 
 def output_head(model_config: ModelConfig, params: Params) -> Float[Array, "D V"]:
@@ -319,4 +403,5 @@ def apply(
     )
     head = output_head(model_config, params).astype(compute_dtype)
     logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
+    logits = capped(logits, model_config.parts.logit_softcap)
     return logits if constrain is None else constrain(logits, ("rows", "tokens", "vocab"))

@@ -66,7 +66,7 @@ class Outputs(NamedTuple):
 
     Attributes:
         hidden: of every token, in the compute dtype.
-        head: float32, whole over the devices that share rows; hidden times head gives the logits.
+        head: float32, whole over the devices that share rows; hidden times head gives the logits, before their cap.
     """
 
     hidden: Float[Array, "B T D"]
@@ -174,7 +174,8 @@ class Policy:
     def check(self, how: Execution, row_tokens: int | None) -> None:
         """Raise ValueError where the attention that is asked for cannot be had; row_tokens as for check_attention."""
         platform, dtype = how.platform or jax.default_backend(), str(jnp.dtype(how.compute_dtype))
-        check_attention(how.attention, platform, dtype, self.model_config.head_dim, row_tokens)
+        model = self.model_config
+        check_attention(how.attention, platform, dtype, model.head_dim, row_tokens, model.parts.attention_softcap)
 
     def outputs(self, params: Params, rows: Mapping[str, Array], how: Execution) -> Outputs:
         """Hidden states and head for packed rows.

@@ -1,6 +1,6 @@
 """Rotary position embeddings: frequencies of every supported scaling, and the rotation.
 
-Letters: B rows, T tokens, N heads, K head dimension, P = K / 2 pairs of dimensions.
+Letters: B rows, T tokens, N heads, K head dimension, P pairs of dimensions that are rotated: K / 2 or fewer.
 """
 
 from __future__ import annotations
@@ -43,22 +43,36 @@ def frequencies(rope: Rope, head_dim: int) -> Frequencies:
     return ROPE_KINDS[rope.kind](rope.theta, head_dim, **dict(rope.scaling))
 
 
+def longest_sequence(rope: Rope) -> int | None:
+    """Positions beyond which the model would take other frequencies than `frequencies` gives; None for no such end."""
+    return dict(rope.scaling)["original_max_position_embeddings"] if rope.kind == "longrope" else None
+
+
 def rotation(
-    rope: Rope, head_dim: int, positions: Int[Array, "B T"]
+    rope: Rope | None, rotated_dim: int, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
-    """cos and sin of every position's angles, float32."""
-    frequency, attention_factor = frequencies(rope, head_dim)
+    """cos and sin of every position's angles, float32; without a rope all angles are 0."""
+    if rope is None:
+        angle = jnp.zeros((*positions.shape, rotated_dim // 2), jnp.float32)
+        return jnp.cos(angle), jnp.sin(angle)
+    frequency, attention_factor = frequencies(rope, rotated_dim)
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle) * attention_factor, jnp.sin(angle) * attention_factor
 
 
 def rotate(
-    x: Float[Array, "B T N K"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"]
+    x: Float[Array, "B T N K"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"], scale: float = 1.0
 ) -> Float[Array, "B T N K"]:
-    """Rotate pairs (k, k + K/2) of every head by their position's angle, in float32.  Source: arXiv 2104.09864."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotate pairs (k, k + P) of every head's first 2P dimensions by their position's angle, and scale all, in float32.
+
+    Source: arXiv 2104.09864.
+    """
+    pairs = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    first, second, rest = wide[..., :pairs], wide[..., pairs : 2 * pairs], wide[..., 2 * pairs :]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    return (turned if scale == 1.0 else turned * scale).astype(x.dtype)
 
 
 def _default(theta: float, head_dim: int) -> Frequencies:
@@ -126,9 +140,35 @@ def _yarn(
     return frequency.astype(np.float32), attention_factor
 
 
+def _longrope(
+    theta: float,
+    head_dim: int,
+    *,
+    factor: Number,
+    original_max_position_embeddings: int,
+    short_factor: tuple[Number, ...],
+    long_factor: tuple[Number, ...],
+    attention_factor: Number | None = None,
+) -> Frequencies:
+    """A divisor for each pair, for sequences of at most original_max_position_embeddings.  Source: arXiv 2402.13753.
+
+    For a longer sequence the model divides by long_factor at all of its positions: the same prompt then has other
+    keys, so that neither packed rows nor a cache could hold both; such sequences are not given to it.
+    """
+    for name, divisors in (("short_factor", short_factor), ("long_factor", long_factor)):
+        if len(divisors) != head_dim // 2:
+            raise ValueError(f"{name} has {len(divisors)} numbers for {head_dim // 2} pairs of rotated dimensions.")
+    if attention_factor is None:
+        stretch = math.log(factor) / math.log(original_max_position_embeddings) if factor > 1 else 0.0
+        attention_factor = math.sqrt(1 + stretch)
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return (1.0 / (np.array(short_factor, np.float32) * theta**exponent)).astype(np.float32), attention_factor
+
+
 ROPE_KINDS: dict[str, Callable[..., Frequencies]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
+    "longrope": _longrope,
     "yarn": _yarn,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,15 @@ CHUNK_TOKENS = 1024
 REST_SHARE = 8
 
 
+class Settings(NamedTuple):
+    """How the head runs: tokens of a chunk, where logits go, their softcap, whether collisions are asked for."""
+
+    chunk_tokens: int
+    constrain: Constrain
+    softcap: float | None = None
+    collides: bool = False
+
+
 def response_log_probs(
     hidden: Float[Array, "R T D"],
     head: Float[Array, "D V"],
@@ -34,6 +43,7 @@ def response_log_probs(
     chunk_tokens: int = CHUNK_TOKENS,
     shards: int = 1,
     constrain: Constrain | None = None,
+    softcap: float | None = None,
 ) -> tuple[Float[Array, "P"], Int[Array, "P"]]:
     """Summed log-prob (nats, float32) and number of scored tokens of every response of the batch.
 
@@ -52,13 +62,13 @@ def response_log_probs(
         chunk_tokens: scored tokens of a shard per chunk.
         shards: number of devices among which the rows are split; divides R.
         constrain: applied to each chunk's logits with the names of their axes, ("rows", "tokens", "vocab").
+        softcap: c, where the model's logits are c tanh(hidden @ head / c).
 
     Raises:
         ValueError: chunk_tokens below 1.
     """
-    found, _, _, response_ids = _scored_first(
-        hidden, head, tokens, previous, response_ids, chunk_tokens, shards, constrain or _anywhere
-    )
+    settings = Settings(chunk_tokens, constrain or _anywhere, softcap)
+    found, _, _, response_ids = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
     return by_response(found, response_ids, num_responses)
 
 
@@ -73,13 +83,14 @@ def response_log_probs_and_collisions(
     chunk_tokens: int = CHUNK_TOKENS,
     shards: int = 1,
     constrain: Constrain | None = None,
+    softcap: float | None = None,
 ) -> tuple[Float[Array, "P"], Int[Array, "P"], Float[Array, "P"]]:
     """As `response_log_probs`, and the sum over a response's tokens of log sum_v p_v^2, nats, without gradient.
 
     That is the log of the probability that two tokens drawn there are the same.
     """
-    where = chunk_tokens, shards, constrain or _anywhere
-    found, collision, _, response_ids = _scored_first(hidden, head, tokens, previous, response_ids, *where, True)
+    settings = Settings(chunk_tokens, constrain or _anywhere, softcap, collides=True)
+    found, collision, _, response_ids = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
     assert collision is not None, "asked for"
     return *by_response(found, response_ids, num_responses), by_response(collision, response_ids, num_responses)[0]
 
@@ -105,11 +116,11 @@ def token_log_probs(
     chunk_tokens: int = CHUNK_TOKENS,
     shards: int = 1,
     constrain: Constrain | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "R T"]:
     """Log-prob of every scored token (nats, float32) at its place, 0 elsewhere; as `response_log_probs`."""
-    found, _, order, response_ids_first = _scored_first(
-        hidden, head, tokens, previous, response_ids, chunk_tokens, shards, constrain or _anywhere
-    )
+    settings = Settings(chunk_tokens, constrain or _anywhere, softcap)
+    found, _, order, response_ids_first = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
     found = jnp.where(response_ids_first >= 0, found, 0.0)
     return jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1).reshape(tokens.shape)
 
@@ -120,15 +131,14 @@ def _scored_first(
     tokens: Int[Array, "R T"],
     previous: Int[Array, "R T"],
     response_ids: Int[Array, "R T"],
-    chunk_tokens: int,
+    settings: Settings,
     shards: int,
-    constrain: Constrain,
-    collides: bool = False,
 ) -> tuple[Float[Array, "S n"], Float[Array, "S n"] | None, Int[Array, "S n"], Int[Array, "S n"]]:
     """Log-probs of every shard's tokens with its scored ones first, where each of them was, and its response.
 
-    After the log-probs come, where `collides`, those that two tokens drawn there are the same.
+    After the log-probs come, where they are asked for, those that two tokens drawn there are the same.
     """
+    chunk_tokens = settings.chunk_tokens
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1.")
     num_rows, num_tokens = tokens.shape
@@ -144,7 +154,7 @@ def _scored_first(
     )
     scored = response_ids >= 0
     found, collision = _token_log_probs(
-        (min(chunk_tokens, flat_tokens.shape[1]), constrain, collides),
+        settings._replace(chunk_tokens=min(chunk_tokens, flat_tokens.shape[1])),
         hidden.reshape(shards, -1, hidden.shape[-1]),
         head,
         flat_tokens,
@@ -158,7 +168,6 @@ def _anywhere(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return x
 
 
-Settings = tuple[int, Constrain, bool]  # tokens of a chunk; where logits go; whether collisions are asked for
 Chunk = Callable[[jax.Array], jax.Array]  # [S, n, ...] to the chunk's [S, c, ...]
 
 
@@ -184,7 +193,7 @@ def _over_chunks(
 
 def _padded(settings: Settings, *arrays: jax.Array) -> list[jax.Array]:
     """The last chunk may reach past the end: a slice that started earlier instead would count tokens twice."""
-    return [jnp.pad(x, ((0, 0), (0, settings[0]))) for x in arrays]
+    return [jnp.pad(x, ((0, 0), (0, settings.chunk_tokens))) for x in arrays]
 
 
 def _logits(
@@ -195,7 +204,9 @@ def _logits(
     # Garbage at unscored positions must not reach a gradient through 0 * nan.
     at = jnp.where(scored[..., None], at, 0)
     logits = jnp.einsum("scd,dv->scv", at, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return at, settings[1](logits, ("rows", "tokens", "vocab"))
+    if settings.softcap is not None:
+        logits = settings.softcap * jnp.tanh(logits / settings.softcap)
+    return at, settings.constrain(logits, ("rows", "tokens", "vocab"))
 
 
 def _is_target(logits: Float[Array, "S c V"], targets: Int[Array, "S c"]) -> Bool[Array, "S c V"]:
@@ -224,12 +235,12 @@ def _token_log_probs(
         target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         new = [target - normaliser]
-        if settings[2]:
+        if settings.collides:
             new.append(jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normaliser)
         return tuple(lax.dynamic_update_slice_in_dim(of, x, start, axis=1) for of, x in zip(found, new, strict=True))
 
-    empty = (jnp.zeros(ids[0].shape, jnp.float32),) * (2 if settings[2] else 1)
-    found, *collision = (x[:, : targets.shape[1]] for x in _over_chunks(settings[0], scored, body, empty))
+    empty = (jnp.zeros(ids[0].shape, jnp.float32),) * (2 if settings.collides else 1)
+    found, *collision = (x[:, : targets.shape[1]] for x in _over_chunks(settings.chunk_tokens, scored, body, empty))
     return found, collision[0] if collision else None
 
 
@@ -239,7 +250,7 @@ def _forward(settings: Settings, *inputs: jax.Array) -> tuple[Any, tuple[jax.Arr
 
 
 def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
-    """d log p[target] / d logits = onehot(target) - softmax(logits)."""
+    """d log p[target] / d logits = onehot(target) - softmax(logits); a cap c multiplies by 1 - (logits / c)^2."""
     cotangent, _ = cotangents
     hidden, head, targets, predictor, scored = saved
     ids = _padded(settings, targets, predictor, scored, jnp.where(scored, cotangent, 0.0))
@@ -248,6 +259,8 @@ def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangents: tupl
         targets, predictor, scored, weight = map(chunk, ids)
         at, logits = _logits(settings, hidden, head, predictor, scored)
         difference = _is_target(logits, targets) - jax.nn.softmax(logits, axis=-1)
+        if settings.softcap is not None:
+            difference *= 1 - jnp.square(logits / settings.softcap)
         difference = (weight[..., None] * difference).astype(hidden.dtype)
         wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
         # One token may predict several: the first ones of all responses to a prompt.
@@ -256,9 +269,9 @@ def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangents: tupl
         return to_hidden, carry[1] + wide("scd,scv->sdv", at, difference)
 
     # The head's gradient stays apart for each shard, and is summed once: not over all devices for every chunk.
-    of_shards = settings[1](jnp.zeros((len(hidden), *head.shape), jnp.float32), ("rows", "hidden", "vocab"))
+    of_shards = settings.constrain(jnp.zeros((len(hidden), *head.shape), jnp.float32), ("rows", "hidden", "vocab"))
     zeros = jnp.zeros(hidden.shape, jnp.float32), of_shards
-    to_hidden, to_head = _over_chunks(settings[0], scored, body, zeros)
+    to_hidden, to_head = _over_chunks(settings.chunk_tokens, scored, body, zeros)
     return to_hidden.astype(hidden.dtype), jnp.sum(to_head, axis=0).astype(head.dtype), None, None, None
 
 

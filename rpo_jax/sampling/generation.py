@@ -174,7 +174,7 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
         precise = jax.default_matmul_precision("float32" if dtype == "float32" else None)
         kept = keeping_compiled(Path(config.cache_dir).expanduser() / "compiled", reporter.say)
         with jax.set_mesh(mesh), precise, kept, explaining_memory(lambda: _LESS_MEMORY):
-            limits = [min(config.max_tokens, policy.model_config.max_position_embeddings - len(ids)) for ids in prompts]
+            limits = [min(config.max_tokens, policy.model_config.positions - len(ids)) for ids in prompts]
             with reporter.phase("load model"):
                 params = policy.load(mesh)
                 platform = mesh.devices.flat[0].platform
@@ -205,7 +205,7 @@ def _encoded(
 ) -> list[np.ndarray]:
     """Token ids of the prompts as training would have made them."""
     encoder = PromptEncoder(policy.tokenizer, template, arguments, max_prompt_tokens, asked.truncation_side)
-    encoded, positions = [], policy.model_config.max_position_embeddings
+    encoded, positions = [], policy.model_config.positions
     for row in asked.rows:
         try:
             ids = encoder.encode(row.prompt, row.template_arguments)

@@ -6,7 +6,7 @@ A cache is made of blocks of two slices of SLICE slots. A row's prompt ends with
 it are kept apart until they fill a slice of their own: so a row's arithmetic depends on its own tokens alone, whoever
 lies beside it and however long the others are. Slots beyond a row's own change nothing, not even a last bit.
 Letters: B rows, P prompt slots, N blocks of a part, I slices of a block, S slots of a slice, D hidden, H query heads, G
-key-value heads, K head dimension, J = K / 2 pairs of dimensions, R query heads of a key-value head.
+key-value heads, K head dimension, J pairs of rotated dimensions, M ropes, R query heads of a key-value head.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.attention.kind import ONE_DEVICE, Split
+from rpo_jax.models.attention.kind import ONE_DEVICE, Split, capped
 from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import make_attention
-from rpo_jax.models.decoder import Constrain, Decoder, Params
+from rpo_jax.models.decoder import Constrain, Decoder, Params, divided, embedded, rotations
 from rpo_jax.models.projection import Quantized, Transposed
-from rpo_jax.models.rope import rotation
 
 SLICE = 32  # slots
 BLOCK_SLICES = 2
@@ -52,7 +51,8 @@ class Recent(NamedTuple):
 
     keys: tuple[Float[Array, "B G K S"], ...]
     values: tuple[Float[Array, "B G S K"], ...]
-    cos_sin: tuple[Float[Array, "B S J"], Float[Array, "B S J"]]  # of all slots: XLA would compute them in every layer
+    # Of all slots: XLA would compute them in every layer.
+    cos_sin: tuple[Float[Array, "M B S J"], Float[Array, "M B S J"]]
 
 
 class Cache(NamedTuple):
@@ -143,7 +143,7 @@ def no_tokens(model_config: ModelConfig, cache: Cache) -> Recent:
     keys = tuple(jnp.zeros_like(parts[0][0, ..., 0, :]) for parts in cache.keys)
     values = tuple(jnp.zeros_like(parts[0][0, :, :, 0]) for parts in cache.values)
     positions = (cache.filled * SLICE - cache.starts)[:, None] + jnp.arange(SLICE)
-    return Recent(keys, values, rotation(model_config.rope, model_config.head_dim, positions))
+    return Recent(keys, values, rotations(model_config, positions))
 
 
 def to_decode_layout(params: Params, compute_dtype: DTypeLike, platform: str) -> Params:
@@ -213,12 +213,14 @@ def prefill(
     segment_ids = (column >= starts[:, None]).astype(jnp.int32)
     windows = tuple(dict.fromkeys(model_config.sliding_windows))
     ids = TokenIds(positions, segment_ids, jnp.zeros_like(tokens))
-    attend = make_attention("auto", platform or jax.default_backend(), ids, windows, split)
-    cos_sin = rotation(model_config.rope, model_config.head_dim, positions)
-    x = _embedded(params, tokens, compute_dtype, constrain)
+    softcap = model_config.parts.attention_softcap
+    attend = make_attention("auto", platform or jax.default_backend(), ids, windows, split, softcap)
+    cos_sin = rotations(model_config, positions)
+    x = _embedded(model_config, params, tokens, compute_dtype, constrain)
     keys: list[Array] = []
     values: list[Array] = []
-    for layer, window in zip(params["layers"], model_config.sliding_windows, strict=True):
+    of_layer = zip(params["layers"], model_config.sliding_windows, model_config.rope_of_layer, strict=True)
+    for layer, window, rope in of_layer:
         which = jnp.array(windows.index(window))
 
         def keeping(query: Array, key: Array, value: Array, which: Array = which) -> Array:
@@ -230,7 +232,7 @@ def prefill(
             values.append(next(padded).transpose(1, 0, 4, 2, 3, 5))
             return attend(query, key, value, which)
 
-        x = nnx.merge(graph, layer)(x, cos_sin, keeping, constrain)
+        x = nnx.merge(graph, layer)(x, tuple(angles[rope] for angles in cos_sin), keeping, constrain)
     filled = jnp.full(len(tokens), tokens.shape[1] // SLICE, jnp.int32)
     cache = Cache(tuple((x,) for x in keys), tuple((x,) for x in values), starts, filled)
     return _normed(model_config, params, x[:, -1:]), placed(cache, constrain)
@@ -255,10 +257,11 @@ def extend(
     """
     constrain = constrain or (lambda x, axes: x)
     graph, _ = _graphs(model_config)
-    cos_sin = tuple(jax.lax.dynamic_slice_in_dim(x, number, 1, axis=1) for x in recent.cos_sin)
-    x = _embedded(params, tokens[:, None], compute_dtype, constrain)
+    cos_sin = tuple(jax.lax.dynamic_slice_in_dim(x, number, 1, axis=2) for x in recent.cos_sin)
+    x = _embedded(model_config, params, tokens[:, None], compute_dtype, constrain)
     keys, values = list(recent.keys), list(recent.values)
-    for layer_number, (layer, window) in enumerate(zip(params["layers"], model_config.sliding_windows, strict=True)):
+    of_layer = zip(params["layers"], model_config.sliding_windows, model_config.rope_of_layer, strict=True)
+    for layer_number, (layer, window, rope) in enumerate(of_layer):
 
         def attend(
             query: Array, key: Array, value: Array, at: int = layer_number, window: int | None = window
@@ -266,9 +269,9 @@ def extend(
             keys[at] = jax.lax.dynamic_update_slice(keys[at], key.transpose(0, 2, 3, 1), (0, 0, 0, number))
             values[at] = jax.lax.dynamic_update_slice(values[at], value.swapaxes(1, 2), (0, 0, number, 0))
             blocks = (cache.keys[at], cache.values[at], cache.starts, cache.filled, used)
-            return _attend(query, keys[at], values[at], number, blocks, window)
+            return _attend(query, keys[at], values[at], number, blocks, window, model_config.parts.attention_softcap)
 
-        x = nnx.merge(graph, layer)(x, cos_sin, attend, constrain)
+        x = nnx.merge(graph, layer)(x, tuple(angles[rope] for angles in cos_sin), attend, constrain)
     recent = recent._replace(keys=_place(keys, _KEY_AXES, constrain), values=_place(values, _VALUE_AXES, constrain))
     return _normed(model_config, params, x), recent
 
@@ -281,17 +284,25 @@ def next_token_logits(
     head = params["embed"] if model_config.tie_embeddings else params["head"]
     head = head.astype(hidden.dtype)
     logits = jax.lax.optimization_barrier(jnp.einsum("vd,bd->vb", head, hidden, preferred_element_type=jnp.float32)).T
+    logits = capped(logits, model_config.parts.logit_softcap)
     return logits if constrain is None else constrain(logits, ("rows", "vocab"))
 
 
-def _embedded(params: Params, tokens: Int[Array, "B T"], compute_dtype: DTypeLike, constrain: Constrain) -> Array:
+def _embedded(
+    model_config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    compute_dtype: DTypeLike,
+    constrain: Constrain,
+) -> Array:
     # As in training: whole over fsdp before rows are taken from it.
     table = constrain(params["embed"], ("vocab", "embed"))
-    return constrain(table[tokens].astype(compute_dtype), ("rows", "tokens", "embed"))
+    return constrain(embedded(model_config, table, tokens, compute_dtype), ("rows", "tokens", "embed"))
 
 
 def _normed(model_config: ModelConfig, params: Params, x: Float[Array, "B 1 D"]) -> Float[Array, "B D"]:
-    return nnx.merge(_graphs(model_config)[1], params["final_norm"])(x[:, 0])
+    normed = nnx.merge(_graphs(model_config)[1], params["final_norm"])(x[:, 0])
+    return divided(normed, model_config.parts.logit_divisor)
 
 
 def _place(arrays: Sequence[Array], axes: tuple[str | None, ...], constrain: Constrain) -> tuple[Array, ...]:
@@ -322,6 +333,7 @@ def _attend(
     number: Int[Array, ""],
     blocks: tuple[KeyParts, ValueParts, Array, Array, Array | None],
     window: int | None,
+    softcap: float | None,
 ) -> Float[Array, "B 1 H K"]:
     """What dense attention computes, for the recent token of this number, which sees all before it in its row.
 
@@ -341,7 +353,7 @@ def _attend(
         return seen if window is None else seen & (at[:, None] - slots < window)
 
     def add(before: _Sum, key: Array, value: Array, seen: Array) -> _Sum:
-        scores = jnp.einsum("bgrk,bgks->bgrs", grouped, key, preferred_element_type=jnp.float32)
+        scores = capped(jnp.einsum("bgrk,bgks->bgrs", grouped, key, preferred_element_type=jnp.float32), softcap)
         seen = seen[:, None, None]
         top = jnp.maximum(before.top, jnp.max(scores, axis=-1, initial=jnp.finfo(jnp.float32).min, where=seen))
         # Exactly 0 where nothing is seen, and then top is as before: such a block changes no bit.

@@ -41,7 +41,11 @@ def make_log_probs(
         split=models.Split(placement.shards, placement.per_shard, placement.gather),
     )
     policy.check(how, config.batch.row_tokens)
-    chunks: Any = {"shards": placement.shards("rows"), "constrain": placement.constrain}
+    chunks: Any = {
+        "shards": placement.shards("rows"),
+        "constrain": placement.constrain,
+        "softcap": model_config.parts.logit_softcap,
+    }
 
     def log_probs(
         params: Params,

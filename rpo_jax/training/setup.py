@@ -76,9 +76,9 @@ def policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | None
     tokenizer, size = prepared.tokenizer, config.model
     if loaded is not None:
         models.check_tokenizer(tokenizer, loaded, str(size.path))
-        if config.data.max_tokens > loaded.max_position_embeddings:
+        if config.data.max_tokens > loaded.positions:
             reporter.say(
-                f"data.max_tokens={config.data.max_tokens} is more than the {loaded.max_position_embeddings} positions "
+                f"data.max_tokens={config.data.max_tokens} is more than the {loaded.positions} positions "
                 f"that {size.path} was made for"
             )
         return loaded

@@ -35,6 +35,16 @@ YARN_ROPE = {
     "original_max_position_embeddings": 32,
 }
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+LAYERS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 20, "final_logit_softcapping": 4.0, "eos_token_id": 3}
+# As LongRoPE's are: a divisor for each pair of rotated dimensions, other ones beyond the first 64 positions.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+    "long_factor": [2.0, 3.0, 5.0, 7.0, 11.0, 13.0],
+    "partial_rotary_factor": 0.75,
+}
 
 # name -> transformers' model class prefix and what it changes.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,6 +63,64 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"head_dim": 24, "tie_word_embeddings": True, "attention_bias": True, **SLIDING},
     ),
+    "gemma": ("Gemma", {"head_dim": 24, "num_key_value_heads": 1}),
+    "gemma2": ("Gemma2", GEMMA | LAYERS | {"attn_logit_softcapping": 3.0}),
+    "vaultgemma": ("VaultGemma", GEMMA | LAYERS | {"attn_logit_softcapping": 3.0}),
+    "gemma3": (
+        "Gemma3",
+        GEMMA
+        | LAYERS
+        | {
+            "rope_parameters": {
+                "full_attention": LINEAR_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            }
+        },
+    ),
+    "gemma3 no caps": ("Gemma3", GEMMA | LAYERS | {"final_logit_softcapping": None, "tie_word_embeddings": False}),
+    "phi3": ("Phi3", {"pad_token_id": 0, "sliding_window": 6}),
+    "phi4 mini": (
+        "Phi3",
+        {
+            "pad_token_id": 0,
+            "rope_parameters": LONG_ROPE,
+            "original_max_position_embeddings": 96,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("Olmo2", {"attention_bias": True}),
+    "olmo3": (
+        "Olmo3",
+        LAYERS
+        | {
+            "rope_parameters": {
+                "full_attention": YARN_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            }
+        },
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
+    "smollm3 sliding": (
+        "SmolLM3",
+        LAYERS | {"no_rope_layers": [0, 1, 1], "use_sliding_window": True, "pad_token_id": 0},
+    ),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 3.0},
+    ),
+    "hyperclovax": (
+        "HyperCLOVAX",
+        {
+            "embedding_multiplier": 10.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.75,
+        },
+    ),
+    "exaone4": ("Exaone4", LAYERS),
+    "exaone4 no windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "ministral": ("Ministral", LAYERS | {"head_dim": 24}),
+    "seed_oss": ("SeedOss", {"head_dim": 24, "attention_bias": True, "attention_out_bias": False, "pad_token_id": 0}),
 }
 
 
@@ -60,13 +128,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def torch_model(name: str) -> Any:
     """A model whose every weight is random and large enough that an error in any of them shows in the logits."""
     prefix, changes = CASES[name]
-    config = getattr(transformers, f"{prefix}Config")(**(SIZES | changes), attn_implementation="eager")
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    model_class = getattr(transformers, f"{prefix}ForCausalLM")
+    config = model_class.config_class(**(SIZES | changes), attn_implementation="eager")
+    model = model_class(config).eval()
     generator = torch.Generator().manual_seed(0)
+    centre = 0 if "Gemma" in prefix else 1  # of norms' scales
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in _name(model, parameter) else 0.15 * noise)
+            parameter.copy_(centre + 0.3 * noise if "norm" in _name(model, parameter) else 0.15 * noise)
     return model
 
 

@@ -45,12 +45,12 @@ def tensors(rows: int, tokens: int, kv_heads: int = 2, num_heads: int = HEADS):
     )
 
 
-def value_and_gradients(name, layout, qkv, weight, windows, which, split=None):
+def value_and_gradients(name, layout, qkv, weight, windows, which, split=None, softcap=None):
     """Output and gradients where there are tokens: what padding gives is nobody's business."""
     live = (layout.segment_ids > 0)[..., None, None]
 
     def total(query, key, value, layout):
-        attend = make_attention(name, "cpu", layout, windows, split or Split())
+        attend = make_attention(name, "cpu", layout, windows, split or Split(), softcap)
         out = jnp.where(live, attend(query, key, value, which), 0)
         return jnp.sum(out * weight), out
 
@@ -77,6 +77,15 @@ def test_every_layer_gets_its_own_window(which):
     *qkv, weight = tensors(2, 4 * BLOCK_TOKENS)
     args = layout, qkv, weight, (None, 5, 70), jnp.array(which)
     assert_same(value_and_gradients("blockwise", *args), value_and_gradients("dense", *args))
+
+
+def test_capped_scores_are_those_of_dense_attention():
+    layout = packed_layout(2, 4 * BLOCK_TOKENS, seed=1)
+    *qkv, weight = tensors(2, 4 * BLOCK_TOKENS)
+    args = layout, qkv, weight, (None, 40), jnp.array(1)
+    capped, dense = (value_and_gradients(name, *args, softcap=0.7) for name in ("blockwise", "dense"))
+    assert_same(capped, dense)
+    assert np.abs(dense[0] - value_and_gradients("dense", *args)[0]).max() > 0.1, "the cap does something"
 
 
 def test_rows_need_not_be_whole_blocks():

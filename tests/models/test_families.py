@@ -5,12 +5,16 @@ import json
 import re
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from rpo_jax import models
 from rpo_jax.models.huggingface.configuration import to_transformers
 
 from .conftest import CASES, LLAMA3_ROPE, torch_model
+from .public_configs import PUBLIC
 
+OLDEST = {"llama", "mistral", "qwen2", "qwen3"}  # their folders have been read since the first day
 BASE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -38,6 +42,32 @@ def test_configuration_survives_both_ways(name, hf_folder, tmp_path):
 
 def test_every_family_is_among_the_cases():
     assert {torch_model(name).config.model_type for name in CASES} == set(models.FAMILIES)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_configurations_are_read(name, tmp_path):
+    """Every family's rules, on what a published model's config.json says."""
+    public = PUBLIC[name]
+    (tmp_path / "config.json").write_text(json.dumps(public.config))
+    model = models.read_config(tmp_path)
+    found = {key: getattr(model, key) for key in public.expected}
+    assert found == public.expected
+    assert {key: getattr(model.parts, key) for key in public.parts} == public.parts
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(to_transformers(model, "bfloat16"))
+    assert models.count_params(model) == sum(parameter.numel() for parameter in theirs.parameters())
+
+
+def test_every_family_has_a_public_configuration():
+    missing = set(models.FAMILIES) - {public.family for public in PUBLIC.values()}
+    assert missing == {"exaone4", "hyperclovax", "ministral", "vaultgemma", *OLDEST}, "none was found of these"
+
+
+def test_a_record_of_llama_knows_nothing_of_what_others_differ_in():
+    """Architectures stand in checkpoints: those of runs before there were other families must stay equal."""
+    assert _new().variant is None
+    assert _new() == dataclasses.replace(_new(), variant=models.Variant())
+    assert _new(family="gemma").variant is not None
 
 
 def test_older_rope_keys_mean_the_same(tmp_path):
@@ -81,14 +111,54 @@ def test_max_window_layers_places_the_sliding_layers(tmp_path):
     [
         (
             {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-            "'GPT2LMHeadModel' in .*config.json is not supported; known families: llama .LlamaForCausalLM., mistral",
+            "'GPT2LMHeadModel' in .*config.json is not supported; known families: .* llama, .* qwen3",
         ),
         ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification; only LlamaForCausalLM"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json: rope type 'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3.*high_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
+        ({"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported; known ones: silu, gelu, gelu_pytorch_tanh"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantized weights are not supported; use the folder of the unquantized",
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            "quantized weights are not supported .awq.; use the folder of the unquantized",
+        ),
+        (
+            {"model_type": "gemma3n", "architectures": ["Gemma3nForCausalLM"]},
+            "'Gemma3nForCausalLM' in .*is not supported: its layers have embeddings of their own; known families",
+        ),
+        (
+            {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "use_bidirectional_attention": True},
+            "config.json: use_bidirectional_attention=True is not supported; models of this family have False",
+        ),
+        (
+            {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": 50.0},
+            "config.json: attn_logit_softcapping=50.0 is not supported; models of this family have None",
+        ),
+        (
+            {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "logits_scaling": 0.0},
+            "config.json: logit_divisor must be a number greater than 0, got 0.0",
+        ),
+        (
+            {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": -1.0},
+            "config.json: logit_softcap must be a number greater than 0, got -1.0",
+        ),
+        (
+            {
+                "model_type": "smollm3",
+                "architectures": ["SmolLM3ForCausalLM"],
+                "layer_types": ["full_attention"] * 2,
+                "no_rope_layers": [1],
+            },
+            "no_rope_layers has 1 entries for 2 layers",
+        ),
+        (
+            {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.4},
+            "rotated_dim=3 must be even and at least 2",
+        ),
         ({"num_attention_heads": 5}, "hidden size .32. is not a multiple"),
         ({"hidden_size": "wide"}, "hidden_size must be an integer from 1 to 16,777,216, got wide"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer from 1 to 4,096, got 1000000000"),
@@ -134,13 +204,15 @@ def test_new_config_has_the_sizes_it_was_given(family):
     assert (config.family, config.head_dim, config.num_kv_heads, config.eos_token_id) == (family, 8, 2, 3)
     assert config.rope == models.Rope(theta=5_000.0)
     assert config.tie_embeddings
-    assert config.qk_norm == (family == "qwen3")
-    assert config.qkv_bias == (family == "qwen2")
+    assert config.qk_norm == (family in ("exaone4", "gemma3_text", "olmo2", "olmo3", "qwen3"))
+    assert config.qkv_bias == (family in ("qwen2", "seed_oss"))
+    local = {"gemma3_text": models.Rope(theta=10_000.0)}.get(family)
+    assert config.parts.local_rope == local
 
 
 def test_new_config_refuses_unknown_family_and_impossible_sizes():
-    with pytest.raises(ValueError, match="family=gemma is not supported; known families: llama"):
-        _new(family="gemma")
+    with pytest.raises(ValueError, match=r"family=gpt2 is not supported; known families: .* llama, "):
+        _new(family="gpt2")
     with pytest.raises(ValueError, match="hidden_size=30 must be a multiple of num_heads=4"):
         _new(hidden_size=30)
     with pytest.raises(ValueError, match=r"(?s)transformers does not accept it: .*head_dim`=9"):

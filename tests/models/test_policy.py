@@ -81,7 +81,8 @@ def test_a_policy_is_static_under_jit():
     ("model", "targets", "message"),
     [
         ({"attention": "flash"}, (), "model.attention=flash is not known; use auto or one of blockwise, cudnn, dense"),
-        ({"family": "gemma"}, (), r"model.family=gemma is not supported; known families: llama \(LlamaForCausalLM\)"),
+        ({"family": "gpt2"}, (), "model.family=gpt2 is not supported; known families: .* llama, .* qwen3"),
+        ({"family": "mixtral"}, (), "model.family=mixtral is not supported: it is a mixture of experts; known"),
         ({}, ("q_proj", "w_proj"), r"lora.targets=\['q_proj', 'w_proj'\] must be some of q_proj, k_proj, .*down_proj,"),
         ({}, ("q_proj", "q_proj"), "each at most once"),
     ],

@@ -10,6 +10,10 @@ from rpo_jax.models.rope import Rope, frequencies, rotate, rotation
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 4096}
+LONGROPE = YARN | {
+    "short_factor": tuple(np.linspace(1, 3, 64).tolist()),
+    "long_factor": tuple(np.linspace(1, 50, 64).tolist()),
+}
 
 
 @pytest.mark.parametrize(
@@ -21,6 +25,8 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 4096}
         ("yarn", YARN),
         ("yarn", YARN | {"attention_factor": 1.3, "beta_fast": 16, "beta_slow": 2}),
         ("yarn", YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}),
+        ("longrope", LONGROPE),
+        ("longrope", LONGROPE | {"attention_factor": 1.3}),
     ],
 )
 def test_frequencies_are_those_of_transformers(kind, scaling):
@@ -55,6 +61,20 @@ def test_scores_depend_on_the_distance_only():
 def test_position_zero_is_not_rotated():
     x = jnp.arange(8.0).reshape(1, 1, 1, 8)
     np.testing.assert_array_equal(rotate(x, *rotation(Rope(theta=100.0), 8, jnp.array([[0]]))), x)
+
+
+def test_a_part_of_a_head_is_rotated_and_all_of_it_scaled():
+    x = jnp.arange(12.0).reshape(1, 1, 1, 12)
+    cos, sin = rotation(Rope(theta=100.0), 8, jnp.array([[3]]))
+    np.testing.assert_allclose(rotate(x, cos, sin, 0.5)[..., :8], 0.5 * rotate(x[..., :8], cos, sin), rtol=1e-6)
+    np.testing.assert_array_equal(rotate(x, cos, sin, 0.5)[..., 8:], 0.5 * x[..., 8:])
+    np.testing.assert_array_equal(rotate(x, *rotation(None, 8, jnp.array([[3]]))), x)
+
+
+def test_longrope_needs_a_divisor_for_each_pair():
+    rope = Rope(theta=100.0, kind="longrope", scaling=tuple(sorted(LONGROPE.items())))
+    with pytest.raises(ValueError, match="short_factor has 64 numbers for 4 pairs of rotated dimensions"):
+        frequencies(rope, 8)
 
 
 def test_unknown_kind_and_wrong_parameters_are_refused():

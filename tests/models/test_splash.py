@@ -45,6 +45,15 @@ def test_every_layer_gets_its_own_window(which):
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_capped_scores_are_those_of_dense_attention():
+    layout = packed_layout(2, TOKENS, seed=1)
+    *qkv, weight = tensors(2, TOKENS)
+    args = layout, qkv, weight, (40,), jnp.array(0)
+    capped, dense = (value_and_gradients(name, *args, softcap=0.7) for name in ("splash", "dense"))
+    assert_same(capped, dense, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_bfloat16_is_as_near_to_float32_as_dense_attention_is():
     layout = packed_layout(2, TOKENS, seed=3)
     *qkv, weight = tensors(2, TOKENS)
@@ -147,5 +156,7 @@ def test_cudnn_gets_one_mask_for_all_heads_and_unrepeated_keys(monkeypatch):
 )
 def test_cudnn_says_what_it_needs(asked, need):
     check_attention("cudnn", "gpu", "bfloat16", 64, None)
+    with pytest.raises(ValueError, match=r"cudnn cannot cap attention scores, and this model's are capped at 50\.0"):
+        check_attention("cudnn", "gpu", "bfloat16", 64, None, 50.0)
     with pytest.raises(ValueError, match=f"model.attention=cudnn needs {need}"):
         check_attention("cudnn", "gpu", *asked)

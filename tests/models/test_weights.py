@@ -1,6 +1,7 @@
 """Folders in and out: equal bytes, equal logits in torch, and every key used exactly once."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -10,7 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+)
 
 from rpo_jax import models
 
@@ -99,6 +106,47 @@ def test_a_new_architecture_on_devices_reaches_torch_with_its_logits(tmp_path):
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(saved)(torch.tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(models.apply(config, params, jnp.array(TOKENS)), expected, atol=1e-5)
+
+
+def _with_eyes(family):
+    """A tiny model that also sees, whose language model is a text family's."""
+    vision = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    if family == "gemma3":
+        # transformers' model with eyes caps no logits, whatever its configuration says; published ones say nothing.
+        text = torch_model("gemma3").config.to_dict() | {"model_type": "gemma3_text", "final_logit_softcapping": None}
+        vision |= {"image_size": 28, "patch_size": 14}
+        return Gemma3ForConditionalGeneration(
+            Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, eos_token_id=[5, 6])
+        )
+    text = torch_model("mistral").config.to_dict()
+    vision |= {"model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 8}
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+
+
+@pytest.mark.parametrize("named", ["now", "before"])
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_of_a_folder_that_also_sees_the_text_is_used_and_that_is_said(family, named, tmp_path, caplog):
+    whole = _with_eyes(family).eval()
+    whole.save_pretrained(tmp_path / "in")
+    names = load_file(tmp_path / "in" / "model.safetensors")
+    if named == "before":  # as transformers 4 wrote them
+        names = {re.sub(r"^model\.language_model\.", "language_model.model.", key): x for key, x in names.items()}
+        names = {re.sub(r"^model\.", "", key): x for key, x in names.items()}
+        names = {re.sub(r"^lm_head", "language_model.lm_head", key): x for key, x in names.items()}
+        save_file(names, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    config = models.check_pretrained(tmp_path / "in")
+    assert "its text part is used; " in caplog.text
+    assert re.search(r"\d\d tensors of its other parts are left out", caplog.text)
+    _, params = models.load_pretrained(tmp_path / "in")
+    with torch.no_grad():
+        expected = whole(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(models.apply(config, params, jnp.array(TOKENS)), expected, atol=1e-4)
+    saved = models.save_pretrained(tmp_path / "out", config, params, config=tmp_path / "in")
+    alone = AutoModelForCausalLM.from_pretrained(saved)
+    assert type(alone).__name__ == models.FAMILIES[config.family].architecture
+    with torch.no_grad():
+        np.testing.assert_allclose(alone(torch.tensor(TOKENS)).logits.numpy(), expected, atol=1e-4)
+    assert models.check_pretrained(saved) == config
 
 
 def _rewrite(source: Path, target: Path, change) -> Path:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.objectives.logprobs import response_log_probs, response_log_probs_and_collisions
+from rpo_jax.objectives.logprobs import response_log_probs, response_log_probs_and_collisions, token_log_probs
 from tests.objectives import oracle
 
 R, T, D, V, P = 3, 11, 6, 37, 7
@@ -88,6 +88,30 @@ def test_gradients_are_those_of_all_logits_at_once(dtype, rtol):
         assert ours.dtype == reference.dtype
         ours, reference = np.asarray(ours, np.float32), np.asarray(reference, np.float32)
         np.testing.assert_allclose(ours, reference, rtol=rtol, atol=rtol * np.abs(reference).max())
+
+
+@pytest.mark.parametrize("name", ["response_log_probs", "token_log_probs"])
+def test_capped_logits_are_exact_in_values_and_gradients(name):
+    """Gemma 2's head: logits c tanh(z / c)."""
+    hidden, head, *ids = draw(2)
+    coefficients, cap = jnp.arange(1.0, P + 1), 1.5
+
+    def chunked(hidden, head):
+        if name == "response_log_probs":
+            found = response_log_probs(hidden, head, *ids, P, chunk_tokens=4, softcap=cap)[0]
+            return jnp.sum(coefficients * found)
+        found = token_log_probs(hidden, head, *ids, chunk_tokens=4, softcap=cap)
+        return jnp.sum(jnp.where(ids[2] >= 0, coefficients[ids[2]], 0) * found)
+
+    def at_once(hidden, head):
+        logits = jnp.take_along_axis(hidden, ids[1][..., None], axis=1) @ head
+        log_probs = jax.nn.log_softmax(cap * jnp.tanh(logits / cap))
+        log_probs = jnp.take_along_axis(log_probs, ids[0][..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(ids[2] >= 0, coefficients[ids[2]], 0) * log_probs)
+
+    got, expected = (jax.value_and_grad(f, (0, 1))(hidden, head) for f in (chunked, at_once))
+    for ours, reference in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5 * np.abs(reference).max())
 
 
 def test_the_heads_gradient_accumulates_in_float32():

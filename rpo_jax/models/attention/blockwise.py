@@ -28,6 +28,7 @@ from rpo_jax.models.attention.kind import (
     AttentionKind,
     Split,
     Windows,
+    capped,
 )
 from rpo_jax.models.attention.masking import TokenIds, visible
 
@@ -88,6 +89,7 @@ def blockwise_attention(
     ids: TokenIds,
     plan: Plan,
     window: Int[Array, ""],
+    softcap: float | None = None,
 ) -> Float[Array, "R T H K"]:
     """Grouped-query attention, softmax in float32; what dense attention gives, but zeros in blocks of padding alone.
 
@@ -95,19 +97,21 @@ def blockwise_attention(
         ids: of T tokens, a multiple of BLOCK_TOKENS.
         plan: of these ids and this window.
         window: positions that a query sees back, its own included.
+        softcap: c of c tanh(scores / c); None for the scores as they are.
     """
     rows, tokens, heads, head_dim = query.shape
     groups, num_blocks = key.shape[2], tokens // BLOCK_TOKENS
     # The query heads of a key-value head become more queries: fewer and larger matrix products.
     split = (rows, num_blocks, BLOCK_TOKENS, groups, heads // groups, head_dim)
     blocks = query.reshape(split).transpose(0, 1, 3, 4, 2, 5).reshape(rows * num_blocks, groups, -1, head_dim)
-    out = _attend(blocks, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), ids, plan, window)
+    out = _attend(softcap, blocks, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), ids, plan, window)
     split = (rows, num_blocks, groups, heads // groups, BLOCK_TOKENS, head_dim)
     return out.reshape(split).transpose(0, 1, 4, 2, 3, 5).reshape(query.shape)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
+    softcap: float | None,
     query: Float[Array, "N G b*q K"],
     key: Float[Array, "R G T K"],
     value: Float[Array, "R G T K"],
@@ -115,7 +119,7 @@ def _attend(
     plan: Plan,
     window: Int[Array, ""],
 ) -> Float[Array, "N G b*q K"]:
-    return _forward(query, key, value, ids, plan, window)[0]
+    return _forward(softcap, query, key, value, ids, plan, window)[0]
 
 
 class _Block(NamedTuple):
@@ -151,9 +155,9 @@ def _block(index: Array, span_tokens: int, query: Array, key: Array, ids: TokenI
     return _Block(index, (row, 0, start, 0), (1, key.shape[1], span_tokens, key.shape[3]), mask)
 
 
-def _scores(block: _Block, query: Array, key: Array) -> Float[Array, "G b*q S"]:
+def _scores(softcap: float | None, block: _Block, query: Array, key: Array) -> Float[Array, "G b*q S"]:
     scaled = block.of(query) * key.shape[-1] ** -0.5
-    return jnp.einsum("gqk,gsk->gqs", scaled, block.span(key), preferred_element_type=jnp.float32)
+    return capped(jnp.einsum("gqk,gsk->gqs", scaled, block.span(key), preferred_element_type=jnp.float32), softcap)
 
 
 def _over_blocks(body: Callable[[_Block, Any], Any], carry: Any, saved: _Saved) -> Any:
@@ -169,12 +173,12 @@ def _over_blocks(body: Callable[[_Block, Any], Any], carry: Any, saved: _Saved) 
     return carry
 
 
-def _forward(query, key, value, ids, plan, window) -> tuple[Array, _Saved]:
+def _forward(softcap, query, key, value, ids, plan, window) -> tuple[Array, _Saved]:
     out, log_sum = jnp.zeros_like(query), jnp.zeros(query.shape[:-1], jnp.float32)
     saved = _Saved(query, key, value, ids, plan, window, out, log_sum)
 
     def body(block: _Block, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        scores = jnp.where(block.mask, _scores(block, query, key), jnp.finfo(jnp.float32).min)
+        scores = jnp.where(block.mask, _scores(softcap, block, query, key), jnp.finfo(jnp.float32).min)
         most = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - most)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -187,8 +191,11 @@ def _forward(query, key, value, ids, plan, window) -> tuple[Array, _Saved]:
     return out, saved._replace(out=out, log_sum=log_sum)
 
 
-def _backward(saved: _Saved, cotangent: Float[Array, "N G b*q K"]) -> tuple[Any, ...]:
-    """With p = softmax(s), o = p v:  dv = p^T do;  ds = p (do v^T - sum_k(o do));  dq = ds k, dk = ds^T q."""
+def _backward(softcap: float | None, saved: _Saved, cotangent: Float[Array, "N G b*q K"]) -> tuple[Any, ...]:
+    """With p = softmax(s), o = p v:  dv = p^T do;  ds = p (do v^T - sum_k(o do));  dq = ds k, dk = ds^T q.
+
+    A cap c multiplies ds by 1 - (s / c)^2, s being the capped scores.
+    """
     query, key, value = saved.query, saved.key, saved.value
     wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
     inner = jnp.sum(cotangent.astype(jnp.float32) * saved.out.astype(jnp.float32), axis=-1)
@@ -196,8 +203,11 @@ def _backward(saved: _Saved, cotangent: Float[Array, "N G b*q K"]) -> tuple[Any,
 
     def body(block: _Block, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         log_sum, out_gradient = block.of(saved.log_sum)[..., None], block.of(cotangent)
-        weights = jnp.where(block.mask, jnp.exp(_scores(block, query, key) - log_sum), 0.0)
+        scores = _scores(softcap, block, query, key)
+        weights = jnp.where(block.mask, jnp.exp(scores - log_sum), 0.0)
         through = wide("gqk,gsk->gqs", out_gradient, block.span(value)) - block.of(inner)[..., None]
+        if softcap is not None:
+            through *= 1 - jnp.square(scores / softcap)
         scores = (weights * through * scale).astype(query.dtype)
         weights = weights.astype(query.dtype)
         return (
@@ -215,7 +225,7 @@ def _backward(saved: _Saved, cotangent: Float[Array, "N G b*q K"]) -> tuple[Any,
 _attend.defvjp(_forward, _backward)
 
 
-def _make(ids: TokenIds, windows: Windows, split: Split) -> Attend:
+def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) -> Attend:
     padding = -ids.segment_ids.shape[1] % BLOCK_TOKENS
     ids = ids.padded(padding)
     sizes = jnp.array([EVERYTHING if window is None else window for window in windows], jnp.int32)
@@ -226,7 +236,8 @@ def _make(ids: TokenIds, windows: Windows, split: Split) -> Attend:
 
     def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
         more = ids, jax.tree.map(lambda x: x[which], plans), sizes[which]
-        return split.attend(blockwise_attention, (query, key, value), more, (TOKEN_IDS_AXES, plan_axes, ()), padding)
+        run = partial(blockwise_attention, softcap=softcap)
+        return split.attend(run, (query, key, value), more, (TOKEN_IDS_AXES, plan_axes, ()), padding)
 
     return attend
 

@@ -17,7 +17,8 @@ def _fused(query: Array, key: Array, value: Array, mask: Array) -> Array:
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
 
 
-def _make(ids: TokenIds, windows: Windows, split: Split) -> Attend:
+def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) -> Attend:
+    assert softcap is None, "check_attention refuses it"
     # One mask for all heads; the scores themselves stay inside the kernel.
     masks = jnp.stack([visible(*ids, window) for window in windows])[:, :, None]
 
@@ -39,4 +40,5 @@ KIND = AttentionKind(
         ("an even batch.row_tokens", lambda dtype, head_dim, tokens: tokens is None or tokens % 2 == 0),
     ),
     stand_in="blockwise",
+    caps=False,
 )

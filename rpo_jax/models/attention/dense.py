@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from rpo_jax.models.attention.kind import ATTENTION_OUTPUT, Attend, AttentionKind, Split, Windows
+from rpo_jax.models.attention.kind import ATTENTION_OUTPUT, Attend, AttentionKind, Split, Windows, capped
 from rpo_jax.models.attention.masking import TokenIds, visible
 
 
@@ -19,8 +19,11 @@ def dense_attention(
     key: Float[Array, "B S G K"],
     value: Float[Array, "B S G K"],
     mask: Bool[Array, "B T S"],
+    softcap: float | None = None,
 ) -> Float[Array, "B T H K"]:
     """Grouped-query attention, softmax in float32.  softmax(q k^T / sqrt(K)) v.  Source: arXiv 2305.13245.
+
+    With a softcap c the scores s are c tanh(s / c) before they are masked.
 
     Query head h reads key-value head h // (H / G). Each query must see at least one key.
     """
@@ -29,18 +32,18 @@ def dense_attention(
     grouped = query.reshape(rows, tokens, key.shape[2], -1, head_dim)
     scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, key, preferred_element_type=jnp.float32)
     # A finite minimum, not -inf: it keeps gradients finite where a whole row is masked.
-    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, None], capped(scores * head_dim**-0.5, softcap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("bgrts,bsgk->btgrk", weights, value).reshape(rows, tokens, heads, head_dim)
     return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
-def _make(ids: TokenIds, windows: Windows, split: Split) -> Attend:
+def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) -> Attend:
     masks = jnp.stack([visible(*ids, window) for window in windows])
 
     def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
         # A single mask is indexed statically, so that a scan over layers need not copy it in every one.
-        return dense_attention(query, key, value, masks[which if len(masks) > 1 else 0])
+        return dense_attention(query, key, value, masks[which if len(masks) > 1 else 0], softcap)
 
     return attend
 

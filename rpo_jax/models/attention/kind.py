@@ -67,11 +67,16 @@ class Split(NamedTuple):
 ONE_DEVICE = Split()
 
 
+def capped(x: Array, softcap: float | None) -> Array:
+    """c tanh(x / c), which never leaves (-c, c); x where there is no c.  Source: arXiv 2408.00118, Section 2."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+
 class AttentionKind(NamedTuple):
     """One way to compute attention; its module's name is the value of model.attention that asks for it.
 
     Attributes:
-        make: (tokens' ids, distinct windows, split) to the attention of a batch.
+        make: (tokens' ids, distinct windows, split, softcap of the scores) to the attention of a batch.
         why: one line on where it is used.
         auto: platforms on which `auto` picks it.
         skips: whether keys that nothing in a block sees cost nothing: rows may then be long.
@@ -79,9 +84,10 @@ class AttentionKind(NamedTuple):
         platforms: where it runs, if not everywhere.
         needs: what it cannot do without, in words, and whether (compute dtype, head dimension, row tokens) fulfil it.
         stand_in: the kind whose memory is planned for where this one cannot be compiled; itself where empty.
+        caps: whether it can cap scores.
     """
 
-    make: Callable[[TokenIds, Windows, Split], Attend]
+    make: Callable[[TokenIds, Windows, Split, float | None], Attend]
     why: str
     auto: tuple[str, ...] = ()
     skips: bool = False
@@ -89,3 +95,4 @@ class AttentionKind(NamedTuple):
     platforms: tuple[str, ...] = ()
     needs: tuple[tuple[str, Callable[[str, int, int | None], bool]], ...] = ()
     stand_in: str = ""
+    caps: bool = True

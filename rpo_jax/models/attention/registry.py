@@ -35,12 +35,25 @@ def check_attention_name(name: str) -> None:
         raise ValueError(f"model.attention={name} is not known; use auto or one of {', '.join(ATTENTIONS)}.")
 
 
-def check_attention(name: str, platform: str, compute_dtype: str, head_dim: int, row_tokens: int | None) -> None:
+def check_attention(
+    name: str,
+    platform: str,
+    compute_dtype: str,
+    head_dim: int,
+    row_tokens: int | None,
+    softcap: float | None = None,
+) -> None:
     """Raise ValueError where the kind of that name cannot do what is asked of it.
 
     Args:
         row_tokens: None for multiples of 64.
+        softcap: of the model's scores.
     """
+    if softcap is not None and not attention_kind(name, platform).caps:
+        raise ValueError(
+            f"model.attention={name} cannot cap attention scores, and this model's are capped at {softcap}; use "
+            "model.attention=auto."
+        )
     for need, fulfilled in attention_kind(name, platform).needs:
         if not fulfilled(compute_dtype, head_dim, row_tokens):
             raise ValueError(
@@ -49,12 +62,15 @@ def check_attention(name: str, platform: str, compute_dtype: str, head_dim: int,
             )
 
 
-def make_attention(name: str, platform: str, ids: TokenIds, windows: Windows, split: Split) -> Attend:
+def make_attention(
+    name: str, platform: str, ids: TokenIds, windows: Windows, split: Split, softcap: float | None = None
+) -> Attend:
     """The attention of a batch, of the kind that attention_name names.
 
     Args:
         windows: the distinct sliding windows of the layers, None for all positions.
+        softcap: c of c tanh(scores / c); None for the scores as they are.
     """
     if name == "auto" and ids.segment_ids.shape[1] <= SHORT:
         name = "dense"
-    return attention_kind(name, platform).make(ids, windows, split)
+    return attention_kind(name, platform).make(ids, windows, split, softcap)

@@ -46,12 +46,15 @@ def padding(tokens: int) -> int:
     return -tokens % block_tokens(tokens)
 
 
-def make_kernels(ids: TokenIds, window: int | None, interpret: bool = False) -> library.SplashAttentionKernel:
+def make_kernels(
+    ids: TokenIds, window: int | None, softcap: float | None = None, interpret: bool = False
+) -> library.SplashAttentionKernel:
     """The kernel with the masks of all rows: a tree of arrays whose first axis is R.
 
     Args:
         ids: of T tokens, whole blocks.
         window: positions that a query sees back, its own included; None for all.
+        softcap: c of c tanh(scores / c); None for the scores as they are.
         interpret: run as plain JAX operations, on any backend.
     """
     block = block_tokens(ids.segment_ids.shape[1])
@@ -62,7 +65,11 @@ def make_kernels(ids: TokenIds, window: int | None, interpret: bool = False) -> 
     def of_row(mask: Array) -> library.SplashAttentionKernel:
         # One head's mask serves all.
         kernel = library.make_splash_mha_single_device(
-            mask[None], block_sizes=sizes, residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret
+            mask[None],
+            block_sizes=sizes,
+            attn_logits_soft_cap=softcap,
+            residual_checkpoint_name=ATTENTION_OUTPUT,
+            interpret=interpret,
         )
         infos: tuple[Any, ...] = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
         # The flag only names a scope in profiles, and one that is traced cannot be read.
@@ -83,14 +90,16 @@ def splash_attention(
     return jax.vmap(lambda kernel, *qkv: kernel(*qkv))(kernels, *by_head).swapaxes(1, 2)
 
 
-def make(ids: TokenIds, windows: Windows, split: Split, interpret: bool = False) -> Attend:
+def make(
+    ids: TokenIds, windows: Windows, split: Split, softcap: float | None = None, interpret: bool = False
+) -> Attend:
     """AttentionKind.make; `interpret` as for make_kernels."""
     pad = padding(ids.segment_ids.shape[1])
     ids = ids.padded(pad)
     # Once for all layers that share a window; every device makes the masks of its own rows, and all heads share them.
     made = []
     for window in windows:
-        kernels_of = partial(make_kernels, window=window, interpret=interpret)
+        kernels_of = partial(make_kernels, window=window, softcap=softcap, interpret=interpret)
         made.append(split.per_shard(kernels_of, (TOKEN_IDS_AXES,), ROW)(ids))
     kernels = jax.tree.map(lambda *parts: jnp.stack(parts), *made)
 

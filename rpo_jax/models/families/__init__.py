@@ -1,7 +1,8 @@
 """The table of model families: every module of this folder that declares `FAMILY` is in it, under the module's name.
 
 To add a family: put a module here, named as transformers' model_type, and a case into tests/models/conftest.py. Reading
-and writing folders, LoRA's targets, planning, decoding and messages follow from what it declares.
+and writing folders, LoRA's targets, planning, decoding and messages follow from what it declares; docs/families.md has
+the recipe.
 """
 
 from __future__ import annotations
@@ -12,8 +13,39 @@ from rpo_jax.models.families.family import Family
 FAMILIES: dict[str, Family] = discovered(__name__, "FAMILY")
 
 
+_EXPERTS = "it is a mixture of experts"
+_LAYER_NORMS = "its norms subtract a mean"
+_NEIGHBOURS = "its rotary embedding turns neighbouring dimensions"
+# What keeps families that look like those above from being read, by transformers' model_type.
+_DIFFERENCES = {
+    "apertus": "its MLP has no gate and an activation with parameters",
+    "arcee": "its MLP has no gate",
+    "cohere": f"{_LAYER_NORMS}, and {_NEIGHBOURS}",
+    "cohere2": f"{_LAYER_NORMS}, and {_NEIGHBOURS}",
+    "diffllama": "its attention is a difference of two",
+    "ernie4_5": _NEIGHBOURS,
+    "gemma3n": "its layers have embeddings of their own",
+    "glm": _NEIGHBOURS,
+    "glm4": _NEIGHBOURS,
+    "gpt_oss": f"{_EXPERTS}, with attention sinks",
+    "granite_swa": "it has attention sinks",
+    "helium": _NEIGHBOURS,
+    "hunyuan_v1_dense": "it norms queries and keys after their rotation",
+    "ministral3": "it scales queries by their position",
+    "nemotron": f"{_LAYER_NORMS}, and its MLP has no gate",
+    "olmo": _LAYER_NORMS,
+    "phi": f"{_LAYER_NORMS}, and attention and MLP read the same input",
+    "qwen3_next": "it has layers of linear attention",
+    "stablelm": _LAYER_NORMS,
+    "starcoder2": _LAYER_NORMS,
+    **dict.fromkeys(
+        ("deepseek_v3", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "glm4_moe"), _EXPERTS
+    ),
+}
+
+
 def check_family(family: str, what: str) -> None:
-    """Raise ValueError for a family that is not known; `what` begins the message."""
+    """Raise ValueError for a family that is not known, saying what differs where it is near one; `what` begins it."""
     if family not in FAMILIES:
-        known = ", ".join(f"{name} ({entry.architecture})" for name, entry in FAMILIES.items())
-        raise ValueError(f"{what} is not supported; known families: {known}.")
+        why = f": {_DIFFERENCES[family]}" if family in _DIFFERENCES else ""
+        raise ValueError(f"{what} is not supported{why}; known families: {', '.join(FAMILIES)}.")

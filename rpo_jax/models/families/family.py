@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rpo_jax.models.architecture import ModelConfig
@@ -49,29 +49,70 @@ def layer_weights(linears: Mapping[str, tuple[Path, str]], norms: Mapping[str, P
     return (*kernels, *biases, *scales)
 
 
-# Names that Llama's relatives share; a rule whose parameter a model does not have is not used.
-DECODER_WEIGHTS = (
-    WeightRule("model.embed_tokens.weight", ("embed",), "table"),
-    *layer_weights(
-        linears={
-            "self_attn.q_proj": (("attention", "query"), "linear"),
-            "self_attn.k_proj": (("attention", "key"), "linear"),
-            "self_attn.v_proj": (("attention", "value"), "linear"),
-            "self_attn.o_proj": (("attention", "output"), "joined_linear"),
-            "mlp.gate_proj": (("mlp", "gate"), "linear"),
-            "mlp.up_proj": (("mlp", "up"), "linear"),
-            "mlp.down_proj": (("mlp", "down"), "linear"),
-        },
-        norms={
-            "input_layernorm": ("attention_norm",),
-            "post_attention_layernorm": ("mlp_norm",),
-            "self_attn.q_norm": ("attention", "query_norm"),
-            "self_attn.k_norm": ("attention", "key_norm"),
-        },
-    ),
-    WeightRule("model.norm.weight", ("final_norm", "scale"), "vector"),
-    WeightRule("lm_head.weight", ("head",), "linear"),
-)
+LINEARS: dict[str, tuple[Path, str]] = {
+    "self_attn.q_proj": (("attention", "query"), "linear"),
+    "self_attn.k_proj": (("attention", "key"), "linear"),
+    "self_attn.v_proj": (("attention", "value"), "linear"),
+    "self_attn.o_proj": (("attention", "output"), "joined_linear"),
+    "mlp.gate_proj": (("mlp", "gate"), "linear"),
+    "mlp.up_proj": (("mlp", "up"), "linear"),
+    "mlp.down_proj": (("mlp", "down"), "linear"),
+}
+_QK_NORMS: dict[str, Path] = {
+    "self_attn.q_norm": ("attention", "query_norm"),
+    "self_attn.k_norm": ("attention", "key_norm"),
+}
+NORMS: dict[str, Path] = {
+    "input_layernorm": ("attention_norm",),
+    "post_attention_layernorm": ("mlp_norm",),
+    **_QK_NORMS,
+}
+# Where a norm follows attention and MLP, the second name means that after attention.
+NORMS_AFTER: dict[str, Path] = {
+    "input_layernorm": ("attention_norm",),
+    "post_attention_layernorm": ("attention_output_norm",),
+    "pre_feedforward_layernorm": ("mlp_norm",),
+    "post_feedforward_layernorm": ("mlp_output_norm",),
+    **_QK_NORMS,
+}
+
+
+def decoder_weights(
+    linears: Mapping[str, tuple[Path, str]] = LINEARS, norms: Mapping[str, Path] = NORMS
+) -> tuple[WeightRule, ...]:
+    """All tensors of a decoder; a rule whose parameter a model does not have is not used."""
+    return (
+        WeightRule("model.embed_tokens.weight", ("embed",), "table"),
+        *layer_weights(linears, norms),
+        WeightRule("model.norm.weight", ("final_norm", "scale"), "vector"),
+        WeightRule("lm_head.weight", ("head",), "linear"),
+    )
+
+
+def read_windows(config: Any) -> tuple[int | None, ...]:
+    """Each layer's sliding window by layer_types; ValueError for a kind of layer that is not known."""
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    unknown = sorted(set(config.layer_types) - set(windows))
+    if unknown:
+        raise ValueError(f"layer_types {unknown} are not supported; known types: {', '.join(windows)}.")
+    return tuple(windows[layer_type] for layer_type in config.layer_types)
+
+
+def write_windows(model: ModelConfig) -> dict[str, Any]:
+    """The arguments that `read_windows` came from."""
+    windows = model.sliding_windows
+    return {
+        "sliding_window": next((window for window in windows if window is not None), None),
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+    }
+
+
+def refuse(config: Any, **usual: Any) -> None:
+    """ValueError for a setting of a configuration that is not as usual, and that nothing here describes."""
+    for name, value in usual.items():
+        found = getattr(config, name, value)
+        if found != value and (found or value):  # null, false and 0 are all ways not to ask for it
+            raise ValueError(f"{name}={found!r} is not supported; models of this family have {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +122,27 @@ class Family:
     Args:
         architecture: transformers' model class.
         config_class: transformers' configuration class.
-        read: the fields of ModelConfig that this family alone decides, from a transformers configuration.
+        read: the fields of ModelConfig that this family alone decides, from a transformers configuration; the
+            variant's activation, rotated_dim and local_rope are found without it.
         write: the arguments of the configuration class that `read` came from.
         weights: the tensors of a folder.
+        activation: the configuration's name for the MLP's activation.
+        rotates_part: whether the configuration may say that a part of every head is rotated (partial_rotary_factor).
+        ropes_by_layer: whether layers with a sliding window may have a rope of their own.
+        local_theta: base of that rope in a new model; the other layers' base where not given.
+        multimodal: from the model_type of folders of which such a model is the text part to their model class.
     """
 
     architecture: str
     config_class: str
     read: Callable[[Any], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
-    weights: tuple[WeightRule, ...] = DECODER_WEIGHTS
+    weights: tuple[WeightRule, ...] = decoder_weights()
+    activation: str = "hidden_act"
+    rotates_part: bool = False
+    ropes_by_layer: bool = False
+    local_theta: float | None = None
+    multimodal: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def lora_targets(self) -> Mapping[str, WeightRule]:

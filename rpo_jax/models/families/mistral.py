@@ -9,4 +9,5 @@ FAMILY = Family(
     config_class="MistralConfig",
     read=lambda config: {"sliding_windows": (config.sliding_window,) * config.num_hidden_layers},
     write=lambda model: {"sliding_window": model.sliding_windows[0]},
+    multimodal={"mistral3": "Mistral3ForConditionalGeneration"},
 )

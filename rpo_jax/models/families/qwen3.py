@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.families.family import Family
-from rpo_jax.models.families.qwen2 import read_windows, write_windows
+from rpo_jax.models.families.family import Family, read_windows
+from rpo_jax.models.families.qwen2 import write_qwen_windows
 
 
 def _read(config: Any) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def _read(config: Any) -> dict[str, Any]:
 
 
 def _write(model: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": model.qkv_bias, **write_windows(model)}
+    return {"attention_bias": model.qkv_bias, **write_qwen_windows(model)}
 
 
 FAMILY = Family(architecture="Qwen3ForCausalLM", config_class="Qwen3Config", read=_read, write=_write)

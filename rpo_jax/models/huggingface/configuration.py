@@ -14,8 +14,10 @@ import numpy as np
 
 from rpo_jax.config import PolicyConfig
 from rpo_jax.core.files import read_json, refuse_gguf
-from rpo_jax.models.architecture import ModelConfig
+from rpo_jax.models.architecture import LLAMA, ModelConfig
+from rpo_jax.models.decoder import ACTIVATIONS
 from rpo_jax.models.families import FAMILIES, check_family
+from rpo_jax.models.families.family import Family
 from rpo_jax.models.rope import ROPE_KINDS, Rope, frequencies
 
 # ModelConfig's name -> transformers' name, where the value is the same.
@@ -78,12 +80,14 @@ def new_config(
         "num_key_value_heads": num_kv_heads,
         "head_dim": hidden_size // num_heads,
         "tie_word_embeddings": tie_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
         "max_position_embeddings": max_position_embeddings,
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
     }
+    rope, kind = Rope(theta=rope_theta), FAMILIES[family]
+    local = Rope(theta=kind.local_theta or rope_theta)
+    values["rope_parameters"] = _rope_parameters(kind, {"full_attention": rope, "sliding_attention": local}, 1.0)
     return _from_transformers(family, _build(family, values), "float32")
 
 
@@ -104,7 +108,7 @@ def read_config(folder: Path) -> ModelConfig:
     if not file.is_file():
         refuse_gguf(folder)
         raise ValueError(f"{folder} has no config.json; a model folder is what transformers' save_pretrained writes.")
-    values = read_json(folder, file.name)
+    values = text_part(read_json(folder, file.name))
     family = str(values.get("model_type"))
     architectures = values.get("architectures") or [f"model_type {family}"]
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -120,6 +124,27 @@ def read_config(folder: Path) -> ModelConfig:
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
     return model
+
+
+def text_part(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the language model in a folder that also sees or hears; the values where it is alone."""
+    text, kind = values.get("text_config"), values.get("model_type")
+    family = next((name for name, entry in FAMILIES.items() if kind in entry.multimodal), None)
+    if family is None or not isinstance(text, Mapping):
+        return dict(values)
+    architectures = values.get("architectures")
+    if architectures == [FAMILIES[family].multimodal[str(kind)]]:
+        architectures = [FAMILIES[family].architecture]
+    # What the whole folder says of tokens and of its tensors holds for the part.
+    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+    outer += ("dtype", "torch_dtype", "quantization_config")
+    told = {name: values[name] for name in outer if values.get(name) is not None}
+    return {**text, **told, "model_type": text.get("model_type") or family, "architectures": architectures}
+
+
+def is_text_part(folder: Path, model: ModelConfig) -> bool:
+    """Whether a folder of this architecture holds more than its text."""
+    return read_json(folder, "config.json").get("model_type") in FAMILIES[model.family].multimodal
 
 
 def check_tokenizer(tokenizer: Any, model: ModelConfig, folder: str | Path) -> None:
@@ -162,10 +187,11 @@ def _check_values(model: ModelConfig) -> None:
         value = getattr(model, name)
         if not all(token is None or type(token) is int for token in (value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"{name} must be a token's number, got {str(value)[:100]}.")
-    with np.errstate(all="ignore"):  # what comes out says enough
-        found = frequencies(model.rope, model.head_dim)[0]
-    if not np.isfinite(found).all():
-        raise ValueError("the rope parameters give frequencies that are not finite.")
+    for rope in filter(None, model.ropes):
+        with np.errstate(all="ignore"):  # what comes out says enough
+            found = frequencies(rope, model.rotated_dim)[0]
+        if not np.isfinite(found).all():
+            raise ValueError("the rope parameters give frequencies that are not finite.")
     hash(model)  # a list where a number belongs
 
 
@@ -176,13 +202,10 @@ def to_transformers(model: ModelConfig, dtype: str) -> Any:
     values = {
         **{theirs: getattr(model, ours) for ours, theirs in _SAME_VALUE.items()},
         **family.write(model),
+        family.activation: model.parts.activation,
         "head_dim": model.head_dim,
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-        "rope_parameters": {
-            "rope_type": model.rope.kind,
-            "rope_theta": model.rope.theta,
-            **dict(model.rope.scaling),
-        },
+        "rope_parameters": _written_ropes(model),
         "architectures": [family.architecture],
         "dtype": dtype,
     }
@@ -211,15 +234,16 @@ def write_config(folder: Path, model: ModelConfig, dtype: str, base: Path | None
         if dataclasses.replace(read_config(base), dtype=model.dtype) != model:
             raise ValueError(f"{base / 'config.json'} describes another architecture than {model}.")
         content, original = (base / "config.json").read_bytes(), read_json(base, "config.json")
-        values = dict(original)
+        values = text_part(original)
     values.pop("auto_map", None)  # names code that is neither needed nor beside it
-    kind, scaling = model.rope.kind, dict(model.rope.scaling)
     if values.get("rope_parameters") is None:
-        values["rope_parameters"] = {"rope_type": kind, "rope_theta": model.rope.theta, **scaling}
+        values["rope_parameters"] = _written_ropes(model)
     if values.get("rope_theta") is None:
         values["rope_theta"] = model.rope.theta
     if values.get("rope_scaling") is None:
-        values["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **scaling}
+        values["rope_scaling"] = _rope_scaling(model.rope)
+    if model.rotated_dim != model.head_dim and values.get("partial_rotary_factor") is None:
+        values["partial_rotary_factor"] = model.rotated_dim / model.head_dim
     named = [name for name in ("dtype", "torch_dtype") if values.get(name) is not None]
     if named or dtype != "float32":
         values |= dict.fromkeys(named or ("dtype", "torch_dtype"), dtype)
@@ -236,14 +260,20 @@ def _build(family: str, values: Mapping[str, Any]) -> Any:
     """The transformers configuration of a config.json's values; it fills in defaults and renames older keys."""
     import transformers
 
-    if values.get("quantization_config"):
-        raise ValueError("quantized weights are not supported; use the folder of the unquantized model.")
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise ValueError(
+            f"quantized weights are not supported{f' ({str(method)[:100]})' if method else ''}; use the folder of the "
+            "unquantized model."
+        )
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters must be an object, got {rope!r}.")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"rope type {kind!r} is not supported; known types: {', '.join(ROPE_KINDS)}.")
+    for part in [part for part in rope.values() if isinstance(part, Mapping)] or [rope]:
+        kind = part.get("rope_type") or part.get("type") or "default"
+        # LongRoPE's name in older configurations of Phi-3, which transformers reads so.
+        if kind not in ROPE_KINDS and not (family == "phi3" and kind == "su"):
+            raise ValueError(f"rope type {kind!r} is not supported; known types: {', '.join(ROPE_KINDS)}.")
     try:
         return getattr(transformers, FAMILIES[family].config_class).from_dict(dict(values))
     except Exception as error:  # a config.json may hold anything, and whatever it breaks the user can do the same
@@ -251,24 +281,80 @@ def _build(family: str, values: Mapping[str, Any]) -> Any:
 
 
 def _from_transformers(family: str, config: Any, dtype: str) -> ModelConfig:
-    if config.hidden_act != "silu":
-        raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; only 'silu' is.")
+    kind, fields = FAMILIES[family], FAMILIES[family].read(config)
+    activation = getattr(config, kind.activation)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{kind.activation} {activation!r} is not supported; known ones: {', '.join(ACTIVATIONS)}.")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope, local, share = _read_ropes(family, config)
+    variant = dataclasses.replace(
+        fields.pop("variant", LLAMA),
+        activation=activation,
+        rotated_dim=None if share == 1 else int(head_dim * share),
+        local_rope=None if local == rope else local,
+    )
     eos = config.eos_token_id
     return ModelConfig(
         family=family,
         **{ours: getattr(config, theirs) for ours, theirs in _SAME_VALUE.items()},
-        **FAMILIES[family].read(config),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        **fields,
+        head_dim=head_dim,
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-        rope=_read_rope(config.rope_parameters),
+        rope=rope,
         dtype=dtype,
+        variant=variant,
     )
 
 
-def _read_rope(parameters: Mapping[str, Any]) -> Rope:
+def _read_ropes(family: str, config: Any) -> tuple[Rope, Rope, float]:
+    """The rope of the layers that see everything, that of those with a window, and what share of a head it turns."""
+    parameters = config.rope_parameters
+    by_layer = FAMILIES[family].ropes_by_layer
+    if not by_layer and any(isinstance(part, Mapping) for part in parameters.values()):
+        raise ValueError(f"a rope for each type of layer is not supported for the {family} family.")
+    names = ("full_attention", "sliding_attention")
+    ropes = [_read_rope(dict(parameters[name] if by_layer else parameters), config) for name in names]
+    shares = {share for _, share in ropes}
+    if shares != {1.0} and (len(shares) > 1 or not FAMILIES[family].rotates_part):
+        raise ValueError("partial_rotary_factor is not supported: every dimension of a head is rotated.")
+    return ropes[0][0], ropes[1][0], shares.pop()
+
+
+def _read_rope(parameters: Mapping[str, Any], config: Any) -> tuple[Rope, float]:
     scaling = {name: value for name, value in parameters.items() if value is not None}
     theta, kind = scaling.pop("rope_theta"), scaling.pop("rope_type")
     scaling.pop("type", None)  # the older name of rope_type
-    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor is not supported: every dimension of a head is rotated.")
-    return Rope(theta=float(theta), kind=kind, scaling=tuple(sorted(scaling.items())))
+    share = float(scaling.pop("partial_rotary_factor", 1.0))
+    if kind == "longrope":
+        scaling |= {name: tuple(scaling[name]) for name in ("short_factor", "long_factor")}
+        scaling.setdefault("factor", config.max_position_embeddings / scaling["original_max_position_embeddings"])
+    return Rope(theta=float(theta), kind=kind, scaling=tuple(sorted(scaling.items()))), share
+
+
+def _written_ropes(model: ModelConfig) -> dict[str, Any]:
+    """rope_parameters of transformers 5."""
+    local = model.parts.local_rope or model.rope
+    ropes = {"full_attention": model.rope, "sliding_attention": local}
+    return _rope_parameters(FAMILIES[model.family], ropes, model.rotated_dim / model.head_dim)
+
+
+def _rope_parameters(family: Family, ropes: Mapping[str, Rope], share: float) -> dict[str, Any]:
+    """rope_parameters of these ropes by type of layer; of the first one where the family has one alone."""
+
+    def one(rope: Rope) -> dict[str, Any]:
+        partial = {} if share == 1 else {"partial_rotary_factor": share}
+        return {"rope_type": rope.kind, "rope_theta": rope.theta, **_scaling(rope), **partial}
+
+    return {name: one(rope) for name, rope in ropes.items()} if family.ropes_by_layer else one(ropes["full_attention"])
+
+
+def _scaling(rope: Rope) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in rope.scaling}
+
+
+def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
+    """rope_scaling of transformers 4, which for LongRoPE takes these three and finds the rest beside it."""
+    if rope.kind == "longrope":
+        scaling = dict(_scaling(rope))
+        return {"type": rope.kind, **{name: scaling[name] for name in ("short_factor", "long_factor")}}
+    return None if rope.kind == "default" else {"rope_type": rope.kind, **_scaling(rope)}

@@ -7,6 +7,7 @@ it: a device's part of one parameter is, and a block of a tensor of the file.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Mapping
 from math import prod
@@ -22,7 +23,7 @@ from jax.sharding import Sharding
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params
 from rpo_jax.models.families import FAMILIES
-from rpo_jax.models.huggingface.configuration import read_config
+from rpo_jax.models.huggingface.configuration import is_text_part, read_config
 from rpo_jax.models.huggingface.folders import resolve_folder, safetensors_files, some
 from rpo_jax.models.huggingface.tensors import Index, Shape, TensorLayout, flat_params, tensors_of
 
@@ -30,8 +31,11 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 _FILE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # A file is mapped while it is read, and what has been touched stays in memory until it is closed.
 READ_BYTES = 1 << 26
+log = logging.getLogger(__name__)
 # Buffers that older versions of transformers wrote beside the weights; they follow from the configuration.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
+# The text part's tensors in a folder that also sees or hears, as transformers 4 and 5 name them.
+_TEXT_PART = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.*)")
 
 
 def check_pretrained(path: str | Path) -> ModelConfig:
@@ -40,7 +44,10 @@ def check_pretrained(path: str | Path) -> ModelConfig:
     Every tensor of the folder must fill exactly one place and every place must be filled; otherwise ValueError names
     them. The architecture's dtype is that of the folder's tensors, float32 where they are mixed.
     """
-    return open_weights(path).model_config
+    weights = open_weights(path)
+    if weights.left_out:
+        log.warning("%s: its text part is used; %d tensors of its other parts are left out.", path, weights.left_out)
+    return weights.model_config
 
 
 def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[ModelConfig, Params]:
@@ -84,19 +91,28 @@ def check_dtype(dtype: str, *more: str) -> None:
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join((*DTYPES, *more))}.")
 
 
+class Stored(NamedTuple):
+    """Where a tensor is: its file, and its name there."""
+
+    file: Path
+    name: str
+
+
 class Weights(NamedTuple):
     """The weights of a folder that fit its architecture, none of them in memory.
 
     Attributes:
-        files: for each tensor the file that holds it.
+        files: for each tensor where it is.
         keys: for each parameter its tensors, one per layer, or a single one.
+        left_out: how many tensors belong to other parts than text.
     """
 
     folder: Path
     model_config: ModelConfig
     tensors: Mapping[str, TensorLayout]
-    files: Mapping[str, Path]
+    files: Mapping[str, Stored]
     keys: Mapping[tuple[str, ...], list[str]]
+    left_out: int
 
     def read(self, path: tuple[str, ...], index: Index, dtype: Any) -> np.ndarray:
         """A part of a parameter; only that part of the files is read, in blocks of READ_BYTES."""
@@ -135,8 +151,8 @@ class Weights(NamedTuple):
     def _read_block(self, key: str, index: Index) -> np.ndarray:
         from safetensors import safe_open
 
-        with safe_open(self.files[key], "numpy") as stored:
-            return stored.get_slice(key)[index]
+        with safe_open(self.files[key].file, "numpy") as stored:
+            return stored.get_slice(self.files[key].name)[index]
 
     def check_tied(self) -> None:
         """ValueError where a folder holds a head of its own that its configuration says is the embedding."""
@@ -146,7 +162,7 @@ class Weights(NamedTuple):
         rows, columns = self.tensors[names[1]].file_shape
         step = max(1, READ_BYTES // (4 * columns))
         blocks = (slice(start, min(rows, start + step)) for start in range(0, rows, step))
-        same = _stored(self.files[names[0]], names[0]) == _stored(self.files[names[1]], names[1])
+        same = _shape_and_dtype(self.files[names[0]]) == _shape_and_dtype(self.files[names[1]])
         if not same or any(len({self._read_block(name, (block,)).tobytes() for name in names}) > 1 for block in blocks):
             raise ValueError(
                 f"{self.folder / 'config.json'} ties the output head to the embedding (tie_word_embeddings), but "
@@ -164,7 +180,10 @@ def open_weights(path: str | Path) -> Weights:
     """The weights of a Hugging Face folder or hub name; errors as check_pretrained's."""
     folder = resolve_folder(path)
     model_config = read_config(folder)
-    files = safetensors_files(folder)
+    found = safetensors_files(folder)
+    files = {key: Stored(file, key) for key, file in found.items()}
+    if is_text_part(folder, model_config):
+        files = {name: Stored(found[key], key) for key in found if (name := _text_name(key))}
     if model_config.num_layers > len(files):  # before a name is made for each
         raise ValueError(
             f"{folder / 'config.json'} has {model_config.num_layers} layers; the {len(files)} tensors of the folder "
@@ -177,11 +196,21 @@ def open_weights(path: str | Path) -> Weights:
     keys: dict[tuple[str, ...], list[str]] = {}
     for key, tensor in tensors.items():
         keys.setdefault(tensor.rule.path, []).append(key)
-    return Weights(folder, dataclasses.replace(model_config, dtype=dtype), tensors, files, keys)
+    model_config = dataclasses.replace(model_config, dtype=dtype)
+    return Weights(folder, model_config, tensors, files, keys, len(found) - len(files))
+
+
+def _text_name(key: str) -> str | None:
+    """The name in a folder of text alone; None for what is not of the text part."""
+    if key.startswith("lm_head."):
+        return key
+    if (found := _TEXT_PART.fullmatch(key)) is None:
+        return None
+    return found[1] if found[1].startswith("lm_head.") else f"model.{found[1]}"
 
 
 def _check_keys(
-    folder: Path, model_config: ModelConfig, tensors: Mapping[str, TensorLayout], files: Mapping[str, Path]
+    folder: Path, model_config: ModelConfig, tensors: Mapping[str, TensorLayout], files: Mapping[str, Stored]
 ) -> None:
     missing = [key for key in tensors if key not in files]
     tied = _tied_names(model_config)[:1]
@@ -195,27 +224,27 @@ def _check_keys(
         )
 
 
-def _stored(file: Path, key: str) -> tuple[Shape, str]:
-    """Shape and dtype of a tensor of a file."""
+def _shape_and_dtype(place: Stored) -> tuple[Shape, str]:
     from safetensors import safe_open
 
-    with safe_open(file, "numpy") as stored:
-        view = stored.get_slice(key)
+    with safe_open(place.file, "numpy") as stored:
+        view = stored.get_slice(place.name)
         return tuple(view.get_shape()), view.get_dtype()
 
 
-def _check_contents(folder: Path, tensors: Mapping[str, TensorLayout], files: Mapping[str, Path]) -> set[str]:
+def _check_contents(folder: Path, tensors: Mapping[str, TensorLayout], files: Mapping[str, Stored]) -> set[str]:
     """Check each tensor's shape and dtype before any is read; returns the dtypes found."""
     found: set[str] = set()
     for key, tensor in tensors.items():
-        got, dtype = _stored(files[key], key)
+        got, dtype = _shape_and_dtype(files[key])
         if got != tensor.file_shape:
             raise ValueError(
-                f"{key} in {files[key]} has shape {got}; {folder / 'config.json'} implies {tensor.file_shape}."
+                f"{files[key].name} in {files[key].file} has shape {got}; {folder / 'config.json'} implies "
+                f"{tensor.file_shape}."
             )
         if dtype not in _FILE_DTYPES:
             raise ValueError(
-                f"{key} in {files[key]} has dtype {dtype}; supported are {', '.join(_FILE_DTYPES)}: "
+                f"{files[key].name} in {files[key].file} has dtype {dtype}; supported are {', '.join(_FILE_DTYPES)}: "
                 "quantized weights must be converted first."
             )
         found.add(_FILE_DTYPES[dtype])

@@ -67,7 +67,7 @@ class Sampler(Hook):
             once.setdefault(example.prompt_id, example)
         self._examples = list(once.values())[: config.train.sample_prompts]
         self._prompts = [example.prompt_ids for example in self._examples]
-        room = (model_config.max_position_embeddings - len(ids) for ids in self._prompts)
+        room = (model_config.positions - len(ids) for ids in self._prompts)
         self._limits = [max(0, min(config.train.sample_tokens, left)) for left in room]
         dtype = config.model.compute_dtype
         self._engine = Engine(model_config, mesh, sampling=Sampling(), end_ids=sorted(end_ids), compute_dtype=dtype)

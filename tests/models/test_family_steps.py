@@ -1,0 +1,45 @@
+"""A training step of the families whose layers differ from Llama's: any mesh gives one device's losses."""
+
+import jax
+import numpy as np
+import pytest
+
+from rpo_jax import models
+from rpo_jax.models import recompute
+from rpo_jax.training.step import build_steps, put_batch
+from tests.test_step import batches_for, configured, make_mesh
+from tests.worlds import VOCAB
+
+from .conftest import CASES, SIZES
+
+STEPS = 2
+# One of each kind of part: caps and norms on both sides; fused matrices and part of a head rotated; joint norms and two
+# ropes; the others take minutes.
+QUICK = ("gemma2", "phi4 mini", "olmo3")
+OF_FAMILY = {prefix: name for name, (prefix, _) in reversed(CASES.items())}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OF_FAMILY.values() if name not in QUICK]
+
+
+def losses(name, mesh, folder):
+    model_config, _ = models.load_pretrained(folder)
+    config = configured(remat="full")
+    batches = batches_for(config)
+    with jax.set_mesh(mesh):
+        built = build_steps(config, model_config, mesh, total_steps=STEPS)
+        params = models.load_sharded(folder, built.state_shardings.params)
+        state, reports = built.init(params), []
+        for step in range(STEPS):
+            state, report = built.train(state, put_batch(mesh, batches.batch_at(step)), None)
+            reports.append({key: float(value) for key, value in report.items()})
+    return reports
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_a_mesh_gives_the_losses_of_one_device(name, hf_folder, monkeypatch):
+    monkeypatch.setattr(recompute, "MLP_TOKENS", 16)  # in chunks, for which weights are gathered by name
+    assert SIZES["vocab_size"] >= VOCAB
+    one, split = (losses(name, make_mesh(*shape), hf_folder(name)) for shape in ((1, 1, 1), (2, 2, 2)))
+    for key in ("loss", "grad_norm", "rewards/margins"):
+        got, expected = ([report[key] for report in found] for found in (split, one))
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6, err_msg=key)
+    assert one[0]["loss"] != one[1]["loss"]
