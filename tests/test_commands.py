@@ -14,7 +14,8 @@ def test_every_command_is_listed_with_a_line_and_jax_is_not_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *lines, imported = done.stdout.strip().splitlines()
     assert imported == "False"
-    listed = dict(line.split(maxsplit=1) for line in lines[2:])
+    assert "rpo-jax train --help" in lines[-1]
+    listed = dict(line.split(maxsplit=1) for line in lines[2:-2])
     assert list(listed) == list(cli.COMMANDS)
     assert listed["train"] == "Train a policy on preferences"
     assert all(summary[0].isupper() and "python" not in summary for summary in listed.values())
