@@ -283,7 +283,7 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
     if saved.get("data", record["data"]) != record["data"]:
         others.append("other training data")
     before, now = saved.get("total_steps"), record["total_steps"]
-    if before not in (None, now) and record["config"]["optim"]["schedule"] != "constant":
+    if before not in (None, now) and record["config"]["optim"]["schedule"] not in ("constant", "inverse_sqrt"):
         others.append(f"a learning rate that decays over {before} steps, not {now}")
     if others and not force:
         raise refused(
