@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rpo_jax.config import MeshConfig, RunConfig
-from rpo_jax.core.command import print_text, run_command
-from rpo_jax.core.jsonl import parse_json
+from rpo_jax.core.command import column_names, json_object, print_text, run_command
 from rpo_jax.data.tokenize import TEMPLATES
 from rpo_jax.hosts.sharding import MESH_AXES
 from rpo_jax.sampling.engine import Sampling
@@ -21,13 +20,6 @@ from rpo_jax.sampling.generation import GenerateConfig, generate
 from rpo_jax.sampling.policy import DTYPES
 
 __all__ = ["generate", "main"]
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = parse_json(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=32, help="prompts at a time (32)")
     add("--template", choices=TEMPLATES, help="chat: text prompts become a user's message; default as in training")
-    add("--template-arguments", type=_json_object, help='JSON object for the chat template: {"enable_thinking": false}')
+    add("--template-arguments", type=json_object, help='JSON object for the chat template: {"enable_thinking": false}')
+    add(
+        "--columns", type=column_names, help='what rows call their columns: {"prompt": "question"}; default: the run\'s'
+    )
+    add("--ignore-columns", nargs="+", help="columns to read as if they were not there; default: the run's")
     add("--max-prompt-tokens", type=int, help="cut longer prompts, as training does")
     add("--dtype", choices=DTYPES, dest="compute_dtype", help="default: the run's; float32 for folders")
     add("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")
@@ -67,6 +63,8 @@ def _generate(options: dict[str, Any]) -> None:
     sampling = Sampling(**{name: options.pop(name) for name in ("temperature", "top_k", "top_p")})
     mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in MESH_AXES})
     options["stop"] = tuple(options["stop"])
+    if options["ignore_columns"] is not None:
+        options["ignore_columns"] = tuple(options["ignore_columns"])
     out = generate(GenerateConfig(**options, sampling=sampling, mesh=mesh))
     print_text(out)
     if options["alpaca_eval"]:

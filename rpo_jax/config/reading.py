@@ -203,9 +203,14 @@ def parse_config(arguments: Sequence[str]) -> Config:
 
 def _with_packaged_data(config: Config) -> Config:
     """A preset's data is found outside a checkout too."""
-    paths = {name: getattr(config.data, name) for name in ("path", "eval_path")}
-    found = {name: path and packaged(path) for name, path in paths.items()}
-    return config if found == paths else replace(config, data=replace(config.data, **found))
+    data = config.data
+    mix = {packaged(path): weight for path, weight in data.mix.items()}
+    return replace(
+        config,
+        data=replace(
+            data, path=data.path and packaged(data.path), eval_path=data.eval_path and packaged(data.eval_path), mix=mix
+        ),
+    )
 
 
 def _check_numbers(values: Mapping[str, Any], prefix: str) -> None:

@@ -256,6 +256,7 @@ class PreferenceData:
         embedding_row: row of `embeddings` that goes with each response; -1 where none does. None without embeddings.
         reference_log_probs: nats, NaN where there is none yet; None until computed.
         scores: NaN where the data gives none; None where the objective needs none.
+        source: of a mixture the number of each example's source, ascending; None where all are of one.
     """
 
     examples: Sequence[TokenizedExample]
@@ -263,6 +264,7 @@ class PreferenceData:
     embedding_row: Int[np.ndarray, "r"] | None = None
     reference_log_probs: Float[np.ndarray, "r"] | None = None
     scores: Float[np.ndarray, "r"] | None = None
+    source: Int[np.ndarray, "e"] | None = None
 
     def __post_init__(self) -> None:
         for facts in (self.embedding_row, self.reference_log_probs, self.scores):

@@ -48,7 +48,7 @@ def model_card(
     # Adapters fit their base alone; whole weights descend also from what their base was made of.
     on_hub = base if base is not None and _cached(base, "config.json") else None
     descends_from = on_hub or (None if adapter else of_base.get("base_model"))
-    data = config.data.path
+    data = config.data.name
     metadata = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
