@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -132,6 +133,17 @@ def test_chunks_of_the_mlp_gather_no_weights(monkeypatch):
     chunked = gathers_and_loops()
     assert chunked[1] > whole[1], "there are loops to look into"
     assert chunked[0] <= whole[0]
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_optimizers_that_keep_other_shapes_give_the_losses_of_one_device(name, monkeypatch):
+    """Adafactor's moments are factored from 128 by 128 on; Muon has some of some parameters, Adam's of the others."""
+    monkeypatch.setitem(globals(), "MODEL", small_model(hidden_size=128, intermediate_size=128, num_layers=1))
+    config = replace(configured(), optim=replace(OPTIM, name=name))
+    reports = [train(config, make_mesh(*shape), batches_for(config), steps=3)[0] for shape in ((1, 1, 1), (2, 2, 2))]
+    got, expected = ([report["loss"] for report in found] for found in reports)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    assert len(set(got)) == 3
 
 
 def test_parameters_and_optimizer_state_are_split():
