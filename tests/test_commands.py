@@ -83,6 +83,7 @@ def test_help_has_every_key_on_request(command, capsys):
 def test_help_has_one_section_on_request(capsys):
     said = help_of(capsys, "train", "--config", "quickstart", "--help=optim")
     assert set(re.findall(r"--([a-z]+\.\w+)", said)) == {key for key in known_keys() if key.startswith("optim.")}
+    assert "configuration file" not in said
     assert cli.main(["train", "--help", "optimizer"]) == 2
     assert "did you mean --help optim?" in capsys.readouterr().err
 

@@ -145,7 +145,11 @@ def test_a_value_of_the_wrong_type_names_its_key(argument, named):
         ("contrast.group", "all", "is 'all', and must be a whole number or global."),
         ("lora.targets", "5", "is 5, and must be a list, each a text."),
         ("data.columns", "question", "is 'question', and must be names with values, as {name: value}."),
-        ("objective.lipo_gain", "big", "is 'big', and must be exponential or linear."),
+        (
+            "objective.link",
+            "odd",
+            "is 'odd', and must be one of logistic, smoothed, squared, hinge, robust, exo or null.",
+        ),
     ],
 )
 def test_a_value_of_the_wrong_type_is_told_with_its_file_and_the_type_in_words(tmp_path, key, value, told):

@@ -121,7 +121,7 @@ def test_adafactor_is_the_papers():
         np.testing.assert_allclose(updates, -0.1 * direction, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "lora"])
+@pytest.mark.parametrize("name", ["qwen2", "lora"])
 def test_muon_orthogonalises_every_matrix_of_the_layers_and_nothing_else(name):
     policy = TRAINED[name]
     config = OptimConfig(name="muon", learning_rate=0.5, warmup_steps=0, max_grad_norm=1e9)
@@ -129,7 +129,7 @@ def test_muon_orthogonalises_every_matrix_of_the_layers_and_nothing_else(name):
     optimizer = make_optimizer(config, learning_rate_schedule(config, STEPS), policy.decayed, axes)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), policy.trained.shapes)
     gradient = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
-    updates = flatten_dict(optimizer.update(gradient, optimizer.init(params), params)[0])
+    updates = flatten_dict(jax.jit(optimizer.update)(gradient, optimizer.init(params), params)[0])
     adam = flatten_dict(jax.tree.map(lambda g: -0.5 * np.sign(g), gradient))  # its first step
     matrices = 0
     for path, of in flatten_dict(axes).items():

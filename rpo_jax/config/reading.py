@@ -73,9 +73,11 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold sections such as 'data:' with keys below them.")
+    sections = [section.name for section in fields(Config)]
     for section, values in content.items():
-        unknown = values if isinstance(values, dict) and section not in _known() else {}
-        _reject_unknown([f"{section}.{name}" for name in unknown] or [str(section)], str(path))
+        # Another trainer's section is answered by the keys in it, a misspelt one by its own name.
+        foreign = isinstance(values, dict) and not difflib.get_close_matches(str(section), sections, n=1, cutoff=0.8)
+        _reject_unknown([f"{section}.{name}" for name in values] if foreign and values else [str(section)], str(path))
         if not isinstance(values, dict):
             raise ValueError(f"{path}: '{section}' is a section and needs keys below it, got {reprlib.repr(values)}.")
         _reject_unknown([f"{section}.{name}" for name in values], str(path))
@@ -144,7 +146,8 @@ def describe_keys(sections: Sequence[str]) -> str:
     parser = ArgumentParser(prog="rpo-jax", usage=SUPPRESS, add_help=False)
     for name in sections:
         parser.add_class_arguments(type(getattr(Config(), name)), name)
-    return parser.format_help().strip()
+    whole_sections = r"^  --\w+ CONFIG +Path to a configuration file\.\n"  # which parse_config does not take
+    return re.sub(whole_sections, "", parser.format_help(), flags=re.MULTILINE).strip()
 
 
 # Short forms on the command line for what is typed most often.

@@ -43,7 +43,7 @@ def help_text(command: str, about: str, topic: str, options: Sequence[tuple[str,
         ("--config FILE", "YAML of sections and keys, or a preset; several are merged in order"),
         ("--section.key VALUE", "one key, after the files; VALUE as in YAML"),
         *options,
-        ("--help SECTION", f"the keys of a section with defaults and meaning; --help {ALL}: of every section"),
+        ("--help SECTION", f"a section's keys with default and meaning; --help {ALL}: of every section"),
     ]
     names = {
         "sections": _sections(),

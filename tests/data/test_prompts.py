@@ -54,9 +54,9 @@ def test_prompts_take_columns_and_what_stands_beside_them(tmp_path):
 def test_the_columns_of_a_run_count_where_the_rows_have_them(tmp_path):
     usual = {"prompt": "text", "chosen": "good"}
     own = write_rows(tmp_path / "own.jsonl", [{"text": "Why?", "prompt": "No."}])
-    assert read_prompts(own, usual_columns=usual).rows[0].prompt == (USER,)
-    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "Why?"}])
-    assert read_prompts(other, usual_columns=usual).rows[0].prompt == "Why?"
+    assert read_prompts(own, usual_columns=usual).rows[0].prompt == "Why?"
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "How?"}])
+    assert read_prompts(other, usual_columns=usual).rows[0].prompt == "How?"
     assert read_prompts(own, columns={}, usual_columns=usual).rows[0].prompt == "No.", "what is given counts alone"
 
 
