@@ -120,15 +120,22 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(world, monkeypatch):
 
 # Stopped after a step or two: within an epoch of 4 and between two lines of the log.
 KINDS_OF_RUN = {
-    "unpaired rows of two pools, neighbours together": {"data.pairing": "unpaired", "batch.order": "related"},
-    "answers sampled, every third step logged": {
+    "unpaired rows of two sources, neighbours together, Muon with a late decay": {
+        "data.pairing": "unpaired",
+        "data.path": "null",
+        "data.mix": "",  # of the world's folder
+        "data.eval_rows": 0,
+        "batch.order": "related",
+        "optim.name": "muon",
+        "optim.schedule": "wsd",
+    },
+    "answers sampled, every third step logged, Adafactor": {
+        "optim.name": "adafactor",
+        "optim.schedule": "inverse_sqrt",
         "train.sample_prompts": 2,
         "train.sample_tokens": 4,
         "train.log_every": 3,
     },
-    "Muon, warm-up, stable, decay": {"optim.name": "muon", "optim.schedule": "wsd"},
-    "Adafactor, inverse square root": {"optim.name": "adafactor", "optim.schedule": "inverse_sqrt"},
-    "two sources": {"data.path": "null", "data.eval_rows": 0, "data.mix": ""},  # of the world's folder
 }
 
 
