@@ -1,6 +1,6 @@
 """Relative Preference Optimization (arXiv 2402.10958) in JAX: one contrast matrix over all devices.
 
-config = rpo_jax.load_config("configs/quickstart.yaml", ["optim.learning_rate=1e-4"])
+config = rpo_jax.load_config("quickstart", ["optim.learning_rate=1e-4"])  # a preset, or a file
 result = rpo_jax.run(config)
 """
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rpo_jax.training.hooks.hook import Hook
     from rpo_jax.training.run import RunResult, run
 
-__all__ = ["Config", "Hook", "RunResult", "load_config", "models", "objectives", "run"]
+__version__ = "0.1.0"
+__all__ = ["Config", "Hook", "RunResult", "__version__", "load_config", "models", "objectives", "run"]
 
 _HOMES = {
     "Config": "rpo_jax.config",

@@ -1,4 +1,4 @@
-"""The console script: `rpo-jax COMMAND ...` is `python -m rpo_jax.COMMAND ...`."""
+"""The console script: `rpo-jax COMMAND ...` is `python -m rpo_jax.COMMAND ...`; `rpo-jax --version`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from rpo_jax import __version__
 
 COMMANDS = ("train", "prepare", "generate", "judge", "export", "plan", "doctor", "report", "compare", "sample")
 
@@ -18,10 +20,13 @@ def summary(command: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that is named first; without one, or with --help, list them."""
+    """Run the command that is named first; without one, or with --help, list them; --version tells that."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in COMMANDS:
         return importlib.import_module(f"rpo_jax.{given[0]}").main(given[1:])
+    if given and given[0] in ("-V", "--version"):
+        print(f"rpo-jax {__version__}")
+        return 0
     helped = bool(given) and given[0] in ("-h", "--help")
     if given and not helped:
         print(f"error: there is no command {given[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
@@ -29,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("usage: rpo-jax COMMAND [ARGUMENTS]; rpo-jax COMMAND --help tells what a command takes\n")
     for command in COMMANDS:
         print(f"  {command:<10}{summary(command)}")
+    print("\nrpo-jax train --help names presets, objectives, data layouts and model families; rpo-jax --version")
     return 0 if helped else 2
 
 

@@ -10,8 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rpo_jax.core.command import run_command
+from rpo_jax.core.command import print_text, run_command
 from rpo_jax.tools.checkup.doctor import examine, exit_status, show
+from rpo_jax.tools.help import help_text, help_topic
 
 __all__ = ["examine", "main"]
 
@@ -20,12 +21,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rpo_jax.doctor",
         usage="python -m rpo_jax.doctor [--run DIR] [--config FILE] [--strict] [--section.key value ...]",
-        description=__doc__,
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("--run", nargs="?", const="", metavar="DIR", help="run folder")
-    parser.add_argument("--strict", action="store_true", help="exit status 1 where there are warnings")
+    parser.add_argument("--run", nargs="?", const="", metavar="DIR")
+    parser.add_argument("--strict", action="store_true")
     return parser
+
+
+_OPTIONS = (
+    ("--run DIR", "a run folder, its checkpoints too; without --config its own configuration"),
+    ("--strict", "exit status 1 where there are warnings"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given:
         _parser().print_usage()
         return 2
+    if (topic := help_topic(given)) is not None:
+        return run_command(lambda: print_text(help_text("doctor", __doc__ or "", topic, _OPTIONS)))
     options, of_configuration = _parser().parse_known_args(given)
     return run_command(lambda: _examine(options, of_configuration))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from rpo_jax.core.command import print_error, print_text, run_command
+from rpo_jax.core.command import column_names, print_error, print_text, run_command
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.judging import summary
 from rpo_jax.tools.judging.endpoint import EndpointError, EndpointSettings
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="FILE", help="data whose chosen responses --b chosen means")
     add("--split", default="test", help="of --data, where it has several")
     add("--layout", default="auto", help="of --data")
+    add("--columns", type=column_names, help='what --data calls its columns: {"prompt": "question"}')
     add("--n", type=int, default=256, help="prompts, drawn by seed (default 256, the paper's)")
     add("--seed", type=int, default=0, help="of the sample, the order and the bootstrap")
     add("--both-orders", action="store_true", help="ask twice, each response first once")

@@ -68,6 +68,11 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$(dirname "$python")/basedpyright" --pythonpath "$python"
+if [ $# -eq 0 ]; then
+  status=0
+  bash scripts/docs.sh || status=$?
+  [ "$status" = 0 ] || [ "$status" = 75 ] # 75: its generator could not be installed, which it has told
+fi
 # Two at a time: most of a test is one thread's compiling.
 "$python" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
 [ $# -gt 0 ] || { tpu_tests tests/models/test_tpu.py && cuda_tests "$cuda_file"; }

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rpo_jax.config import Config, ConfigError, resolve
+from rpo_jax.config import Config, ConfigError, resolve, synonyms
+from rpo_jax.config.presets import preset_names
 from rpo_jax.config.reading import dump_config, known_keys, load_config, parse_config
 
-ALL = (Path(__file__).parents[1] / "configs").glob("**/*.yaml")
-CONFIGS = sorted(path for path in ALL if not path.name.startswith("compare"))  # those are studies of many runs
+ALL_CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(
+    path for path in ALL_CONFIGS.glob("**/*.yaml") if not path.name.startswith("compare")
+)  # those are studies of many runs
 
 
 def write_yaml(path: Path, text: str) -> Path:
@@ -69,8 +72,45 @@ def test_an_unknown_key_on_the_command_line_names_the_nearest():
     assert "did you mean run.resume?" in refusal(["--run.resum=auto"])
     with pytest.raises(ValueError, match=r"objective\.beta"):
         load_config(None, ["objective.betta=0.2"])
-    assert "learning_rate" in refusal(["--optim.lr=1e-5"]), "a section's keys are listed where none is near"
+    assert "learning_rate" in refusal(["--optim.zzzz=1e-5"]), "a section's keys are listed where none is near"
     assert "contrast" in refusal(["--zzzzzzzz=1"]), "and the sections where not even a section is"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("optimizer.lr", "optim.learning_rate"),
+        ("optim.lr", "optim.learning_rate"),
+        ("learning_rate", "optim.learning_rate"),
+        ("beta", "objective.beta"),
+        ("loss.beta", "objective.beta"),
+        ("batch.beta", "objective.beta"),
+        ("loss_type", "objective.name"),
+        ("per_device_train_batch_size", "batch.pairs"),
+        ("num_train_epochs", "train.epochs"),
+        ("training.epochs", "train.epochs"),
+        ("max_length", "data.max_tokens"),
+        ("cutoff_len", "data.max_tokens"),
+        ("gradient_checkpointing", "model.remat"),
+        ("model_name_or_path", "model.path"),
+        ("data.max_prompt_length", "data.max_prompt_tokens"),
+        ("dir", "run.dir"),
+    ],
+)
+def test_a_key_is_known_by_what_other_trainers_call_it(tmp_path, given, meant):
+    assert f"unknown configuration key '{given}'; did you mean {meant}?" in refusal([f"--{given}", "1"])
+    section, _, name = given.rpartition(".")
+    file = write_yaml(tmp_path / "a.yaml", f"{section}:\n  {name}: 1\n" if section else f"{given}: 1\n")
+    assert refusal(["--config", str(file)]).startswith(f"{file}: unknown configuration key '{given}'; did you mean")
+
+
+def test_a_name_that_several_sections_have_is_answered_with_all():
+    assert "did you mean data.path or model.path or reference.path?" in refusal(["--path=x"])
+
+
+def test_synonyms_lead_to_keys():
+    assert set(synonyms.KEYS.values()) <= set(known_keys())
+    assert set(synonyms.SECTIONS.values()) <= {key.partition(".")[0] for key in known_keys()}
 
 
 @pytest.mark.parametrize(
@@ -87,9 +127,43 @@ def test_an_unknown_key_on_the_command_line_names_the_nearest():
 )
 def test_a_value_of_the_wrong_type_names_its_key(argument, named):
     message = refusal([argument])
+    assert "<class" not in message
     assert named in message
     assert argument.partition("=")[2] in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("batch.pairs", "eight", "is 'eight', and must be a whole number."),
+        ("optim.learning_rate", "fast", "is 'fast', and must be a number."),
+        ("run.overwrite", "perhaps", "is 'perhaps', and must be true or false."),
+        ("train.steps", "[1, 2]", "is [1, 2], and must be a whole number or null."),
+        ("data.pairing", "both", "is 'both', and must be paired or unpaired."),
+        ("model.remat", "some", "is 'some', and must be one of none, dots, attention, full."),
+        ("contrast.group", "all", "is 'all', and must be a whole number or global."),
+        ("lora.targets", "5", "is 5, and must be a list, each a text."),
+        ("data.columns", "question", "is 'question', and must be names with values, as {name: value}."),
+        (
+            "objective.link",
+            "odd",
+            "is 'odd', and must be one of logistic, smoothed, squared, hinge, robust, exo or null.",
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told_with_its_file_and_the_type_in_words(tmp_path, key, value, told):
+    section, name = key.split(".")
+    file = write_yaml(tmp_path / "a.yaml", f"{section}:\n  {name}: {value}\n")
+    assert refusal([f"--config={file}", "--run.seed=1"]) == f"{file}: {key} {told}"
+
+
+def test_a_value_out_of_range_names_its_file(tmp_path):
+    file = write_yaml(tmp_path / "a.yaml", "batch:\n  pairs: 0\n")
+    assert refusal(["--config", str(file)]) == f"{file}: batch.pairs=0 must be greater than 0."
+    assert refusal(["--config", str(file), "--batch.pairs=-1"]) == "batch.pairs=-1 must be greater than 0."
+    both = write_yaml(tmp_path / "b.yaml", "contrast:\n  group: 24\n")
+    assert refusal(["--config", str(both)]).startswith(f"{both}: contrast.group=24 does not divide")
 
 
 # Each of these is out of range in one way; the message names what the user can change.
@@ -184,6 +258,45 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, text, said):
 def test_a_missing_file_is_named(tmp_path):
     assert str(tmp_path / "no.yaml") in refusal([f"--config={tmp_path}/no.yaml"])
     assert "--config" in refusal(["--config"])
+
+
+def test_presets_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    here = load_config(ALL_CONFIGS / "quickstart.yaml")
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "configs/quickstart.yaml"):
+        config = load_config(name)
+        assert config.optim == here.optim
+        assert Path(config.data.path).is_file()
+        assert Path(config.data.eval_path).name == "quickstart_eval.jsonl"
+    assert parse_config(["--config", "quickstart", "--batch.pairs", "8"]).batch.pairs == 8
+    own = write_yaml(tmp_path / "quickstart", "batch:\n  pairs: 2\n")
+    assert load_config("quickstart").batch.pairs == 2, "a file here is meant before a preset"
+    own.unlink()
+    assert load_config(None, ["data.path=configs/data/mine.jsonl"]).data.path == "configs/data/mine.jsonl"
+
+
+def test_a_preset_that_there_is_not_is_answered_with_the_nearest():
+    message = refusal(["--config", "qickstart"])
+    assert "did you mean the preset quickstart? There are " in message
+    assert set(preset_names()) >= {"hh_small", "quickstart", "small_data"}
+    assert not any(name.startswith("compare") for name in preset_names())
+    assert "compare_small" in preset_names(studies=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.path=a.jsonl", "data.mix={b.jsonl: 1}"], "data.mix names the sources"),
+        (["data.mix={b.jsonl: 0}"], r"data.mix: the weight 0.* of b.jsonl"),
+        (["data.mix={b.jsonl: 1}", "data.eval_rows=5"], "give data.eval_path"),
+        (["data.mix={b.jsonl: 1}", "batch.order=sequential"], "use shuffled or related"),
+        (["data.mix={b.jsonl: much}"], "data.mix is"),
+        (["optim.decay_share=0"], "optim.decay_share"),
+    ],
+)
+def test_mixtures_and_schedules_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, changes)
 
 
 def test_words_that_are_no_options_are_refused():

@@ -223,3 +223,9 @@ def test_hub_names_are_told_where_the_cache_knows_them(world, tmp_path, monkeypa
     unknown = model_card(config, architecture, run_dir=run_dir, step=2, base="models/mine", adapter=True)
     assert ModelCard(unknown).data.base_model is None  # it may have been a folder
     assert "LoRA adapters for `mine`" in unknown
+    mixed = ["data.path=null", "data.eval_rows=0", "data.mix={tea-lab/preferences: 1, secret/place/own.jsonl: 2}"]
+    config = rpo_jax.load_config(run_dir / "config.yaml", mixed)
+    text = model_card(config, architecture, run_dir=run_dir, step=2, base="tea-lab/tea-7b", adapter=False)
+    assert "on `tea-lab/preferences` and `own.jsonl` with" in text
+    assert "secret" not in text
+    assert ModelCard(text).data.datasets == "tea-lab/preferences"

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from rpo_jax import models
 from rpo_jax.config import LoraConfig, OptimConfig
 from rpo_jax.objectives import heads
-from rpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from rpo_jax.training.optimizer import learning_rate_schedule, learning_rates, make_optimizer
 from tests.worlds import small_model
 
 STEPS = 20
@@ -74,7 +74,14 @@ def test_clipping_uses_the_global_norm():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "half", "end"), [("constant", 1.0, 1.0), ("linear", 0.5, 0.0), ("cosine", 0.5, 0.0)]
+    ("schedule", "half", "end"),
+    [
+        ("constant", 1.0, 1.0),
+        ("linear", 0.5, 0.0),
+        ("cosine", 0.5, 0.0),
+        ("wsd", 1.0, 0.0),
+        ("inverse_sqrt", (3 / 53) ** 0.5, (3 / 103) ** 0.5),
+    ],
 )
 def test_schedule(schedule, half, end):
     config = OptimConfig(learning_rate=2.0, warmup_steps=3, schedule=schedule)
@@ -82,6 +89,62 @@ def test_schedule(schedule, half, end):
     np.testing.assert_allclose([rate(0), rate(1), rate(2), rate(3)], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
     np.testing.assert_allclose(rate(53), 2.0 * half, atol=1e-6)
     np.testing.assert_allclose(rate(103), 2.0 * end, atol=1e-6)
+
+
+def test_wsd_decays_in_its_share_of_the_steps():
+    config = OptimConfig(learning_rate=2.0, warmup_steps=0, schedule="wsd", decay_share=0.4)
+    rates = learning_rates(config, 100)
+    np.testing.assert_allclose(rates[:61], 2.0)
+    np.testing.assert_allclose(rates[80], 1.0)
+    assert (np.diff(rates[60:]) < 0).all()
+    np.testing.assert_allclose(
+        [learning_rate_schedule(config, 100)(step) for step in (60, 80, 99)], rates[[60, 80, 99]]
+    )
+
+
+def test_adafactor_is_the_papers():
+    """Algorithm 4 of arXiv 1804.04235 without scaling by the parameters, on a matrix that is large enough to factor."""
+    config = OptimConfig(name="adafactor", learning_rate=0.1, warmup_steps=0, max_grad_norm=1e9)
+    rng = np.random.default_rng(0)
+    optimizer = make_optimizer(config, learning_rate_schedule(config, STEPS), decayed=True)
+    params = jnp.asarray(rng.normal(size=(128, 130)), jnp.float32)
+    state, rows, columns = optimizer.init(params), np.zeros(128), np.zeros(130)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 300, "moments of rows and columns alone"
+    for step in range(1, 6):
+        gradient = rng.normal(size=params.shape) * 10.0**step
+        decay = 1 - step**-0.8
+        rows = decay * rows + (1 - decay) * np.mean(gradient**2 + 1e-30, axis=1)
+        columns = decay * columns + (1 - decay) * np.mean(gradient**2 + 1e-30, axis=0)
+        direction = gradient / np.sqrt(np.outer(rows, columns) / rows.mean())
+        direction /= max(1.0, np.sqrt(np.mean(direction**2)))
+        updates, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, params)
+        np.testing.assert_allclose(updates, -0.1 * direction, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "lora"])
+def test_muon_orthogonalises_every_matrix_of_the_layers_and_nothing_else(name):
+    policy = TRAINED[name]
+    config = OptimConfig(name="muon", learning_rate=0.5, warmup_steps=0, max_grad_norm=1e9)
+    axes, rng = policy.trained.axes, np.random.default_rng(0)
+    optimizer = make_optimizer(config, learning_rate_schedule(config, STEPS), policy.decayed, axes)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), policy.trained.shapes)
+    gradient = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
+    updates = flatten_dict(jax.jit(optimizer.update)(gradient, optimizer.init(params), params)[0])
+    adam = flatten_dict(jax.tree.map(lambda g: -0.5 * np.sign(g), gradient))  # its first step
+    matrices = 0
+    for path, of in flatten_dict(axes).items():
+        update = np.asarray(updates[path])
+        if path[-1] not in ("kernel", "lora_a", "lora_b"):
+            np.testing.assert_allclose(update, adam[path], rtol=1e-3, err_msg="/".join(path))
+            continue
+        # Inputs and outputs: what comes before and after the one axis that is no head's.
+        alone = next(axis for axis in range(1, update.ndim) if of[axis] not in ("heads", "kv_heads", "head_dim"))
+        inputs = update.shape[alone] if alone == 1 else int(np.prod(update.shape[1:alone]))
+        matrix = update.reshape(len(update), inputs, -1)
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.5 * 0.2 * max(matrix.shape[1:]) ** 0.5)
+        assert 0.5 < values.min() <= values.max() < 1.5, path
+        matrices += 1
+    assert matrices == (14 if name == "lora" else 7)
 
 
 MODELS = {

@@ -20,7 +20,7 @@ from rpo_jax.runs.folder import CHECKPOINTS
 from rpo_jax.runs.tracking import MetricsLog
 from rpo_jax.training import run as training_run
 from tests.processes import REPOSITORY, Processes, start
-from tests.runs import settings, without_timings
+from tests.runs import preference_rows, settings, without_timings, write_rows
 from tests.test_train import World as TrainedWorld
 from tests.test_train import assert_same_params
 
@@ -120,8 +120,18 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(world, monkeypatch):
 
 # Stopped after a step or two: within an epoch of 4 and between two lines of the log.
 KINDS_OF_RUN = {
-    "unpaired rows of two pools, neighbours together": {"data.pairing": "unpaired", "batch.order": "related"},
-    "answers sampled, every third step logged": {
+    "unpaired rows of two sources, neighbours together, Muon with a late decay": {
+        "data.pairing": "unpaired",
+        "data.path": "null",
+        "data.mix": "",  # of the world's folder
+        "data.eval_rows": 0,
+        "batch.order": "related",
+        "optim.name": "muon",
+        "optim.schedule": "wsd",
+    },
+    "answers sampled, every third step logged, Adafactor": {
+        "optim.name": "adafactor",
+        "optim.schedule": "inverse_sqrt",
         "train.sample_prompts": 2,
         "train.sample_tokens": 4,
         "train.log_every": 3,
@@ -137,10 +147,14 @@ def test_every_kind_of_run_goes_on_bit_for_bit(world, kind):
                 run.stop("a hook")
 
     whole, name = f"whole, {kind}", f"stopped, {kind}"
-    world.run(whole, KINDS_OF_RUN[kind])
-    config = world.configured(name, {**RUN, **KINDS_OF_RUN[kind]})
+    changes = dict(KINDS_OF_RUN[kind])
+    if "data.mix" in changes:
+        few = write_rows(world.folder / "few.jsonl", preference_rows(5))
+        changes["data.mix"] = f"{{{world.data}: 0.4, {few}: 2}}"
+    world.run(whole, changes)
+    config = world.configured(name, {**RUN, **changes})
     assert rpo_jax.run(config, hooks=[Stop()]).checkpoint.name in ("1", "2")
-    world.run(name, {**KINDS_OF_RUN[kind], "run.resume": "auto"})
+    world.run(name, {**changes, "run.resume": "auto"})
     world.assert_as_never_stopped(name, whole)
     samples = [world.folder / run / "samples.jsonl" for run in (name, whole)]
     assert samples[0].exists() == samples[1].exists() == ("train.sample_prompts" in KINDS_OF_RUN[kind])

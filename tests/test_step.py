@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -132,6 +133,31 @@ def test_chunks_of_the_mlp_gather_no_weights(monkeypatch):
     chunked = gathers_and_loops()
     assert chunked[1] > whole[1], "there are loops to look into"
     assert chunked[0] <= whole[0]
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_what_optimizers_keep_in_other_shapes_is_placed(name):
+    """Adafactor's moments are factored from 128 by 128 on; Muon has some of some parameters, Adam's of the others."""
+    model = small_model(hidden_size=128, intermediate_size=128, num_layers=1)
+    config = replace(configured(), optim=replace(OPTIM, name=name))
+    state = build_steps(config, model, make_mesh(2, 2, 2), total_steps=1).abstract_state
+    for leaf in jax.tree.leaves(state):
+        leaf.sharding.shard_shape(leaf.shape)  # an error where the mesh cannot divide it so
+    kept = {(leaf.shape, tuple(leaf.sharding.spec)) for leaf in jax.tree.leaves(state.opt_state)}
+    mlp, of_mlp = (1, 128, 128), state.params["layers"]["mlp"]["up"]["kernel"]
+    assert of_mlp.shape == mlp
+    assert (mlp, tuple(of_mlp.sharding.spec)) in kept if name == "muon" else ((1, 128), ()) in kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_optimizers_that_keep_other_shapes_give_the_losses_of_one_device(name, monkeypatch):
+    monkeypatch.setitem(globals(), "MODEL", small_model(hidden_size=128, intermediate_size=128, num_layers=1))
+    config = replace(configured(), optim=replace(OPTIM, name=name))
+    reports = [train(config, make_mesh(*shape), batches_for(config), steps=3)[0] for shape in ((1, 1, 1), (2, 2, 2))]
+    got, expected = ([report["loss"] for report in found] for found in reports)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    assert len(set(got)) == 3
 
 
 def test_parameters_and_optimizer_state_are_split():

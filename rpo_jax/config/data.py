@@ -14,11 +14,13 @@ class DataConfig:
 
     Args:
         path: a JSON, JSONL, CSV, TSV (.gz too) or Parquet file, a folder of them, an Arrow folder, or a hub data set.
+        mix: several sources in place of `path`, each with how often an epoch draws each of its examples, as in
+            `{a.jsonl: 1, b.jsonl: 0.5}`: with 0.5 one half in one epoch, the other in the next.
         split: split of a hub data set or of an Arrow folder with several.
         eval_path: held-out data, read like `path`.
         eval_split: split of `eval_path`.
         eval_rows: without `eval_path`: hold out this many usable examples from the end of `path`.
-        train_rows: use at most this many training examples, from the start.
+        train_rows: use at most this many training examples, from the start (of each source).
         layout: name of a layout in rpo_jax.data.layouts; `auto` recognises it by its columns.
         columns: what the data calls columns of the layout, as in `{prompt: question}`; on the command line
             `--data.columns.prompt question`.
@@ -47,6 +49,7 @@ class DataConfig:
     """
 
     path: str | None = None
+    mix: dict[str, float] = field(default_factory=dict)
     split: str = "train"
     eval_path: str | None = None
     eval_split: str = "test"
@@ -85,6 +88,23 @@ class DataConfig:
             raise ConfigError(f"data.eval_rows={self.eval_rows} must not be negative.")
         if self.eval_rows and self.eval_path:
             raise ConfigError("data.eval_rows and data.eval_path both name the held-out data; give one of them.")
+        if self.mix and self.path:
+            raise ConfigError(f"data.mix names the sources, so data.path={self.path} would not be read; leave it out.")
+        if self.mix and self.eval_rows:
+            raise ConfigError("data.eval_rows holds out the end of data.path, not of data.mix; give data.eval_path.")
+        for source, weight in self.mix.items():
+            if not weight > 0:
+                raise ConfigError(f"data.mix: the weight {weight} of {source} must be greater than 0.")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where training data is read from."""
+        return tuple(self.mix) or (() if self.path is None else (self.path,))
+
+    @property
+    def name(self) -> str | None:
+        """The training data in a word or several; None where there is none."""
+        return " + ".join(self.sources) or None
 
 
 @dataclass(frozen=True, kw_only=True)

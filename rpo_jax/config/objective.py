@@ -156,22 +156,26 @@ class OptimConfig:
     """The optimizer; the defaults are the paper's (Table 5).
 
     Args:
-        name: rmsprop (as torch.optim.RMSprop), adamw or lion.
+        name: rmsprop (as torch.optim.RMSprop), adamw, lion, adafactor (second moments in rows and columns: little
+            memory) or muon (orthogonalised momentum for the layers' matrices, adamw for the rest).
         learning_rate: peak learning rate.
         warmup_steps: steps of linear warm-up.
-        schedule: after the warm-up: constant, or linear or cosine decay to zero at the last step.
+        schedule: after the warm-up: constant; linear or cosine decay to zero at the last step; wsd, constant and then
+            linear decay to zero in the last `decay_share` of the steps; or inverse_sqrt, which needs no last step.
+        decay_share: share of the steps after the warm-up in which wsd decays.
         max_grad_norm: gradients are scaled down to this global norm.
-        weight_decay: decoupled weight decay of adamw and lion; scales of norms, and biases, are left alone.
-        b1: first-moment decay of adamw and lion.
-        b2: second-moment decay of adamw and lion.
+        weight_decay: decoupled weight decay, of all but rmsprop; scales of norms, and biases, are left alone.
+        b1: first-moment decay of adamw and lion, and of muon's adamw.
+        b2: second-moment decay of adamw and lion, and of muon's adamw.
         decay: squared-gradient decay of rmsprop.
         eps: added outside the square root.
     """
 
-    name: Literal["rmsprop", "adamw", "lion"] = "rmsprop"
+    name: Literal["rmsprop", "adamw", "lion", "adafactor", "muon"] = "rmsprop"
     learning_rate: float = 5e-7
     warmup_steps: int = 150
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "constant"
+    decay_share: float = 0.2
     max_grad_norm: float = 10.0
     weight_decay: float = 0.0
     b1: float = 0.9
@@ -183,5 +187,7 @@ class OptimConfig:
         positive("optim", learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm, eps=self.eps)
         for name in ("b1", "b2", "decay"):
             in_range("optim", name, getattr(self, name), 0.0, 1.0)
+        if not 0 < self.decay_share <= 1:
+            raise ConfigError(f"optim.decay_share={self.decay_share} must be more than 0, and at most 1.")
         if self.warmup_steps < 0 or not self.weight_decay >= 0:
             raise ConfigError("optim.warmup_steps and optim.weight_decay must not be negative.")

@@ -7,15 +7,19 @@ import functools
 import math
 import re
 import reprlib
+from argparse import SUPPRESS
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_loader
 
 from rpo_jax.config import Config, ConfigError
+from rpo_jax.config.presets import config_file, packaged
+from rpo_jax.config.synonyms import meant
 from rpo_jax.core.yaml_text import MAX_INTEGER, parse_yaml, read_yaml
 
 MAX_WORD = 64  # characters of a word that a number's key may have instead
@@ -49,11 +53,13 @@ def _reject_unknown(keys: Iterable[str], where: str) -> None:
         if key in _known() or key.rpartition(".")[0] in _mappings():
             continue
         section = key.partition(".")[0]
-        # In a section that exists, another section is no help: its own keys are.
+        # In a section that exists, another section's likely spelling is no help: its own keys are.
         choices = [name for name in known if name.startswith(f"{section}.")] if section in sections else known
-        near = difflib.get_close_matches(key, choices, n=1, cutoff=0.8 if section in sections else 0.5)
+        near = difflib.get_close_matches(key, choices, n=1, cutoff=0.8)
+        near = near or meant(key, (name for name in known if "." in name))
+        near = near or difflib.get_close_matches(key, choices, n=1, cutoff=0.8 if section in sections else 0.5)
         if near:
-            hint = f"did you mean {near[0]}?"
+            hint = f"did you mean {' or '.join(near)}?"
         elif section in sections:
             hint = f"there are {', '.join(choices)}."
         else:
@@ -62,15 +68,16 @@ def _reject_unknown(keys: Iterable[str], where: str) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"No configuration file at {path}; see configs/ for those that come with the project.")
     content = read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold sections such as 'data:' with keys below them.")
+    sections = [section.name for section in fields(Config)]
     for section, values in content.items():
-        _reject_unknown([str(section)], str(path))
+        # Another trainer's section is answered by the keys in it, a misspelt one by its own name.
+        foreign = isinstance(values, dict) and not difflib.get_close_matches(str(section), sections, n=1, cutoff=0.8)
+        _reject_unknown([f"{section}.{name}" for name in values] if foreign and values else [str(section)], str(path))
         if not isinstance(values, dict):
             raise ValueError(f"{path}: '{section}' is a section and needs keys below it, got {reprlib.repr(values)}.")
         _reject_unknown([f"{section}.{name}" for name in values], str(path))
@@ -98,14 +105,22 @@ def _check_value(name: str, text: str) -> None:
 
 
 @functools.cache
+def _types() -> dict[str, Any]:
+    """Every key's type."""
+    sections = {section.name: type(getattr(Config(), section.name)) for section in fields(Config)}
+    return {
+        f"{name}.{key}": kind for name, section in sections.items() for key, kind in get_type_hints(section).items()
+    }
+
+
+@functools.cache
 def _numbers() -> frozenset[str]:
     """Keys that hold a number, or yes or no."""
-    types = {
-        f"{one.name}.{key.name}": str(key.type) for one in fields(Config) for key in fields(getattr(Config(), one.name))
+    held = {
+        key: {kind, *get_args(kind), *(inner for part in get_args(kind) for inner in get_args(part))}
+        for key, kind in _types().items()
     }
-    return frozenset(
-        key for key, kind in types.items() if re.search(r"\b(int|float|bool)\b", kind) and "str" not in kind
-    )
+    return frozenset(key for key, kinds in held.items() if kinds & {int, float, bool} and str not in kinds)
 
 
 def _check_text(key: str, value: Any, where: str) -> None:
@@ -119,15 +134,20 @@ def _check_text(key: str, value: Any, where: str) -> None:
 def _parser() -> ArgumentParser:
     set_loader("bounded yaml", _value, exceptions=(yaml.YAMLError,))
     parser = ArgumentParser(
-        prog="rpo_jax",
-        parser_mode="bounded yaml",
-        exit_on_error=False,
-        default_env=False,
-        description="Keys are given in a YAML file (--config, several are merged in order) and as --section.key value.",
+        prog="rpo_jax", parser_mode="bounded yaml", exit_on_error=False, default_env=False, add_help=False
     )
-    parser.add_argument("--config", action="config", help="YAML file with sections of keys")
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(Config, as_group=False)
     return parser
+
+
+def describe_keys(sections: Sequence[str]) -> str:
+    """The keys of these sections, each with its type, default and meaning."""
+    parser = ArgumentParser(prog="rpo-jax", usage=SUPPRESS, add_help=False)
+    for name in sections:
+        parser.add_class_arguments(type(getattr(Config(), name)), name)
+    whole_sections = r"^  --\w+ CONFIG +Path to a configuration file\.\n"  # which parse_config does not take
+    return re.sub(whole_sections, "", parser.format_help(), flags=re.MULTILINE).strip()
 
 
 # Short forms on the command line for what is typed most often.
@@ -137,27 +157,37 @@ _FLAGS = {"--resume": "--run.resume", "--overwrite": "--run.overwrite", "--force
 def parse_config(arguments: Sequence[str]) -> Config:
     """Configuration from command-line arguments: `--config FILE` and `--section.key value` or `=value`.
 
-    Raises ValueError for an unknown key (naming the nearest known one) or a value of the wrong type or range.
+    FILE is a path, or the name of a preset that comes with the package.
+
+    Raises ValueError for an unknown key (naming the nearest known one) or a value of the wrong type or range, with the
+    file that it stands in.
     """
     expanded: list[str] = []
+    given: dict[str, _Given] = {}
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if not name.startswith("--"):
             previous = arguments[position - 1] if position else ""
             if not previous.startswith("--") or "=" in previous:
                 raise ValueError(f"unexpected argument '{argument}'; options are written --section.key value.")
-            _check_value(previous, argument)
-            expanded.append(argument)
+            if previous != "--config":
+                _check_value(previous, argument)
+                given[previous.removeprefix("--")] = _Given("command line", argument)
+                expanded.append(argument)
             continue
         name = _FLAGS.get(name, name)
         following = arguments[position + 1] if position + 1 < len(arguments) else "--"
         if name == "--config":
             if not equals and following.startswith("--"):
-                raise ValueError("--config needs a file after it, such as configs/quickstart.yaml.")
-            _read_yaml(Path(value if equals else following))
-        elif name != "--help":
+                raise ValueError("--config needs a file after it, or a preset's name, such as quickstart.")
+            file = config_file(value if equals else following)
+            for section, values in _read_yaml(file).items():
+                given |= {f"{section}.{key}": _Given(str(file), one) for key, one in values.items()}
+            value, equals = str(file), "="
+        else:
             _reject_unknown([name.removeprefix("--")], "command line")
             _check_value(name, value)
+            given[name.removeprefix("--")] = _Given("command line", value)
         if name in ("--run.overwrite", "--run.force") and not equals and following.startswith("--"):
             value, equals = "true", "="
         expanded.append(name + equals + value)
@@ -166,9 +196,24 @@ def parse_config(arguments: Sequence[str]) -> Config:
         read = parser.parse_args(expanded)
         _check_numbers(read.as_dict(), "")
         parsed = parser.instantiate(read)
+        config = Config(**{section.name: parsed[section.name] for section in fields(Config)})
+    except ConfigError as error:
+        raise ValueError(_with_its_file(str(error), given)) from None
     except ArgumentError as error:
-        raise ValueError(_readable(error)) from None
-    return Config(**{section.name: parsed[section.name] for section in fields(Config)})
+        raise ValueError(_readable(error, given)) from None
+    return _with_packaged_data(config)
+
+
+def _with_packaged_data(config: Config) -> Config:
+    """A preset's data is found outside a checkout too."""
+    data = config.data
+    mix = {packaged(path): weight for path, weight in data.mix.items()}
+    return replace(
+        config,
+        data=replace(
+            data, path=data.path and packaged(data.path), eval_path=data.eval_path and packaged(data.eval_path), mix=mix
+        ),
+    )
 
 
 def _check_numbers(values: Mapping[str, Any], prefix: str) -> None:
@@ -182,18 +227,52 @@ def _check_numbers(values: Mapping[str, Any], prefix: str) -> None:
             raise ValueError(f"{prefix}{name} is a number of more than 64 bits.")
 
 
-def _readable(error: Exception) -> str:
+class _Given(NamedTuple):
+    """Where a key was given, and what."""
+
+    where: str
+    value: Any
+
+
+def _readable(error: Exception, given: Mapping[str, _Given]) -> str:
     """A section's own reason where there is one: jsonargparse wraps it in a report of every type it tried."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConfigError):
-            return str(cause)
+            return _with_its_file(str(cause), given)
         cause = cause.__cause__ or cause.__context__
+    named = re.match(r'(?:Parser )?key "([\w.]+)"', str(error), re.IGNORECASE)
+    key = named[1] if named else ""
+    if key in given and key in _known():
+        where, value = given[key]
+        return f"{where}: {key} is {reprlib.repr(value)}, and must be {in_words(_types()[key])}."
     return " ".join(str(error).removeprefix("Parser ").split())
 
 
+def _with_its_file(reason: str, given: Mapping[str, _Given]) -> str:
+    """A section's reason, after the file that the first key in it stands in."""
+    named = next((given[key] for key in re.findall(r"[a-z_]+\.\w+", reason) if key in given), None)
+    return reason if named is None or named.where == "command line" else f"{named.where}: {reason}"
+
+
+def in_words(kind: Any) -> str:
+    """What a value of a key's type is, in words: `a whole number or null`."""
+    parts = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(
+            [*(in_words(part) for part in parts if part is not NoneType), *["null"] * (NoneType in parts)]
+        )
+    if get_origin(kind) is Literal:
+        return " or ".join(parts) if len(parts) < 3 else f"one of {', '.join(parts)}"
+    if get_origin(kind) is tuple:
+        return f"a list, each {in_words(parts[0])}"
+    if get_origin(kind) is dict:
+        return "names with values, as {name: value}"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a text")
+
+
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Configuration from a YAML file and `section.key=value` overrides; errors as `parse_config`."""
+    """Configuration from a YAML file or preset, and `section.key=value` overrides; errors as `parse_config`."""
     files = [] if path is None else [f"--config={path}"]
     return parse_config(files + [f"--{override}" for override in overrides])
 

@@ -156,6 +156,10 @@ def _check_columns(config: Config, objective: Objective) -> None:
 
 
 def _check_batch(config: Config) -> None:
+    if config.data.mix and config.batch.order == "sequential":
+        raise ConfigError(
+            "batch.order=sequential goes by the order of one file; with data.mix use shuffled or related."
+        )
     group, pairs = config.contrast.group, config.batch.pairs
     if group != "global" and pairs % group:
         divisors = ", ".join(str(d) for d in range(1, pairs + 1) if pairs % d == 0)

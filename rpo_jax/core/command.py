@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rpo_jax.core.files import refusal
+from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.memory import explaining_memory
 from rpo_jax.core.text import printable
 
@@ -35,6 +37,22 @@ class _Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An option's value that is a JSON object."""
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def column_names(text: str) -> dict[str, str]:
+    """An option's value that says what rows call their columns, as data.columns does."""
+    names = json_object(text)
+    if not all(isinstance(column, str) for column in names.values()):
+        raise argparse.ArgumentTypeError(f'{text!r} names no columns, as {{"prompt": "question"}} does')
+    return names
 
 
 class SteadyStream:

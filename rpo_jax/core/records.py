@@ -258,6 +258,7 @@ class PreferenceData:
         reference_log_probs: nats, NaN where there is none yet; None until computed.
         scores: NaN where the data gives none; None where the objective needs none.
         row_values: numbers of the responses' rows, by name.
+        source: of a mixture the number of each example's source, ascending; None where all are of one.
     """
 
     examples: Sequence[TokenizedExample]
@@ -266,6 +267,7 @@ class PreferenceData:
     reference_log_probs: Float[np.ndarray, "r"] | None = None
     scores: Float[np.ndarray, "r"] | None = None
     row_values: Mapping[str, Float[np.ndarray, "r"]] = field(default_factory=dict)
+    source: Int[np.ndarray, "e"] | None = None
 
     def __post_init__(self) -> None:
         for facts in (self.embedding_row, self.reference_log_probs, self.scores, *self.row_values.values()):

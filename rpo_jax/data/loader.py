@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -38,19 +38,31 @@ FEWEST_SAMPLED = 8
 SAMPLED_PAIRS = 16_384
 
 
+class _Source(NamedTuple):
+    """A source's part of a pool: its first draw, how many there are, and how many places of a round it fills."""
+
+    first: int
+    size: int
+    places: int
+
+
 class _Pool:
     """What slots are filled from: draw d is one response of each of some kinds, all of one example.
 
     Args:
-        draws: response of each draw, by kind.
+        draws: response of each draw, by kind, in the order of the examples.
+        weights: of each source of the data, how often a round takes its draws; once where not given.
 
     Attributes:
+        round: places that are filled before the pool starts again; with weights, draws may come several times, or not.
         tokens: for each prompt that responses follow, the tokens of every draw's segment.
         examples: of every draw.
         longest: the most tokens that a row should have room for.
     """
 
-    def __init__(self, data: PreferenceData, draws: dict[str, Int[np.ndarray, "d"]]) -> None:
+    def __init__(
+        self, data: PreferenceData, draws: dict[str, Int[np.ndarray, "d"]], weights: Sequence[float] | None = None
+    ) -> None:
         first = next(iter(draws.values()))
         self.draws, self.size, flat = draws, len(first), data.flat
         tokens: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(self.size, np.int64))
@@ -61,6 +73,47 @@ class _Pool:
         self.examples = data.example_index[first]
         self.tokens = [count + flat.prompt_tokens(self.examples, prompt) for prompt, count in tokens.items()]
         self.longest = max(int(count.max()) for count in self.tokens)
+        self._mix(data, weights)
+
+    def _mix(self, data: PreferenceData, weights: Sequence[float] | None) -> None:
+        self.round, self.sources = self.size, []
+        if weights is not None:
+            assert data.source is not None
+            held = np.bincount(data.source[self.examples], minlength=len(weights)).tolist()
+            self.sources = [
+                _Source(int(sum(held[:number])), count, max(1, round(count * weight)))
+                for number, (count, weight) in enumerate(zip(held, weights, strict=True))
+                if count
+            ]
+            self.round = sum(source.places for source in self.sources)
+
+    @property
+    def most_repeats(self) -> int:
+        """How often a round has any one draw at most."""
+        return max((-(-source.places // source.size) + 1 for source in self.sources), default=1)
+
+    def at(
+        self,
+        number: int,
+        places: Int[np.ndarray, "_"],
+        permutation: Callable[[int, int, int], Int[np.ndarray, "_"]],
+    ) -> Int[np.ndarray, "_"]:
+        """Draws at these places of a round: each source goes round its own, whatever share of it a round takes.
+
+        Args:
+            permutation: of a source's draws, by its number, how often it was gone round and how many they are.
+        """
+        if not self.sources:
+            return places
+        index, start = np.empty(len(places), np.int64), 0
+        for which, (first, size, held) in enumerate(self.sources):
+            here = np.flatnonzero((places >= start) & (places < start + held))
+            rounds, own = np.divmod(number * held + places[here] - start, size)
+            for again in np.unique(rounds):
+                now = rounds == again
+                index[here[now]] = first + permutation(which, int(again), size)[own[now]]
+            start += held
+        return index
 
     def take(self, draws: Int[np.ndarray, "S"]) -> list[Draws]:
         """The responses of these draws, those together that share a segment; none where a draw is NO_RESPONSE."""
@@ -82,9 +135,10 @@ class _PromptPool(_Pool):
         draws: responses of each draw, by kind, [d, slots of a draw]; NO_RESPONSE where it has fewer.
     """
 
-    def __init__(self, data: PreferenceData, kinds: Sequence[str]) -> None:
+    def __init__(self, data: PreferenceData, kinds: Sequence[str], weights: Sequence[float] | None = None) -> None:
         self.size, flat = len(data.examples), data.flat
         self.examples = np.arange(self.size)
+        self._mix(data, weights)
         self.draws, self.tokens = {}, []
         together: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(self.size, np.int64))
         for kind in kinds:
@@ -132,6 +186,7 @@ class PreferenceBatches:
             and in random order; or `sequential`.
         group: with the order `related`, each so many pairs of a batch are neighbours among themselves; a divisor of
             `pairs`, and all of them where not given.
+        weights: of each source of the data, how often an epoch draws each of its examples; not sequential then.
         seed: of the shuffles.
         row_tokens: length of a row; where not given, multiples of 64, as packs best.
         row_segments: how many of the longest segments the longest of those rows may hold.
@@ -158,6 +213,7 @@ class PreferenceBatches:
         responses: Sequence[str] = ("chosen", "rejected"),
         order: Literal["shuffled", "related", "sequential"] = "shuffled",
         group: int | None = None,
+        weights: Sequence[float] | None = None,
         seed: int,
         row_tokens: int | None = None,
         row_segments: int = 1,
@@ -166,6 +222,7 @@ class PreferenceBatches:
         own_rows: Callable[[int], Bool[np.ndarray, "R"]] | None = None,
     ) -> None:
         assert not once or order == "sequential"
+        assert weights is None or order != "sequential"
         _check_arguments(pairs, pairing, responses, order, rows_multiple, row_segments)
         _check_related(data, pairs, order, group)
         self.data = data
@@ -176,10 +233,11 @@ class PreferenceBatches:
         self.seed = seed
         self.once = once
         self.sizes = (pairs,) if group in (None, pairs) else (pairs, group)
-        self._permutation = lru_cache(maxsize=8)(self._new_permutation)
+        self._weights = weights
+        self._permutation = lru_cache(maxsize=8 if weights is None else 8 + 4 * len(weights))(self._new_permutation)
         self._related = lru_cache(maxsize=2)(self._new_related)
         self._pools = self._build_pools()
-        self.epoch_draws = max(pool.size for pool in self._pools.values())
+        self.epoch_draws = max(pool.round for pool in self._pools.values())
         self.steps_per_epoch = -(-self.epoch_draws // pairs)
         self._row_lengths = self._checked_row_lengths(row_tokens, row_segments)
         self._rows_multiple = rows_multiple
@@ -206,11 +264,13 @@ class PreferenceBatches:
 
     def _most_tokens(self, pool: _Pool, tokens: Int[np.ndarray, "d"]) -> int:
         """Tokens that such segments of this pool hold in the worst batch."""
-        if pool.size < self.epoch_draws and not self.once:
+        repeats = pool.most_repeats
+        if pool.round < self.epoch_draws and not self.once:
             # The smaller pool starts again within a batch: a draw may come once in each round that it touches. Of
             # neighbours a batch has those of all rounds of the epoch.
             places = self.epoch_draws if self.order == "related" else self.pairs
-            tokens = np.tile(tokens, 1 + -(-places // pool.size))
+            repeats *= 1 + -(-places // pool.round)
+        tokens = np.tile(tokens, repeats)
         return int(np.sort(tokens)[-self.pairs :].sum())
 
     def batch_at(self, step: int) -> Batch:
@@ -250,11 +310,15 @@ class PreferenceBatches:
     def _shuffled(self, name: str, epoch: int, places: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
         """Draws at these places of an epoch."""
         # Counted over all epochs: the smaller pool goes round on its own.
-        rounds, places = np.divmod(epoch * self.epoch_draws + places, self._pools[name].size)
+        pool = self._pools[name]
+        rounds, places = np.divmod(epoch * self.epoch_draws + places, pool.round)
         index = np.empty(len(places), np.int64)
-        for number in np.unique(rounds):
+        for number in np.unique(rounds).tolist():
             here = np.flatnonzero(rounds == number)
-            index[here] = self._permutation(name, int(number))[places[here]]
+            shuffled = self._permutation(name, pool.round, number)[places[here]]
+            index[here] = pool.at(
+                number, shuffled, lambda source, again, size: self._permutation(name, size, again, source)
+            )
         return index
 
     def _new_related(self, epoch: int) -> dict[str, Int[np.ndarray, "_"]]:
@@ -280,14 +344,16 @@ class PreferenceBatches:
             points[name] = whole_points(embeddings, *rows)
         return points
 
-    def _new_permutation(self, pool: str, number: int) -> Int[np.ndarray, "_"]:
-        return np.random.default_rng([self.seed, number, list(KINDS).index(pool)]).permutation(self._pools[pool].size)
+    def _new_permutation(self, pool: str, size: int, *numbers: int) -> Int[np.ndarray, "_"]:
+        """Of a round, by its number, or of a source's draws, by how often it was gone round and the source's number."""
+        first, *others = numbers
+        return np.random.default_rng([self.seed, first, list(KINDS).index(pool), *others]).permutation(size)
 
     def _build_pools(self) -> dict[str, _Pool]:
         """A pool for the pairs, or one for each kind that others go with; by the name of the first of its kinds."""
         count, pools = len(self.data.examples), {}
         if self.grouped:
-            return {"chosen": _PromptPool(self.data, self.responses)}
+            return {"chosen": _PromptPool(self.data, self.responses, self._weights)}
         for name in ["chosen"] if self.paired else [name for name in self.responses if KINDS[name].slot_of == name]:
             kinds = [kind for kind in self.responses if self.paired or KINDS[kind].slot_of == name]
             numbers = {kind: self.data.of_kind(kind) for kind in {name, *kinds}}
@@ -304,7 +370,7 @@ class PreferenceBatches:
                 kind: numbers[kind][first[kind][examples] + np.minimum(rank, held[kind][examples] - 1)]
                 for kind in kinds
             }
-            pools[name] = _Pool(self.data, draws)
+            pools[name] = _Pool(self.data, draws, self._weights)
         return pools
 
     def _check_held(

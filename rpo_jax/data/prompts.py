@@ -42,6 +42,7 @@ def read_prompts(
     split: str = "train",
     layout: str = "auto",
     columns: Mapping[str, str] | None = None,
+    usual_columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
 ) -> PromptSet:
     """The prompts of a source, in its order.
@@ -54,6 +55,7 @@ def read_prompts(
         split: as for read_rows.
         layout: as for make_examples, for rows of preferences.
         columns: as for make_examples, and so is `ignore_columns`.
+        usual_columns: without `columns`, those of these that rows have.
 
     Raises ValueError for a source that cannot be read or is empty, and for the first row that holds no prompt.
     """
@@ -64,6 +66,9 @@ def read_prompts(
         if isinstance(row, BadRow):
             raise ValueError(f"{row.row_id}: {row.reason}; mend the row, or leave it out.")
         rows.append(row)
+    if columns is None:
+        held = {column for row in rows for column in row.values}
+        columns = {name: column for name, column in (usual_columns or {}).items() if column in held}
     fields = [_PROMPTS.fields(row.values, columns, ignore_columns) for row in rows]
     if _holds_prompt(fields[0]):
         found = _PROMPTS.read(row._replace(values=values) for row, values in zip(rows, fields, strict=True))

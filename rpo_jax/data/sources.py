@@ -154,7 +154,8 @@ def _read_hub(name: str, split: str) -> Iterator[Row | BadRow]:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"'{name}' is no local file or folder, and split '{split}' of the hub data set of that name cannot be "
-            f"loaded ({type(error).__name__}: {reason}); check the path or the name, the split and the network."
+            f"loaded ({type(error).__name__}: {reason}); check the path or the name, the split and the network, "
+            "or give a file of it."
         ) from None
     finally:
         client.HF_HUB_OFFLINE = was_offline

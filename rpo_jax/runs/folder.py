@@ -127,7 +127,7 @@ def _resuming(config: Config, folder: Path) -> bool:
     for key, path in (
         ("model.path", config.model.path),
         ("reference.path", config.reference.path),
-        ("data.path", config.data.path),
+        *(("data.mix" if config.data.mix else "data.path", path) for path in config.data.sources),
         ("data.eval_path", config.data.eval_path),
     ):
         if path is not None and Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
@@ -246,7 +246,7 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
 
 
 # Of the settings, those that make another run; of another model, base or optimizer nothing could go on.
-_IDENTITY = ("objective.name", "data.pairing")
+_IDENTITY = ("objective.name", "data.pairing", "data.mix")
 
 
 def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, force: bool) -> None:
@@ -283,7 +283,7 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
     if saved.get("data", record["data"]) != record["data"]:
         others.append("other training data")
     before, now = saved.get("total_steps"), record["total_steps"]
-    if before not in (None, now) and record["config"]["optim"]["schedule"] != "constant":
+    if before not in (None, now) and record["config"]["optim"]["schedule"] not in ("constant", "inverse_sqrt"):
         others.append(f"a learning rate that decays over {before} steps, not {now}")
     if others and not force:
         raise refused(

@@ -48,12 +48,12 @@ def model_card(
     # Adapters fit their base alone; whole weights descend also from what their base was made of.
     on_hub = base if base is not None and _cached(base, "config.json") else None
     descends_from = on_hub or (None if adapter else of_base.get("base_model"))
-    data = config.data.path
+    known = [source for source in config.data.sources if _cached(source, None)]
     metadata = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         base_model=descends_from,
-        datasets=data if data is not None and _cached(data, None) else None,
+        datasets=known[0] if len(known) == 1 else known or None,
         tags=["rpo_jax", config.objective.name, *(["lora"] if config.lora.rank else [])],
         # A link into the base's folder would lead nowhere from here.
         **{key: of_base[key] for key in ("license", "license_name", "license_link") if _license(key, of_base.get(key))},
@@ -68,7 +68,7 @@ def model_card(
         title=start if base else "Language model",
         start=start,
         objective=objective,
-        data=_data_name(data),
+        data=_data_name(*config.data.sources),
         family=model_config.family,
         adapts=_name(base) if adapter and base is not None else None,
         chat=chat,
@@ -86,8 +86,8 @@ def _name(path: str) -> str:
     return path if _cached(path, "config.json") or _cached(path, None) else Path(path).name
 
 
-def _data_name(path: str | None) -> str:
-    return "no data" if path is None else f"`{_name(path)}`"
+def _data_name(*sources: str) -> str:
+    return " and ".join(f"`{_name(source)}`" for source in sources) or "no data"
 
 
 def _cached(name: str, file: str | None) -> Path | None:

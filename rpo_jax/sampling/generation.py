@@ -57,6 +57,9 @@ class GenerateConfig:
             message; that of the run where not given, otherwise auto.
         template_arguments: what the chat template gets besides the messages, such as enable_thinking; those of the run
             where not given.
+        columns: what the prompts' rows call `prompt` and other columns, as data.columns; those of the run's that they
+            have where not given.
+        ignore_columns: columns that are read as if they were not there; the run's where not given.
         max_prompt_tokens: longer prompts are cut as in training; where not given, those that do not fit are refused.
         compute_dtype: float32 or bfloat16; the run's where not given, float32 for folders.
         base: of a LoRA run: where the model that it started from is now, if it has moved.
@@ -77,6 +80,8 @@ class GenerateConfig:
     batch_size: int = 32
     template: str | None = None
     template_arguments: Mapping[str, Any] | None = None
+    columns: Mapping[str, str] | None = None
+    ignore_columns: tuple[str, ...] | None = None
     max_prompt_tokens: int | None = None
     compute_dtype: str | None = None
     base: str | None = None
@@ -135,7 +140,13 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
     if (note := unused_card()) is not None:
         reporter.say(note)
     policy = find_policy(config.model, checkpoint=config.checkpoint, base=config.base)
-    asked = read_prompts(config.prompts or _alpaca_eval_set())
+    ignored = policy.ignore_columns if config.ignore_columns is None else config.ignore_columns
+    asked = read_prompts(
+        config.prompts or _alpaca_eval_set(),
+        columns=config.columns,
+        usual_columns=policy.columns,
+        ignore_columns=ignored,
+    )
     template = config.template or policy.template or "auto"
     arguments = policy.template_arguments if config.template_arguments is None else config.template_arguments
     encoded = _encoded(asked, policy, template, arguments, config.max_prompt_tokens)

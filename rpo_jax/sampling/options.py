@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from rpo_jax.config import MeshConfig, RunConfig
-from rpo_jax.core.jsonl import parse_json
+from rpo_jax.core.command import column_names, json_object
 from rpo_jax.data.tokenize import TEMPLATES
 from rpo_jax.hosts.sharding import MESH_AXES
 from rpo_jax.sampling.engine import Sampling
@@ -28,7 +28,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float)
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=32, help="answers at a time (32)")
     add("--template", choices=TEMPLATES, help="chat: text prompts become a user's message; default as in training")
-    add("--template-arguments", type=_json_object, help='JSON object for the chat template: {"enable_thinking": false}')
+    add("--template-arguments", type=json_object, help='JSON object for the chat template: {"enable_thinking": false}')
+    add(
+        "--columns", type=column_names, help='what rows call their columns: {"prompt": "question"}; default: the run\'s'
+    )
+    add("--ignore-columns", nargs="+", help="columns to read as if they were not there; default: the run's")
     add("--max-prompt-tokens", type=int, help="cut longer prompts, as training does")
     add("--dtype", choices=DTYPES, dest="compute_dtype", help="default: the run's; float32 for folders")
     add("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")
@@ -42,11 +46,6 @@ def generate_settings(options: dict[str, Any]) -> dict[str, Any]:
     """What GenerateConfig takes, of parsed options, which lose the names that it has otherwise."""
     sampling = Sampling(**{name: options.pop(name) for name in _CHOOSING})
     mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in MESH_AXES})
-    return {**options, "stop": tuple(options["stop"]), "sampling": sampling, "mesh": mesh}
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = parse_json(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
+    ignored = options["ignore_columns"]
+    told = {"stop": tuple(options["stop"]), "ignore_columns": None if ignored is None else tuple(ignored)}
+    return {**options, **told, "sampling": sampling, "mesh": mesh}

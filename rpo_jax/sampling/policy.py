@@ -40,6 +40,7 @@ class StoredPolicy:
         end_ids: tokens that end an answer: those of the model, its generation_config.json and the tokenizer.
         template: data.template of its run; None for a folder.
         template_arguments: data.template_arguments of its run; empty for a folder.
+        columns: data.columns of its run; empty for a folder, and so is `ignore_columns`.
         compute_dtype: that of its run; float32 for a folder.
         folder: of the weights; None for a run that trained all of them.
         run_dir: None for a folder.
@@ -56,6 +57,8 @@ class StoredPolicy:
     run_dir: Path | None = None
     step: int = 0
     template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignore_columns: tuple[str, ...] = ()
 
     @property
     def model_config(self) -> ModelConfig:
@@ -106,7 +109,18 @@ def _of_run(run_dir: Path, path: str, checkpoint: str, base: str | None) -> Stor
     name, dtype = f"{path}@{step}", config.model.compute_dtype
     data = config.data
     return StoredPolicy(
-        name, policy, tokenizer, ends, data.template, dtype, folder, run_dir, step, data.template_arguments
+        name,
+        policy,
+        tokenizer,
+        ends,
+        data.template,
+        dtype,
+        folder,
+        run_dir,
+        step,
+        data.template_arguments,
+        data.columns,
+        data.ignore_columns,
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rpo_jax.config import Config
-from rpo_jax.training.optimizer import learning_rates
+from rpo_jax.training.optimizer import MUON_RMS, learning_rates
 
 # Of the standard deviation of new weights, 0.02 in most models: how far a run has to take a weight to teach it anything
 # that can be measured. An epoch of DPO with the paper's rate of 5e-7 takes it by 6 % (2,500 steps); what is left of
@@ -43,10 +43,11 @@ def _learning_rate(config: Config, steps: int, weight_scale: float) -> Advice | 
     """Told where the run ends within its warm-up, and where it moves no weight far enough to teach anything."""
     optim, adapts = config.optim, config.lora.rank > 0
     rates = learning_rates(optim, steps)
-    # All three optimizers take a step of the learning rate along a gradient that stays the same; RMSprop of more at
-    # first, as it does not correct the bias of its running mean.
+    # The optimizers take a step of the learning rate along a gradient that stays the same, Muon of a share of it;
+    # RMSprop of more at first, as it does not correct the bias of its running mean.
     seen = 1 - optim.decay ** np.arange(1, steps + 1)  # share of the mean that gradients have filled
-    lengths = 1 / np.sqrt(np.maximum(seen, 1e-12)) if optim.name == "rmsprop" else 1.0
+    first = 1 / np.sqrt(np.maximum(seen, 1e-12))
+    lengths = {"rmsprop": first, "muon": MUON_RMS}.get(optim.name, 1.0)
     distance, least = float(np.sum(rates * lengths)), weight_scale * LEAST_SHARE * (LORA_FACTOR if adapts else 1.0)
     warming = steps <= optim.warmup_steps
     peak = f"the highest learning rate of the run's {steps:,} steps is {rates.max():.2g}"

@@ -24,7 +24,9 @@ PLAN = "python -m rpo_jax.plan, with this configuration, --devices and --device-
 def checkpoint_bytes(config: Config, model_config: ModelConfig) -> int:
     """Bytes of one checkpoint: what is trained, in float32, and the optimizer's state of it."""
     policy = models.Policy(model_config, config.lora)
-    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, 1), policy.decayed)
+    optimizer = make_optimizer(
+        config.optim, learning_rate_schedule(config.optim, 1), policy.decayed, policy.trained.axes
+    )
     state = jax.eval_shape(optimizer.init, policy.trained.shapes)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((policy.trained.shapes, state)))
 

@@ -96,6 +96,7 @@ def batches_of(
         responses=responses,
         order=config.batch.order,
         group=resolve(config).group,
+        weights=tuple(config.data.mix.values()) or None,
         seed=config.run.seed,
         **_batch_shape(config, row_shards, own_rows),
     )
@@ -162,11 +163,13 @@ class _Part:
 
     Attributes:
         path: where its rows come from.
+        sources: of a mixture how many examples each source has; empty where there is one source.
     """
 
     path: str
     found: ExampleSet
     limits: TokenLimits
+    sources: tuple[int, ...] = ()
 
 
 def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleSet:
@@ -215,9 +218,12 @@ def token_limits(data: DataConfig, found: ExampleSet) -> TokenLimits:
 def _split(config: Config, reporter: Reporter) -> dict[str, _Part]:
     """Training data, and held-out data where there is any, by name."""
     data = config.data
-    if data.path is None:
+    if data.name is None:
         raise ValueError("data.path is not set; give a file, a folder or a hub data set.")
-    train, held_out = _read(config, data.path, data.split, reporter), None
+    read, held_out = [_read(config, path, data.split, reporter) for path in data.sources], None
+    if data.mix:
+        read = [replace(found, examples=found.examples[: data.train_rows]) for found in read]
+    train = _joined(data, read)
     if data.eval_path is not None:
         held_out = _read(config, data.eval_path, data.eval_split, reporter)
     elif data.eval_rows:
@@ -229,13 +235,30 @@ def _split(config: Config, reporter: Reporter) -> dict[str, _Part]:
             )
         held_out = replace(train, examples=examples[-data.eval_rows :])
         train = replace(train, examples=examples[: -data.eval_rows])
-    train = replace(train, examples=train.examples[: data.train_rows])
+    if not data.mix:
+        train = replace(train, examples=train.examples[: data.train_rows])
+    sources = tuple(len(found.examples) for found in read) if data.mix else ()
+    parts = {"train": _Part(data.name, train, token_limits(data, train), sources)}
+    if held_out is None:
+        return parts
+    return {**parts, "held_out": _Part(data.eval_path or data.name, held_out, token_limits(data, held_out))}
 
-    def part(path: str, found: ExampleSet) -> _Part:
-        return _Part(path, found, token_limits(data, found))
 
-    parts = {"train": part(data.path, train)}
-    return parts if held_out is None else {**parts, "held_out": part(data.eval_path or data.path, held_out)}
+def _joined(data: DataConfig, read: Sequence[ExampleSet]) -> ExampleSet:
+    """The examples of all sources, one source after another.
+
+    Raises ValueError for layouts that are cut at different ends.
+    """
+    first = read[0]
+    for path, other in zip(data.sources, read, strict=True):
+        if data.truncation_side == "auto" and other.truncation_side != first.truncation_side:
+            raise ValueError(
+                f"data.mix: of long prompts in {data.sources[0]} (layout {first.layout}) the one end is kept, of those "
+                f"in {path} (layout {other.layout}) the other; set data.truncation_side."
+            )
+    layouts = dict.fromkeys(found.layout for found in read)
+    examples = tuple(example for found in read for example in found.examples)
+    return replace(first, examples=examples, layout=", ".join(layouts))
 
 
 def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Reporter) -> PreTrainedTokenizerBase:
@@ -316,6 +339,11 @@ def _with_facts(
     """The data with the embedding and the score of each response, as far as the objective needs them."""
     data, scored = PreferenceData(tokenized), resolve(config).objective.uses_scores
     wanted = row_value_columns(config.data)
+    if part.sources:
+        numbers = np.repeat(np.arange(len(part.sources)), part.sources).tolist()
+        numbered = iter(zip(part.found.examples, numbers, strict=True))
+        source = [next(number for example, number in numbered if example.row_id == one.row_id) for one in tokenized]
+        data = replace(data, source=np.array(source, np.int64))
     if not embedded and not scored and not wanted:
         return data
     texts, rows, scores, values, kind = [], [], [], [], config.embedding.text

@@ -142,7 +142,8 @@ def build_steps(
     schedule = learning_rate_schedule(config.optim, total_steps)
     wanted = ((partition.NAME, method.learns_partition), (value.NAME, objective.uses_values))
     head_names = tuple(name for name, is_wanted in wanted if is_wanted)
-    optimizer = make_optimizer(config.optim, schedule, {**policy.decayed, **heads.decayed(head_names)})
+    all_axes = {**policy.trained.axes, **heads.axes(head_names)}
+    optimizer = make_optimizer(config.optim, schedule, {**policy.decayed, **heads.decayed(head_names)}, all_axes)
     sees = {"tokens": objective.uses_tokens, "collisions": objective.uses_confidence}
     forward = make_log_probs(config, model_config, mesh, **sees)
     reference_forward = make_log_probs(config, reference_config or model_config, mesh, tokens=objective.uses_tokens)
@@ -209,9 +210,8 @@ def build_steps(
     def init(params: Params) -> TrainState:
         return _fresh_state(optimizer, {**params, **heads.init(head_names, model_config.hidden_size)})
 
-    axes, shapes = policy.trained
     of_heads = jax.eval_shape(partial(heads.init, head_names, model_config.hidden_size))
-    abstract_state = _abstract_state(optimizer, {**shapes, **of_heads}, {**axes, **heads.axes(head_names)}, mesh)
+    abstract_state = _abstract_state(optimizer, {**policy.trained.shapes, **of_heads}, all_axes, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     whole = sharding.replicated(mesh)
     return Steps(
@@ -230,18 +230,27 @@ def _fresh_state(optimizer: optax.GradientTransformation, params: Params) -> Tra
 
 
 def _abstract_state(optimizer: optax.GradientTransformation, params: Params, axes: Any, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of the state: what the optimizer keeps for a parameter lives where that does."""
+    """Shapes, dtypes and shardings of the state: what the optimizer keeps for a parameter lives where that does.
+
+    What has another shape than its parameter, as factored moments have, is small and lives everywhere.
+    """
     param_shardings, whole = sharding.parameter_shardings(mesh, axes, params), sharding.replicated(mesh)
     shapes = jax.eval_shape(partial(_fresh_state, optimizer), params)
+
+    def absent(kept: Any) -> bool:  # of a parameter of which this part of the state keeps nothing
+        return isinstance(kept, optax.MaskedNode)
+
     # optax finds its parameter-like leaves by a trial run, which needs a device, and the mesh may be one that is only
     # compiled for.
     with jax.set_mesh(jax.make_mesh((1,), ("trial",), devices=jax.local_devices()[:1])):
         opt_state = optax.tree.map_params(
             optimizer,
-            lambda _, placed: placed,
+            lambda kept, param, placed: kept if absent(kept) else placed if kept.shape == param.shape else whole,
             shapes.opt_state,
+            params,
             param_shardings,
             transform_non_params=lambda _: whole,
+            is_leaf=absent,
         )
     placed: Any = shapes._replace(step=whole, params=param_shardings, opt_state=opt_state)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed)

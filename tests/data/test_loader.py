@@ -1,3 +1,7 @@
+import itertools
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -400,3 +404,49 @@ def test_numbers_of_rows_are_in_the_slots_of_their_responses():
             assert (value > 0) == valid
             if valid:
                 assert sequence(batch, slots.start + slot)[1] == data.response(int(value) - 1).ids.tolist()
+
+
+def mixed_data(counts):
+    """Examples of several sources, one after another."""
+    return replace(paired_data(sum(counts)), source=np.repeat(np.arange(len(counts)), counts))
+
+
+@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+def test_an_epoch_of_a_mixture_takes_each_source_by_its_weight(pairing):
+    batches = PreferenceBatches(mixed_data([8, 10, 5]), pairs=4, pairing=pairing, weights=(0.5, 1, 2), seed=0)
+    assert (batches.epoch_draws, batches.steps_per_epoch) == (4 + 10 + 10, 6)
+    for side in ("chosen", "rejected"):
+        epochs = [Counter(served(batches, epoch, side)) for epoch in range(4)]
+        for counts in epochs:
+            assert [counts[i] for i in range(8, 23)] == [1] * 10 + [2] * 5
+            assert sum(counts[i] for i in range(8)) == 4
+        # Half of the first source in one epoch, the other half in the next, and other halves after that.
+        assert [{*first, *second} >= set(range(8)) for first, second in itertools.pairwise(epochs)][::2] == [True, True]
+        assert {i for i in epochs[0] if i < 8} != {i for i in epochs[2] if i < 8}
+
+
+def test_a_batch_of_a_mixture_depends_on_its_step_only():
+    arguments = {"pairs": 4, "weights": (0.3, 2.5), "seed": 1}
+    batches = PreferenceBatches(mixed_data([9, 7]), **arguments)
+    for step in (17, 3, 0, 17):
+        assert_equal(batches.batch_at(step), PreferenceBatches(mixed_data([9, 7]), **arguments).batch_at(step))
+    other = PreferenceBatches(mixed_data([9, 7]), **arguments | {"seed": 2})
+    assert served(other, 0) != served(batches, 0)
+
+
+def test_neighbours_and_the_worst_batch_of_a_mixture_fit():
+    lengths = [(3, 2, 2, 2)] * 12 + [(60, 60, 60, 60)]
+    data = replace(data_of(examples_of_lengths(lengths), 2), source=np.repeat([0, 1], [12, 1]))
+    for order in ("shuffled", "related"):
+        batches = PreferenceBatches(data, pairs=4, weights=(1, 8), order=order, seed=0)
+        assert Counter(i for step in range(5) for i in served_at(batches, step))[12] == 8
+        assert all(batches.batch_at(step).tokens.shape in shapes_of(batches) for step in range(10))
+
+
+def served_at(batches, step):
+    side = batches.batch_at(step).sides["chosen"]
+    return side.example_index[side.valid].tolist()
+
+
+def shapes_of(batches):
+    return {(shape.rows, shape.tokens) for shape in batches.shapes}

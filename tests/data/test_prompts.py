@@ -51,6 +51,15 @@ def test_prompts_take_columns_and_what_stands_beside_them(tmp_path):
     assert read_prompts(pairs, columns={"prompt": "text"}).rows[0].prompt == "Why?"
 
 
+def test_the_columns_of_a_run_count_where_the_rows_have_them(tmp_path):
+    usual = {"prompt": "text", "chosen": "good"}
+    own = write_rows(tmp_path / "own.jsonl", [{"text": "Why?", "prompt": "No."}])
+    assert read_prompts(own, usual_columns=usual).rows[0].prompt == "Why?"
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "How?"}])
+    assert read_prompts(other, usual_columns=usual).rows[0].prompt == "How?"
+    assert read_prompts(own, columns={}, usual_columns=usual).rows[0].prompt == "No.", "what is given counts alone"
+
+
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
     file = tmp_path / "lines.txt"
     file.write_text("\ufeffOne?\n\n  \nTwo? \n", encoding="utf-8")

@@ -89,9 +89,11 @@ def check_data(config: Config, policy: ModelConfig | None) -> list[Finding]:
     Args:
         policy: None where its architecture is not known.
     """
-    if config.data.path is None:
+    if config.data.name is None:
         return [failed("data", "data.path is not set", "give a file, a folder or a hub data set")]
-    found, examples = _check_source(config, "data", config.data.path, config.data.split)
+    checked = [_check_source(config, "data", path, config.data.split) for path in config.data.sources]
+    found = [finding for findings, _ in checked for finding in findings]
+    examples = checked[0][1] if len(checked) == 1 else None
     if examples is not None and config.data.eval_rows >= max(len(examples), 1):
         text = f"data.eval_rows={config.data.eval_rows} leaves nothing of {len(examples):,} examples to train on"
         found.append(failed("data", text, "lower data.eval_rows"))

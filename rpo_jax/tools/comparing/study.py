@@ -17,6 +17,7 @@ from typing import Any
 
 from rpo_jax import models
 from rpo_jax.config import Config
+from rpo_jax.config.presets import config_file
 from rpo_jax.config.reading import load_config
 from rpo_jax.core.yaml_text import read_yaml
 from rpo_jax.tasks.gold import GoldTask
@@ -39,7 +40,7 @@ class FileTask:
 
     def __post_init__(self) -> None:
         if not Path(self.path).is_file():
-            raise ValueError(f"path={self.path} is no file.")
+            raise ValueError(f"path={self.path} is no file; give the data's own place as task: {{path: FILE}}.")
         if self.held_out_rows < 1:
             raise ValueError(f"held_out_rows={self.held_out_rows} must be at least 1.")
 
@@ -206,13 +207,12 @@ def _task(kind: type[Task], settings: Mapping[str, Any]) -> Task:
 
 
 def read_study(path: Path) -> Study:
-    """The study of a YAML file.
+    """The study of a YAML file, or of the preset of that name.
 
     Raises ValueError, before anything runs, for a key that is not known, a row of a method that there is none of,
     grids of different sizes, and any run whose configuration is refused.
     """
-    if not path.is_file():
-        raise ValueError(f"No study at {path}; configs/compare_small.yaml is one.")
+    path = config_file(str(path), studies=True)
     content = read_yaml(path)
     try:
         study = _read(content)

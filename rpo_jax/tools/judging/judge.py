@@ -32,6 +32,7 @@ class JudgeConfig:
         a: file of the responses whose win rate is wanted.
         b: file of those that they are compared with, or `chosen` for those of `data`.
         judge: openai:MODEL, reward:FOLDER or rule:MODULE.py:FUNCTION.
+        columns: what `data` calls columns of its layout, as data.columns.
         n: prompts, drawn by seed.
         out: folder of verdicts and summary; beside `a` where not given.
         endpoint: settings of EndpointSettings but `model` and `request`.
@@ -48,6 +49,7 @@ class JudgeConfig:
     data: str | None = None
     split: str = "test"
     layout: str = "auto"
+    columns: Mapping[str, str] | None = None
     n: int = 256
     seed: int = 0
     both_orders: bool = False
@@ -125,7 +127,7 @@ def _pairs(config: JudgeConfig) -> list[pairs.Pair]:
     if config.data is None:
         b = pairs.read_responses(config.b)
     else:
-        b = pairs.read_chosen(config.data, split=config.split, layout=config.layout)
+        b = pairs.read_chosen(config.data, split=config.split, layout=config.layout, columns=config.columns)
     # Responses to a part of a data set are judged against that part of it.
     return pairs.sample(pairs.make_pairs(a, b, b_may_have_more=against_chosen), config.n, config.seed)
 

@@ -71,9 +71,11 @@ def prompt_of(values: Mapping[str, Any], place: str) -> Prompt:
     )
 
 
-def read_chosen(path: str, *, split: str, layout: str) -> list[PairedResponse]:
-    """The chosen responses of a data set, in file order."""
-    examples = make_examples(read_rows(path, split=split), layout=layout).examples
+def read_chosen(
+    path: str, *, split: str, layout: str, columns: Mapping[str, str] | None = None
+) -> list[PairedResponse]:
+    """The chosen responses of a data set, in file order; arguments as rpo_jax.data.examples.make_examples has them."""
+    examples = make_examples(read_rows(path, split=split), layout=layout, columns=columns).examples
     return [
         PairedResponse(example.row_id, example.prompt, chosen.text, example.row_id)
         for example in examples

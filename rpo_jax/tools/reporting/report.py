@@ -57,7 +57,7 @@ def write_report(
 
 
 def _prepared(record: RunRecord, reporter: Reporter) -> Prepared:
-    reporter.say(f"{record.name}: reading its data again: {record.config.data.path}")
+    reporter.say(f"{record.name}: reading its data again: {record.config.data.name}")
     try:
         return prepare(record.config, reporter, inside(record.folder, MODEL))
     except (ValueError, OSError) as error:
@@ -79,7 +79,7 @@ def _matrix(record: RunRecord, prepared: Prepared, step: int) -> dict[str, Any] 
 def _check_data(record: RunRecord, prepared: Prepared) -> None:
     """ValueError for data that the run was not trained on: prompts of some other file that a stranger's folder names
     are not to be shown."""
-    path, now = record.config.data.path, prepared.origins["train"]["data"]
+    path, now = record.config.data.name, prepared.origins["train"]["data"]
     trained_on = (newest_record(record.folder) or {}).get("data")
     at_home = Path(record.config.run.dir).expanduser().resolve() == record.folder
     if trained_on is None and not at_home:

@@ -1,0 +1,148 @@
+"""The wheel and the source distribution: what is in them, and that the commands run from a wheel alone."""
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import rpo_jax
+
+pytest.importorskip("hatchling", reason="the build backend is not in this environment")
+
+ROOT = Path(__file__).parents[1]
+WHEEL = f"rpo_jax-{rpo_jax.__version__}"
+
+
+def built(target: str, folder: Path) -> Path:
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)], cwd=ROOT, check=True)
+    (file,) = folder.iterdir()
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return built("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The wheel's files where they are imported from, as pip lays them down."""
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def outside(installed, tmp_path):
+    """Runs a module of the wheel in a folder that has nothing else of the repository."""
+
+    def run(*words: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(installed)}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+
+def test_the_wheel_has_every_file_of_the_package_and_the_presets_once(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    code = {f"rpo_jax/{name}" for name in files_below(ROOT / "rpo_jax")}
+    presets = {f"rpo_jax/presets/{name}" for name in files_below(ROOT / "configs")}
+    about = {name for name in names if name.startswith(f"{WHEEL}.dist-info/")}
+    assert set(names) == code | presets | about
+    assert len(names) == len(set(names))
+    assert f"{WHEEL}.dist-info/licenses/LICENSE" in about
+
+
+def test_its_description_has_no_link_that_a_package_index_cannot_follow(wheel):
+    with zipfile.ZipFile(wheel).open(f"{WHEEL}.dist-info/METADATA") as file:
+        about = email.message_from_binary_file(file)
+    assert (about["Name"], about["Version"]) == ("rpo-jax", rpo_jax.__version__)
+    assert about["License-Expression"] == "Apache-2.0"
+    text = about.get_payload()
+    assert text.startswith("# rpo_jax")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(targets) > 5
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    # What they lead to is in the repository.
+    own = [re.search(r"/main/([^#]*)", target) for target in targets if "/rpo-jax/rpo-jax/" in target]
+    assert own
+    assert [found[1] for found in own if found and not (ROOT / found[1]).exists()] == []
+
+
+def test_the_commands_run_from_the_wheel_outside_the_repository(outside, installed, tmp_path):
+    assert outside("-m", "rpo_jax.cli", "--version") == f"rpo-jax {rpo_jax.__version__}\n"
+    where = outside("-c", "import rpo_jax.config.presets as p; print(p.__file__, p.preset_folder())").split()
+    assert where == [str(installed / "rpo_jax/config/presets.py"), str(installed / "rpo_jax/presets")]
+    smaller = ["--data.train_rows", "24", "--run.cache_dir", "cache"]
+    said = outside("-m", "rpo_jax.cli", "prepare", "--config", "quickstart_sft", *smaller)
+    assert "24 training and" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) in ([], ["cache"])
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_exported_and_reported_from_the_wheel(outside, tmp_path):
+    run = ["--run.dir", "run", "--train.steps", "2", "--data.eval_path", "null"]
+    outside("-m", "rpo_jax.cli", "train", "--config", "quickstart_sft", *run)
+    outside("-m", "rpo_jax.cli", "export", "--run", "run", "--out", "hf")
+    outside("-m", "rpo_jax.cli", "report", "--run", "run", "--no-rewards")
+    assert (tmp_path / "hf" / "README.md").is_file()
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_the_source_distribution_has_all_that_the_repository_has(tmp_path):
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("only a clone knows what it has")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = {name for name in listed.splitlines() if (ROOT / name).exists() and not name.startswith(".ci/")}
+    with tarfile.open(built("sdist", tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert tracked - names == set()
+
+
+def test_one_version_and_one_address_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == rpo_jax.__version__
+    assert f"## {rpo_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    addresses = set(re.findall(r"https://(?:github|raw\.githubusercontent)\.com/([\w-]+/[\w-]+)", project))
+    assert addresses == {"/".join(citation["repository-code"].split("/")[-2:])}
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_an_image_has_torch_for_the_cpu_before_anything_asks_for_it(name):
+    text = (ROOT / "docker" / f"{name}.Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    steps = [line for line in text.splitlines() if line and not line.startswith("#")]
+    installs = [step for step in steps if "pip install" in step]
+    assert "--torch-backend cpu" in installs[0]
+    assert ("[cuda," in installs[1]) == (name == "gpu")
+    assert any("torch.version.cuda is None" in step for step in steps), "and a CUDA build ends the image's"
+    copied = [step.split()[1] for step in steps if step.startswith("COPY")]
+    assert all((ROOT / source).exists() for source in copied)
+
+
+def test_the_release_workflow_builds_tries_and_then_publishes():
+    path = ROOT / ".github" / "workflows" / "release.yml"
+    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    assert jobs["publish"]["needs"] == "build"
+    assert jobs["publish"]["if"] == "github.ref_type == 'tag'"
+    scripts = [step["run"] for step in jobs["build"]["steps"] if "run" in step]
+    (tag,) = (script for script in scripts if "__version__" in script)
+    for version, status in ((f"v{rpo_jax.__version__}", 0), ("v0.0.0", 1)):
+        environment = {**os.environ, "GITHUB_REF_NAME": version}
+        assert subprocess.run(["bash", "-c", tag], cwd=ROOT, env=environment).returncode == status
