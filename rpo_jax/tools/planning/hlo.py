@@ -31,6 +31,8 @@ _MESH_PART = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _COMMENT = re.compile(r"/\*.*?\*/")  # which element of a long tuple comes next
 
+# What hands on what it takes; get-tuple-element one of the arrays that are summed together.
+_SAME_NUMBERS = ("bitcast", "reshape", "convert", "all-reduce-done", "get-tuple-element")
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
@@ -167,8 +169,7 @@ def _is_scattered(computation: dict[str, Instruction], instruction: Instruction)
     """Whether each device keeps no more of a sum than a slice: what a TPU's program calls an all-reduce-scatter."""
     users = [other for other in computation.values() if instruction.name in other.operands]
     return bool(users) and all(
-        other.opcode == "dynamic-slice"
-        or (other.opcode in ("bitcast", "reshape", "convert", "all-reduce-done") and _is_scattered(computation, other))
+        other.opcode == "dynamic-slice" or (other.opcode in _SAME_NUMBERS and _is_scattered(computation, other))
         for other in users
     )
 
@@ -177,9 +178,12 @@ def _collective(program: Program, computation: str, instruction: Instruction, ki
     own = program.computations[computation]
     given = [shape for name in instruction.operands if name in own for shape in shapes_in(own[name].result)]
     result = instruction.result
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # A tuple of what is given, what is got, and flags; the compiler makes one exchange of several arrays.
-        result = _elements(result)[1]
+    if instruction.opcode.endswith("-start"):
+        # A tuple of what is given, what is got, and flags; either is a tuple where one exchange is made of several
+        # arrays. A started all-reduce has what is got alone, in jax 0.10.
+        parts = _elements(result)
+        if kind != "all-reduce" or parts[0].startswith("("):
+            result = parts[1]
     results = shapes_in(result)
     got, gave = sum(shape.bytes for shape in results), sum(shape.bytes for shape in given)
     size = max(got, gave) if kind in ("all-gather", "reduce-scatter") else got
