@@ -169,7 +169,7 @@ def test_numbers_of_rows_work_in_blocks(name):
     )
     batch = batch._replace(sides={kind: numbered(side) for kind, side in batch.sides.items()})
     weighed = agree(config, (2, 2, 2), batch, log_probs)
-    assert weighed["count"] != everything(config, make_mesh(1, 1, 1), *world(M, M))["count"]
+    assert weighed["count"] % 1 > 0, "a sum of weights, and no number of entries"
 
 
 @pytest.mark.parametrize("objective", ["wpo", "f_dpo"])
