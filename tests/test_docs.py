@@ -44,7 +44,7 @@ COMMANDS = [
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_command_is_one_that_there_is_with_arguments_that_it_takes(words, tmp_path, monkeypatch):
     command, *arguments = words
-    if command == "--version":
+    if command in ("--help", "--version"):
         return
     assert command in cli.COMMANDS
     arguments = [word if word != "FILE" else "quickstart" for word in arguments]

@@ -262,7 +262,7 @@ def test_versions_that_do_not_meet_the_requirements(monkeypatch):
     assert bad == failed(
         "packages",
         f"optax {metadata.version('optax')}, needs >=99; no-such-package is missing",
-        "pip install -c constraints.txt -e .",
+        "pip install rpo-jax, or in a clone pip install -c constraints.txt -e .",
     )
 
 

@@ -87,6 +87,19 @@ def test_greedy_answers_are_those_of_transformers(world):
     assert [row["response"] for row in of_folder] == [row["response"] for row in rows]
 
 
+def test_rows_may_call_the_prompt_by_another_name(world, capsys):
+    rows = [{"text": prompt, "prompt": "of something else", "notes": "none"} for prompt in PROMPTS]
+    renamed = write_rows(world.folder / "renamed.jsonl", rows)
+    out = world.folder / "of renamed.jsonl"
+    given = ["--model", world.run, "--prompts", renamed, "--out", out, "--max-tokens", MAX_TOKENS, "--batch-size", 8]
+    columns = ["--columns", '{"prompt": "text"}', "--ignore-columns", "notes", "--cache-dir", world.cache]
+    assert generate.main([str(word) for word in [*given, *columns]]) == 0
+    assert [row["response"] for row in rows_of(out)] == [row["response"] for row in world.answers("greedy")]
+    with pytest.raises(SystemExit):
+        generate.main([str(word) for word in [*given, "--columns", '{"prompt": 1}']])
+    assert """'{"prompt": 1}' names no columns""" in capsys.readouterr().err
+
+
 def test_a_lora_run_answers_as_its_merged_folder_does(world):
     merged = export.export(world.lora, world.folder / "merged")
     of_run, of_folder, of_base = (

@@ -28,7 +28,7 @@ def devices() -> list[Any]:
             raise ValueError(f"jax starts no device: {reason}; JAX_PLATFORMS=cpu does without the others.") from None
         raise ValueError(
             f"JAX_PLATFORMS={asked} asks jax for what it cannot start: {reason}; set JAX_PLATFORMS=cpu, or install "
-            'what that device needs (for NVIDIA: its driver, and pip install -e ".[cuda]").'
+            'what that device needs (for NVIDIA: its driver, and pip install "jax[cuda13]").'
         ) from None
 
 
@@ -39,4 +39,4 @@ def unused_card() -> str | None:
         return None
     if not any(glob.glob(place) for place in NVIDIA):
         return None
-    return 'there is an NVIDIA card, but jax computes on the CPU: pip install -e ".[cuda]", or set JAX_PLATFORMS=cpu'
+    return 'there is an NVIDIA card, but jax computes on the CPU: pip install "jax[cuda13]", or set JAX_PLATFORMS=cpu'

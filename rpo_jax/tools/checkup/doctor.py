@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rpo_jax.core.text import printable
-from rpo_jax.tools.checkup.environment import check_environment
+from rpo_jax.tools.checkup.environment import INSTALL, check_environment
 from rpo_jax.tools.checkup.finding import Finding, failed
 
 STYLES = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("FAILED", "bold red")}
@@ -34,7 +34,7 @@ def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
         from rpo_jax.tools.checkup import inputs, machine, stored
     except Exception as error:  # a package that is broken, or does not go with another
         reason = f"rpo_jax cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return [*found, failed("packages", reason, "pip install -c constraints.txt -e .")]
+        return [*found, failed("packages", reason, INSTALL)]
     try:
         config = parse_config(_with_own_configuration(run_dir, arguments))
         if run_dir is not None:

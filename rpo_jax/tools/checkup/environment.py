@@ -11,6 +11,8 @@ from packaging.version import Version
 from rpo_jax.runs.versions import DISTRIBUTION, SHOWN, installed
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
 
+INSTALL = "pip install rpo-jax, or in a clone pip install -c constraints.txt -e ."
+
 
 def check_environment() -> list[Finding]:
     """Versions of everything, and each requirement that is not met."""
@@ -19,7 +21,7 @@ def check_environment() -> list[Finding]:
     try:
         requirements = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
     except metadata.PackageNotFoundError:
-        note = warning("packages", f"{DISTRIBUTION} itself is not installed: {', '.join(shown)}", "pip install -e .")
+        note = warning("packages", f"{DISTRIBUTION} itself is not installed: {', '.join(shown)}", INSTALL)
         return [note, *_known_conflicts()]
     wrong = [
         f"{need.name} {found or 'is missing'}" + (f", needs {need.specifier}" if found else "")
@@ -27,8 +29,7 @@ def check_environment() -> list[Finding]:
         if need.marker is None or need.marker.evaluate({"extra": ""})
         if (found := installed(need.name)) is None or not need.specifier.contains(found, prereleases=True)
     ]
-    fix = "pip install -c constraints.txt -e ."
-    bad = [failed("packages", f"{'; '.join(wrong)}", fix)] if wrong else []
+    bad = [failed("packages", f"{'; '.join(wrong)}", INSTALL)] if wrong else []
     return bad + _known_conflicts() or [ok("packages", ", ".join(shown))]
 
 
