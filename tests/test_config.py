@@ -140,7 +140,7 @@ def test_a_value_of_the_wrong_type_names_its_key(argument, named):
         ("optim.learning_rate", "fast", "is 'fast', and must be a number."),
         ("run.overwrite", "perhaps", "is 'perhaps', and must be true or false."),
         ("train.steps", "[1, 2]", "is [1, 2], and must be a whole number or null."),
-        ("data.pairing", "both", "is 'both', and must be paired, unpaired or grouped."),
+        ("data.pairing", "both", "is 'both', and must be one of paired, unpaired, grouped."),
         ("model.remat", "some", "is 'some', and must be one of none, dots, attention, full."),
         ("contrast.group", "all", "is 'all', and must be a whole number or global."),
         ("lora.targets", "5", "is 5, and must be a list, each a text."),
