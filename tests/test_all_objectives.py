@@ -61,10 +61,10 @@ def trained(config: Config, data: PreferenceData, shape: tuple[int, int, int]) -
             sharding.parameter_shardings(mesh, lora.base_axes(MODEL, "float32"), lora.abstract_base(MODEL, "float32")),
         )
         steps = build_steps(config, MODEL, mesh, total_steps=STEPS).on(base)
-        init = jax.jit(lora.init_adapters, static_argnums=(0, 1), out_shardings=steps.state_shardings.params)
+        init = jax.jit(lora.init_adapters, static_argnums=(0, 1), out_shardings=steps.model_shardings)
         # Adapters that change something, so that no log-ratio is 0 before the first step.
         adapters = jax.tree.map(lambda leaf: leaf + 0.02, init(MODEL, config.lora, jax.random.key(1)))
-        state = steps.init(jax.tree.map(jax.device_put, adapters, steps.state_shardings.params))
+        state = steps.init(jax.tree.map(jax.device_put, adapters, steps.model_shardings))
         for step in range(STEPS):
             state, report = steps.train(state, put_batch(mesh, batches.batch_at(step)), None)
             reports.append({name: float(value) for name, value in report.items()})
