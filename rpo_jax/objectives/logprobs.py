@@ -153,7 +153,7 @@ def _scored_first(
         jnp.take_along_axis(x, order, axis=1) for x in (flat_tokens, predictor, response_ids)
     )
     scored = response_ids >= 0
-    found, collision = _token_log_probs(
+    both: Any = _token_log_probs(
         settings._replace(chunk_tokens=min(chunk_tokens, flat_tokens.shape[1])),
         hidden.reshape(shards, -1, hidden.shape[-1]),
         head,
@@ -161,7 +161,7 @@ def _scored_first(
         predictor,
         scored,
     )
-    return found, collision, order, response_ids
+    return *both, order, response_ids
 
 
 def _anywhere(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
