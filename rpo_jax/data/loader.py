@@ -154,7 +154,7 @@ class PreferenceBatches:
         data: PreferenceData,
         *,
         pairs: int,
-        pairing: Literal["paired", "unpaired"] = "paired",
+        pairing: Literal["paired", "unpaired", "grouped"] = "paired",
         responses: Sequence[str] = ("chosen", "rejected"),
         order: Literal["shuffled", "related", "sequential"] = "shuffled",
         group: int | None = None,

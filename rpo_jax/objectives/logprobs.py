@@ -143,7 +143,7 @@ def _scored_first(
         jnp.take_along_axis(x, order, axis=1) for x in (flat_tokens, predictor, response_ids)
     )
     scored = response_ids >= 0
-    found, collision = _token_log_probs(
+    of_tokens: Any = _token_log_probs(
         (min(chunk_tokens, flat_tokens.shape[1]), constrain, collides),
         hidden.reshape(shards, -1, hidden.shape[-1]),
         head,
@@ -151,7 +151,7 @@ def _scored_first(
         predictor,
         scored,
     )
-    return found, collision, order, response_ids
+    return *of_tokens, order, response_ids
 
 
 def _anywhere(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

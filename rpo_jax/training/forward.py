@@ -55,8 +55,8 @@ def make_log_probs(
         if log_z is not None:
             log_z = partition.log_partition(hidden, placement.gather(log_z, ("embed",)), *ids[1:], num_responses)
         if collisions:
-            *found, collision = response_log_probs_and_collisions(hidden, head, *ids, num_responses, **chunks)
-            return LogProbs(*found, log_z, collision=collision)
+            sums = response_log_probs_and_collisions(hidden, head, *ids, num_responses, **chunks)
+            return LogProbs(*sums[:2], log_z, collision=sums[2])
         if not tokens:
             return LogProbs(*response_log_probs(hidden, head, *ids, num_responses, **chunks), log_z)
         found = token_log_probs(hidden, head, *ids, **chunks)
