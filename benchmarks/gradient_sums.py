@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 SHARDS = (8, 64, 1024)
 NOISE = (0.0, 1.0, 10.0, 100.0)
-ENTRIES = 20_000
+ENTRIES = 2_000
 HEADER = ("shards", "noise of a shard", "sampling error", "ring, bf16", "tree, bf16", "float32", "ring's length")
 
 Add = Callable[[Float[np.ndarray, "n e"]], Float[np.ndarray, "e"]]

@@ -226,6 +226,15 @@ def replace_memory(tmp_path, rows) -> int:
     return json.loads(file.read_text())["plans"][0]["estimate"]["peak_bytes"] // 10**6
 
 
+def test_a_kernel_whose_library_is_not_here_is_planned_as_one_that_is_as_sparing(monkeypatch):
+    target = targets.Target("h100:1", CHIPS["h100"], tuple(jax.devices()[:1]), 80e9, "gpu")
+    monkeypatch.setattr(planner, "target_of", lambda topology, memory: target)
+    config = Config(model=PolicyConfig(attention="cudnn", compute_dtype="bfloat16"))
+    made = planner.make_planner(config, planner.PlanOptions(topology="h100:1"))
+    assert made.config.model.attention == "blockwise"
+    assert made.attention.startswith("blockwise, in place of cudnn")
+
+
 def test_meshes_divide_what_they_split():
     config = Config(batch=BatchConfig(pairs=16))
     found = search.meshes(config, small_model(num_heads=4, num_kv_heads=2), 8)

@@ -52,6 +52,7 @@ class Planner:
 
     Attributes:
         fixed: rows and row tokens, where given.
+        asked: the attention that the user's configuration names.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Planner:
     target: Target
     lengths: Lengths
     fixed: tuple[int, int] | None
+    asked: str
 
     def compile_one(self, config: Config) -> Estimate:
         return estimate(config, self.model, self.target, self.lengths, self.fixed)
@@ -71,6 +73,8 @@ class Planner:
     @property
     def attention(self) -> str:
         name = self.config.model.attention
+        if name != self.asked:
+            return f"{name}, in place of {self.asked}, whose library cannot be asked here"
         if name != "auto":
             return name
         kind = models.attention_kind("auto", self.target.platform)
@@ -112,7 +116,12 @@ def make_planner(config: Config, options: PlanOptions) -> Planner:
     lengths = assumed_lengths(config, options.prompt_tokens, options.response_tokens, options.lengths)
     model, _ = planned_model(config, options.model)
     memory = parse_bytes(options.device_memory) if options.device_memory else None
-    return Planner(config, model, target_of(_topology(options), memory), lengths, fixed)
+    target, asked = target_of(_topology(options), memory), config.model.attention
+    # A kernel of a library that only a GPU's machine has is planned as one that is as sparing.
+    stand_in = models.attention_kind(asked, target.platform).stand_in
+    if stand_in:
+        config = replace(config, model=replace(config.model, attention=stand_in))
+    return Planner(config, model, target, lengths, fixed, asked)
 
 
 def _topology(options: PlanOptions) -> str:

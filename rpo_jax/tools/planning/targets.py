@@ -34,7 +34,7 @@ _GPUS_PER_HOST = 8  # of servers with NVLink between all their GPUs
 _USABLE = 0.95
 _CUDA_PLUGIN = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 # With ptxas and libdevice; neither cuBLAS, cuDNN, NCCL nor a driver is needed to compile.
-_TOOLKIT = ("nvidia-cuda-nvcc>=13,<14", "nvidia-nvvm>=13,<14")
+_TOOLKIT = ("nvidia-cuda-nvcc==13.5.37", "nvidia-nvvm==13.5.37")
 
 
 @dataclass(frozen=True)
