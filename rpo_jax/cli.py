@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = ("train", "prepare", "generate", "judge", "export", "plan", "doctor", "report", "compare")
+COMMANDS = ("train", "prepare", "generate", "judge", "export", "plan", "doctor", "report", "compare", "sample")
 
 
 def summary(command: str) -> str:

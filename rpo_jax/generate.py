@@ -11,50 +11,22 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rpo_jax.config import MeshConfig, RunConfig
 from rpo_jax.core.command import print_text, run_command
-from rpo_jax.core.jsonl import parse_json
-from rpo_jax.data.tokenize import TEMPLATES
-from rpo_jax.hosts.sharding import MESH_AXES
-from rpo_jax.sampling.engine import Sampling
 from rpo_jax.sampling.generation import GenerateConfig, generate
-from rpo_jax.sampling.policy import DTYPES
+from rpo_jax.sampling.options import add_sampling_options, generate_settings
 
 __all__ = ["generate", "main"]
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = parse_json(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rpo_jax.generate", description=__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="run folder, Hugging Face folder or hub name")
     add("--prompts", help=".txt with a prompt a line, or rows with prompt, messages or instruction, or preferences")
     add("--out", help="file of the answers: .jsonl; with --alpaca-eval .json (model_outputs.json)")
-    add("--checkpoint", help="of a run: last (default), best, or a step")
-    add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    add("--top-k", type=int, help="sample from the k likeliest tokens")
-    add("--top-p", type=float, help="sample from the likeliest tokens that make up this probability")
-    add("--max-tokens", type=int, default=256, help="most tokens of an answer (256)")
-    add("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
-    add("--seed", type=int, default=0)
-    add("--batch-size", type=int, default=32, help="prompts at a time (32)")
-    add("--template", choices=TEMPLATES, help="chat: text prompts become a user's message; default as in training")
-    add("--template-arguments", type=_json_object, help='JSON object for the chat template: {"enable_thinking": false}')
-    add("--max-prompt-tokens", type=int, help="cut longer prompts, as training does")
-    add("--dtype", choices=DTYPES, dest="compute_dtype", help="default: the run's; float32 for folders")
-    add("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")
-    add("--overwrite", action="store_true", help="start anew rather than complete the file")
+    add("--samples", type=int, default=1, help="answers to each prompt, with a temperature (1)")
+    add_sampling_options(parser, temperature=0.0)
     add("--alpaca-eval", action="store_true", help="write model_outputs.json for the alpaca_eval package")
     add("--generator", help="with --alpaca-eval: the model's name there")
-    for axis in MESH_AXES:
-        add(f"--mesh.{axis}", type=int, default=getattr(MeshConfig(), axis), help="devices along this axis")
-    add("--cache-dir", default=RunConfig().cache_dir, help="compiled programs")
     return parser
 
 
@@ -64,10 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(options: dict[str, Any]) -> None:
-    sampling = Sampling(**{name: options.pop(name) for name in ("temperature", "top_k", "top_p")})
-    mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in MESH_AXES})
-    options["stop"] = tuple(options["stop"])
-    out = generate(GenerateConfig(**options, sampling=sampling, mesh=mesh))
+    out = generate(GenerateConfig(**generate_settings(options)))
     print_text(out)
     if options["alpaca_eval"]:
         print_text(f"judge it: alpaca_eval --model_outputs {out} --annotators_config weighted_alpaca_eval_gpt4_turbo")

@@ -237,12 +237,12 @@ def test_a_disk_that_stays_full_ends_a_run_in_one_line_with_what_was_saved(disk_
         run_on(disk, tmp_path, Between(filled(disk, 0), 3, saved=disk / "run" / "checkpoints" / "2"))
 
 
-def test_lines_that_are_lost_end_a_run_that_is_saved_in_one_line(tmp_path, capsys):
+def test_lines_that_the_disk_never_took_are_in_the_checkpoint(tmp_path, capsys):
     metrics = tmp_path / "run" / "metrics.jsonl"
 
     @contextlib.contextmanager
     def elsewhere():
-        metrics.unlink()
+        metrics.rename(tmp_path / "aside")
         metrics.symlink_to("/dev/full")
         yield
 
@@ -254,6 +254,13 @@ def test_lines_that_are_lost_end_a_run_that_is_saved_in_one_line(tmp_path, capsy
         "4",
         "6",
     ]
+    metrics.unlink()
+    (tmp_path / "aside").rename(metrics)
+    assert [row["step"] for row in rows_of(metrics)][-1] < 6
+    run_on(tmp_path, tmp_path, rpo_jax.Hook(), **{"run.resume": "auto"})
+    written = [(row["step"], "loss" in row) for row in rows_of(metrics)]
+    assert len(written) == len(set(written)), "without a double"
+    assert [step for step, trained in written if trained] == list(range(1, 7)), "without a gap"
 
 
 def test_a_disk_that_vanishes_ends_a_run_in_one_line_and_nothing_is_saved_where_it_was(disk_of, tmp_path):

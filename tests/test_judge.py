@@ -1,6 +1,7 @@
 """The judge command on files, with judges that need no network."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from rpo_jax import judge
+from rpo_jax.core.locks import one_writer
 from rpo_jax.data import chat_template
 from tests.runs import preference_rows, write_rows
 
@@ -70,6 +72,16 @@ def test_a_rule_decides_and_everything_is_written(files, rule, tmp_path, capsys)
     lines = verdicts_of(out)
     assert [line["winner"] for line in lines] == ["a", "a", "a", "tie", "b"]
     assert [line["row_id"] for line in lines] == [f"{files[0]}:{i}" for i in range(1, 6)]
+
+
+def test_two_cannot_judge_into_one_folder(files, rule, tmp_path, capsys):
+    common = ("--a", files[0], "--b", files[1], "--task", "dialogue", "--judge", rule, "--out", tmp_path / "out")
+    with one_writer(tmp_path / "out"):
+        status, _, error = run(capsys, *common)
+    assert status == 2
+    assert error.startswith(f"error: --out={tmp_path / 'out'} is in use: process {os.getpid()} on ")
+    assert not (tmp_path / "out").exists()
+    assert run(capsys, *common)[0] == 0
 
 
 def test_the_verdict_does_not_depend_on_the_side(files, rule, tmp_path, capsys):

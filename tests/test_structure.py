@@ -28,7 +28,7 @@ LEVELS = (
     ("sampling",),
     ("training",),
     ("tools",),
-    ("train", "prepare", "generate", "judge", "export", "plan", "doctor", "report", "compare", "cli"),
+    ("train", "prepare", "generate", "judge", "export", "plan", "doctor", "report", "compare", "sample", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 COMMANDS = LEVELS[-1]

@@ -64,23 +64,25 @@ class GrowingFile:
         say: is told once when lines have to wait, and once when they are written.
 
     Attributes:
-        fault: why lines wait; None where none does.
+        waiting: rows that are not in the file yet.
+        fault: why they wait; None where none does.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None], *, ascii_only: bool = True) -> None:
         self._path, self._say, self._ascii_only, self._made = path, say, ascii_only, path.exists()
-        self._waiting: list[str] = []
+        self.waiting: list[Mapping[str, Any]] = []
         self.fault: WriteFailed | None = None
 
     def add(self, *rows: Mapping[str, Any]) -> None:
-        self._waiting += [to_line(row, ascii_only=self._ascii_only) for row in rows]
+        self.waiting += rows
         self.flush()
 
     def flush(self, *, lasting: bool = False) -> None:
         """Write what waits; `lasting`: so that it is there after a power cut, as are the lines before."""
         try:
             with writing(self._path):
-                self._append("".join(self._waiting).encode("utf-8", "backslashreplace"), lasting)
+                lines = "".join(to_line(row, ascii_only=self._ascii_only) for row in self.waiting)
+                self._append(lines.encode("utf-8", "backslashreplace"), lasting)
         except WriteFailed as error:
             if self.fault is None:
                 self._say(f"{error}; its lines wait in memory, and it goes on")
@@ -88,7 +90,7 @@ class GrowingFile:
             return
         if self.fault is not None:
             self._say(f"{self._path} is written again, with the lines that had to wait")
-        self._waiting, self.fault = [], None
+        self.waiting, self.fault = [], None
 
     def _append(self, content: bytes, lasting: bool) -> None:
         # Opened anew each time, as a network disk may tell only of a file that is closed that it has no room. Made only

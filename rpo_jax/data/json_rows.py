@@ -14,12 +14,11 @@ from rpo_jax.core.records import Row
 from rpo_jax.data.faults import BadRow
 from rpo_jax.data.lines import (
     BYTE_ORDER_MARK,
-    GZIP_ERRORS,
     MAX_LINE_BYTES,
     TOO_LONG,
-    broken_gzip,
     check_encoding,
     open_bytes,
+    read_document,
     read_line,
 )
 
@@ -100,11 +99,7 @@ class _JsonLines(Exception):
 
 def _read_document(path: Path) -> list[Any]:
     """The elements of a JSON document; those that name a key twice as `_Repeated`."""
-    try:
-        with open_bytes(path) as stream:
-            raw = stream.read().removeprefix(BYTE_ORDER_MARK)
-    except GZIP_ERRORS as error:
-        raise broken_gzip(error) from None
+    raw = read_document(path).removeprefix(BYTE_ORDER_MARK)
     if not raw.strip():
         return []
     check_encoding(raw, path)

@@ -7,10 +7,13 @@ import io
 import zlib
 from pathlib import Path
 
+from rpo_jax.core.memory import size
 from rpo_jax.data.faults import BrokenFile
 
 MAX_LINE_BYTES = 16 * 2**20  # a few million tokens: beyond that a line is no preference, and memory has a bound
 TOO_LONG = f"too long: the line has more than {MAX_LINE_BYTES // 2**20} MiB"
+
+MAX_GROWTH, FREE_BYTES = 200, 64 * 2**20  # of a compressed document: text grows about fivefold, a bomb a thousandfold
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OTHER_ENCODINGS = {b"\xff\xfe\x00\x00": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -34,6 +37,25 @@ def read_line(stream: io.BufferedIOBase) -> bytes:
         return raw
     except GZIP_ERRORS as error:
         raise broken_gzip(error) from None
+
+
+def read_document(path: Path) -> bytes:
+    """All bytes of a file.
+
+    Raises BrokenFile where a compressed one breaks off, ValueError where it grows as no text does.
+    """
+    most = -1 if path.suffix.lower() != ".gz" else MAX_GROWTH * path.stat().st_size + FREE_BYTES
+    try:
+        with open_bytes(path) as stream:
+            raw = stream.read(most)
+            if stream.read(1):
+                raise ValueError(
+                    f"{path} grows to more than {size(most)} when it is decompressed, which no text does; "
+                    "decompress it where there is room and look at what it holds."
+                )
+    except GZIP_ERRORS as error:
+        raise broken_gzip(error) from None
+    return raw
 
 
 def broken_gzip(error: Exception) -> BrokenFile:

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rich.table import Column
 from rpo_jax.config import TrackingConfig
 from rpo_jax.core import files
 from rpo_jax.core.command import SteadyStream
-from rpo_jax.core.jsonl import GrowingFile, read_jsonl, write_jsonl
+from rpo_jax.core.jsonl import GrowingFile, read_jsonl, to_line, write_jsonl
 from rpo_jax.core.store import ByProduct
 from rpo_jax.core.text import printable
 from rpo_jax.runs.notebook import NotebookProgress, clock, in_notebook
@@ -264,6 +264,7 @@ class MetricsLog:
     Args:
         start_step: steps done when this part of the run begins; later lines of an earlier part are dropped,
             because they will be logged again.
+        unwritten: lines of an earlier part that waited when it saved its checkpoint of `start_step`.
         writing: false on the processes of a run that only read what an earlier part logged.
         run_id: the same for all parts of a run, so that a resumed one goes on in the same chart.
         say: is told of what cannot be written.
@@ -282,6 +283,7 @@ class MetricsLog:
         run_id: str,
         hyperparameters: dict[str, Any],
         *,
+        unwritten: Sequence[dict[str, float]] = (),
         writing: bool = True,
         say: Callable[[str], None] = log.warning,
     ) -> None:
@@ -292,6 +294,10 @@ class MetricsLog:
         self.training: dict[str, float] = {}
         self.held_out: dict[str, float] = {}
         earlier = [row for row in read_jsonl(path) if row["step"] < first_step]
+        if unwritten:
+            written = {to_line(row) for row in earlier}  # the disk may have taken them after that checkpoint
+            earlier += [row for row in unwritten if to_line(row) not in written]
+            earlier.sort(key=lambda row: row["step"])
         for row in earlier:
             self._note(row)
         self._file = self._tensorboard = None
@@ -339,6 +345,11 @@ class MetricsLog:
             self.training = line
         if "eval_loss" in line:
             self.held_out = line
+
+    @property
+    def unwritten(self) -> list[Mapping[str, float]]:
+        """Lines that wait for the disk, for a checkpoint to keep."""
+        return [] if self._file is None else list(self._file.waiting)
 
     @property
     def fault(self) -> files.WriteFailed | None:

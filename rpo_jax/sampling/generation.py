@@ -48,6 +48,7 @@ class GenerateConfig:
         out: JSONL file of the answers; with alpaca_eval the .json file, beside which the JSONL file lies.
         checkpoint: of a run: `last`, `best` or a step.
         sampling: greedy where not given.
+        samples: answers to each prompt; with more than one every row has its number as `sample`.
         max_tokens: most tokens of an answer.
         stop: texts that end an answer.
         seed: of all answers; each prompt's own follows from it and the prompt.
@@ -69,6 +70,7 @@ class GenerateConfig:
     out: str | None = None
     checkpoint: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    samples: int = 1
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     seed: int = 0
@@ -85,12 +87,16 @@ class GenerateConfig:
     cache_dir: str = RunConfig().cache_dir
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "batch_size", "max_prompt_tokens"):
+        for name in ("samples", "max_tokens", "batch_size", "max_prompt_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be at least 0 and less than 2^32.")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(f"samples={self.samples} greedy answers are all the same; give a --temperature.")
+        if self.samples > 1 and self.alpaca_eval:
+            raise ValueError(f"samples={self.samples} are more than AlpacaEval reads; leave it out.")
         if "" in self.stop:
             raise ValueError("stop='' would end every answer at once; leave it out.")
         if self.template not in (None, *TEMPLATES):
@@ -132,7 +138,8 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
     asked = read_prompts(config.prompts or _alpaca_eval_set())
     template = config.template or policy.template or "auto"
     arguments = policy.template_arguments if config.template_arguments is None else config.template_arguments
-    prompts = _encoded(asked, policy, template, arguments, config.max_prompt_tokens)
+    encoded = _encoded(asked, policy, template, arguments, config.max_prompt_tokens)
+    prompts = [ids for ids in encoded for _ in range(config.samples)]
     seeds = prompt_seeds(prompts, config.seed)
     dtype = config.compute_dtype or policy.compute_dtype
     settings = {
@@ -149,12 +156,15 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
         {
             "row_id": row.row_id,
             "prompt": row.prompt if isinstance(row.prompt, str) else [turn.to_dict() for turn in row.prompt],
+            **({"sample": number} if config.samples > 1 else {}),
             "model": policy.name,
             "settings": settings,
-            "seed": seed,
         }
-        for row, seed in zip(asked.rows, seeds, strict=True)
+        for row in asked.rows
+        for number in range(config.samples)
     ]
+    for row, seed in zip(rows, seeds, strict=True):
+        row["seed"] = seed
     done = {} if config.overwrite else _already(out, rows)
     if done:
         reporter.say(f"{out} has {len(done)} of {len(rows)} answers already")
@@ -217,12 +227,12 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
 
     Raises ValueError for a file of another model, other settings or other prompts.
     """
-    index_of = {row["row_id"]: index for index, row in enumerate(rows)}
+    index_of = {(row["row_id"], row.get("sample")): index for index, row in enumerate(rows)}
     done = {}
     for number, line in enumerate(complete_lines(out), start=1):
         try:
             found = parse_json(line)
-            index = index_of.get(found["row_id"])
+            index = index_of.get((found["row_id"], found.get("sample")))
             recorded = {key: found[key] for key in ("model", "settings", "prompt", "seed")}
             assert {"response", "finish_reason", "tokens"} <= set(found)
         except (ValueError, KeyError, TypeError, AssertionError):

@@ -19,7 +19,7 @@ def export(
     run_dir: str | Path,
     out: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     adapter: bool = False,
@@ -32,7 +32,7 @@ def export(
     adapters are used. It differs from the policy that was trained by the rounding of the base.
 
     Args:
-        step: which checkpoint; the newest where not given.
+        step: which checkpoint: a number, or `best` by its evaluation; the newest where not given.
         dtype: of the tensors; where not given, that of the folder that the run started from (adapters: float32).
         overwrite: replace an existing folder.
         adapter: write the adapters alone, as a PEFT folder.
@@ -52,7 +52,9 @@ def export(
     # What comes next may take minutes: hashing, loading and merging a base.
     check_target(Path(out).expanduser(), overwrite=overwrite)
     wanted = "last" if step is None else str(step)
-    step, record = find_checkpoint(run_dir, policy.model_config, wanted, "of step {wanted}; there are {steps}")
+    step, record = find_checkpoint(
+        run_dir, policy.model_config, wanted, "of step {wanted}; there are {steps}, and best"
+    )
     trained = restored(run_dir, step, policy)
     start = base or (record["base"]["path"] if policy.trains_adapters else config.model.path)
     settings = {
@@ -78,6 +80,45 @@ def export(
     tokenizer, arguments = load_tokenizer(run_dir / MODEL), config.data.template_arguments
     ends = end_tokens(run_dir / MODEL, policy.model_config, tokenizer, arguments)
     return policy.save(out, trained, weights, end_ids=ends, **settings)
+
+
+def check_push(name: str) -> None:
+    """See that the hub would take a push to this repository, before an export's minutes. Raises ValueError if not."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError(f"--push {name} is no name of a repository: {' '.join(str(error).split())}") from None
+    try:
+        HfApi().whoami()
+    except Exception as error:  # the classes differ between versions of the hub client
+        raise ValueError(
+            f"--push {name}: {constants.ENDPOINT} knows no user of this machine ({type(error).__name__}); log in by "
+            "`hf auth login`, or set HF_TOKEN to a token that may write."
+        ) from None
+
+
+def push(folder: Path, name: str, *, public: bool = False) -> str:
+    """Upload a folder to a model repository of the hub, which is made where it is not there; returns its address.
+
+    Args:
+        public: whether a repository that is made can be seen by everyone.
+
+    Raises ValueError where the hub refuses; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        address = HfApi().create_repo(name, private=not public, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Export of rpo_jax")
+    except Exception as error:  # the classes differ between versions of the hub client
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--push {name} failed: {reason}; {folder} is whole: `hf upload {name} {folder}` sends it again."
+        ) from None
+    return str(address)
 
 
 def _base_name(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> str:

@@ -214,9 +214,12 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
         reporter.say(f"resuming after step {newest} of {setup.total_steps}")
     run_id = (run_dir / RUN_ID).read_text(encoding="utf-8")
     main, told = processes.is_main(), record["config"]
-    log = MetricsLog(run_dir, config.tracking, first_step, run_id, told, writing=main, say=reporter.say)
+    # Absent from older checkpoints, as is what the guard knows.
+    unwritten = saved.get("unwritten_metrics", ())
+    log = MetricsLog(
+        run_dir, config.tracking, first_step, run_id, told, unwritten=unwritten, writing=main, say=reporter.say
+    )
     bad_steps = run_dir / GUARD_FILE if main else None
-    # Absent from older checkpoints.
     guard = Guard(config.guard, bad_steps, first_step, saved.get("guard", {}), reporter.say)
     stopping.defer()
     programs = Programs(setup.steps, mesh, setup.live_reference, setup.diagnosis, setup.batches.data, reporter.say)
@@ -248,7 +251,10 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
         assert newest is not None, "the last step is saved"
         newest_path = checkpoints.path(newest)
         if log.fault is not None:
-            raise WriteFailed(f"{log.fault}: its last lines are lost; the run is finished and saved in {newest_path}")
+            raise WriteFailed(
+                f"{log.fault}; the run is finished and saved in {newest_path}, which has its last lines: "
+                "start it once more with --resume auto to write them"
+            )
     except ValueError as error:
         # Nothing that a user gave is read in here: this is a fault of ours, and its traceback is wanted.
         raise RuntimeError(f"training stopped: {error}") from error

@@ -15,6 +15,7 @@ from pyarrow import parquet
 from rpo_jax import train
 from rpo_jax.config.reading import load_config
 from rpo_jax.core.records import Row
+from rpo_jax.data import lines
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.lines import MAX_LINE_BYTES
 from rpo_jax.data.sources import read_rows
@@ -299,3 +300,13 @@ def test_what_a_template_would_get_too_deep_is_named():
         found = make_examples([Row(row, "file", 1), Row({**row, column: value}, "file", 2)], on_bad_row="skip")
         assert [example.row_id for example in found.examples] == ["file:1"]
         assert found.faults.first.reason.startswith(f"column '{column}' is nested too deep: ")
+
+
+def test_a_compressed_document_that_grows_as_no_text_does_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "FREE_BYTES", 2**20)
+    path = tmp_path / "rows.json.gz"
+    path.write_bytes(gzip.compress(b"[" + b"[]," * 2**22 + b"[]]"))
+    with pytest.raises(ValueError, match=r"rows.json.gz grows to more than [\d.]+ MiB when it is decompressed"):
+        list(read_rows(str(path)))
+    path.write_bytes(gzip.compress(json.dumps(preference_rows(500)).encode()))
+    assert len(list(read_rows(str(path)))) == 500, "what data looks like is read"

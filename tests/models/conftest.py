@@ -117,9 +117,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 0.75,
         },
     ),
-    "exaone4": ("Exaone4", LAYERS),
+    "exaone4": ("Exaone4", LAYERS | {"eos_token_id": None}),
     "exaone4 no windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
-    "ministral": ("Ministral", LAYERS | {"head_dim": 24}),
+    "ministral": ("Ministral", LAYERS | {"head_dim": 24, "eos_token_id": None}),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 6}),
     "qwen3 moe": (
         "Qwen3Moe",

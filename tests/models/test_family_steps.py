@@ -13,9 +13,8 @@ from tests.worlds import VOCAB
 from .conftest import CASES, SIZES
 
 STEPS = 2
-# One of each kind of part: caps and norms on both sides; fused matrices and part of a head rotated; joint norms and two
-# ropes; the others take minutes.
-QUICK = ("gemma2", "phi4 mini", "olmo3")
+# Caps and norms on both sides; fused matrices and part of a head rotated. The others take minutes.
+QUICK = ("gemma2", "phi4 mini")
 OF_FAMILY = {prefix: name for name, (prefix, _) in reversed(CASES.items())}
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OF_FAMILY.values() if name not in QUICK]
 

@@ -43,21 +43,26 @@ def divergences(
         (encoder.encode(prompt).tolist(), ids.tolist() + end * ended)
         for (prompt, _, ended), ids in zip(answers, texts, strict=True)
     ]
-    width = -(-max(len(prompt) + len(answer) for prompt, answer in rows) // TOKENS) * TOKENS
-    totals = []
+    # Those of about one length together, in equal batches, so that little is padded and few programs are compiled.
+    order = sorted(range(len(rows)), key=lambda number: sum(map(len, rows[number])))
+    size = -(-len(rows) // -(-len(rows) // ROWS))
+    totals = np.zeros(len(rows))
+    log_probs = jax.jit(_log_probs, static_argnums=0)
     with jax.set_mesh(mesh):
         both = [found.load(mesh), start.load(mesh)]
-        for first in range(0, len(rows), ROWS):
-            tokens, scored = _padded(rows[first : first + ROWS], width)
-            own, before = (np.asarray(_log_probs(found.model_config, params, tokens, scored)) for params in both)
-            totals.append((own - before)[: len(rows) - first])
-    return np.concatenate(totals)
+        for first in range(0, len(rows), size):
+            numbers = order[first : first + size]
+            tokens, scored = _padded([rows[number] for number in numbers], size)
+            own, before = (np.asarray(log_probs(found.model_config, params, tokens, scored)) for params in both)
+            totals[numbers] = (own - before)[: len(numbers)]
+    return totals
 
 
 def _padded(
-    rows: Sequence[tuple[list[int], list[int]]], width: int
+    rows: Sequence[tuple[list[int], list[int]]], size: int
 ) -> tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
-    tokens, scored = np.zeros((ROWS, width), np.int32), np.zeros((ROWS, width), np.float32)
+    width = -(-max(len(prompt) + len(answer) for prompt, answer in rows) // TOKENS) * TOKENS
+    tokens, scored = np.zeros((size, width), np.int32), np.zeros((size, width), np.float32)
     for i, (prompt, answer) in enumerate(rows):
         tokens[i, : len(prompt) + len(answer)] = prompt + answer
         scored[i, len(prompt) : len(prompt) + len(answer)] = 1

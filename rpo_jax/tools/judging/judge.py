@@ -12,6 +12,7 @@ from typing import Any
 
 from rpo_jax.core.files import check_writable
 from rpo_jax.core.jsonl import parse_json
+from rpo_jax.core.locks import one_writer
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.judging import cost, pairs, summary
 from rpo_jax.tools.judging.cache import AnswerCache
@@ -70,18 +71,27 @@ def judge_files(config: JudgeConfig, reporter: Reporter) -> dict[str, Any]:
     Raises:
         ValueError: for files, a judge or an option that cannot be used; nothing has been asked then.
         EndpointError: where the endpoint does not answer.
+        InUse: where another process judges into the same folder.
     """
     chosen_pairs = _pairs(config)
     compared = pairs.comparisons(chosen_pairs, config.seed, both_orders=config.both_orders)
     out = Path(config.out or _default_out(config)).expanduser()
     _check_out(out)
+    # Another process that judges into the same folder would pay for the same verdicts.
+    with one_writer(out, "--out"):
+        return _judged(config, len(chosen_pairs), compared, out, reporter)
+
+
+def _judged(
+    config: JudgeConfig, count: int, compared: Sequence[Comparison], out: Path, reporter: Reporter
+) -> dict[str, Any]:
     prices = config.prices
     with contextlib.ExitStack() as stack:
-        judge = _make_judge(config, reporter, stack)
-        reporter.say(f"{len(chosen_pairs)} prompts, {len(compared)} comparisons by {judge.name}")
+        judge = make_judge(config, reporter, stack)
+        reporter.say(f"{count} prompts, {len(compared)} comparisons by {judge.name}")
         if isinstance(judge, EndpointJudge):
-            _agree_on_cost(judge, compared, config, reporter)
-        verdicts = _judge_all(judge, compared, config, reporter)
+            agree_on_cost(judge, compared, config, reporter)
+        verdicts = judge_all(judge, compared, config, reporter)
     usage = {
         "asked": sum(not verdict.cached and verdict is not _IDENTICAL for verdict in verdicts),
         "known": sum(verdict.cached for verdict in verdicts),
@@ -135,7 +145,8 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"--out {out} holds something else; name a folder of its own.")
 
 
-def _make_judge(config: JudgeConfig, reporter: Reporter, stack: contextlib.ExitStack) -> Judge:
+def make_judge(config: JudgeConfig, reporter: Reporter, stack: contextlib.ExitStack) -> Judge:
+    """The judge that is named; what it opens is closed with the stack. Raises ValueError where there is none."""
     kind, _, name = config.judge.partition(":")
     makers = {
         "openai": lambda: _endpoint(name, config, reporter, stack),
@@ -159,7 +170,7 @@ def _endpoint(model: str, config: JudgeConfig, reporter: Reporter, stack: contex
     return stack.enter_context(contextlib.closing(EndpointJudge(settings, config.task, cache, reporter.say)))
 
 
-def _agree_on_cost(
+def agree_on_cost(
     judge: EndpointJudge, compared: Sequence[Comparison], config: JudgeConfig, reporter: Reporter
 ) -> None:
     """Report what the run will cost at most; go on only with a user's word for it."""
@@ -199,7 +210,8 @@ def _spent(verdicts: Sequence[Verdict], prices: cost.Prices | None) -> float | N
     return cost.dollars(prices, asked, sum(verdict.answer_tokens for verdict in verdicts))
 
 
-def _judge_all(judge: Judge, compared: Sequence[Comparison], config: JudgeConfig, reporter: Reporter) -> list[Verdict]:
+def judge_all(judge: Judge, compared: Sequence[Comparison], config: JudgeConfig, reporter: Reporter) -> list[Verdict]:
+    """A verdict on each comparison. Raises EndpointError where an endpoint fails or costs more than it may."""
     prices = config.prices
     verdicts: list[Verdict | None] = [_IDENTICAL if pair.a == pair.b else None for pair, _ in compared]
     places = [index for index, verdict in enumerate(verdicts) if verdict is None]

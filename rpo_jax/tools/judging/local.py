@@ -72,28 +72,31 @@ class RewardJudge:
         self._encoder = TextEncoder(self._tokenizer)
 
     def verdicts(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
-        wanted: dict[tuple[Prompt, str], float | None] = {}
-        for comparison in comparisons:
-            wanted |= {(comparison.pair.prompt, response): None for response in comparison.responses}
-        encoded = [(key, self._encode(*key)) for key in wanted]
-        cut = sum(was_cut for _, (_, was_cut) in encoded)
-        if cut:
-            self._say(
-                f"{cut} of {len(encoded)} texts are longer than the reward model's {self._limit} tokens; cut there"
-            )
-        encoded.sort(key=lambda pair: len(pair[1][0]["input_ids"]))  # equal lengths together, for less padding
+        wanted = {(one.pair.prompt, response): None for one in comparisons for response in one.responses}
         scores: dict[tuple[Prompt, str], float] = {}
         judged: set[int] = set()
-        for start in range(0, len(encoded), _BATCH):
-            batch = encoded[start : start + _BATCH]
-            values = self._scores([ids for _, (ids, _) in batch])
-            scores |= {key: value for (key, _), value in zip(batch, values, strict=True)}
+        for some in self.scores(list(wanted)):
+            scores |= some
             for index, comparison in enumerate(comparisons):
                 keys = [(comparison.pair.prompt, response) for response in comparison.responses]
                 if index not in judged and all(key in scores for key in keys):
                     judged.add(index)
                     first, second = (scores[key] for key in keys)
                     yield index, Verdict(higher(first, second), f"rewards {first:.6g} and {second:.6g}")
+
+    def scores(self, answers: Sequence[tuple[Prompt, str]]) -> Iterator[dict[tuple[Prompt, str], float]]:
+        """Rewards of responses to prompts, a batch at a time; those of about one length are together."""
+        encoded = [(key, self._encode(*key)) for key in answers]
+        cut = sum(was_cut for _, (_, was_cut) in encoded)
+        if cut:
+            self._say(
+                f"{cut} of {len(encoded)} texts are longer than the reward model's {self._limit} tokens; cut there"
+            )
+        encoded.sort(key=lambda pair: len(pair[1][0]["input_ids"]))  # equal lengths together, for less padding
+        for start in range(0, len(encoded), _BATCH):
+            batch = encoded[start : start + _BATCH]
+            values = self._scores([ids for _, (ids, _) in batch])
+            yield {key: value for (key, _), value in zip(batch, values, strict=True)}
 
     def _encode(self, prompt: Prompt, response: str) -> tuple[dict[str, list[int]], bool]:
         if self._template is None:
@@ -123,8 +126,11 @@ class RewardJudge:
         return scores
 
 
-def _dicts(messages: tuple[Message, ...]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+def _plain(prompt: Prompt) -> str | list[dict[str, str]]:
+    """A prompt as a user's function gets it."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message.role, "content": message.content} for message in prompt]
 
 
 def _text(prompt: Prompt) -> str:
@@ -170,8 +176,7 @@ class RuleJudge:
 
     def verdicts(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
         for index, comparison in enumerate(comparisons):
-            given = comparison.pair.prompt
-            prompt = given if isinstance(given, str) else _dicts(given)
+            prompt = _plain(comparison.pair.prompt)
             try:
                 verdict = self._compare(prompt, *comparison.responses)
             except Exception as error:  # whatever a user's function raises
@@ -179,6 +184,16 @@ class RuleJudge:
                     f"{self.name} fails on {comparison.pair.row_id}: {type(error).__name__}: {error}"
                 ) from None
             yield index, verdict
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        """What the function gives for one response. Raises ValueError where that is no finite number."""
+        try:
+            score = float(self._function(_plain(prompt), response))
+        except Exception as error:  # whatever a user's function raises
+            raise ValueError(f"{self.name} fails: {type(error).__name__}: {error}") from None
+        if not math.isfinite(score):
+            raise ValueError(f"{self.name} gives {score:g}, which is no finite number")
+        return score
 
     def _compare(self, prompt: Any, first: str, second: str) -> Verdict:
         if not self.sees_order:

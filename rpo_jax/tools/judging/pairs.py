@@ -43,14 +43,15 @@ def _response(row: Any) -> PairedResponse:
         )
     row_id = values.get("row_id")
     named = isinstance(row_id, str | int)
-    return PairedResponse(str(row_id) if named else place, _prompt(values, place), well_formed(text), place)
+    return PairedResponse(str(row_id) if named else place, prompt_of(values, place), well_formed(text), place)
 
 
 def _told(values: Mapping[str, Any], name: str) -> str:
     return f"{type(values[name]).__name__}" if name in values else "missing"
 
 
-def _prompt(values: Mapping[str, Any], place: str) -> Prompt:
+def prompt_of(values: Mapping[str, Any], place: str) -> Prompt:
+    """The prompt of a row that `rpo_jax.generate` wrote. Raises ValueError for one that holds none."""
     prompt = values.get("prompt")
     if isinstance(prompt, str) and prompt.strip():
         return well_formed(prompt)

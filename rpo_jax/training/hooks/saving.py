@@ -79,7 +79,12 @@ class Saving(Hook):
     def _save(self, run: Training) -> None:
         self.log.sync()
         step, score = self._score or (None, None)
-        record = {**self.record, "num_tokens": run.num_tokens, "guard": self.guard.memory()}
+        record = {
+            **self.record,
+            "num_tokens": run.num_tokens,
+            "guard": self.guard.memory(),
+            "unwritten_metrics": self.log.unwritten,
+        }
         self.checkpoints.save(run.step, run.state, record, score if step == run.step else None)
 
     def _diverged(self, why: str, run: Training) -> Diverged:

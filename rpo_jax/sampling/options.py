@@ -1,0 +1,52 @@
+"""The command line of the commands that sample."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rpo_jax.config import MeshConfig, RunConfig
+from rpo_jax.core.jsonl import parse_json
+from rpo_jax.data.tokenize import TEMPLATES
+from rpo_jax.hosts.sharding import MESH_AXES
+from rpo_jax.sampling.engine import Sampling
+from rpo_jax.sampling.policy import DTYPES
+
+_CHOOSING = ("temperature", "top_k", "top_p")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float) -> None:
+    """The options that say who answers and how; `temperature` is the default."""
+    add = parser.add_argument
+    add("--model", required=True, help="run folder, Hugging Face folder or hub name")
+    add("--checkpoint", help="of a run: last (default), best, or a step")
+    add("--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})")
+    add("--top-k", type=int, help="sample from the k likeliest tokens")
+    add("--top-p", type=float, help="sample from the likeliest tokens that make up this probability")
+    add("--max-tokens", type=int, default=256, help="most tokens of an answer (256)")
+    add("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=32, help="answers at a time (32)")
+    add("--template", choices=TEMPLATES, help="chat: text prompts become a user's message; default as in training")
+    add("--template-arguments", type=_json_object, help='JSON object for the chat template: {"enable_thinking": false}')
+    add("--max-prompt-tokens", type=int, help="cut longer prompts, as training does")
+    add("--dtype", choices=DTYPES, dest="compute_dtype", help="default: the run's; float32 for folders")
+    add("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")
+    add("--overwrite", action="store_true", help="start anew rather than complete what is there")
+    for axis in MESH_AXES:
+        add(f"--mesh.{axis}", type=int, default=getattr(MeshConfig(), axis), help="devices along this axis")
+    add("--cache-dir", default=RunConfig().cache_dir, help="compiled programs")
+
+
+def generate_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """What GenerateConfig takes, of parsed options, which lose the names that it has otherwise."""
+    sampling = Sampling(**{name: options.pop(name) for name in _CHOOSING})
+    mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in MESH_AXES})
+    return {**options, "stop": tuple(options["stop"]), "sampling": sampling, "mesh": mesh}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value

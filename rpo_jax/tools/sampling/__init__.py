@@ -1,0 +1,1 @@
+"""A model's own answers, scored, as preference data."""
