@@ -104,7 +104,7 @@ def blockwise_attention(
     # The query heads of a key-value head become more queries: fewer and larger matrix products.
     split = (rows, num_blocks, BLOCK_TOKENS, groups, heads // groups, head_dim)
     blocks = query.reshape(split).transpose(0, 1, 3, 4, 2, 5).reshape(rows * num_blocks, groups, -1, head_dim)
-    out = _attend(softcap, blocks, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), ids, plan, window)
+    out: Any = _attend(softcap, blocks, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), ids, plan, window)
     split = (rows, num_blocks, groups, heads // groups, BLOCK_TOKENS, head_dim)
     return out.reshape(split).transpose(0, 1, 4, 2, 3, 5).reshape(query.shape)
 
