@@ -1,6 +1,6 @@
 """The decoder, its families, and Hugging Face folders in and out."""
 
-from rpo_jax.models.architecture import ModelConfig, Variant
+from rpo_jax.models.architecture import Experts, ModelConfig, Variant
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.registry import ATTENTIONS, attention_kind, attention_name, check_attention
 from rpo_jax.models.decoder import (
@@ -31,6 +31,7 @@ __all__ = [
     "ATTENTIONS",
     "FAMILIES",
     "Execution",
+    "Experts",
     "ModelConfig",
     "Outputs",
     "Parameters",

@@ -8,6 +8,27 @@ from rpo_jax.models.rope import Rope, longest_sequence
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of the MLP: every token is worth the few MLPs that its router scores highest.
+
+    Args:
+        count: MLPs of a layer.
+        per_token: how many of them a token uses.
+        intermediate_size: width of each.
+        weights_sum_to_one: whether the router's probabilities of those used are divided by their sum.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    weights_sum_to_one: bool
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.count or self.intermediate_size < 1:
+            raise ValueError(f"a token cannot use {self.per_token} of {self.count} experts, each at least 1 wide.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variant:
     """What of a decoder differs from Llama's; with every default it is Llama's.
 
@@ -27,6 +48,7 @@ class Variant:
         attention_softcap: c of c tanh(scores / c); None for the scores as they are.
         logit_divisor: logits are divided by it.
         logit_softcap: c of c tanh(logits / c); None for the logits as they are.
+        experts: what every layer has in place of an MLP.
     """
 
     activation: str = "silu"
@@ -44,6 +66,7 @@ class Variant:
     attention_softcap: float | None = None
     logit_divisor: float = 1.0
     logit_softcap: float | None = None
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         scales = ("embedding_scale", "residual_scale", "attention_scale", "logit_divisor")
@@ -121,6 +144,12 @@ class ModelConfig:
     def rotated_dim(self) -> int:
         """Dimensions of a head that are rotated."""
         return self.parts.rotated_dim or self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """How many of a layer's MLP columns a token uses."""
+        experts = self.parts.experts
+        return self.intermediate_size if experts is None else experts.per_token * experts.intermediate_size
 
     @property
     def layer_ropes(self) -> tuple[Rope | None, ...]:

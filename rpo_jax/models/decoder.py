@@ -167,6 +167,48 @@ class GatedMLP(nnx.Module):
             linear.gather(gather)
 
 
+class ExpertMLP(nnx.Module):
+    """sum over the chosen experts e of p_e down_e(activation(gate_e(x)) * up_e(x)).  Source: arXiv 2401.04088, 2.1.
+
+    p is the router's softmax over all experts, in float32, of those chosen. No token is dropped: the rows of all tokens
+    are sorted by expert, and each expert multiplies its own.
+    """
+
+    def __init__(self, config: ModelConfig, make: _Maker):
+        experts = config.parts.experts
+        assert experts is not None
+        self.experts, self.activation = experts, config.parts.activation
+        count, hidden = {"experts": experts.count}, {"embed": config.hidden_size}
+        inner = {"mlp": experts.intermediate_size}
+        self.router = make.normal(hidden | count)
+        self.gate = make.normal(count | hidden | inner)
+        self.up = make.normal(count | hidden | inner)
+        self.down = make.normal(count | inner | hidden)
+
+    def __call__(self, x: Float[Array, "B T D"], constrain: Constrain) -> Float[Array, "B T D"]:
+        flat, used = x.reshape(-1, x.shape[-1]), self.experts.per_token
+        scores = jnp.matmul(flat.astype(jnp.float32), self.router[...].astype(jnp.float32))
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), used)
+        if self.experts.weights_sum_to_one:
+            weights /= jnp.sum(weights, axis=-1, keepdims=True)
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        rows_of = jnp.bincount(chosen.reshape(-1), length=self.experts.count).astype(jnp.int32)
+
+        def grouped(rows: Array, kernel: Array) -> Array:
+            return jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), rows_of)
+
+        rows = flat[order // used]
+        inner = ACTIVATIONS[self.activation](grouped(rows, self.gate[...])) * grouped(rows, self.up[...])
+        out = grouped(inner, self.down[...])
+        by_token = jnp.zeros_like(out).at[order].set(out).reshape(-1, used, x.shape[-1])
+        return jnp.einsum("nkd,nk->nd", by_token, weights.astype(x.dtype)).reshape(x.shape)
+
+    def gather(self, gather: Constrain) -> None:
+        self.router.set_value(gather(self.router.get_value(), ("embed", "experts")))
+        for kernel, axes in ((self.gate, ("embed", "mlp")), (self.up, ("embed", "mlp")), (self.down, ("mlp", "embed"))):
+            kernel.set_value(gather(kernel.get_value(), ("experts", *axes)))
+
+
 class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, make: _Maker):
         parts = config.parts
@@ -177,7 +219,7 @@ class Layer(nnx.Module):
         self.attention_norm, self.attention_output_norm = norm(parts.norm_before), norm(parts.norm_after)
         self.attention = Attention(config, make)
         self.mlp_norm, self.mlp_output_norm = norm(parts.norm_before), norm(parts.norm_after)
-        self.mlp = GatedMLP(config, make)
+        self.mlp = GatedMLP(config, make) if parts.experts is None else ExpertMLP(config, make)
         self.residual_scale = parts.residual_scale
 
     def __call__(
@@ -293,7 +335,8 @@ def abstract_params(model_config: ModelConfig) -> Params:
 def param_axes(model_config: ModelConfig) -> Params:
     """For each parameter the names of its axes, in the tree of the parameters.
 
-    Names: layers, vocab, embed, heads, kv_heads, fused_heads, head_dim, gate_up, mlp. Leaves are tuples: map with
+    Names: layers, vocab, embed, heads, kv_heads, fused_heads, head_dim, gate_up, mlp, experts. Leaves are
+    tuples: map with
     is_leaf=lambda x: isinstance(x, tuple).
     """
     state = _abstract(model_config)[1]

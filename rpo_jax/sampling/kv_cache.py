@@ -149,13 +149,13 @@ def no_tokens(model_config: ModelConfig, cache: Cache) -> Recent:
 def to_decode_layout(params: Params, compute_dtype: DTypeLike, platform: str) -> Params:
     """Parameters as prefill and extend read them: a list of layers, the head with a row for each token.
 
-    What compute_dtype rounds in a matrix product is rounded here, once; norms stay as they are. On CPU kernels are
-    transposed besides.
+    What compute_dtype rounds in a matrix product is rounded here, once; norms and routers stay as they are. On CPU
+    kernels are transposed besides.
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
         name = getattr(path[-1], "key", getattr(path[-1], "name", ""))
-        kept = name == "scale" or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        kept = name in ("scale", "router") or not jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf if kept else leaf.astype(compute_dtype)
 
     rounded = jax.tree_util.tree_map_with_path(cast, params)

@@ -120,6 +120,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("Exaone4", LAYERS | {"eos_token_id": None}),
     "exaone4 no windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
     "ministral": ("Ministral", LAYERS | {"head_dim": 24, "eos_token_id": None}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 6}),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 24,
+            "moe_intermediate_size": 40,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
     "seed_oss": ("SeedOss", {"head_dim": 24, "attention_bias": True, "attention_out_bias": False, "pad_token_id": 0}),
 }
 

@@ -3,14 +3,15 @@
 Facts, copied from where public repositories quote the files: those of CodeGemma 7B, Gemma 2 2B and Phi-3 mini from a
 parser's tests on "actual config.json", Gemma 3 1B's from a loader's documentation, Gemma 3 12B's, with its eyes, from a
 trainer's source, Phi-4 mini's, OLMo 2 1B's, SmolLM3's, Granite 3.1 2B's and Seed-OSS 36B's from tests, OLMo 3 7B's from
-what a trainer's tests check of its published file; what is not given is transformers' default.
+what a trainer's tests check of its published file, and those of the mixtures of experts from a planner's tests; what is
+not given is transformers' default.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from rpo_jax.models import Rope
+from rpo_jax.models import Experts, Rope
 
 
 class Public(NamedTuple):
@@ -301,6 +302,74 @@ PUBLIC: dict[str, Public] = {
         },
         {"head_dim": 64},
         {"attention_scale": 0.015625, "embedding_scale": 12.0, "logit_divisor": 8.0, "residual_scale": 0.22},
+    ),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": Public(
+        "mixtral",
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "model_type": "mixtral",
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "router_aux_loss_coef": 0.02,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+        },
+        {"sliding_windows": (None,) * 32, "mlp_width": 2 * 14336},
+        {"experts": Experts(count=8, per_token=2, intermediate_size=14336, weights_sum_to_one=True)},
+    ),
+    "Qwen/Qwen3-30B-A3B": Public(
+        "qwen3_moe",
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "decoder_sparse_step": 1,
+            "head_dim": 128,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 48,
+            "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": 768,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        {"qk_norm": True, "mlp_width": 8 * 768, "sliding_windows": (None,) * 48},
+        {"joint_qk_norm": False},
+    ),
+    "allenai/OLMoE-1B-7B-0125-Instruct": Public(
+        "olmoe",
+        {
+            "architectures": ["OlmoeForCausalLM"],
+            "hidden_size": 2048,
+            "intermediate_size": 1024,
+            "max_position_embeddings": 4096,
+            "model_type": "olmoe",
+            "num_attention_heads": 16,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 16,
+            "tie_word_embeddings": False,
+            "vocab_size": 50304,
+        },
+        {"qk_norm": True, "mlp_width": 8 * 1024},
+        {"experts": Experts(count=64, per_token=8, intermediate_size=1024, weights_sum_to_one=False)},
     ),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": Public(
         "seed_oss",

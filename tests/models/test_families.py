@@ -159,6 +159,14 @@ def test_max_window_layers_places_the_sliding_layers(tmp_path):
             {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.4},
             "rotated_dim=3 must be even and at least 2",
         ),
+        (
+            {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]},
+            r"config.json: mlp_only_layers=\[0\] is not supported; models of this family have \[\]",
+        ),
+        (
+            {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 9},
+            "config.json: a token cannot use 9 of 8 experts",
+        ),
         ({"num_attention_heads": 5}, "hidden size .32. is not a multiple"),
         ({"hidden_size": "wide"}, "hidden_size must be an integer from 1 to 16,777,216, got wide"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer from 1 to 4,096, got 1000000000"),
@@ -204,7 +212,8 @@ def test_new_config_has_the_sizes_it_was_given(family):
     assert (config.family, config.head_dim, config.num_kv_heads, config.eos_token_id) == (family, 8, 2, 3)
     assert config.rope == models.Rope(theta=5_000.0)
     assert config.tie_embeddings
-    assert config.qk_norm == (family in ("exaone4", "gemma3_text", "olmo2", "olmo3", "qwen3"))
+    normed = ("exaone4", "gemma3_text", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe")
+    assert config.qk_norm == (family in normed)
     assert config.qkv_bias == (family in ("qwen2", "seed_oss"))
     local = {"gemma3_text": models.Rope(theta=10_000.0)}.get(family)
     assert config.parts.local_rope == local

@@ -13,7 +13,7 @@ from rpo_jax.models.families.family import Family
 FAMILIES: dict[str, Family] = discovered(__name__, "FAMILY")
 
 
-_EXPERTS = "it is a mixture of experts"
+_SHARED = "it has experts that every token uses"
 _LAYER_NORMS = "its norms subtract a mean"
 _NEIGHBOURS = "its rotary embedding turns neighbouring dimensions"
 # What keeps families that look like those above from being read, by transformers' model_type.
@@ -27,7 +27,7 @@ _DIFFERENCES = {
     "gemma3n": "its layers have embeddings of their own",
     "glm": _NEIGHBOURS,
     "glm4": _NEIGHBOURS,
-    "gpt_oss": f"{_EXPERTS}, with attention sinks",
+    "gpt_oss": "it has attention sinks",
     "granite_swa": "it has attention sinks",
     "helium": _NEIGHBOURS,
     "hunyuan_v1_dense": "it norms queries and keys after their rotation",
@@ -38,9 +38,11 @@ _DIFFERENCES = {
     "qwen3_next": "it has layers of linear attention",
     "stablelm": _LAYER_NORMS,
     "starcoder2": _LAYER_NORMS,
-    **dict.fromkeys(
-        ("deepseek_v3", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "glm4_moe"), _EXPERTS
-    ),
+    "deepseek_v3": "its keys and values are compressed",
+    "glm4_moe": _SHARED,
+    "granitemoe": "its experts' matrices are joined",
+    "phimoe": f"{_LAYER_NORMS}, and its router is another",
+    "qwen2_moe": _SHARED,
 }
 
 

@@ -10,7 +10,9 @@ from rpo_jax.models.architecture import ModelConfig
 
 
 class WeightRule(NamedTuple):
-    """One tensor of a folder and the parameter that it fills; `{layer}` in the key indexes the first axis.
+    """One tensor of a folder and the parameter that it fills.
+
+    `{layer}` in the key indexes the parameter's first axis, `{expert}` the one after it.
 
     layout is a key of rpo_jax.models.huggingface.tensors.LAYOUTS: how the file's array relates to the parameter's.
     """
@@ -86,6 +88,28 @@ def decoder_weights(
         *layer_weights(linears, norms),
         WeightRule("model.norm.weight", ("final_norm", "scale"), "vector"),
         WeightRule("lm_head.weight", ("head",), "linear"),
+    )
+
+
+def expert_weights(
+    block: str, gate: str, up: str, down: str, norms: Mapping[str, Path] = NORMS
+) -> tuple[WeightRule, ...]:
+    """All tensors of a decoder whose MLPs are mixtures of experts.
+
+    Args:
+        block: the mixture's name in a decoder layer of transformers.
+        gate: the names of an expert's projections; also `up` and `down`.
+    """
+    attention = {name: place for name, place in LINEARS.items() if name.startswith("self_attn.")}
+    prefix = f"model.layers.{{layer}}.{block}"
+    experts = (("gate", gate), ("up", up), ("down", down))
+    return (
+        *decoder_weights(attention, norms),
+        WeightRule(f"{prefix}.gate.weight", ("layers", "mlp", "router"), "linear"),
+        *(
+            WeightRule(f"{prefix}.experts.{{expert}}.{theirs}.weight", ("layers", "mlp", ours), "linear")
+            for ours, theirs in experts
+        ),
     )
 
 

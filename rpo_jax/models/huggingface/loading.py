@@ -7,6 +7,7 @@ it: a device's part of one parameter is, and a block of a tensor of the file.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -103,7 +104,7 @@ class Weights(NamedTuple):
 
     Attributes:
         files: for each tensor where it is.
-        keys: for each parameter its tensors, one per layer, or a single one.
+        keys: for each parameter its tensors by their places: one per layer, and per expert, or a single one.
         left_out: how many tensors belong to other parts than text.
     """
 
@@ -111,21 +112,19 @@ class Weights(NamedTuple):
     model_config: ModelConfig
     tensors: Mapping[str, TensorLayout]
     files: Mapping[str, Stored]
-    keys: Mapping[tuple[str, ...], list[str]]
+    keys: Mapping[tuple[str, ...], Mapping[tuple[int, ...], str]]
     left_out: int
 
     def read(self, path: tuple[str, ...], index: Index, dtype: Any) -> np.ndarray:
         """A part of a parameter; only that part of the files is read, in blocks of READ_BYTES."""
         keys = self.keys[path]
-        first = self.tensors[keys[0]]
-        if first.layer is None:
-            part = np.empty(_sizes(first.shape, index), DTYPES[dtype])
-            self._read_tensor(keys[0], index, part)
-            return part
-        layers = keys[index[0]]
-        part = np.empty((len(layers), *_sizes(first.shape, index[1:])), DTYPES[dtype])
-        for number, key in enumerate(layers):
-            self._read_tensor(key, index[1:], part[number])
+        last = max(keys)
+        wanted = [range(size + 1)[part] for size, part in zip(last, index, strict=False)]
+        inner = index[len(last) :]
+        shape = _sizes(self.tensors[keys[last]].shape, inner)
+        part = np.empty((*map(len, wanted), *shape), DTYPES[dtype])
+        for number, place in enumerate(itertools.product(*wanted)):
+            self._read_tensor(keys[place], inner, part.reshape(-1, *shape)[number])
         return part
 
     def place(self, path: tuple[str, ...], like: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
@@ -193,9 +192,9 @@ def open_weights(path: str | Path) -> Weights:
     _check_keys(folder, model_config, tensors, files)
     dtypes = _check_contents(folder, tensors, files)
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    keys: dict[tuple[str, ...], list[str]] = {}
+    keys: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for key, tensor in tensors.items():
-        keys.setdefault(tensor.rule.path, []).append(key)
+        keys.setdefault(tensor.rule.path, {})[tensor.place] = key
     model_config = dataclasses.replace(model_config, dtype=dtype)
     return Weights(folder, model_config, tensors, files, keys, len(found) - len(files))
 

@@ -162,6 +162,6 @@ def _write_file(
         stream.write(len(described).to_bytes(8, "little") + described)
         for tensor in tensors.values():
             parameter = flat[tensor.rule.path]
-            host = np.asarray(parameter if tensor.layer is None else parameter[tensor.layer])
+            host = np.asarray(parameter[tensor.place] if tensor.place else parameter)
             stored = np.ascontiguousarray(tensor.to_file(host), dtype=DTYPES[dtype])
             stream.write(stored.reshape(-1).view(np.uint8).data)

@@ -32,10 +32,10 @@ LAYOUTS: dict[str, Callable[[int], Groups]] = {
 
 
 class TensorLayout(NamedTuple):
-    """One tensor of a folder: its rule, the layer where it belongs to one, and the parameter's shape there."""
+    """One tensor of a folder: its rule, its layer and expert if it belongs to one, and the parameter's shape there."""
 
     rule: WeightRule
-    layer: int | None
+    place: tuple[int, ...]
     shape: Shape
 
     @property
@@ -52,7 +52,7 @@ class TensorLayout(NamedTuple):
         return tuple(prod(self.shape[axis] for axis in group) for group in self.groups)
 
     def to_file(self, parameter: np.ndarray) -> np.ndarray:
-        """The parameter of one layer as the file has it; a view where it can be one."""
+        """The parameter at this place as the file has it; a view where it can be one."""
         return parameter.transpose(self.order).reshape(self.file_shape)
 
     def file_index(self, index: Index) -> Index:
@@ -88,8 +88,13 @@ def tensors_of(model_config: ModelConfig) -> dict[str, TensorLayout]:
     assert len(rules) == len(parameters), "two rules fill one parameter"
     layered = [rule for rule in rules if "{layer}" in rule.key]
     first, *rest = (rule for rule in rules if rule not in layered)
-    tensors = {first.key: TensorLayout(first, None, parameters[first.path].shape)}
+    tensors = {first.key: TensorLayout(first, (), parameters[first.path].shape)}
     for layer in range(model_config.num_layers):
         for rule in layered:
-            tensors[rule.key.format(layer=layer)] = TensorLayout(rule, layer, parameters[rule.path].shape[1:])
-    return tensors | {rule.key: TensorLayout(rule, None, parameters[rule.path].shape) for rule in rest}
+            shape = parameters[rule.path].shape[1:]
+            if "{expert}" not in rule.key:
+                tensors[rule.key.format(layer=layer)] = TensorLayout(rule, (layer,), shape)
+                continue
+            for expert in range(shape[0]):
+                tensors[rule.key.format(layer=layer, expert=expert)] = TensorLayout(rule, (layer, expert), shape[1:])
+    return tensors | {rule.key: TensorLayout(rule, (), parameters[rule.path].shape) for rule in rest}

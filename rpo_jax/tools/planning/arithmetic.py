@@ -16,10 +16,11 @@ def body_parameters(sizes: Sizes) -> int:
     """N_body: entries of the layers' matrices.
 
     Per layer: query and output D x HK each, key and value D x GK each, gate, up and down D x F each, with hidden size
-    D, H heads, G key-value heads of dimension K, and MLP width F.
+    D, H heads, G key-value heads of dimension K, and MLP width F: of experts, those that a token uses.
     """
     attention = 2 * sizes.num_heads + 2 * sizes.num_kv_heads
-    layer = sizes.hidden_size * (attention * sizes.head_dim + 3 * sizes.intermediate_size)
+    width = getattr(sizes, "mlp_width", sizes.intermediate_size)
+    layer = sizes.hidden_size * (attention * sizes.head_dim + 3 * width)
     return sizes.num_layers * layer
 
 
