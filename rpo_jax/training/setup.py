@@ -165,7 +165,8 @@ class _References:
                 return None
             tables = jnp.stack([getattr(one, name).reference_log_probs for one in found])
             if settings.adaptive:
-                mixture = adaptive_reference(tables, *map(jnp.asarray, _pairs_of(data)), settings.clip)
+                chosen, rejected, is_chosen = map(jnp.asarray, _pairs_of(data))
+                mixture = adaptive_reference(tables, chosen, rejected, is_chosen, settings.clip)
             else:
                 mixture = mixed_reference(tables, jnp.array(settings.mixture), settings.clip)
             return dataclasses.replace(data, reference_log_probs=np.asarray(mixture))
