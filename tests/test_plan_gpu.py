@@ -1,11 +1,17 @@
-"""Plans for NVIDIA GPUs by JAX's CUDA plugin: the step, compiled for cards that are not here."""
+"""Plans for NVIDIA GPUs by JAX's CUDA plugin: the step and the sampler, compiled for cards that are not here."""
 
 import json
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from rpo_jax import models, plan
 from rpo_jax.config import BatchConfig, Config, MeshConfig, PolicyConfig
+from rpo_jax.hosts import sharding
+from rpo_jax.sampling import engine, kv_cache
+from rpo_jax.tools.planning import hlo
 from rpo_jax.tools.planning.compiled import compile_step
 from rpo_jax.tools.planning.estimate import counted
 from rpo_jax.tools.planning.targets import target_of
@@ -58,6 +64,31 @@ def test_a_mesh_of_two_by_two_by_two():
     assert not [line for line in found.surprises if "all-gather" in line or "logits" in line]
     (scattered,) = (row for row in found.exchanges if row.kind == "reduce-scatter" and row.place == "loops")
     assert scattered.sent == pytest.approx(2 * LAYERS * LAYER / 2 * 1 / 2, rel=0.01)  # a half of each half
+
+
+def test_the_sampler_gathers_no_more_than_a_layer():
+    target = target_of("h100:8")
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), target.devices)
+    model = small_model(**SIZES)
+    shapes = models.Policy(model).weights
+    placed = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        shapes.shapes,
+        sharding.parameter_shardings(mesh, *shapes),
+    )
+    sampler = engine.Engine(model, mesh, sampling=engine.Sampling(), end_ids=(2,), compute_dtype="bfloat16")
+    with jax.set_mesh(mesh):
+        readable = jax.jit(partial(kv_cache.to_decode_layout, compute_dtype="bfloat16", platform="gpu")).lower(placed)
+        params = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            readable.out_info,
+            readable.compile().output_shardings,
+        )
+        state = jax.eval_shape(lambda: sampler.empty(16, 2))
+        text = sampler.go_on.lower(params, state, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+    gathers = [one for one in hlo.collectives(text, most_trips=1) if one.kind == "all-gather"]
+    assert gathers
+    assert all(one.shape.bytes <= 2 * WIDTH * VOCABULARY for one in gathers)
 
 
 def test_a_plan_says_what_it_was_compiled_for(tmp_path, capsys):
