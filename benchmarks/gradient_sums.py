@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -52,7 +53,7 @@ def ring(parts: Float[np.ndarray, "n e"]) -> Float[np.ndarray, "e"]:
 
 def tree(parts: Float[np.ndarray, "n e"]) -> Float[np.ndarray, "e"]:
     """Added in pairs, each sum rounded to bfloat16; n is a power of two."""
-    sums = parts.astype(ml_dtypes.bfloat16)
+    sums: Any = parts.astype(ml_dtypes.bfloat16)
     while len(sums) > 1:
         sums = sums[::2] + sums[1::2]
     return sums[0].astype(np.float64)
@@ -67,7 +68,7 @@ def measure(shards: int, noise: float, entries: int = ENTRIES, seed: int = 0) ->
     rng = np.random.default_rng(seed)
     common = rng.normal(size=entries)
     parts = (common + noise * rng.normal(size=(shards, entries))).astype(np.float32)
-    exact = np.sum(parts, axis=0, dtype=np.float64)
+    exact: Any = np.sum(parts, axis=0, dtype=np.float64)
 
     def error(add: Add) -> float:
         return float(np.linalg.norm(add(parts) - exact) / np.linalg.norm(exact))
