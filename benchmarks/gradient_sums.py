@@ -68,7 +68,7 @@ def measure(shards: int, noise: float, entries: int = ENTRIES, seed: int = 0) ->
     rng = np.random.default_rng(seed)
     common = rng.normal(size=entries)
     parts = (common + noise * rng.normal(size=(shards, entries))).astype(np.float32)
-    exact = np.sum(parts, axis=0, dtype=np.float64)
+    exact: Any = np.sum(parts, axis=0, dtype=np.float64)
 
     def error(add: Add) -> float:
         return float(np.linalg.norm(add(parts) - exact) / np.linalg.norm(exact))
