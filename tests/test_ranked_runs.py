@@ -52,7 +52,7 @@ def test_rpo_over_all_responses_of_a_prompt(place, capsys):
     assert step["contrast/perplexity"] > 8, "more rejected responses than prompts"
     assert "rewards/accuracies" not in step
     assert np.isfinite(last["eval_loss"])
-    assert report.main(["--run", str(place[0] / "rpo")]) == 0
+    assert report.main(["--run", str(place[0] / "rpo"), "--out", str(place[0] / "report.html")]) == 0
 
 
 def test_the_doctor_reads_them_as_a_run_does(place, capsys):
