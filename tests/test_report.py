@@ -429,6 +429,7 @@ def test_the_page_works_in_a_browser(page, width):
     assert found["other"].startswith("Row ")
     assert found["sections"] == [
         "In the end",
+        "Data",
         "Learning",
         "Contrast",
         "Throughput and packing",
