@@ -149,6 +149,9 @@ def test_all_answers_of_a_prompt_are_kept_with_their_scores(world, tmp_path, cap
     for row in rows:
         assert len(set(row["responses"])) == len(row["responses"]) == len(row["scores"]) > 1
         assert row["scores"] == [len(text) for text in row["responses"]]
+    found = make_examples(read_rows(out))
+    assert found.layout == "ranked"
+    assert [len(example.responses) for example in found.examples] == [len(row["responses"]) for row in rows]
 
 
 def test_answers_that_a_scorer_fails_on_are_left_out_and_told(world, tmp_path, capsys):
