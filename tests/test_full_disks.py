@@ -263,6 +263,19 @@ def test_lines_that_the_disk_never_took_are_in_the_checkpoint(tmp_path, capsys):
     assert [step for step, trained in written if trained] == list(range(1, 7)), "without a gap"
 
 
+def test_a_cache_folder_that_is_deleted_in_mid_run_costs_nothing(tmp_path, capsys):
+    class Deleting(rpo_jax.Hook):
+        def after_step(self, run, finished):
+            if finished.step == 1:  # before the first evaluation and its samples have been compiled
+                shutil.rmtree(tmp_path / "cache")
+
+    result = run_on(tmp_path, tmp_path, Deleting(), **{"contrast.weights": "embedding"})
+    assert result.checkpoint.name == "6"
+    assert [line["step"] for line in metric_lines(tmp_path / "run") if "loss" in line] == list(range(1, 7))
+    assert "Traceback" not in capsys.readouterr().err
+    run_on(tmp_path, tmp_path, rpo_jax.Hook(), **{"contrast.weights": "embedding", "run.overwrite": True})
+
+
 def test_a_disk_that_vanishes_ends_a_run_in_one_line_and_nothing_is_saved_where_it_was(disk_of, tmp_path):
     disk = disk_of("6m")
 
