@@ -37,7 +37,7 @@ ask() { # MODEL PROMPTS OUT [OPTIONS...]: what the model answers to the prompts
 "$python" -m rpo_jax.export --run "$runs/rpo" --out "$runs/rpo/hf" --dtype float32 --overwrite
 ask $model $prompts before
 ask "$runs/rpo" $prompts after --overwrite
-# KL is estimated from answers that are sampled; every third prompt does, 64 of them: all at once in a batch.
-awk 'NR % 3 == 1 && NR < 192' $prompts > "$runs/some_prompts.jsonl"
+# KL is estimated from answers that are sampled; every fifth prompt does: 40, ten of each of the four questions.
+awk 'NR % 5 == 1' $prompts > "$runs/some_prompts.jsonl"
 ask "$runs/rpo" "$runs/some_prompts.jsonl" sampled --temperature 1 --overwrite
 "$python" scripts/smollm2_report.py --runs "$runs" --model $model
