@@ -216,15 +216,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {','.join(missing)} need --peers-python, which benchmarks/run.sh provides", file=sys.stderr)
         return 2
     results, beside = prepare_files(options)
+    records = read_records(results) if results.exists() else []
+    here = describe_machine()
+    if others := {one["machine"]["processor"] for one in records if "machine" in one} - {here["processor"]}:
+        told = f"{results} has cells of {', '.join(sorted(others))}, and this is {here['processor']}"
+        print(f"error: {told}; give another --name, as a table compares one machine's cells", file=sys.stderr)
+        return 2
     limits = Limits(int(options.memory_gib * GIB if options.memory_gib else 0.85 * total_memory()), options.timeout)
-    earlier = sum("machine" in record for record in read_records(results)) if results.exists() else 0
+    earlier = sum("machine" in record for record in records)
 
     def write(record: dict[str, Any]) -> None:
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     given = list(sys.argv[1:] if arguments is None else arguments)
-    write({"machine": describe_machine(), "arguments": without_interpreters(given)})
+    write({"machine": here, "arguments": without_interpreters(given)})
     failed = False
     for number, cell in enumerate(cells, start=1):
         label = f"{cell.workload}-{cell.pairs}-{cell.system}"

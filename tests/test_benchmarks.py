@@ -1,5 +1,6 @@
 """The benchmark's pure parts: the arithmetic it counts, the data it serves, the table it makes. Nothing is timed."""
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import real_model, suite, table
+from benchmarks import real_model, step_profile, suite, table
 from benchmarks.cells import ours, torch_common, torch_rpo
 from benchmarks.spec import MODELS, CellSpec, peak_rss_bytes
 from benchmarks.workloads import BOS, EOS, NUM_EXAMPLES, WORKLOADS, batch_of, make_lengths, make_pairs, timed_work
@@ -277,3 +278,41 @@ def test_the_table_goes_between_its_marks():
     assert inserted == f"before\n{table.BEGIN}\n\n| new |\n\n{table.END}\nafter\n"
     with pytest.raises(ValueError, match="add them"):
         table.insert("no marks", "| new |")
+
+
+def test_cells_of_two_processors_make_no_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    (tmp_path / "cells.jsonl").write_text(json.dumps({"machine": {"processor": "another one"}, "arguments": []}) + "\n")
+    assert suite.main(["--name", "cells", "--append", "--systems", "ours-cached"]) == 2
+    assert "has cells of another one, and this is" in capsys.readouterr().err
+
+
+def test_a_step_s_parts_are_told_by_their_scopes():
+    """Three layers of a product of [8, 16] and [16, 16], forward and twice backward, under an optimizer's sum."""
+
+    def loss(weights, x):
+        with jax.named_scope("mlp"):
+            layer = jax.checkpoint(lambda x, weight: jnp.tanh(x @ weight))
+            return jnp.sum(jax.lax.scan(lambda x, weight: (layer(x, weight), None), x, weights)[0])
+
+    @jax.jit
+    def step(weights, x):
+        found = jax.grad(loss)(weights, x)
+        with jax.named_scope("optimizer"):
+            return weights - 0.1 * found
+
+    weights, x = jnp.ones((3, 16, 16)), jnp.ones((8, 16))
+    text = step.lower(weights, x).compile().as_text()
+    program = step_profile.parse(text)
+    ran = dict.fromkeys(program.computations[program.entry], (1, 1.0))
+    for name, computation in program.computations.items():
+        if name != program.entry and not any(
+            name in one.called for c in program.computations.values() for one in c.values() if one.opcode == "fusion"
+        ):
+            ran |= dict.fromkeys(computation, (3, 3.0))
+    found = step_profile.parts(text, ran)
+    product = 2.0 * 8 * 16 * 16
+    assert found["mlp products, backward"].operations == 3 * 2 * product
+    assert found["mlp products, forward"].operations in (3 * product, 6 * product)  # again in the backward pass
+    assert found["optimizer"].operations == 0
+    assert found["optimizer"].bytes >= 3 * weights.nbytes

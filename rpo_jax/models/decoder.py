@@ -121,6 +121,7 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(config, make, of_query) if config.qk_norm else None
         self.key_norm = RMSNorm(config, make, of_key) if config.qk_norm else None
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -154,6 +155,7 @@ class GatedMLP(nnx.Module):
             self.up = Linear(make, hidden, inner, config.mlp_bias)
         self.down = Linear(make, inner, hidden, config.mlp_bias)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"], constrain: Constrain) -> Float[Array, "B T D"]:
         if self.gate_up is None:
             gate, up = self.gate(x), self.up(x)
@@ -185,6 +187,7 @@ class ExpertMLP(nnx.Module):
         self.up = make.normal(count | hidden | inner)
         self.down = make.normal(count | inner | hidden)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"], constrain: Constrain) -> Float[Array, "B T D"]:
         flat, used = x.reshape(-1, x.shape[-1]), self.experts.per_token
         scores = jnp.matmul(flat.astype(jnp.float32), self.router[...].astype(jnp.float32))

@@ -125,6 +125,7 @@ def token_log_probs(
     return jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1).reshape(tokens.shape)
 
 
+@jax.named_scope("head")
 def _scored_first(
     hidden: Float[Array, "R T D"],
     head: Float[Array, "D V"],

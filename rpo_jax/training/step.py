@@ -184,14 +184,15 @@ def build_steps(
         limit: Float[ArrayLike, ""] | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
         value, means, changes, _ = gradient(state.params, batch, reference, frozen)
-        grad_norm = optax.tree.norm(changes)
-        # Of the gradient alone, which clipping needs whole before any update: asking about the new parameters would
-        # keep the old ones beside them.
-        good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        if limit is not None:
-            good &= grad_norm <= limit
-        updates, opt_state = optimizer.update(changes, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(changes)
+            # Of the gradient alone, which clipping needs whole before any update: asking about the new parameters would
+            # keep the old ones beside them.
+            good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+            if limit is not None:
+                good &= grad_norm <= limit
+            updates, opt_state = optimizer.update(changes, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         report = {
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
@@ -200,7 +201,8 @@ def build_steps(
             "compared": means["loss"].count[0],
             "skipped": 1.0 - good.astype(jnp.float32),
         }
-        kept = accept_if(good, (params, opt_state), (state.params, state.opt_state))
+        with jax.named_scope("optimizer"):
+            kept = accept_if(good, (params, opt_state), (state.params, state.opt_state))
         return TrainState(state.step + 1, *kept), report
 
     def evaluate(params: Params, batch: Batch, reference: Params | None, frozen: Params = NOTHING) -> Means:

@@ -59,6 +59,17 @@ class Instruction:
     text: str  # what follows the opcode
     root: bool
 
+    @property
+    def op_name(self) -> str:
+        """The operation of the model that it belongs to, as JAX names it; empty where the compiler made it."""
+        found = _OP_NAME.search(self.text)
+        return found.group(1) if found else ""
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it runs."""
+        return _CALLED.findall(self.text)
+
 
 @dataclass
 class Program:
@@ -190,11 +201,10 @@ def _collective(program: Program, computation: str, instruction: Instruction, ki
     group = _first_group(instruction.text)
     share = (len(group) - 1) / len(group) if group else 1.0
     sent = size * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
-    name = _OP_NAME.search(instruction.text)
     windowed = re.search(r"windowed_dot_general_body_(ag|rs)", computation)
     ring = {"ag": "all-gather", "rs": "reduce-scatter"}[windowed.group(1)] if windowed else None
     shape = max(results + given, key=lambda shape: shape.bytes)
-    where = name.group(1) if name else computation
+    where = instruction.op_name or computation
     return Collective(kind, size, sent, group, runs.times, runs.in_loop, runs.bounded, shape, where, ring)
 
 
