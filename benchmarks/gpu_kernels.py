@@ -138,23 +138,21 @@ def compile_kernels(
 
 def read_kernels(folder: Path, target: str, head_dim: int, dtype: str) -> list[Kernel]:
     """Registers, memory and instructions of the kernels that a compiler's dump in a folder has."""
-    (file,) = [file for file in folder.glob("*.ptx") if any(name in file.read_text() for name in KERNELS)]
-    text = file.read_text(encoding="utf-8")
-    (arch,) = re.findall(r"^\.target (\w+)", text, re.MULTILINE)
-    command = [ptxas(), "-v", f"-arch={arch}", str(file), "-o", str(folder / "kernels.cubin")]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    launched = next(folder.glob("*.thunk_sequence.txt")).read_text(encoding="utf-8")
+    texts = {file: file.read_text(encoding="utf-8") for file in folder.glob("*.ptx")}
     found = []
     for name, kernel in KERNELS.items():
-        body = text.partition(f".entry {name}(")[2].partition("\n}")[0]
-        usage = told.partition(f"Compiling entry function '{name}'")[2].partition("Compiling entry")[0]
-        spills = re.findall(r"(\d+) bytes spill", usage)
+        ((file, text),) = [(file, text) for file, text in texts.items() if f".entry {name}(" in text]
+        (arch,) = re.findall(r"^\.target (\w+)", text, re.MULTILINE)
+        command = [ptxas(), "-v", f"-arch={arch}", str(file), "-o", str(folder / "cubin")]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        registers = int(re.findall(r"Used (\d+) registers", usage)[0])
+        spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", usage))
+        shared = int(re.findall(rf"{name} .*shared_memory: (\d+) bytes", launched)[0])
         tiles = fused.tiles(kernel, head_dim, dtype)
-        registers, shared = int(re.findall(r"Used (\d+) registers", usage)[0]), shared_bytes(folder, name)
-        instructions = dict(Counter(TENSOR_CORE.findall(body)))
         programs = programs_of(target, registers, shared, tiles.warps)
-        spilled = sum(map(int, spills))
         place = target, arch, head_dim, dtype, kernel, tiles.kept, tiles.passing, tiles.warps
-        found.append(Kernel(*place, registers, spilled, shared, programs, instructions))
+        found.append(Kernel(*place, registers, spilled, shared, programs, dict(Counter(TENSOR_CORE.findall(text)))))
     return found
 
 

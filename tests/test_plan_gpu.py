@@ -128,7 +128,17 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
     batch = BatchShape(8, tokens, 8 * tokens, 4 * tokens, 8 * tokens**2 / 3, "")
     text = compile_step(config, model, target, batch).text
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
-    assert not [shape for shape in hlo.buffers(text) if shape.dims[-2:] == (tokens, tokens)]
+    program = hlo.parse(text)
+    inside = {name for name in program.computations if f"calls=%{name}" in text or f"calls={name}" in text}
+    shapes = [
+        shape
+        for name, computation in program.computations.items()
+        if name not in inside
+        for instruction in computation.values()
+        for shape in hlo.shapes_in(instruction.result)
+    ]
+    assert (2, tokens, 512) in {shape.dims for shape in shapes}, "residual streams are"
+    assert not [shape for shape in shapes if shape.dims[-2:] == (tokens, tokens)]
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def tiles(kernel: str, head_dim: int, dtype: Any) -> Tiles:
     if jnp.dtype(dtype).itemsize > 2:
         return Tiles(32, 32, 8 if wide > 64 else 4, 1)
     if wide > 128:
-        return Tiles(64, 32, 8, 1)
+        return Tiles(64, 32, 8, 1) if kernel == "forward" else Tiles(32, 32, 8, 2)
     if kernel == "forward":
         return Tiles(128, 64, 8 if wide > 64 else 4, 2)
     return Tiles(64, 64, 8 if wide > 64 else 4, 2)
@@ -207,18 +207,16 @@ class _Block(NamedTuple):
 
     def read(self, reference: Any) -> Array:
         """A block of [tokens, K], zeros beyond the head dimension."""
-        width = reference.shape[-1]
-        if width == self.head_dim:
-            return reference[...]
-        return triton.load(reference, mask=self.columns(width), other=0.0)
-
-    def columns(self, width: int) -> Array:
-        return (jnp.arange(width) < self.head_dim)[None, :]
+        mask = self.columns(reference)
+        return triton.load(reference, mask=mask, other=None if mask is None else 0.0)
 
     def write(self, reference: Any, values: Array) -> None:
+        triton.store(reference, values.astype(reference.dtype), mask=self.columns(reference))
+
+    def columns(self, reference: Any) -> Array | None:
+        """Which columns of a block there are; None for all."""
         width = reference.shape[-1]
-        mask = None if width == self.head_dim else self.columns(width)
-        triton.store(reference, values.astype(reference.dtype), mask=mask)
+        return None if width == self.head_dim else (jnp.arange(width) < self.head_dim)[None, :]
 
     def dot(self, left: Array, right: Array, contract: tuple[int, int] = (1, 0)) -> Array:
         """Product summed in float32, over these axes of the two."""
