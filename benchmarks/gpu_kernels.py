@@ -28,6 +28,7 @@ import numpy as np
 from rpo_jax.models.attention import fused
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.masking import TokenIds
+from rpo_jax.models.attention.registry import Asked
 from rpo_jax.tools.planning.chips import CHIPS
 from rpo_jax.tools.planning.targets import target_of
 
@@ -248,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: GPUs that are here are left alone
     cases = [(t, int(d), name) for t in options.targets for d in options.head_dims for name in options.dtypes]
+    cases = [case for case in cases if Asked(case[2], case[1]).lacks(fused.KIND) is None]
     kernels = (kernel for case in cases for kernel in compile_kernels(*case, softcap=options.softcap))
     print_table(HEADER, (kernel.cells() for kernel in kernels))
     print(f"\nA bound by arithmetic, {HEADS} query and {GROUPS} key-value heads of 128, bfloat16; not measured:\n")

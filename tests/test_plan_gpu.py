@@ -13,6 +13,7 @@ from rpo_jax.config import BatchConfig, Config, MeshConfig, PolicyConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.sampling import engine, kv_cache
 from rpo_jax.tools.planning import hlo
+from rpo_jax.tools.planning.chips import CHIPS
 from rpo_jax.tools.planning.compiled import compile_step
 from rpo_jax.tools.planning.estimate import counted
 from rpo_jax.tools.planning.targets import target_of
@@ -151,7 +152,9 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
     ],
 )
 def test_the_attention_s_kernels_spill_nothing_and_multiply_on_tensor_cores(target, head_dim, unit):
+    """On Hopper the backward pass of the widest heads takes older instructions: the newer ones would spill."""
     for kernel in gpu_kernels.compile_kernels(target, head_dim, "bfloat16"):
         assert kernel.spilled == 0
-        assert kernel.instructions[unit] > 0
-        assert 0 < kernel.shared <= 99 * 1024, "what a consumer's card has"
+        older = target == "h100" and head_dim > 128 and kernel.kernel != "forward"
+        assert kernel.instructions["mma.sync" if older else unit] > 0
+        assert 0 < kernel.shared <= CHIPS[target].gpu["shared_memory_per_block"]

@@ -130,7 +130,7 @@ def test_long_rows_on_gpus_are_its_own_where_it_can():
 
     assert [chosen(tokens) for tokens in (64, 1024, 1025, 32768)] == ["dense", "dense", "fused", "fused"]
     assert chosen(4096, head_dim=20) == chosen(4096, head_dim=512) == "dense"
-    assert chosen(4096, dtype="float32") == "fused"
+    assert [chosen(4096, "float32", head_dim) for head_dim in (64, 128)] == ["fused", "dense"]
     assert chosen(4096, platform="cpu") == "blockwise"
     assert attention_name("auto", "gpu", Asked(row_tokens=2048)) == "fused"
     assert attention_name("auto", "gpu") == "dense", "rows of a length that is not known"
@@ -139,8 +139,9 @@ def test_long_rows_on_gpus_are_its_own_where_it_can():
 @pytest.mark.parametrize(
     ("asked", "need"),
     [
-        (("bfloat16", 72), "head dimensions that 16 divides, at most 256; .* head dimension is 72"),
-        (("bfloat16", 288), "head dimensions that 16 divides, at most 256; .* head dimension is 288"),
+        (("bfloat16", 72), "head dimensions that 16 divides, at most 256, in float32 64; .* head dimension is 72"),
+        (("bfloat16", 288), "head dimensions that 16 divides, at most 256, in float32 64; .* head dimension is 288"),
+        (("float32", 128), "head dimensions that .*, in float32 64; here model.compute_dtype=float32, the head"),
         (("float64", 64), "model.compute_dtype=bfloat16, float16 or float32; here model.compute_dtype=float64"),
     ],
 )
