@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rpo_jax.models.attention.kind import (
     ATTENTION_OUTPUT,
     ROW,
+    SHORT,
     TOKEN_IDS_AXES,
     Attend,
     AttentionKind,
@@ -243,4 +244,6 @@ def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) 
 
 
 # On a CPU it took a fifth of dense's processor time.
-KIND = AttentionKind(_make, "blocks that see something, one after another: CPU", auto=("cpu",), skips=True, fused=True)
+KIND = AttentionKind(
+    _make, "blocks that see something, one after another: CPU", auto=("cpu",), beyond=SHORT, skips=True, fused=True
+)

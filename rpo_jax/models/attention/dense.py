@@ -48,6 +48,4 @@ def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) 
     return attend
 
 
-KIND = AttentionKind(
-    _make, "all of a row against all of it: short rows; GPUs, where a loop over blocks waits", auto=("gpu",)
-)
+KIND = AttentionKind(_make, "all of a row against all of it: short rows, and where nothing else can be had")
