@@ -22,6 +22,8 @@ class PolicyConfig:
             products, `attention` each layer's input and what its attention gives, `full` the input only.
         attention: `auto`, or a module of rpo_jax/models/attention, which says what it is for; any other name is
             answered with those there are.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts beside any objective's; 0 leaves
+            it out.
     """
 
     path: str | None = None
@@ -38,8 +40,14 @@ class PolicyConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "attention", "full"] = "dots"
     attention: str = "auto"
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.router_aux_loss_coef < float("inf"):
+            raise ConfigError(
+                f"model.router_aux_loss_coef={self.router_aux_loss_coef} must be a number of at least 0; 0 leaves the "
+                "load-balancing loss out."
+            )
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         positive("model", **{name: getattr(self, name) for name in (*sizes, "rope_theta")})
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:

@@ -38,12 +38,12 @@ INT8_MAX = 127  # symmetric: -128 is not used
 
 
 class Projection(NamedTuple):
-    """One linear layer of every decoder layer, stacked.
+    """One linear layer of every decoder layer, and of every expert if it is one of theirs, stacked.
 
     Attributes:
         path: of its kernel in the tree of parameters.
-        module: its name in a Hugging Face model, with `{layer}`.
-        layers: how many are stacked.
+        module: its name in a Hugging Face model, with `{layer}`, and with `{expert}` unless experts share one tensor.
+        layers: how many are stacked, along the axes of layers and of experts.
         inputs: sizes of its input axes, by name.
         outputs: sizes of its output axes, by name.
     """
@@ -53,6 +53,15 @@ class Projection(NamedTuple):
     layers: dict[str, int]
     inputs: dict[str, int]
     outputs: dict[str, int]
+
+    @property
+    def of_experts(self) -> bool:
+        return "experts" in self.layers
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Where its adapters are: beside the kernel, or, where that has no place of its own, in its place."""
+        return self.path[:-1] if self.path[-1] == "kernel" else self.path
 
 
 def check_targets(targets: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -67,15 +76,18 @@ def projections(model_config: ModelConfig) -> dict[str, Projection]:
     found = {}
     for name, rule in FAMILIES[model_config.family].lora_targets.items():
         sizes = list(zip(axes[rule.path], shapes[rule.path].shape, strict=True))
-        # The first axis is that of the layers; of the others, all but the last lead into a joined layer.
-        split = len(sizes) - 1 if rule.layout == "joined_linear" else 2
-        found[name] = Projection(rule.path, rule.module, dict(sizes[:1]), dict(sizes[1:split]), dict(sizes[split:]))
+        # The first axis is that of the layers, then that of experts; all but the last lead into a joined layer.
+        lead = 2 if rule.of_experts else 1
+        split = len(sizes) - 1 if rule.layout == "joined_linear" else lead + 1
+        sides = dict(sizes[:lead]), dict(sizes[lead:split]), dict(sizes[split:])
+        found[name] = Projection(rule.path, rule.module, *sides)
     return found
 
 
 def _quantized(model_config: ModelConfig, base_dtype: str) -> dict[tuple[str, ...], Projection]:
     """The linear layers that are stored in int8, by the path of their kernel."""
-    return {found.path: found for found in projections(model_config).values()} if base_dtype == "int8" else {}
+    kernels = (found for found in projections(model_config).values() if not found.of_experts)
+    return {found.path: found for found in kernels} if base_dtype == "int8" else {}
 
 
 def _adapter_sizes(model_config: ModelConfig, lora: LoraConfig) -> dict[tuple[str, ...], dict[str, int]]:
@@ -83,9 +95,9 @@ def _adapter_sizes(model_config: ModelConfig, lora: LoraConfig) -> dict[tuple[st
     known, rank = projections(model_config), {"rank": lora.rank}
     sizes = {}
     for target in lora.targets:
-        path, _, layers, inputs, outputs = known[target]
-        sizes[(*path[:-1], A)] = layers | inputs | rank
-        sizes[(*path[:-1], B)] = layers | rank | outputs
+        _, _, layers, inputs, outputs = known[target]
+        sizes[(*known[target].place, A)] = layers | inputs | rank
+        sizes[(*known[target].place, B)] = layers | rank | outputs
     return sizes
 
 
@@ -108,7 +120,7 @@ def init_adapters(model_config: ModelConfig, lora: LoraConfig, key: PRNGKeyArray
     for number, (path, axes) in enumerate(_adapter_sizes(model_config, lora).items()):
         shape = tuple(axes.values())
         if path[-1] == A:
-            bound = np.prod(shape[1:-1]) ** -0.5
+            bound = np.prod(shape[2 if "experts" in axes else 1 : -1]) ** -0.5
             filled[path] = jax.random.uniform(jax.random.fold_in(key, number), shape, jnp.float32, -bound, bound)
         else:
             filled[path] = jnp.zeros(shape, jnp.float32)
@@ -120,7 +132,7 @@ def combine(base: Params, adapters: Params, lora: LoraConfig) -> Params:
     flat, pairs = flat_params(base), flat_params(adapters)
     for path, a in pairs.items():
         if path[-1] == A:
-            kernel = (*path[:-1], "kernel")
+            kernel = path[:-1] if path[:-1] in flat else (*path[:-1], "kernel")
             flat[kernel] = Adapted(flat[kernel], a, pairs[(*path[:-1], B)] * (lora.alpha / lora.rank))
     return unflatten_dict(flat)
 
@@ -221,11 +233,11 @@ def merge(model_config: ModelConfig, params: Params, adapters: Params, lora: Lor
     flat, pairs = flat_params(params), flat_params(adapters)
     known = projections(model_config)
     for target in lora.targets:
-        path = known[target].path
-        a, b = (np.asarray(pairs[(*path[:-1], name)], np.float32) for name in (A, B))
+        path, lead = known[target].path, len(known[target].layers)
+        a, b = (np.asarray(pairs[(*known[target].place, name)], np.float32) for name in (A, B))
         merged = np.array(flat[path], np.float32)
-        for layer in range(len(merged)):
-            merged[layer] += (lora.alpha / lora.rank) * np.tensordot(a[layer], b[layer], axes=1)
+        for number in np.ndindex(merged.shape[:lead]):
+            merged[number] += (lora.alpha / lora.rank) * np.tensordot(a[number], b[number], axes=1)
         flat[path] = merged
     return unflatten_dict(flat)
 
@@ -255,15 +267,7 @@ def save_adapter(
     from safetensors.numpy import save
 
     check_dtype(dtype or "float32")
-    pairs, tensors = flat_params(adapters), {}
-    for target in lora.targets:
-        kernel, module, layers, _, _ = projections(model_config)[target]
-        a, b = (np.asarray(pairs[(*kernel[:-1], name)]) for name in (A, B))
-        for layer in range(layers["layers"]):
-            name = f"base_model.model.{module.format(layer=layer)}"
-            # As torch has linear layers, outputs first.
-            tensors[f"{name}.lora_A.weight"] = a[layer].reshape(-1, lora.rank).T
-            tensors[f"{name}.lora_B.weight"] = b[layer].reshape(lora.rank, -1).T
+    tensors, parameters = _peft_tensors(model_config, adapters, lora)
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     description = {
         "peft_type": "LORA",
@@ -272,7 +276,8 @@ def save_adapter(
         "r": lora.rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": list(lora.targets),
+        "target_modules": [target for target in lora.targets if target not in parameters],
+        **({"target_parameters": list(parameters.values())} if parameters else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -290,3 +295,41 @@ def save_adapter(
         (folder / "adapter_model.safetensors").write_bytes(save(contiguous, metadata={"format": "pt"}))
         (folder / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return target
+
+
+def _peft_tensors(
+    model_config: ModelConfig, adapters: Params, lora: LoraConfig
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a PEFT folder, and of the targets that are no modules there PEFT's names.
+
+    An expert's own matrix is a module, also where transformers 5 has joined them all: PEFT joins the adapters then.
+    Those that are one tensor in files are a parameter of the module of all experts, which PEFT wraps once for each.
+    """
+    known, pairs = projections(model_config), flat_params(adapters)
+    chosen = {target: kernel for target, kernel in known.items() if target in lora.targets}
+    apart = {target for target, kernel in chosen.items() if kernel.path[-1] in ("gate", "up")}
+    if len(apart) == 1:
+        both = " and ".join(target for target, kernel in known.items() if kernel.path[-1] in ("gate", "up"))
+        raise ValueError(
+            f"PEFT joins the adapters of an expert's {both}, and here only {apart.pop()} has one: train both, or "
+            "export the merged model (without --adapter)."
+        )
+    joined = [target for target, kernel in chosen.items() if kernel.of_experts and "{expert}" not in kernel.module]
+    tensors: dict[str, np.ndarray] = {}
+    for target, kernel in chosen.items():
+        a, b = (np.asarray(pairs[(*kernel.place, name)]) for name in (A, B))
+        if target in joined:
+            module = kernel.module.rpartition(".")[0] + ".base_layer" * (len(joined) - 1 - joined.index(target))
+            for layer in range(len(a)):
+                name = f"base_model.model.{module.format(layer=layer)}"
+                count, inputs, rank = a[layer].shape
+                tensors[f"{name}.lora_A.weight"] = a[layer].transpose(0, 2, 1).reshape(count * rank, inputs)
+                outputs = b[layer].reshape(count, rank, -1).transpose(2, 1, 0)
+                tensors[f"{name}.lora_B.weight"] = outputs.reshape(-1, rank * count)
+            continue
+        for number in np.ndindex(*kernel.layers.values()):
+            module = kernel.module.format(**dict(zip(("layer", "expert"), number, strict=False)))
+            # As torch has linear layers, outputs first.
+            tensors[f"base_model.model.{module}.lora_A.weight"] = a[number].reshape(-1, lora.rank).T
+            tensors[f"base_model.model.{module}.lora_B.weight"] = b[number].reshape(lora.rank, -1).T
+    return tensors, {target: known[target].module.partition("{layer}.")[2] for target in joined}

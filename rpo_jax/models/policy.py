@@ -28,11 +28,12 @@ from rpo_jax.models.decoder import (
     Params,
     abstract_params,
     count_params,
-    hidden_states,
+    hidden_states_and_routing,
     init_params,
     output_head,
     param_axes,
 )
+from rpo_jax.models.experts import Routing
 from rpo_jax.models.families import FAMILIES, check_family
 from rpo_jax.models.huggingface.loading import load_pretrained
 from rpo_jax.models.huggingface.saving import save_pretrained
@@ -67,10 +68,12 @@ class Outputs(NamedTuple):
     Attributes:
         hidden: of every token, in the compute dtype.
         head: float32, whole over the devices that share rows; hidden times head gives the logits, before their cap.
+        routing: where the experts of every layer have their tokens from; None without experts.
     """
 
     hidden: Float[Array, "B T D"]
     head: Float[Array, "D V"]
+    routing: Routing | None
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Policy:
         of a projection has heads.
         """
         rules = FAMILIES[self.model_config.family].weights
-        vectors = {rule.path for rule in rules if rule.layout == "vector"}
+        vectors = {rule.path for rule in rules if rule.layout in ("vector", "vectors")}
         return unflatten_dict({path: path not in vectors for path in flatten_dict(self.trained.shapes)})
 
     @property
@@ -175,7 +178,9 @@ class Policy:
         """Raise ValueError where the attention that is asked for cannot be had; row_tokens as for check_attention."""
         platform, dtype = how.platform or jax.default_backend(), str(jnp.dtype(how.compute_dtype))
         model = self.model_config
-        check_attention(how.attention, platform, dtype, model.head_dim, row_tokens, model.parts.attention_softcap)
+        parts = model.parts
+        asked = (dtype, model.head_dim, row_tokens, parts.attention_softcap, parts.sinks)
+        check_attention(how.attention, platform, *asked)
 
     def outputs(self, params: Params, rows: Mapping[str, Array], how: Execution) -> Outputs:
         """Hidden states and head for packed rows.
@@ -185,9 +190,9 @@ class Policy:
             rows: tokens, positions, segment_ids and branch_ids, each [B, T], as in core.records.Batch.
         """
         ids = (rows[name] for name in ("tokens", "positions", "segment_ids", "branch_ids"))
-        hidden = hidden_states(self.model_config, params, *ids, **how._asdict())
+        hidden, routing = hidden_states_and_routing(self.model_config, params, *ids, *how)
         # Whole over fsdp before the chunks of a loss run, or each chunk would gather it again.
-        return Outputs(hidden, how.split.gather(output_head(self.model_config, params), ("embed", "vocab")))
+        return Outputs(hidden, how.split.gather(output_head(self.model_config, params), ("embed", "vocab")), routing)
 
     def merged(self, trained: Params, folder: str | Path) -> Params:
         """All parameters in float32, adapters added to the weights of the folder; what is trained, without adapters."""

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, Int8
 
 
 class Quantized(NamedTuple):
@@ -55,21 +55,45 @@ def project(x: Float[Array, "..."], kernel: Kernel, input_rank: int) -> Float[Ar
     return _product(x, kernel.astype(x.dtype), input_rank)
 
 
-def gathered(
-    kernel: Kernel, axes: tuple[str, ...], input_rank: int, gather: Callable[[Array, tuple[str | None, ...]], Array]
-) -> Kernel:
-    """The kernel with all its arrays gathered; `gather` takes an array and the names of its axes, inputs first."""
-    assert not isinstance(kernel, Transposed), "made for decoding, where no loop gathers"
+def project_grouped(x: Float[Array, "N I"], kernel: Kernel, rows_of: Int[Array, "G"]) -> Float[Array, "N ..."]:
+    """Each row times the matrix of its group, in x's dtype; groups lie one after another, with rows_of rows each.
+
+    The kernel's arrays have the groups as their first axis. Rows behind the last group give anything.
+    """
     if isinstance(kernel, Adapted):
-        inner = gathered(kernel.kernel, axes, input_rank, gather)
+        inner = project_grouped(x, kernel.a, rows_of)
+        return project_grouped(x, kernel.kernel, rows_of) + project_grouped(inner, kernel.b, rows_of)
+    assert not isinstance(kernel, Quantized | Transposed), "experts are not quantized"
+    groups, inputs, *outputs = kernel.shape
+    y = jax.lax.ragged_dot(x, kernel.astype(x.dtype).reshape(groups, inputs, -1), rows_of)
+    return y.reshape(len(x), *outputs)
+
+
+def gathered(
+    kernel: Kernel,
+    axes: tuple[str, ...],
+    input_rank: int,
+    gather: Callable[[Array, tuple[str | None, ...]], Array],
+    groups: int = 0,
+) -> Kernel:
+    """The kernel with all its arrays gathered.
+
+    Args:
+        axes: names of its axes: `groups` that lead all its arrays, inputs, outputs.
+        gather: takes an array and the names of its axes.
+    """
+    assert not isinstance(kernel, Transposed), "made for decoding, where no loop gathers"
+    lead, inputs, outputs = axes[:groups], axes[groups : groups + input_rank], axes[groups + input_rank :]
+    if isinstance(kernel, Adapted):
+        inner = gathered(kernel.kernel, axes, input_rank, gather, groups)
         assert not isinstance(inner, Adapted | Transposed)
         return Adapted(
             inner,
-            gather(kernel.a, (*axes[:input_rank], None)),
-            gather(kernel.b, (None, *axes[input_rank:])),
+            gather(kernel.a, (*lead, *inputs, None)),
+            gather(kernel.b, (*lead, None, *outputs)),
         )
     if isinstance(kernel, Quantized):
-        return Quantized(gather(kernel.values, axes), gather(kernel.scale, axes[input_rank:]))
+        return Quantized(gather(kernel.values, axes), gather(kernel.scale, (*lead, *outputs)))
     return gather(kernel, axes)
 
 

@@ -127,6 +127,14 @@ def test_max_window_layers_places_the_sliding_layers(tmp_path):
             "quantized weights are not supported .awq.; use the folder of the unquantized",
         ),
         (
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            "quantized weights are not supported .mxfp4.; use the folder of the unquantized",
+        ),
+        (
+            {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "swiglu_limit": 0.0},
+            "config.json: clamp must be a number greater than 0, got 0.0",
+        ),
+        (
             {"model_type": "gemma3n", "architectures": ["Gemma3nForCausalLM"]},
             "'Gemma3nForCausalLM' in .*is not supported: its layers have embeddings of their own; known families",
         ),
@@ -214,7 +222,7 @@ def test_new_config_has_the_sizes_it_was_given(family):
     assert config.tie_embeddings
     normed = ("exaone4", "gemma3_text", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe")
     assert config.qk_norm == (family in normed)
-    assert config.qkv_bias == (family in ("qwen2", "seed_oss"))
+    assert config.qkv_bias == (family in ("gpt_oss", "qwen2", "seed_oss"))
     local = {"gemma3_text": models.Rope(theta=10_000.0)}.get(family)
     assert config.parts.local_rope == local
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 LORA = LoraConfig(rank=3, alpha=12.0)
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 9))
 LORA_TARGETS = tuple(models.FAMILIES["llama"].lora_targets)
-FAMILIES = ("llama3", "mistral", "qwen2 tied", "qwen3", "gemma2", "phi3", "olmo2")
+FAMILIES = ("llama3", "mistral", "qwen2 tied", "qwen3", "gemma2", "phi3", "olmo2", "mixtral", "qwen3 moe", "gpt_oss")
 
 
 def random_adapters(model_config, config=LORA, seed=1):

@@ -82,7 +82,7 @@ def test_a_policy_is_static_under_jit():
     [
         ({"attention": "flash"}, (), "model.attention=flash is not known; use auto or one of blockwise, cudnn, dense"),
         ({"family": "gpt2"}, (), "model.family=gpt2 is not supported; known families: .* llama, .* qwen3"),
-        ({"family": "gpt_oss"}, (), "model.family=gpt_oss is not supported: it has attention sinks; known"),
+        ({"family": "granite_swa"}, (), "model.family=granite_swa is not supported: it has attention sinks; known"),
         ({}, ("q_proj", "w_proj"), r"lora.targets=\['q_proj', 'w_proj'\] must be some of q_proj, k_proj, .*down_proj,"),
         ({}, ("q_proj", "q_proj"), "each at most once"),
     ],

@@ -42,13 +42,20 @@ def check_attention(
     head_dim: int,
     row_tokens: int | None,
     softcap: float | None = None,
+    sinks: bool = False,
 ) -> None:
     """Raise ValueError where the kind of that name cannot do what is asked of it.
 
     Args:
         row_tokens: None for multiples of 64.
         softcap: of the model's scores.
+        sinks: whether the model has some.
     """
+    if sinks and not attention_kind(name, platform).takes_sinks:
+        raise ValueError(
+            f"model.attention={name} has no attention sinks, and this model does; use model.attention=auto, or one of "
+            f"{', '.join(other for other, kind in ATTENTIONS.items() if kind.takes_sinks)}."
+        )
     if softcap is not None and not attention_kind(name, platform).caps:
         raise ValueError(
             f"model.attention={name} cannot cap attention scores, and this model's are capped at {softcap}; use "
