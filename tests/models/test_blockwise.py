@@ -172,8 +172,9 @@ def test_devices_share_rows_and_heads(shape, num_heads, kv_heads):
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     placement = Placement(mesh)
     with jax.set_mesh(mesh):
-        split = value_and_gradients("blockwise", *args, Split(placement.shards, placement.per_shard))
-    assert_same(split, value_and_gradients("dense", *args))
+        split, sinks = Split(placement.shards, placement.per_shard), jnp.linspace(-1, 4, num_heads)
+        found = value_and_gradients("blockwise", *args, split, sinks=sinks)
+    assert_same(found, value_and_gradients("dense", *args, sinks=sinks))
 
 
 def test_no_array_of_all_tokens_by_all_tokens_per_head():
