@@ -3,8 +3,8 @@
 Facts, copied from where public repositories quote the files: those of CodeGemma 7B, Gemma 2 2B and Phi-3 mini from a
 parser's tests on "actual config.json", Gemma 3 1B's from a loader's documentation, Gemma 3 12B's, with its eyes, from a
 trainer's source, Phi-4 mini's, OLMo 2 1B's, SmolLM3's, Granite 3.1 2B's and Seed-OSS 36B's from tests, OLMo 3 7B's from
-what a trainer's tests check of its published file, and those of the mixtures of experts from a planner's tests; what is
-not given is transformers' default.
+what a trainer's tests check of its published file, gpt-oss 20B's from the tests of a tool that traces its circuits, and
+those of the other mixtures of experts from a planner's tests; what is not given is transformers' default.
 """
 
 from __future__ import annotations

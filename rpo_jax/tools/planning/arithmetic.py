@@ -12,14 +12,15 @@ from typing import Any
 Sizes = Any  # of a decoder, under the names of rpo_jax.models.ModelConfig; benchmarks/ has sizes of its own
 
 
-def body_parameters(sizes: Sizes) -> int:
+def body_parameters(sizes: Sizes, *, stored: bool = False) -> int:
     """N_body: entries of the layers' matrices.
 
     Per layer: query and output D x HK each, key and value D x GK each, gate, up and down D x F each, with hidden size
-    D, H heads, G key-value heads of dimension K, and MLP width F: of experts, those that a token uses.
+    D, H heads, G key-value heads of dimension K, and MLP width F: of experts, those that a token uses, or with `stored`
+    all that there are. Routers are too small to count.
     """
     attention = 2 * sizes.num_heads + 2 * sizes.num_kv_heads
-    width = getattr(sizes, "mlp_width", sizes.intermediate_size)
+    width = getattr(sizes, "stored_mlp_width" if stored else "mlp_width", sizes.intermediate_size)
     layer = sizes.hidden_size * (attention * sizes.head_dim + 3 * width)
     return sizes.num_layers * layer
 
@@ -113,7 +114,15 @@ def step_flops(sizes: Sizes, step: StepSizes) -> float:
 
 
 def step_bytes(
-    sizes: Sizes, step: StepSizes, *, fsdp: int, tensor: int, row_shards: int, optimizer_slots: int, head_chunk: int
+    sizes: Sizes,
+    step: StepSizes,
+    *,
+    fsdp: int,
+    tensor: int,
+    row_shards: int,
+    optimizer_slots: int,
+    head_chunk: int,
+    expert: int = 1,
 ) -> float:
     """Bytes that one device moves between its memory and its arithmetic in a step, roughly.
 
@@ -121,18 +130,22 @@ def step_bytes(
     dtype; the backward pass reads it once more and writes a float32 gradient. Activations: what a layer writes is read
     once, and the backward pass moves twice as much. Head: per chunk its matrix, its float32 gradient and the chunk's
     float32 logits. Optimizer: reads parameter, gradient and state, writes parameter and state, all float32.
+    Experts are counted whole: some token of a batch uses each. Gathered is what a device multiplies with, its own ones.
     """
-    number, layers = step.compute_bytes, body_parameters(sizes)
-    table = head_parameters(sizes)
-    share = (layers + 2 * table) / (fsdp * tensor)
+    number, layers = step.compute_bytes, body_parameters(sizes, stored=True)
+    table, of_experts = head_parameters(sizes), getattr(sizes, "stored_mlp_width", 0) != sizes.intermediate_size
+    shards = fsdp * expert * tensor
+    share = (layers + 2 * table) / shards
     passes = step.forward_passes + step.reference_passes
     trained = 0 if step.frozen else 1
     # The last forward pass of a micro-batch keeps nothing for the backward one under remat: full; it gathers again.
-    gathered = step.micro_batches * (passes + 1) * (4 * layers / (fsdp * tensor) + 2 * number * layers / tensor)
+    whole = layers / (tensor * expert) if of_experts else layers / tensor
+    gathered = step.micro_batches * (passes + 1) * (4 * layers / shards + 2 * number * whole)
     gradient = trained * 4 * share * (step.micro_batches if step.micro_batches == 1 else 3 * step.micro_batches)
     update = trained * 4 * share * (1 + 2 + optimizer_slots + 1 + optimizer_slots)
 
-    inner = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim + 3 * sizes.intermediate_size
+    width = getattr(sizes, "mlp_width", sizes.intermediate_size)
+    inner = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim + 3 * width
     per_token = sizes.num_layers * (4 * sizes.hidden_size + inner / tensor) * number
     activations = 2 * per_token * step.tokens / row_shards * (passes + 2)
     scores = 0.0
