@@ -448,7 +448,9 @@ def hidden_states_and_routing(
     windows = tuple(dict.fromkeys(model_config.sliding_windows))
     ids = TokenIds(positions, segment_ids, branch_ids)
     softcap = model_config.parts.attention_softcap
-    attend = make_attention(attention, platform or jax.default_backend(), ids, windows, split, softcap)
+    attend = make_attention(
+        attention, platform or jax.default_backend(), ids, windows, split, softcap, model_config.parts.sinks
+    )
     window_of_layer = jnp.array([windows.index(window) for window in model_config.sliding_windows])
     cos_sin, rope_of_layer = rotations(model_config, positions), jnp.array(model_config.rope_of_layer)
     model = nnx.merge(_abstract(model_config)[0], params)

@@ -214,7 +214,9 @@ def prefill(
     windows = tuple(dict.fromkeys(model_config.sliding_windows))
     ids = TokenIds(positions, segment_ids, jnp.zeros_like(tokens))
     softcap = model_config.parts.attention_softcap
-    attend = make_attention("auto", platform or jax.default_backend(), ids, windows, split, softcap)
+    attend = make_attention(
+        "auto", platform or jax.default_backend(), ids, windows, split, softcap, model_config.parts.sinks
+    )
     cos_sin = rotations(model_config, positions)
     x = _embedded(model_config, params, tokens, compute_dtype, constrain)
     keys: list[Array] = []

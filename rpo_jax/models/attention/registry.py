@@ -10,23 +10,27 @@ ATTENTIONS: dict[str, AttentionKind] = discovered("rpo_jax.models.attention", "K
 SHORT = 128  # tokens; rows up to this are one or two blocks: nothing to skip
 
 
-def attention_name(name: str, platform: str) -> str:
+def attention_name(name: str, platform: str, sinks: bool = False) -> str:
     """The kind of that name, or with `auto` the one that is best on the platform: cpu, gpu or tpu.
+
+    Args:
+        sinks: whether it must take some.
 
     Raises ValueError for an unknown name, or one that is not for the platform.
     """
     check_attention_name(name)
     if name == "auto":
-        return next((found for found, kind in ATTENTIONS.items() if platform in kind.auto), "dense")
+        able = {found: kind for found, kind in ATTENTIONS.items() if kind.takes_sinks or not sinks}
+        return next((found for found, kind in able.items() if platform in kind.auto), "dense")
     platforms = ATTENTIONS[name].platforms
     if platforms and platform not in platforms:
         raise ValueError(f"model.attention={name} is for {', '.join(platforms)}, but this is {platform}; use auto.")
     return name
 
 
-def attention_kind(name: str, platform: str) -> AttentionKind:
+def attention_kind(name: str, platform: str, sinks: bool = False) -> AttentionKind:
     """The entry of what `attention_name` names."""
-    return ATTENTIONS[attention_name(name, platform)]
+    return ATTENTIONS[attention_name(name, platform, sinks)]
 
 
 def check_attention_name(name: str) -> None:
@@ -51,17 +55,18 @@ def check_attention(
         softcap: of the model's scores.
         sinks: whether the model has some.
     """
-    if sinks and not attention_kind(name, platform).takes_sinks:
+    kind = attention_kind(name, platform, sinks)
+    if sinks and not kind.takes_sinks:
         raise ValueError(
             f"model.attention={name} has no attention sinks, and this model does; use model.attention=auto, or one of "
             f"{', '.join(other for other, kind in ATTENTIONS.items() if kind.takes_sinks)}."
         )
-    if softcap is not None and not attention_kind(name, platform).caps:
+    if softcap is not None and not kind.caps:
         raise ValueError(
             f"model.attention={name} cannot cap attention scores, and this model's are capped at {softcap}; use "
             "model.attention=auto."
         )
-    for need, fulfilled in attention_kind(name, platform).needs:
+    for need, fulfilled in kind.needs:
         if not fulfilled(compute_dtype, head_dim, row_tokens):
             raise ValueError(
                 f"model.attention={name} needs {need}; here model.compute_dtype={compute_dtype}, the head dimension is "
@@ -70,14 +75,21 @@ def check_attention(
 
 
 def make_attention(
-    name: str, platform: str, ids: TokenIds, windows: Windows, split: Split, softcap: float | None = None
+    name: str,
+    platform: str,
+    ids: TokenIds,
+    windows: Windows,
+    split: Split,
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> Attend:
     """The attention of a batch, of the kind that attention_name names.
 
     Args:
         windows: the distinct sliding windows of the layers, None for all positions.
         softcap: c of c tanh(scores / c); None for the scores as they are.
+        sinks: whether it is going to be given some.
     """
     if name == "auto" and ids.segment_ids.shape[1] <= SHORT:
         name = "dense"
-    return attention_kind(name, platform).make(ids, windows, split, softcap)
+    return attention_kind(name, platform, sinks).make(ids, windows, split, softcap)
