@@ -152,6 +152,12 @@ class ModelConfig:
         return self.intermediate_size if experts is None else experts.per_token * experts.intermediate_size
 
     @property
+    def mlp_stored_width(self) -> int:
+        """How many MLP columns a layer has, in all its experts."""
+        experts = self.parts.experts
+        return self.intermediate_size if experts is None else experts.count * experts.intermediate_size
+
+    @property
     def layer_ropes(self) -> tuple[Rope | None, ...]:
         """Each layer's rotary embedding, None for none."""
         local, unrotated = self.parts.local_rope or self.rope, frozenset(self.parts.unrotated_layers)

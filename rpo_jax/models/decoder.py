@@ -22,7 +22,7 @@ from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import ONE_DEVICE, Attend, Split, capped
 from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import make_attention
-from rpo_jax.models.projection import gathered, project
+from rpo_jax.models.projection import gathered, project, project_grouped
 from rpo_jax.models.recompute import REMATS, in_chunks
 from rpo_jax.models.rope import rotate, rotation
 
@@ -194,19 +194,19 @@ class ExpertMLP(nnx.Module):
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         rows_of = jnp.bincount(chosen.reshape(-1), length=self.experts.count).astype(jnp.int32)
 
-        def grouped(rows: Array, kernel: Array) -> Array:
-            return jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), rows_of)
+        def grouped(rows: Array, kernel: nnx.Param) -> Array:
+            return project_grouped(rows, kernel.get_value(), rows_of)
 
         rows = flat[order // used]
-        inner = ACTIVATIONS[self.activation](grouped(rows, self.gate[...])) * grouped(rows, self.up[...])
-        out = grouped(inner, self.down[...])
+        inner = ACTIVATIONS[self.activation](grouped(rows, self.gate)) * grouped(rows, self.up)
+        out = grouped(inner, self.down)
         by_token = jnp.zeros_like(out).at[order].set(out).reshape(-1, used, x.shape[-1])
         return jnp.einsum("nkd,nk->nd", by_token, weights.astype(x.dtype)).reshape(x.shape)
 
     def gather(self, gather: Constrain) -> None:
         self.router.set_value(gather(self.router.get_value(), ("embed", "experts")))
         for kernel, axes in ((self.gate, ("embed", "mlp")), (self.up, ("embed", "mlp")), (self.down, ("mlp", "embed"))):
-            kernel.set_value(gather(kernel.get_value(), ("experts", *axes)))
+            kernel.set_value(gathered(kernel.get_value(), ("experts", *axes), 1, gather, groups=1))
 
 
 class Layer(nnx.Module):

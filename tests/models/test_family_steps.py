@@ -33,11 +33,12 @@ def losses(name, mesh, folder):
     return reports
 
 
+@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_a_mesh_gives_the_losses_of_one_device(name, hf_folder, monkeypatch):
+def test_a_mesh_gives_the_losses_of_one_device(name, mesh, hf_folder, monkeypatch):
     monkeypatch.setattr(recompute, "MLP_TOKENS", 16)  # in chunks, for which weights are gathered by name
     assert SIZES["vocab_size"] >= VOCAB
-    one, split = (losses(name, make_mesh(*shape), hf_folder(name)) for shape in ((1, 1, 1), (2, 2, 2)))
+    one, split = (losses(name, make_mesh(*shape), hf_folder(name)) for shape in ((1, 1, 1), mesh))
     for key in ("loss", "grad_norm", "rewards/margins"):
         got, expected = ([report[key] for report in found] for found in (split, one))
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6, err_msg=key)

@@ -170,5 +170,5 @@ class Family:
 
     @property
     def lora_targets(self) -> Mapping[str, WeightRule]:
-        """The linear layers that LoRA can adapt and int8 can store, by the names that PEFT's target_modules has."""
+        """The linear layers that LoRA can adapt, by the names that PEFT's target_modules has."""
         return {rule.module.rpartition(".")[2]: rule for rule in self.weights if rule.path[-1] == "kernel"}
