@@ -185,13 +185,16 @@ def test_the_batch_has_the_shape_that_the_loader_gives_it():
 
 
 def test_known_models_have_their_published_sizes():
-    counted = {name: models.count_params(models.new_config(**sizes)) for name, sizes in workload.KNOWN_MODELS.items()}
+    counted = {name: models.count_params(workload.known_model(name)) for name in workload.KNOWN_MODELS}
     assert counted["llama2-7b"] == 6_738_415_616
     assert counted["llama2-13b"] == 13_015_864_320
     assert counted["llama2-70b"] == 68_976_648_192
     assert counted["mistral-7b"] == 7_241_732_096
     assert counted["llama3-8b"] == 8_030_261_248
     assert counted["llama3-70b"] == 70_553_706_496
+    assert counted["gemma-3-27b"] == 27_009_346_304  # its text
+    assert counted["qwen3-30b-a3b"] == 30_532_122_624
+    assert counted["mixtral-8x7b"] == 46_702_792_704
 
 
 @pytest.fixture

@@ -65,14 +65,15 @@ class LoraConfig:
         rank: inner dimension of an adapter; 0 trains all weights.
         alpha: the adapters' product is scaled by alpha / rank.
         targets: which linear layers get adapters, by PEFT's names; any other name is answered with those there are.
-        base_dtype: how the frozen weights are stored; `int8` quantizes the linear layers, per output channel, and
-            keeps embedding, head and norms in float32.
+        base_dtype: how the frozen weights are stored; `int8` rounds the layers' matrices per output channel, `nf4`
+            (QLoRA's, as bitsandbytes has it) and `int4` (even steps) per 64 inputs, in 4.127 bits a weight; all three
+            keep embedding, head and norms in float32.
     """
 
     rank: int = 0
     alpha: float = 16.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    base_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4", "int4"] = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # a list is what YAML and notebooks give

@@ -169,8 +169,8 @@ class ModelConfig:
         return self.intermediate_size if experts is None else experts.per_token * experts.intermediate_size
 
     @property
-    def stored_mlp_width(self) -> int:
-        """How many of them a layer has."""
+    def mlp_stored_width(self) -> int:
+        """How many MLP columns a layer has, in all its experts."""
         experts = self.parts.experts
         return self.intermediate_size if experts is None else experts.count * experts.intermediate_size
 

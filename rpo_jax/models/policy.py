@@ -80,7 +80,8 @@ class Outputs(NamedTuple):
 class Policy:
     """A decoder of which all weights are trained, or with `lora.rank` adapters beside frozen weights.
 
-    Hashable: it can be a static argument of a jitted function. ValueError for LoRA targets that the family has not.
+    Hashable: it can be a static argument of a jitted function. ValueError for LoRA targets that the family has not,
+    and for a base that cannot be stored as asked.
     """
 
     model_config: ModelConfig
@@ -89,6 +90,7 @@ class Policy:
     def __post_init__(self) -> None:
         if self.trains_adapters:
             adapters.check_targets(self.lora.targets, tuple(FAMILIES[self.model_config.family].lora_targets))
+            adapters.check_base_dtype(self.model_config, self.stored_dtype)
 
     @property
     def trains_adapters(self) -> bool:
@@ -97,7 +99,7 @@ class Policy:
 
     @property
     def stored_dtype(self) -> str:
-        """How the weights are kept in memory: float32, bfloat16 or int8."""
+        """How the weights are kept in memory: float32, bfloat16, int8, nf4 or int4."""
         return self.lora.base_dtype
 
     @property

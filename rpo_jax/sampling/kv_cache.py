@@ -26,7 +26,7 @@ from rpo_jax.models.attention.kind import ONE_DEVICE, Split, capped
 from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import make_attention
 from rpo_jax.models.decoder import Constrain, Decoder, Params, divided, embedded, rotations
-from rpo_jax.models.projection import Quantized, Transposed
+from rpo_jax.models.projection import Blockwise, Quantized, Transposed
 
 SLICE = 32  # slots
 BLOCK_SLICES = 2
@@ -154,11 +154,13 @@ def to_decode_layout(params: Params, compute_dtype: DTypeLike, platform: str) ->
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        if _is_quantized(leaf):
+            return leaf
         name = getattr(path[-1], "key", getattr(path[-1], "name", ""))
         kept = name in ("scale", "router", "router_bias", "sinks") or not jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf if kept else leaf.astype(compute_dtype)
 
-    rounded = jax.tree_util.tree_map_with_path(cast, params)
+    rounded = jax.tree_util.tree_map_with_path(cast, params, is_leaf=_is_quantized)
 
     def layer(number: int) -> Params:
         return jax.tree.map(lambda leaf: leaf[number], rounded["layers"])
@@ -172,12 +174,12 @@ def to_decode_layout(params: Params, compute_dtype: DTypeLike, platform: str) ->
 
 
 def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, Quantized)
+    return isinstance(leaf, Quantized | Blockwise)
 
 
 def _transposed(path: tuple[Any, ...], leaf: Any) -> Any:
     names = [getattr(key, "key", getattr(key, "name", "")) for key in path]
-    if "kernel" not in names or names[-1] != "kernel" or isinstance(leaf, Quantized):
+    if "kernel" not in names or names[-1] != "kernel" or _is_quantized(leaf):
         return leaf
     inputs = 2 if "output" in names else 1  # heads and head_dim
     return Transposed(leaf.transpose(*range(inputs, leaf.ndim), *range(inputs)))

@@ -36,11 +36,12 @@ def losses(name, mesh, folder):
     return reports
 
 
+@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_a_mesh_gives_the_losses_of_one_device(name, hf_folder, monkeypatch):
+def test_a_mesh_gives_the_losses_of_one_device(name, mesh, hf_folder, monkeypatch):
     monkeypatch.setattr(recompute, "MLP_TOKENS", 16)  # in chunks, for which weights are gathered by name
     assert SIZES["vocab_size"] >= VOCAB
-    one, split = (losses(name, make_mesh(*shape), hf_folder(name)) for shape in ((1, 1, 1), (2, 2, 2)))
+    one, split = (losses(name, make_mesh(*shape), hf_folder(name)) for shape in ((1, 1, 1), mesh))
     assert_same(split, one)
     assert one[0]["loss"] != one[1]["loss"]
     experts = models.read_config(hf_folder(name)).parts.experts

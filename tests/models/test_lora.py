@@ -17,6 +17,7 @@ from rpo_jax.config import LoraConfig, MeshConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
 from rpo_jax.models.projection import Quantized, project
+from rpo_jax.models.quantization import ROUNDED
 from tests.worlds import quantized, small_model
 
 # peft asks transformers for a name that it has deprecated.
@@ -81,11 +82,11 @@ def test_their_gradient_is_the_chain_rule_on_the_merged_weights(world):
     assert len(got) == 2 * len(LORA_TARGETS)
 
 
-@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", *ROUNDED])
 def test_new_adapters_are_the_base_exactly(base_dtype):
-    model_config = small_model()
+    model_config = small_model(hidden_size=64, intermediate_size=128)
     params = models.init_params(model_config, jax.random.key(0))
-    base = quantized(model_config, params) if base_dtype == "int8" else _cast(params, base_dtype)
+    base = quantized(model_config, params, base_dtype) if base_dtype in ROUNDED else _cast(params, base_dtype)
     new = lora.init_adapters(model_config, LORA, jax.random.key(2))
     off, on = (models.apply(model_config, tree, TOKENS) for tree in (base, lora.combine(base, new, LORA)))
     np.testing.assert_array_equal(off, on)
@@ -162,16 +163,17 @@ def test_the_backward_pass_keeps_no_wide_copy_of_narrow_weights():
     model_config = small_model(num_layers=16, hidden_size=64, intermediate_size=256)
     adapters = lora.abstract_adapters(model_config, LORA)
     gradient = jax.jit(jax.grad(lambda x, base: loss(model_config, lora.combine(base, x, LORA))))
-    bases = {dtype: lora.abstract_base(model_config, dtype) for dtype in ("float32", "bfloat16", "int8")}
+    bases = {dtype: lora.abstract_base(model_config, dtype) for dtype in ("float32", "bfloat16", *ROUNDED)}
     kept = {dtype: "f32[16,64,256]" in str(jax.make_jaxpr(gradient)(adapters, base)) for dtype, base in bases.items()}
-    assert kept == {"float32": True, "bfloat16": False, "int8": False}, "the wide base itself is what is kept"
+    assert kept == {dtype: dtype == "float32" for dtype in bases}, "the wide base itself is what is kept"
 
     def temporary(dtype):
         return gradient.lower(adapters, bases[dtype]).compile().memory_analysis().temp_size_in_bytes
 
     # Not bfloat16's: on CPUs, which do not compute with it, XLA widens all of it ahead of the scan.
     layers_bytes = sum(4 * leaf.size for leaf in jax.tree.leaves(bases["float32"]["layers"]))
-    assert temporary("int8") - temporary("float32") < 0.25 * layers_bytes
+    for dtype in ROUNDED:
+        assert temporary(dtype) - temporary("float32") < 0.25 * layers_bytes, dtype
 
 
 @pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", "int8"])

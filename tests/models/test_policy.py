@@ -13,9 +13,9 @@ from rpo_jax.hosts import sharding
 from rpo_jax.models import Execution, Policy, check_choices
 from tests.worlds import small_model
 
-MODEL = small_model(tie_embeddings=True)
+MODEL = small_model(tie_embeddings=True, hidden_size=64, intermediate_size=64)
 WHOLE = Policy(MODEL)
-BASES = ["float32", "bfloat16", "int8"]
+BASES = ["float32", "bfloat16", "int8", "nf4"]
 ROWS = {name: np.ones((2, 9), np.int32) for name in ("tokens", "segment_ids")}
 ROWS |= {"positions": np.tile(np.arange(9, dtype=np.int32), (2, 1)), "branch_ids": np.zeros((2, 9), np.int32)}
 
@@ -69,6 +69,13 @@ def test_the_summary_counts_what_is_trained():
     assert WHOLE.summary == f"{count:,} parameters, llama"
     trained = sum(leaf.size for leaf in jax.tree.leaves(lora().trained.shapes))
     assert lora("int8").summary == f"{count:,} parameters frozen in int8, {trained:,} trained, llama"
+
+
+def test_blocks_must_divide_what_a_matrix_reads():
+    narrow = small_model(hidden_size=64, intermediate_size=96)
+    with pytest.raises(ValueError, match=r"blocks of 64 inputs, and model\.layers\.0\.mlp\.down_proj has 96;"):
+        Policy(narrow, LoraConfig(rank=2, base_dtype="nf4"))
+    Policy(narrow, LoraConfig(rank=2, base_dtype="int8"))
 
 
 def test_a_policy_is_static_under_jit():

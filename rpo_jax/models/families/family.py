@@ -178,6 +178,6 @@ class Family:
 
     @property
     def lora_targets(self) -> Mapping[str, WeightRule]:
-        """The linear layers that LoRA can adapt, by PEFT's names for them; int8 stores those that are of no expert."""
+        """The linear layers that LoRA can adapt, by PEFT's names for them."""
         linear = (rule for rule in self.weights if rule.path[-1] == "kernel" or rule.of_experts)
         return {rule.module.rpartition(".")[2]: rule for rule in linear}

@@ -119,11 +119,17 @@ def read_config(folder: Path) -> ModelConfig:
     if values.get("architectures") and known not in architectures:
         raise ValueError(f"{file} describes a {architectures[0]}; only {known} of the {family} family is supported.")
     try:
-        model = _from_transformers(family, _build(family, values), _stored_dtype(values))
+        model = described(values)
         _check_values(model)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
     return model
+
+
+def described(values: Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a config.json's values describe, by a model_type that is a family's."""
+    family = str(values["model_type"])
+    return _from_transformers(family, _build(family, values), _stored_dtype(values))
 
 
 def text_part(values: Mapping[str, Any]) -> dict[str, Any]:
