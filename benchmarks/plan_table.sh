@@ -36,6 +36,8 @@ paper_mistral7b_hh qwen3-30b-a3b $1 8 1
 paper_mistral7b_hh qwen3-30b-a3b $1 8 1 $lora $attention
 paper_mistral7b_hh mixtral-8x7b $1 8 1
 paper_mistral7b_hh mixtral-8x7b $1 8 1 $lora $attention
+paper_mistral7b_hh gpt-oss-20b $1 8 1
+paper_mistral7b_hh gpt-oss-20b $1 8 1 $lora $attention
 LINES
 }
 

@@ -195,6 +195,7 @@ def test_known_models_have_their_published_sizes():
     assert counted["gemma-3-27b"] == 27_009_346_304  # its text
     assert counted["qwen3-30b-a3b"] == 30_532_122_624
     assert counted["mixtral-8x7b"] == 46_702_792_704
+    assert counted["gpt-oss-20b"] == 20_914_757_184
 
 
 @pytest.fixture
