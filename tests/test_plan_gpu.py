@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import gpu_kernels
 from rpo_jax import models, plan
 from rpo_jax.config import BatchConfig, Config, MeshConfig, PolicyConfig
 from rpo_jax.hosts import sharding
@@ -112,3 +113,35 @@ def test_what_does_not_fit_is_told_with_what_it_takes(capsys):
     large = [*("--topology", "rtx4090:1", "--model", "llama2-7b", "--rows", "1", "--row-tokens", "128")]
     assert plan.main([*large, "--batch.pairs", "1", "--no-largest"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
+    """Three kernels, forward and backward: what the forward pass gave is kept, not computed again."""
+    tokens = 4096
+    target = target_of("h100:8")
+    config = Config(
+        model=PolicyConfig(compute_dtype="bfloat16", remat="dots"),
+        batch=BatchConfig(pairs=8),
+        mesh=MeshConfig(data=1, fsdp=4, tensor=2),
+    )
+    model = small_model(**SIZES, sliding_windows=(None, 1024) * 2)
+    batch = BatchShape(8, tokens, 8 * tokens, 4 * tokens, 8 * tokens**2 / 3, "")
+    text = compile_step(config, model, target, batch).text
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+    assert not [shape for shape in hlo.buffers(text) if shape.dims[-2:] == (tokens, tokens)]
+
+
+@pytest.mark.parametrize(
+    ("target", "head_dim", "unit"),
+    [
+        ("h100", 128, "wgmma.mma_async"),
+        *(pytest.param("a100-80gb", dim, "mma.sync", marks=pytest.mark.slow) for dim in (64, 128, 256)),
+        *(pytest.param("h100", dim, "wgmma.mma_async", marks=pytest.mark.slow) for dim in (64, 256)),
+        *(pytest.param("b200", dim, "tcgen05.mma", marks=pytest.mark.slow) for dim in (64, 128, 256)),
+    ],
+)
+def test_the_attention_s_kernels_spill_nothing_and_multiply_on_tensor_cores(target, head_dim, unit):
+    for kernel in gpu_kernels.compile_kernels(target, head_dim, "bfloat16"):
+        assert kernel.spilled == 0
+        assert kernel.instructions[unit] > 0
+        assert 0 < kernel.shared <= 99 * 1024, "what a consumer's card has"

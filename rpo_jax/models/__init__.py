@@ -2,7 +2,7 @@
 
 from rpo_jax.models.architecture import Experts, ModelConfig, Variant
 from rpo_jax.models.attention.kind import Split
-from rpo_jax.models.attention.registry import ATTENTIONS, attention_kind, attention_name, check_attention
+from rpo_jax.models.attention.registry import ATTENTIONS, Asked, attention_kind, attention_name, check_attention
 from rpo_jax.models.decoder import (
     abstract_params,
     apply,
@@ -30,6 +30,7 @@ from rpo_jax.models.rope import Rope
 __all__ = [
     "ATTENTIONS",
     "FAMILIES",
+    "Asked",
     "Execution",
     "Experts",
     "ModelConfig",

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import ONE_DEVICE, Attend, Split, capped
 from rpo_jax.models.attention.masking import TokenIds
-from rpo_jax.models.attention.registry import make_attention
+from rpo_jax.models.attention.registry import Asked, make_attention
 from rpo_jax.models.experts import ExpertWeights, Routing, mixture
 from rpo_jax.models.projection import gathered, project
 from rpo_jax.models.recompute import REMATS, in_chunks
@@ -447,10 +447,8 @@ def hidden_states_and_routing(
 
     windows = tuple(dict.fromkeys(model_config.sliding_windows))
     ids = TokenIds(positions, segment_ids, branch_ids)
-    softcap = model_config.parts.attention_softcap
-    attend = make_attention(
-        attention, platform or jax.default_backend(), ids, windows, split, softcap, model_config.parts.sinks
-    )
+    asked = Asked.of(model_config, compute_dtype)
+    attend = make_attention(attention, platform or jax.default_backend(), ids, windows, split, asked)
     window_of_layer = jnp.array([windows.index(window) for window in model_config.sliding_windows])
     cos_sin, rope_of_layer = rotations(model_config, positions), jnp.array(model_config.rope_of_layer)
     model = nnx.merge(_abstract(model_config)[0], params)

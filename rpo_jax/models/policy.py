@@ -22,7 +22,7 @@ from rpo_jax.config import LoraConfig, PolicyConfig
 from rpo_jax.models import lora as adapters
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import ONE_DEVICE, Split
-from rpo_jax.models.attention.registry import check_attention, check_attention_name
+from rpo_jax.models.attention.registry import Asked, check_attention, check_attention_name
 from rpo_jax.models.decoder import (
     Constrain,
     Params,
@@ -178,11 +178,8 @@ class Policy:
 
     def check(self, how: Execution, row_tokens: int | None) -> None:
         """Raise ValueError where the attention that is asked for cannot be had; row_tokens as for check_attention."""
-        platform, dtype = how.platform or jax.default_backend(), str(jnp.dtype(how.compute_dtype))
-        model = self.model_config
-        parts = model.parts
-        asked = (dtype, model.head_dim, row_tokens, parts.attention_softcap, parts.sinks)
-        check_attention(how.attention, platform, *asked)
+        asked = Asked.of(self.model_config, how.compute_dtype, row_tokens)
+        check_attention(how.attention, how.platform or jax.default_backend(), asked)
 
     def outputs(self, params: Params, rows: Mapping[str, Array], how: Execution) -> Outputs:
         """Hidden states and head for packed rows.

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import ONE_DEVICE, Split, capped
 from rpo_jax.models.attention.masking import TokenIds
-from rpo_jax.models.attention.registry import make_attention
+from rpo_jax.models.attention.registry import Asked, make_attention
 from rpo_jax.models.decoder import Constrain, Decoder, Params, divided, embedded, rotations
 from rpo_jax.models.projection import Blockwise, Quantized, Transposed
 
@@ -215,10 +215,8 @@ def prefill(
     segment_ids = (column >= starts[:, None]).astype(jnp.int32)
     windows = tuple(dict.fromkeys(model_config.sliding_windows))
     ids = TokenIds(positions, segment_ids, jnp.zeros_like(tokens))
-    softcap = model_config.parts.attention_softcap
-    attend = make_attention(
-        "auto", platform or jax.default_backend(), ids, windows, split, softcap, model_config.parts.sinks
-    )
+    asked = Asked.of(model_config, compute_dtype)
+    attend = make_attention("auto", platform or jax.default_backend(), ids, windows, split, asked)
     cos_sin = rotations(model_config, positions)
     x = _embedded(model_config, params, tokens, compute_dtype, constrain)
     keys: list[Array] = []

@@ -129,7 +129,8 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
 def _batch_shape(config: Config, row_shards: int, own_rows: OwnRows | None) -> dict[str, Any]:
     # How many of the longest segments a row may hold: two, which pack better, unless a row's length has a price.
     # Micro-batches are counted in rows, to bound memory; and only attention by blocks skips what is far away.
-    skips = models.attention_kind(config.model.attention, jax.default_backend()).skips
+    asked = models.Asked(row_tokens=config.batch.row_tokens)
+    skips = models.attention_kind(config.model.attention, jax.default_backend(), asked).skips
     return {
         "pairs": config.batch.pairs,
         "row_tokens": config.batch.row_tokens,

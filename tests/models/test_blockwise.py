@@ -10,9 +10,9 @@ from jax.sharding import AxisType
 
 from rpo_jax.hosts.sharding import MESH_AXES, Placement
 from rpo_jax.models.attention.blockwise import BLOCK_TOKENS, EVERYTHING, make_plan, widths
-from rpo_jax.models.attention.kind import Split
+from rpo_jax.models.attention.kind import SHORT, Split
 from rpo_jax.models.attention.masking import TokenIds
-from rpo_jax.models.attention.registry import ATTENTIONS, SHORT, make_attention
+from rpo_jax.models.attention.registry import ATTENTIONS, Asked, make_attention
 
 HEADS, HEAD_DIM = 4, 8
 
@@ -37,10 +37,10 @@ def packed_layout(rows: int, tokens: int, seed: int = 0, branches: int = 3) -> T
     return TokenIds(*map(jnp.array, (positions, segments, branch_ids)))
 
 
-def tensors(rows: int, tokens: int, kv_heads: int = 2, num_heads: int = HEADS):
+def tensors(rows: int, tokens: int, kv_heads: int = 2, num_heads: int = HEADS, head_dim: int = HEAD_DIM):
     rng = np.random.default_rng(7)
     return tuple(
-        jnp.array(rng.normal(size=(rows, tokens, heads, HEAD_DIM)).astype(np.float32))
+        jnp.array(rng.normal(size=(rows, tokens, heads, head_dim)).astype(np.float32))
         for heads in (num_heads, kv_heads, kv_heads, num_heads)
     )
 
@@ -53,7 +53,7 @@ def value_and_gradients(name, layout, qkv, weight, windows, which, split=None, s
     live = (layout.segment_ids > 0)[..., None, None]
 
     def total(qkv, sinks, layout):
-        attend = make_attention(name, "cpu", layout, windows, split or Split(), softcap)
+        attend = make_attention(name, "cpu", layout, windows, split or Split(), Asked(softcap=softcap))
         out = jnp.where(live, attend(*qkv, which, sinks), 0)
         return jnp.sum(out * weight), out
 
@@ -197,7 +197,8 @@ def test_no_array_of_all_tokens_by_all_tokens_per_head():
 def test_an_unknown_attention_names_the_known_ones():
     layout = packed_layout(1, 64)
     with pytest.raises(
-        ValueError, match=r"model.attention=flash is not known; use auto or one of blockwise, cudnn, dense, splash"
+        ValueError,
+        match=r"model.attention=flash is not known; use auto or one of blockwise, cudnn, dense, fused, splash",
     ):
         make_attention("flash", "cpu", layout, (None,), Split())
 

@@ -87,7 +87,11 @@ def test_a_policy_is_static_under_jit():
 @pytest.mark.parametrize(
     ("model", "targets", "message"),
     [
-        ({"attention": "flash"}, (), "model.attention=flash is not known; use auto or one of blockwise, cudnn, dense"),
+        (
+            {"attention": "flash"},
+            (),
+            "model.attention=flash is not known; use auto or one of blockwise, cudnn, dense, fused",
+        ),
         ({"family": "gpt2"}, (), "model.family=gpt2 is not supported; known families: .* llama, .* qwen3"),
         ({"family": "granite_swa"}, (), "model.family=granite_swa is not supported: it has attention sinks; known"),
         ({}, ("q_proj", "w_proj"), r"lora.targets=\['q_proj', 'w_proj'\] must be some of q_proj, k_proj, .*down_proj,"),

@@ -12,7 +12,7 @@ from rpo_jax.hosts.sharding import MESH_AXES, Placement
 from rpo_jax.models.attention import splash
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.masking import TokenIds, visible
-from rpo_jax.models.attention.registry import ATTENTIONS, attention_kind, check_attention, make_attention
+from rpo_jax.models.attention.registry import ATTENTIONS, Asked, attention_kind, check_attention, make_attention
 from tests.models.test_blockwise import assert_same, packed_layout, tensors, value_and_gradients
 
 TOKENS = 2 * splash.LANES + 64  # three blocks, the last padded
@@ -156,8 +156,11 @@ def test_cudnn_gets_one_mask_for_all_heads_and_unrepeated_keys(monkeypatch):
     ],
 )
 def test_cudnn_says_what_it_needs(asked, need):
-    check_attention("cudnn", "gpu", "bfloat16", 64, None)
+    check_attention("cudnn", "gpu", Asked("bfloat16", 64))
     with pytest.raises(ValueError, match=r"cudnn cannot cap attention scores, and this model's are capped at 50\.0"):
-        check_attention("cudnn", "gpu", "bfloat16", 64, None, 50.0)
+        check_attention("cudnn", "gpu", Asked("bfloat16", 64, softcap=50.0))
+    with pytest.raises(ValueError, match="model.attention=cudnn needs a model without attention sinks; here"):
+        check_attention("cudnn", "gpu", Asked("bfloat16", 64, sinks=True))
+    assert attention_kind("auto", "gpu", Asked("bfloat16", 64, 4096, sinks=True)) is ATTENTIONS["dense"]
     with pytest.raises(ValueError, match=f"model.attention=cudnn needs {need}"):
-        check_attention("cudnn", "gpu", *asked)
+        check_attention("cudnn", "gpu", Asked(*asked))

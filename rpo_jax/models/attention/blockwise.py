@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rpo_jax.models.attention.kind import (
     ATTENTION_OUTPUT,
     ROW,
+    SHORT,
     TOKEN_IDS_AXES,
     Attend,
     AttentionKind,
@@ -263,6 +264,7 @@ KIND = AttentionKind(
     _make,
     "blocks that see something, one after another: CPU",
     auto=("cpu",),
+    beyond=SHORT,
     skips=True,
     fused=True,
     takes_sinks=True,

@@ -54,8 +54,5 @@ def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) 
 
 
 KIND = AttentionKind(
-    _make,
-    "all of a row against all of it: short rows; GPUs, where a loop over blocks waits",
-    auto=("gpu",),
-    takes_sinks=True,
+    _make, "all of a row against all of it: short rows, and where nothing else can be had", takes_sinks=True
 )

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from rpo_jax.models.attention.masking import TokenIds
 
+SHORT = 128  # tokens; rows up to this are one or two blocks: nothing to skip
 # What a backward pass keeps of attention under the `dots` policy: to run it again would cost more than all the rest.
 ATTENTION_OUTPUT = "attention output"
 # query, key, value, which of the layers' distinct windows; and sinks [H], a score of every head that has no value
@@ -90,6 +91,7 @@ class AttentionKind(NamedTuple):
         make: (tokens' ids, distinct windows, split, softcap of the scores) to the attention of a batch.
         why: one line on where it is used.
         auto: platforms on which `auto` picks it.
+        beyond: for rows of more than so many tokens; others are dense's.
         skips: whether keys that nothing in a block sees cost nothing: rows may then be long.
         fused: whether the scores of a whole row are never in memory at once.
         platforms: where it runs, if not everywhere.
@@ -102,6 +104,7 @@ class AttentionKind(NamedTuple):
     make: Callable[[TokenIds, Windows, Split, float | None], Attend]
     why: str
     auto: tuple[str, ...] = ()
+    beyond: int = 0
     skips: bool = False
     fused: bool = False
     platforms: tuple[str, ...] = ()

@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Int
 
 
 class TokenIds(NamedTuple):
-    """Where the tokens of packed rows are and whom they see."""
+    """Where the tokens of packed rows are and whom they see; B rows of T, or any other shape that all three have."""
 
-    positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"]
-    branch_ids: Int[Array, "B T"]
+    positions: Int[Array, "..."]
+    segment_ids: Int[Array, "..."]
+    branch_ids: Int[Array, "..."]
 
     def padded(self, tokens: int) -> TokenIds:
         """The same with so many tokens of padding at the end of every row."""
@@ -41,11 +41,19 @@ def visible(
         keys: positions, segments and branches of the keys; those of the queries where not given.
         offset: index of the first query among the keys.
     """
-    key_positions, key_segments, key_branches = keys or (positions, segment_ids, branch_ids)
-    causal = (jnp.arange(positions.shape[1]) + offset)[:, None] >= jnp.arange(key_positions.shape[1])[None, :]
-    same_segment = segment_ids[:, :, None] == key_segments[:, None, :]
-    key_branch = key_branches[:, None, :]
-    mask = causal & same_segment & ((key_branch == 0) | (key_branch == branch_ids[:, :, None]))
+    queries = TokenIds(positions, segment_ids, branch_ids)
+    seen_by = TokenIds(*(ids[:, :, None] for ids in queries))
+    seen = TokenIds(*(ids[:, None, :] for ids in keys or queries))
+    places = jnp.arange(positions.shape[1])[:, None] + offset, jnp.arange(seen.positions.shape[2])[None, :]
+    return sees(seen_by, seen, *places, window)
+
+
+def sees(
+    query: TokenIds, key: TokenIds, query_place: Array, key_place: Array, window: int | Int[Array, ""] | None
+) -> Bool[Array, "..."]:
+    """The rule of `visible`, of arrays that broadcast; places are indices in the row. A kernel can call it."""
+    mask = (query_place >= key_place) & (query.segment_ids == key.segment_ids)
+    mask &= (key.branch_ids == 0) | (key.branch_ids == query.branch_ids)
     if window is not None:
-        mask &= positions[:, :, None] - key_positions[:, None, :] < window
+        mask &= query.positions - key.positions < window
     return mask

@@ -2,35 +2,75 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import Attend, AttentionKind, Split, Windows
 from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.discovery import discovered
 
 ATTENTIONS: dict[str, AttentionKind] = discovered("rpo_jax.models.attention", "KIND")
-SHORT = 128  # tokens; rows up to this are one or two blocks: nothing to skip
+USUAL = 1024  # tokens of rows whose length is not known: those of the paper's pairs are no longer
 
 
-def attention_name(name: str, platform: str, sinks: bool = False) -> str:
+class Asked(NamedTuple):
+    """What an attention is asked to do; None where that is not known.
+
+    Attributes:
+        compute_dtype: of queries, keys and values.
+        row_tokens: multiples of 64 where not known.
+        softcap: c of c tanh(scores / c); None for the scores as they are.
+        sinks: whether every head has a score that has no value.
+    """
+
+    compute_dtype: str | None = None
+    head_dim: int | None = None
+    row_tokens: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+    @classmethod
+    def of(cls, model: ModelConfig, compute_dtype: DTypeLike, row_tokens: int | None = None) -> Asked:
+        """For this model."""
+        parts = model.parts
+        return cls(str(jnp.dtype(compute_dtype)), model.head_dim, row_tokens, parts.attention_softcap, parts.sinks)
+
+    def lacks(self, kind: AttentionKind) -> str | None:
+        """What a kind of attention needs and does not get here, in words."""
+        if self.sinks and not kind.takes_sinks:
+            return "a model without attention sinks"
+        if self.compute_dtype is None or self.head_dim is None:
+            return None
+        of = self.compute_dtype, self.head_dim, self.row_tokens
+        return next((need for need, fulfilled in kind.needs if not fulfilled(*of)), None)
+
+
+UNKNOWN = Asked()
+
+
+def attention_name(name: str, platform: str, asked: Asked = UNKNOWN) -> str:
     """The kind of that name, or with `auto` the one that is best on the platform: cpu, gpu or tpu.
-
-    Args:
-        sinks: whether it must take some.
 
     Raises ValueError for an unknown name, or one that is not for the platform.
     """
     check_attention_name(name)
     if name == "auto":
-        able = {found: kind for found, kind in ATTENTIONS.items() if kind.takes_sinks or not sinks}
-        return next((found for found, kind in able.items() if platform in kind.auto), "dense")
+        tokens = asked.row_tokens or USUAL
+        found = (kind for kind in ATTENTIONS if platform in ATTENTIONS[kind].auto)
+        fit = (kind for kind in found if tokens > ATTENTIONS[kind].beyond and asked.lacks(ATTENTIONS[kind]) is None)
+        return next(fit, "dense")
     platforms = ATTENTIONS[name].platforms
     if platforms and platform not in platforms:
         raise ValueError(f"model.attention={name} is for {', '.join(platforms)}, but this is {platform}; use auto.")
     return name
 
 
-def attention_kind(name: str, platform: str, sinks: bool = False) -> AttentionKind:
+def attention_kind(name: str, platform: str, asked: Asked = UNKNOWN) -> AttentionKind:
     """The entry of what `attention_name` names."""
-    return ATTENTIONS[attention_name(name, platform, sinks)]
+    return ATTENTIONS[attention_name(name, platform, asked)]
 
 
 def check_attention_name(name: str) -> None:
@@ -39,57 +79,29 @@ def check_attention_name(name: str) -> None:
         raise ValueError(f"model.attention={name} is not known; use auto or one of {', '.join(ATTENTIONS)}.")
 
 
-def check_attention(
-    name: str,
-    platform: str,
-    compute_dtype: str,
-    head_dim: int,
-    row_tokens: int | None,
-    softcap: float | None = None,
-    sinks: bool = False,
-) -> None:
-    """Raise ValueError where the kind of that name cannot do what is asked of it.
-
-    Args:
-        row_tokens: None for multiples of 64.
-        softcap: of the model's scores.
-        sinks: whether the model has some.
-    """
-    kind = attention_kind(name, platform, sinks)
-    if sinks and not kind.takes_sinks:
+def check_attention(name: str, platform: str, asked: Asked) -> None:
+    """Raise ValueError where the kind of that name cannot do what is asked of it."""
+    kind = attention_kind(name, platform, asked)
+    if asked.softcap is not None and not kind.caps:
         raise ValueError(
-            f"model.attention={name} has no attention sinks, and this model does; use model.attention=auto, or one of "
-            f"{', '.join(other for other, kind in ATTENTIONS.items() if kind.takes_sinks)}."
-        )
-    if softcap is not None and not kind.caps:
-        raise ValueError(
-            f"model.attention={name} cannot cap attention scores, and this model's are capped at {softcap}; use "
+            f"model.attention={name} cannot cap attention scores, and this model's are capped at {asked.softcap}; use "
             "model.attention=auto."
         )
-    for need, fulfilled in kind.needs:
-        if not fulfilled(compute_dtype, head_dim, row_tokens):
-            raise ValueError(
-                f"model.attention={name} needs {need}; here model.compute_dtype={compute_dtype}, the head dimension is "
-                f"{head_dim} and batch.row_tokens={row_tokens}. Change that, or use model.attention=auto."
-            )
+    if (need := asked.lacks(kind)) is not None:
+        raise ValueError(
+            f"model.attention={name} needs {need}; here model.compute_dtype={asked.compute_dtype}, the head dimension "
+            f"is {asked.head_dim} and batch.row_tokens={asked.row_tokens}. Change that, or use model.attention=auto."
+        )
 
 
 def make_attention(
-    name: str,
-    platform: str,
-    ids: TokenIds,
-    windows: Windows,
-    split: Split,
-    softcap: float | None = None,
-    sinks: bool = False,
+    name: str, platform: str, ids: TokenIds, windows: Windows, split: Split, asked: Asked = UNKNOWN
 ) -> Attend:
     """The attention of a batch, of the kind that attention_name names.
 
     Args:
         windows: the distinct sliding windows of the layers, None for all positions.
-        softcap: c of c tanh(scores / c); None for the scores as they are.
-        sinks: whether it is going to be given some.
+        asked: the row's tokens are those of the ids.
     """
-    if name == "auto" and ids.segment_ids.shape[1] <= SHORT:
-        name = "dense"
-    return attention_kind(name, platform, sinks).make(ids, windows, split, softcap)
+    asked = asked._replace(row_tokens=ids.segment_ids.shape[1])
+    return attention_kind(name, platform, asked).make(ids, windows, split, asked.softcap)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from rpo_jax.models.attention.kind import (
     ATTENTION_OUTPUT,
     ROW,
+    SHORT,
     TOKEN_IDS_AXES,
     Attend,
     AttentionKind,
@@ -117,6 +118,7 @@ KIND = AttentionKind(
     make,
     "JAX's fused kernel, which passes over blocks that see nothing: TPUs",
     auto=("tpu",),
+    beyond=SHORT,
     skips=True,
     fused=True,
     platforms=("tpu",),

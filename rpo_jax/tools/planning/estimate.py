@@ -130,7 +130,7 @@ def counted(
 ) -> Estimate:
     mesh = sharding.make_mesh(config.mesh, target.devices)
     fsdp, tensor, shards = mesh.shape["fsdp"], mesh.shape["tensor"], sharding.row_shards(mesh)
-    step = step_sizes(config, batch, target.platform, references_in_step(config))
+    step = step_sizes(config, model, batch, target.platform, references_in_step(config))
     flops = step_flops(model, step) / mesh.size
     moved = step_bytes(
         model,

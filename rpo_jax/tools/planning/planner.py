@@ -77,8 +77,10 @@ class Planner:
             return f"{name}, in place of {self.asked}, whose library cannot be asked here"
         if name != "auto":
             return name
-        kind = models.attention_kind("auto", self.target.platform)
-        return next(key for key, value in models.ATTENTIONS.items() if value is kind) + ", the best for this platform"
+        tokens = shape_of(self.config, self.lengths, self.target, self.fixed).row_tokens
+        asked = models.Asked.of(self.model, self.config.model.compute_dtype, tokens)
+        found = models.attention_name("auto", self.target.platform, asked)
+        return f"{found}, the best for this platform and rows of {tokens}"
 
     def largest(self, planned: Trial) -> tuple[str, list[Trial]]:
         """The largest micro-batch that fits, in words, and what was compiled to find it."""

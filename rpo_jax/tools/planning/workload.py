@@ -138,7 +138,8 @@ def planned_batch(
         present = dict.fromkeys(("chosen", "rejected", *responses))  # unpaired pools are as large as they will be
         kinds = [TokenizedResponse(name, of[name], prompt=int(name in REFINED)) for name in KINDS if name in present]
         examples.append(TokenizedExample(f"assumed {number}", number, prompts, tuple(kinds)))
-    skips = models.attention_kind(config.model.attention, platform).skips
+    asked = models.Asked(row_tokens=config.batch.row_tokens)
+    skips = models.attention_kind(config.model.attention, platform, asked).skips
     batches = PreferenceBatches(
         PreferenceData(examples),
         pairs=config.batch.pairs,
@@ -196,9 +197,10 @@ def necessary(model: ModelConfig, config: Config, lengths: Lengths, responses: t
     return total / len(lengths.tokens) * config.batch.pairs
 
 
-def step_sizes(config: Config, batch: BatchShape, platform: str, references: int) -> StepSizes:
+def step_sizes(config: Config, model: ModelConfig, batch: BatchShape, platform: str, references: int) -> StepSizes:
     """What a step works on, for rpo_jax.tools.planning.arithmetic."""
-    attention = models.attention_kind(config.model.attention, platform)
+    asked = models.Asked.of(model, config.model.compute_dtype, batch.row_tokens)
+    attention = models.attention_kind(config.model.attention, platform, asked)
     micro = min(config.batch.micro_rows or batch.rows, batch.rows)
     return StepSizes(
         rows=batch.rows,

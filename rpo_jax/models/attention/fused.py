@@ -1,0 +1,497 @@
+"""Attention for GPUs in three kernels of our own: scores stay on the chip, and blocks that see nothing are not visited.
+
+Pallas kernels, lowered by Triton, which compiles for every NVIDIA GPU since Ampere (and for AMD's, which nobody has
+tried). The mask is made from the tokens' ids inside the kernels; a plan, made once a batch, lists which blocks of keys
+each block of queries sees and the other way round, and which of them need no mask at all.
+
+What JAX ships did not fit (read in 0.10.2):
+
+- `pallas.ops.gpu.attention`: causal and equal segment ids only, so no prompt that several branches see; as many key as
+  query heads; it visits everything before a block; its backward pass has blocks of 32, too small for Hopper's units.
+- `pallas.ops.gpu.attention_mgpu` (Mosaic): Hopper alone, no segments, and no backward pass where it is causal.
+- `jax.nn.dot_product_attention(implementation="cudnn")`: our mask only as a bias of [T, T], that is `cudnn.py`.
+- splash attention: TPUs alone.
+
+Source: arXiv 2205.14135 and 2307.08691 (the algorithm), 2412.05496 (lists of blocks that need a mask or none).
+
+Letters: R rows, T tokens, H query heads, G key-value heads, K head dimension; N LARGE blocks, M SMALL ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int
+
+from rpo_jax.models.attention.kind import (
+    ATTENTION_OUTPUT,
+    ROW,
+    TOKEN_IDS_AXES,
+    Attend,
+    AttentionKind,
+    Split,
+    Windows,
+    capped,
+)
+from rpo_jax.models.attention.masking import TokenIds, sees, visible
+
+# The plan's blocks: a kernel keeps a LARGE one, or a part of it, and goes through SMALL ones, or parts of them.
+LARGE, SMALL = 128, 64
+EVERYTHING = 2**30  # a window that no position reaches
+UNSEEN = -1e30  # a score that adds nothing; finite, so that a query that sees nothing yet gives no NaN
+LOG2_E = math.log2(math.e)  # a GPU's exponential is of base 2
+MOST_HEAD_DIM = 256
+
+
+class Tiles(NamedTuple):
+    """How a kernel works.
+
+    Attributes:
+        kept: tokens of the block whose results a program keeps; divides LARGE.
+        passing: tokens of the blocks that it goes through; divides SMALL.
+        warps: of a program, 32 threads each.
+        stages: blocks in flight between memory and chip.
+    """
+
+    kept: int
+    passing: int
+    warps: int
+    stages: int
+
+
+class Visits(NamedTuple):
+    """For each LARGE block the SMALL ones that it has to do with: first those that need a mask, then those that do not.
+
+    Attributes:
+        order: indices of SMALL blocks; what follows the first `seen` of them is not visited.
+        masked: how many need a mask.
+        seen: how many there are.
+    """
+
+    order: Int[Array, "R N M"]
+    masked: Int[Array, "R N"]
+    seen: Int[Array, "R N"]
+
+
+class Plan(NamedTuple):
+    """What blocks of queries see, and by what blocks of keys are seen."""
+
+    of_queries: Visits
+    of_keys: Visits
+
+
+_PLAN_AXES = Plan(Visits(ROW, ROW, ROW), Visits(ROW, ROW, ROW))
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass; log_sum is in units of log 2."""
+
+    query: Float[Array, "R T H K"]
+    key: Float[Array, "R T G K"]
+    value: Float[Array, "R T G K"]
+    ids: TokenIds
+    plan: Plan
+    window: Int[Array, "1"]
+    out: Float[Array, "R T H K"]
+    log_sum: Float[Array, "R H T"]
+
+
+class _How(NamedTuple):
+    """What does not change between batches.
+
+    Attributes:
+        softcap: c of c tanh(scores / c); None for the scores as they are.
+        windowed: whether any layer has a window; else positions are not looked at.
+        interpret: run as plain JAX operations, on any backend.
+    """
+
+    softcap: float | None
+    windowed: bool
+    interpret: bool
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Triton's blocks are powers of two, and a tensor core's products at least 16 deep; the rest is read as zeros."""
+    return max(16, pl.next_power_of_2(head_dim))
+
+
+def tiles(kernel: str, head_dim: int, dtype: Any) -> Tiles:
+    """Sizes for `forward`, `keys` or `queries` (the gradients of either).
+
+    Chosen by what the compiler made of them (benchmarks/gpu_kernels.py): no register spilled for Ampere, Hopper or
+    Blackwell, and no more shared memory than a consumer's card has. None of them was timed.
+    """
+    wide = padded_head_dim(head_dim)
+    if jnp.dtype(dtype).itemsize > 2:
+        return Tiles(32, 32, 8 if wide > 64 else 4, 1)
+    if wide > 128:
+        return Tiles(64, 32, 8, 1)
+    if kernel == "forward":
+        return Tiles(128, 64, 8 if wide > 64 else 4, 2)
+    return Tiles(64, 64, 8 if wide > 64 else 4, 2)
+
+
+def make_plan(ids: TokenIds, window: Int[Array, ""] | int | None) -> Plan:
+    """Which blocks have to do with which.
+
+    Args:
+        ids: of T tokens, a multiple of LARGE.
+        window: positions that a query sees back, its own included.
+    """
+    rows, tokens = ids.segment_ids.shape
+    blocks = (rows, tokens // SMALL, SMALL, tokens // SMALL, SMALL)
+    # Reduced where it is made: the mask of all tokens by all is never in memory. Padding needs nothing.
+    mask = (visible(*ids, window) & (ids.segment_ids > 0)[:, :, None]).reshape(blocks)
+    some, every = jnp.any(mask, axis=(2, 4)), jnp.all(mask, axis=(2, 4))
+    return Plan(_visits(some, every), _visits(some.swapaxes(1, 2), every.swapaxes(1, 2)))
+
+
+def _visits(some: Array, every: Array) -> Visits:
+    """From whether some and all pairs of two SMALL blocks see each other; [R, M, M]."""
+    joined = (some.shape[0], -1, LARGE // SMALL, some.shape[2])
+    some, every = jnp.any(some.reshape(joined), axis=2), jnp.all(every.reshape(joined), axis=2)
+    rank = jnp.where(every, 1, jnp.where(some, 0, 2))
+    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
+    return Visits(order, *(jnp.sum(x, axis=-1, dtype=jnp.int32) for x in (some & ~every, some)))
+
+
+def fused_attention(
+    query: Float[Array, "R T H K"],
+    key: Float[Array, "R T G K"],
+    value: Float[Array, "R T G K"],
+    ids: TokenIds,
+    plan: Plan,
+    window: Int[Array, ""],
+    how: _How,
+) -> Float[Array, "R T H K"]:
+    """Grouped-query attention, softmax in float32; what dense attention gives where there are tokens.
+
+    Blocks of padding alone give zeros.
+
+    Args:
+        ids: of T tokens, a multiple of LARGE.
+        plan: of these ids and this window.
+        window: positions that a query sees back, its own included.
+    """
+    return _attend(how, query, key, value, ids, plan, window[None])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how, query, key, value, ids, plan, window) -> Array:
+    return _forward(how, query, key, value, ids, plan, window)[0]
+
+
+class _Block(NamedTuple):
+    """What the kernels share: what they read of the plan and the ids, and how they score."""
+
+    how: _How
+    tiles: Tiles
+    head_dim: int
+    ids: TokenIds  # references to a row's
+    visits: Visits
+    window: Any
+    first: Array  # of the tokens whose results this program keeps
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def read(self, reference: Any) -> Array:
+        """A block of [tokens, K], zeros beyond the head dimension."""
+        width = reference.shape[-1]
+        if width == self.head_dim:
+            return reference[...]
+        return triton.load(reference, mask=self.columns(width), other=0.0)
+
+    def columns(self, width: int) -> Array:
+        return (jnp.arange(width) < self.head_dim)[None, :]
+
+    def write(self, reference: Any, values: Array) -> None:
+        width = reference.shape[-1]
+        mask = None if width == self.head_dim else self.columns(width)
+        triton.store(reference, values.astype(reference.dtype), mask=mask)
+
+    def dot(self, left: Array, right: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+        """Product summed in float32, over these axes of the two."""
+        precision: Any = lax.Precision.DEFAULT
+        if left.dtype == jnp.float32:
+            # Three products of tensor cores come as near to float32 as it takes; a CPU has the real one.
+            three = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+            precision = lax.Precision.HIGHEST if self.how.interpret else three
+        dimensions = (((contract[0],), (contract[1],)), ((), ()))
+        return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+    def of(self, place: Array | int, tokens: int, axis: int) -> tuple[TokenIds, Array]:
+        """Ids and indices of a block of tokens, along an axis of the scores."""
+        index = (slice(None), None) if axis == 0 else (None, slice(None))
+        ids = TokenIds(*(reference[pl.ds(place, tokens)][index] for reference in self.ids))
+        return ids, (place + jnp.arange(tokens))[index]
+
+    def scores(self, products: Array) -> Array:
+        """Scores of queries times keys, as they are exponents of 2."""
+        if self.how.softcap is None:
+            return products * (self.scale * LOG2_E)
+        return capped(products * self.scale, self.how.softcap) * LOG2_E
+
+    def through_cap(self, scores: Array) -> Array | float:
+        """The cap's derivative."""
+        if self.how.softcap is None:
+            return 1.0
+        return 1 - jnp.square(scores / (self.how.softcap * LOG2_E))
+
+    def sees(self, queries: tuple[TokenIds, Array], keys: tuple[TokenIds, Array]) -> Array:
+        window = self.window[0] if self.how.windowed else None
+        return sees(queries[0], keys[0], queries[1], keys[1], window)
+
+    def over(self, turn: Callable[[Array, Any, bool], Any], carry: Any) -> Any:
+        """turn(first token of a block to go through, carry, whether it needs a mask), for all that there are."""
+        mine = lax.div(self.first, LARGE)
+        parts = SMALL // self.tiles.passing
+
+        def one(number: Array, carry: Any, masked: bool) -> Any:
+            if parts == 1:
+                place = self.visits.order[mine, number] * SMALL
+            else:
+                block = self.visits.order[mine, lax.div(number, parts)]
+                place = block * SMALL + lax.rem(number, parts) * self.tiles.passing
+            return turn(place, carry, masked)
+
+        masked, seen = self.visits.masked[mine] * parts, self.visits.seen[mine] * parts
+        carry = lax.fori_loop(0, masked, partial(one, masked=True), carry)
+        return lax.fori_loop(masked, seen, partial(one, masked=False), carry)
+
+
+def _forward_kernel(query, key, value, *more: Any, block: Callable[..., _Block]) -> None:
+    """One block of queries of one head: o = softmax(q k^T) v, and log2 of the softmax's sum."""
+    *shared, out_of, log_sum_of = more
+    block = block(*shared)
+    kept, passing = block.tiles.kept, block.tiles.passing
+    queries = block.of(block.first, kept, 0)
+    q = block.read(query)
+
+    def turn(place: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+        out, most, total = carry
+        here = pl.ds(place, passing)
+        scores = block.scores(block.dot(q, block.read(key.at[here, :]), (1, 1)))
+        mask = block.sees(queries, block.of(place, passing, 1)) if masked else None
+        if mask is not None:
+            scores = jnp.where(mask, scores, UNSEEN)
+        now = jnp.maximum(most, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - now[:, None])
+        if mask is not None:
+            weights = jnp.where(mask, weights, 0.0)
+        before = jnp.exp2(most - now)
+        v = block.read(value.at[here, :])
+        out = out * before[:, None] + block.dot(weights.astype(v.dtype), v)
+        return out, now, total * before + jnp.sum(weights, axis=1)
+
+    zeros = jnp.zeros(kept, jnp.float32)
+    out, most, total = block.over(turn, (jnp.zeros(query.shape, jnp.float32), zeros + UNSEEN, zeros))
+    total = jnp.where(total > 0, total, 1.0)
+    block.write(out_of, out / total[:, None])
+    log_sum_of[...] = most + jnp.log2(total)
+
+
+def _queries_kernel(query, key, value, gradient, log_sum, inner, *more: Any, block: Callable[..., _Block]) -> None:
+    """One block of queries of one head: dq = sum over keys of ds k, ds = p (do v^T - sum(o do))."""
+    *shared, out_of = more
+    block = block(*shared)
+    kept, passing = block.tiles.kept, block.tiles.passing
+    queries = block.of(block.first, kept, 0)
+    q, do = block.read(query), block.read(gradient)
+    log_sums, inners = log_sum[...], inner[...]
+
+    def turn(place: Array, total: Array, masked: bool) -> Array:
+        here = pl.ds(place, passing)
+        k = block.read(key.at[here, :])
+        scores = block.scores(block.dot(q, k, (1, 1)))
+        weights = jnp.exp2(scores - log_sums[:, None])
+        if masked:
+            weights = jnp.where(block.sees(queries, block.of(place, passing, 1)), weights, 0.0)
+        through = block.dot(do, block.read(value.at[here, :]), (1, 1)) - inners[:, None]
+        through = weights * through * block.through_cap(scores)
+        return total + block.dot(through.astype(k.dtype), k)
+
+    block.write(out_of, block.over(turn, jnp.zeros(query.shape, jnp.float32)) * block.scale)
+
+
+def _keys_kernel(query, key, value, gradient, log_sum, inner, *more: Any, block: Callable[..., _Block]) -> None:
+    """One block of keys of one key-value head: dv = sum over queries and their heads of p^T do, dk = of ds^T q.
+
+    Scores are held as keys by queries: then no weight is transposed.
+    """
+    *shared, key_out, value_out = more
+    block = block(*shared)
+    kept, passing = block.tiles.kept, block.tiles.passing
+    keys = block.of(block.first, kept, 0)
+    k, v = block.read(key), block.read(value)
+
+    def of_head(head: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def turn(place: Array, carry: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
+            here = pl.ds(place, passing)
+            q, do = block.read(query.at[here, head, :]), block.read(gradient.at[here, head, :])
+            scores = block.scores(block.dot(k, q, (1, 1)))
+            weights = jnp.exp2(scores - log_sum[head, here][None, :])
+            if masked:
+                weights = jnp.where(block.sees(block.of(place, passing, 1), keys), weights, 0.0)
+            dv = carry[1] + block.dot(weights.astype(do.dtype), do)
+            through = block.dot(v, do, (1, 1)) - inner[head, here][None, :]
+            through = weights * through * block.through_cap(scores)
+            return carry[0] + block.dot(through.astype(q.dtype), q), dv
+
+        return block.over(turn, carry)
+
+    zeros = jnp.zeros(key.shape, jnp.float32)
+    dk, dv = lax.fori_loop(0, query.shape[1], of_head, (zeros, zeros))
+    block.write(key_out, dk * block.scale)
+    block.write(value_out, dv)
+
+
+class _Call(NamedTuple):
+    """A kernel's sizes, and which part of each array its programs get: program (i, h, r) block i of head h of row r."""
+
+    how: _How
+    tiles: Tiles
+    tokens: int
+    head_dim: int
+    group: int  # query heads of a key-value head
+
+    def block(self, of_head: Callable[[Any], Any] = lambda head: head) -> pl.BlockSpec:
+        """A block of [R, T, heads, K]."""
+        shape = (None, self.tiles.kept, None, padded_head_dim(self.head_dim))
+        return pl.BlockSpec(shape, lambda i, h, r: (r, i, of_head(h), 0))
+
+    def row(self, of_head: Callable[[Any], Any] = lambda head: head) -> pl.BlockSpec:
+        """A whole row of [R, T, heads, K]."""
+        shape = (None, self.tokens, None, padded_head_dim(self.head_dim))
+        return pl.BlockSpec(shape, lambda i, h, r: (r, 0, of_head(h), 0))
+
+    def group_row(self) -> pl.BlockSpec:
+        """A whole row of [R, T, H, K] with all heads of a group."""
+        shape = (None, self.tokens, self.group, padded_head_dim(self.head_dim))
+        return pl.BlockSpec(shape, lambda i, h, r: (r, 0, h, 0))
+
+    def number(self) -> pl.BlockSpec:
+        """A block of [R, H, T]."""
+        return pl.BlockSpec((None, None, self.tiles.kept), lambda i, h, r: (r, h, i))
+
+    def group_numbers(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, self.group, self.tokens), lambda i, h, r: (r, h, 0))
+
+    def run(self, kernel: Any, specs: list[Any], outs: list[Any], shapes: list[Any], *arrays: Any) -> list[Array]:
+        *arrays, ids, visits, window = arrays
+        whole = [
+            pl.BlockSpec((None, *x.shape[1:]), lambda i, h, r, rank=x.ndim: (r, *[0] * (rank - 1)))
+            for x in (*ids, *visits)
+        ]
+
+        def block(*more: Any) -> _Block:
+            first = pl.program_id(0) * self.tiles.kept
+            return _Block(self.how, self.tiles, self.head_dim, TokenIds(*more[:3]), Visits(*more[3:6]), more[6], first)
+
+        rows, heads = shapes[0].shape[0], shapes[0].shape[2]
+        return pl.pallas_call(
+            partial(kernel, block=block),
+            grid=(self.tokens // self.tiles.kept, heads, rows),
+            in_specs=[*specs, *whole, pl.BlockSpec((1,), lambda i, h, r: (0,))],
+            out_specs=outs,
+            out_shape=shapes,
+            compiler_params=triton.CompilerParams(num_warps=self.tiles.warps, num_stages=self.tiles.stages),
+            interpret=self.how.interpret,
+        )(*arrays, *ids, *visits, window)
+
+
+def _call(kernel: str, how: _How, query: Array, key: Array) -> _Call:
+    tokens, heads, head_dim = query.shape[1:]
+    return _Call(how, tiles(kernel, head_dim, query.dtype), tokens, head_dim, heads // key.shape[2])
+
+
+def _forward(how, query, key, value, ids, plan, window) -> tuple[Array, _Saved]:
+    call = _call("forward", how, query, key)
+    of_keys = call.row(lambda head: lax.div(head, call.group))
+    shapes = [
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        jax.ShapeDtypeStruct((query.shape[0], query.shape[2], query.shape[1]), jnp.float32),
+    ]
+    specs, outs = [call.block(), of_keys, of_keys], [call.block(), call.number()]
+    found = call.run(_forward_kernel, specs, outs, shapes, query, key, value, ids, plan.of_queries, window)
+    out, log_sum = (checkpoint_name(x, ATTENTION_OUTPUT) for x in found)
+    return out, _Saved(query, key, value, ids, plan, window, out, log_sum)
+
+
+def _backward(how: _How, saved: _Saved, cotangent: Float[Array, "R T H K"]) -> tuple[Any, ...]:
+    """Two kernels, each of which writes only what is its own: no sum depends on who comes first."""
+    query, key, value, ids, plan, window, out, log_sum = saved
+    inner = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    arrays = query, key, value, cotangent.astype(query.dtype), log_sum, inner, ids
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
+
+    call = _call("queries", how, query, key)
+    of_keys = call.row(lambda head: lax.div(head, call.group))
+    specs = [call.block(), of_keys, of_keys, call.block(), call.number(), call.number()]
+    (dq,) = call.run(_queries_kernel, specs, [call.block()], like[:1], *arrays, plan.of_queries, window)
+
+    call = _call("keys", how, query, key)
+    specs = [call.group_row(), call.block(), call.block(), call.group_row(), call.group_numbers(), call.group_numbers()]
+    outs = [call.block(), call.block()]
+    dk, dv = call.run(_keys_kernel, specs, outs, like[1:], *arrays, plan.of_keys, window)
+    return dq, dk, dv, None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def make(
+    ids: TokenIds, windows: Windows, split: Split, softcap: float | None = None, interpret: bool = False
+) -> Attend:
+    """AttentionKind.make; `interpret`: run as plain JAX operations, on any backend."""
+    padding = -ids.segment_ids.shape[1] % LARGE
+    ids = ids.padded(padding)
+    how = _How(softcap, any(window is not None for window in windows), interpret)
+    sizes = jnp.array([EVERYTHING if window is None else window for window in windows], jnp.int32)
+    # Once for all layers that share a window; every device plans its own rows.
+    plans = [
+        split.per_shard(partial(make_plan, window=window), (TOKEN_IDS_AXES,), _PLAN_AXES)(ids) for window in windows
+    ]
+    plan = jax.tree.map(lambda *parts: jnp.stack(parts), *plans)
+
+    def attend(query: Array, key: Array, value: Array, which: Array, sinks: None = None) -> Array:
+        one = which if len(windows) > 1 else 0
+        more = ids, jax.tree.map(lambda x: x[one], plan), sizes[one]
+        run = partial(fused_attention, how=how)
+        return split.attend(run, (query, key, value), more, (TOKEN_IDS_AXES, _PLAN_AXES, ()), padding)
+
+    return attend
+
+
+def _head_dim_fits(dtype: str, head_dim: int, tokens: int | None) -> bool:
+    return head_dim % 16 == 0 and head_dim <= MOST_HEAD_DIM
+
+
+# From where on it pays is a guess, timed on no GPU: to 1,024 tokens the scores are few, and dense attention's products
+# are the vendor's.
+KIND = AttentionKind(
+    make,
+    "our kernels, which pass over blocks that see nothing: GPUs, long rows",
+    auto=("gpu",),
+    beyond=1024,
+    skips=True,
+    fused=True,
+    platforms=("gpu",),
+    needs=(
+        (f"head dimensions that 16 divides, at most {MOST_HEAD_DIM}", _head_dim_fits),
+        (
+            "model.compute_dtype=bfloat16, float16 or float32",
+            lambda dtype, *_: dtype in ("bfloat16", "float16", "float32"),
+        ),
+    ),
+)

@@ -1,0 +1,54 @@
+"""The benchmarks of GPUs, where there is none: what runs is told, and what is counted is right."""
+
+import re
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu, gpu_kernels
+from rpo_jax.models.attention.fused import LARGE, SMALL
+from rpo_jax.models.attention.masking import visible
+
+
+@pytest.mark.slow
+def test_all_parts_run_in_order_on_the_cpu(capfd):
+    assert gpu.main(["--tiny"]) == 0
+    told = capfd.readouterr().out
+    assert re.findall(r"^(\w+): ok", told, re.MULTILINE) == list(gpu.PARTS)
+    assert "256 tokens x 1 rows, fused" in told
+    assert "tokens/s" in told
+    assert "bit for bit the same" in told
+
+
+def test_a_part_that_fails_or_hangs_takes_no_other_with_it(monkeypatch, capfd):
+    """The first cannot read its options, the second has no time to begin."""
+    monkeypatch.setitem(gpu.PARTS, "sampling", (gpu.sampling, 0.01))
+    assert gpu.main(["--tiny", "--parts", "torch,sampling", "--pairs", "none"]) == 1
+    told = capfd.readouterr()
+    assert re.findall(r"^(\w+): (\w+)", told.out, re.MULTILINE) == [("torch", "failed"), ("sampling", "stopped")]
+    assert "invalid numbers value: 'none'" in told.err
+
+
+def test_all_parts_take_at_most_eight_minutes():
+    assert sum(limit for _, limit in gpu.PARTS.values()) <= 8 * 60
+    with pytest.raises(SystemExit):
+        gpu.main(["--parts", "losses,everything"])
+
+
+def test_the_bound_counts_the_blocks_that_see_something():
+    tokens, head_dim = 1024, 64
+    ids = gpu_kernels.row_of_a_pair(tokens)
+    found = gpu_kernels.roof(tokens, head_dim)
+    blocks = np.asarray(visible(*ids, None))[0].reshape(tokens // LARGE, LARGE, tokens // SMALL, SMALL).any((1, 3))
+    assert found.visited == blocks.sum() < found.causal
+    pairs = gpu_kernels.HEADS * LARGE * SMALL * blocks.sum()
+    assert found.flops[0] == 2 * 2 * pairs * head_dim
+    assert found.flops[1] == pytest.approx(7 * 2 * pairs * head_dim, rel=0.1), "blocks of keys are cut otherwise"
+    assert 30 < found.intensity < LARGE
+    assert found.milliseconds("h100")[0] == pytest.approx(1e3 * found.flops[0] / 989e12, rel=0.2)
+
+
+def test_programs_on_a_core_are_bound_by_what_runs_out_first():
+    assert gpu_kernels.programs_of("h100", registers=128, shared=1024, warps=8) == 2
+    assert gpu_kernels.programs_of("h100", registers=32, shared=64 * 1024, warps=4) == 3
+    assert gpu_kernels.programs_of("rtx4090", registers=32, shared=0, warps=8) == 6
