@@ -159,7 +159,7 @@ def test_cudnn_says_what_it_needs(asked, need):
     check_attention("cudnn", "gpu", Asked("bfloat16", 64))
     with pytest.raises(ValueError, match=r"cudnn cannot cap attention scores, and this model's are capped at 50\.0"):
         check_attention("cudnn", "gpu", Asked("bfloat16", 64, softcap=50.0))
-    with pytest.raises(ValueError, match="model.attention=cudnn needs a model without attention sinks; here"):
+    with pytest.raises(ValueError, match=r"model.attention=cudnn needs a model without attention sinks; here"):
         check_attention("cudnn", "gpu", Asked("bfloat16", 64, sinks=True))
     assert attention_kind("auto", "gpu", Asked("bfloat16", 64, 4096, sinks=True)) is ATTENTIONS["dense"]
     with pytest.raises(ValueError, match=f"model.attention=cudnn needs {need}"):
