@@ -21,7 +21,11 @@ from rpo_jax.models.quantization import ROUNDED
 from tests.worlds import quantized, small_model
 
 # peft asks transformers for a name that it has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # Of patterns that it makes itself for experts' adapters, which are parameters, no modules: it does use them.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
 
 LORA = LoraConfig(rank=3, alpha=12.0)
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 9))
