@@ -13,14 +13,14 @@ from safetensors.numpy import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from rpo_jax import models
-from rpo_jax.config import Config, MeshConfig, PolicyConfig
+from rpo_jax.config import Config, LoraConfig, MeshConfig, PolicyConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.models import recompute
 from rpo_jax.models.huggingface.mxfp4 import GROUP
 from rpo_jax.objectives.load_balance import expert_metrics, load_balancing_loss
 from rpo_jax.training.step import build_steps, check_policy, put_batch
 from tests.test_step import batches_for, configured
-from tests.worlds import small_model
+from tests.worlds import quantized, small_model
 
 from .conftest import SIZES, torch_model
 
@@ -106,6 +106,43 @@ def test_experts_shared_by_devices_and_micro_batches_give_the_gradient_of_one(fa
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
     # The balance is in it: its gradient by the router is not small beside the objective's.
     assert loss > np.log(2) + 0.9 * BALANCE * 2
+
+
+@pytest.mark.parametrize("base_dtype", ["float32", "nf4"])
+def test_adapters_and_experts_in_few_bits_are_shared_too(base_dtype):
+    """Hidden states and the adapters' gradient on a mesh, where columns in 4 bits are not divided, as on one device."""
+    model_config = replace(small_model(family="gpt_oss", hidden_size=64, intermediate_size=64), initializer_range=0.1)
+    lora = LoraConfig(rank=2, targets=("gate_up_proj", "down_proj"), base_dtype=base_dtype)
+    policy, rng = models.Policy(model_config, lora), np.random.default_rng(0)
+    params = jax.tree.map(np.asarray, models.init_params(model_config, jax.random.key(0)))
+    base = params if base_dtype == "float32" else quantized(model_config, params, base_dtype)
+    adapters = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), policy.trained.shapes)
+    tokens = rng.integers(0, 96, (4, 8))
+    rows = {"tokens": tokens, "positions": tokens * 0 + np.arange(8), "segment_ids": tokens * 0 + 1}
+    rows = {key: jnp.array(value) for key, value in {**rows, "branch_ids": tokens * 0}.items()}
+
+    def found(mesh):
+        at = sharding.Placement(mesh)
+        how = models.Execution(split=models.Split(at.shards, at.per_shard, at.gather, at.mesh_axes))
+        place = partial(sharding.parameter_shardings, mesh)
+        weights, trained = (
+            jax.tree.map(jax.device_put, tree, place(*of))
+            for tree, of in ((base, policy.weights), (adapters, policy.trained))
+        )
+
+        @jax.jit
+        @jax.value_and_grad
+        def total(trained, weights, rows):
+            return jnp.sum(jnp.tanh(policy.outputs(policy.combine(trained, weights), rows, how).hidden))
+
+        with jax.set_mesh(mesh):
+            return total(trained, weights, rows)
+
+    one, gradient = found(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    many, shared = found(sharding.make_mesh(MeshConfig(data=1, expert=4, tensor=2)))
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+    for got, want in zip(jax.tree.leaves(shared), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 def test_a_device_holds_its_own_experts_alone():

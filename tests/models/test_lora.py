@@ -266,3 +266,11 @@ def test_an_adapter_folder_says_what_peft_would_and_is_written_whole(hf_folder, 
     with pytest.raises(ZeroDivisionError):
         write(tmp_path / "b", base=str(folder), tokenizer=tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_adapters_that_peft_cannot_join_are_refused(hf_folder, tokenizer, tmp_path):
+    model_config, config = models.check_pretrained(hf_folder("mixtral")), LoraConfig(rank=2, targets=("q_proj", "w1"))
+    adapters = host(random_adapters(model_config, config))
+    with pytest.raises(ValueError, match=r"PEFT joins the adapters of an expert's w1 and w3, and here only w1 has one"):
+        lora.save_adapter(tmp_path / "out", model_config, adapters, config, base="base", tokenizer=tokenizer)
+    assert not list(tmp_path.iterdir())
