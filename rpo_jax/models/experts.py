@@ -10,10 +10,11 @@ Letters: R rows, T tokens, N = R T, D hidden, X experts, k of them a token, F wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rpo_jax.models.architecture import Experts
@@ -46,13 +47,16 @@ class ExpertWeights(NamedTuple):
     gate_bias: Float[Array, "X ..."] | None = None
     down_bias: Float[Array, "X D"] | None = None
 
-    def axes(self, split_mlp: bool, joined: bool) -> ExpertWeights:
-        """Names of the axes of every array, for Split.per_shard; None for what each device has whole."""
+    def axes(self, split_mlp: bool, joined: bool) -> Any:
+        """Names of the axes of every array, in its place, for Split.per_shard; None for what each device has whole."""
         mlp = "mlp" if split_mlp else None
         pair = (None,) if joined else ()
 
-        def named(kernel: Kernel, inputs: str | None, *outputs: str | None) -> Any:
-            of_arrays = gathered(kernel, ("experts", inputs, *outputs), 1, lambda x, names: names, groups=1)  # pyright: ignore[reportArgumentType]
+        def named(kernel: Kernel | None, inputs: str | None, *outputs: str | None) -> Any:
+            if kernel is None:
+                return None
+            axes: Any = ("experts", inputs, *outputs)
+            of_arrays = gathered(kernel, axes, 1, lambda x, names: cast(Any, names), groups=1)
             # What is not named there has nothing but experts to be split along.
             return jax.tree.map(
                 lambda x: x if isinstance(x, tuple) else ("experts", *(None,) * (x.ndim - 1)),
@@ -60,15 +64,11 @@ class ExpertWeights(NamedTuple):
                 is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(name, str | None) for name in x),
             )
 
-        return ExpertWeights(
-            (None, None),  # pyright: ignore[reportArgumentType]
-            named(self.gate, None, mlp, *pair),
-            None if self.up is None else named(self.up, None, mlp),
-            named(self.down, mlp, None),
-            None if self.router_bias is None else (None,),  # pyright: ignore[reportArgumentType]
-            None if self.gate_bias is None else ("experts", mlp, *pair),  # pyright: ignore[reportArgumentType]
-            None if self.down_bias is None else ("experts", None),  # pyright: ignore[reportArgumentType]
-        )
+        kernels = named(self.gate, None, mlp, *pair), named(self.up, None, mlp), named(self.down, mlp, None)
+        biases = ((self.router_bias, (None,)), (self.gate_bias, ("experts", mlp, *pair)))
+        biases += ((self.down_bias, ("experts", None)),)
+        fields: Any = ((None, None), *kernels, *(None if bias is None else names for bias, names in biases))
+        return ExpertWeights(*fields)
 
 
 def mixture(
@@ -108,9 +108,13 @@ def mixture(
             out = jax.lax.psum_scatter(out, among, tiled=True)
         return out.reshape(x.shape), jax.tree.map(lambda total: total[None], found)
 
-    of_rows = ("rows", None)
-    axes = (weights.axes(split_mlp, experts.joined), ("rows", None, None), of_rows)
-    run = split.per_shard(of_device, axes, (("rows", None, None), Routing(of_rows, of_rows, ("rows",))))  # pyright: ignore[reportArgumentType]
+    # Before devices gather them: fewer bytes are sent.
+    gate, up, down = (kernel if kernel is None else _narrowed(kernel, x.dtype) for kernel in kernels)
+    weights = weights._replace(gate=gate, up=up, down=down)
+    of_tokens, of_rows = ("rows", None, None), ("rows", None)
+    of_routing = Routing(*cast(Any, (of_rows, of_rows, ("rows",))))
+    axes = (weights.axes(split_mlp, experts.joined), of_tokens, of_rows)
+    run = split.per_shard(of_device, axes, (of_tokens, of_routing))
     out, found = run(weights, x, real)
     return out, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), found)
 
@@ -127,6 +131,18 @@ def route(
     if experts.weights_sum_to_one:
         share /= jnp.sum(share, axis=-1, keepdims=True)
     return share, chosen, probability
+
+
+def _narrowed(kernel: Kernel, dtype: DTypeLike) -> Kernel:
+    """Its float arrays in this dtype, where that is no wider than theirs."""
+
+    def narrow(x: Array) -> Array:
+        narrower = jnp.issubdtype(x.dtype, jnp.floating) and jnp.dtype(dtype).itemsize < x.dtype.itemsize
+        return x.astype(dtype) if narrower else x
+
+    if isinstance(kernel, Adapted):
+        return kernel._replace(kernel=_narrowed(kernel.kernel, dtype), a=narrow(kernel.a), b=narrow(kernel.b))
+    return narrow(kernel) if isinstance(kernel, jax.Array) else kernel
 
 
 def _is_divisible(kernel: Kernel | None) -> bool:
