@@ -38,7 +38,7 @@ def make_log_probs(
         attention=config.model.attention,
         platform=mesh.devices.flat[0].platform,
         constrain=placement.constrain,
-        split=models.Split(placement.shards, placement.per_shard, placement.gather),
+        split=models.Split(placement.shards, placement.per_shard, placement.gather, placement.mesh_axes),
     )
     policy.check(how, config.batch.row_tokens)
     chunks: Any = {
@@ -47,14 +47,14 @@ def make_log_probs(
         "softcap": model_config.parts.logit_softcap,
     }
 
-    def log_probs(
-        params: Params,
+    def from_outputs(
+        outputs: models.Outputs,
         rows: dict[str, Array],
         num_responses: int,
         log_z: Array | None = None,
         value_head: dict[str, Array] | None = None,
     ) -> LogProbs:
-        hidden, head = policy.outputs(params, rows, how)
+        hidden, head = outputs.hidden, outputs.head
         ids = (rows["tokens"], rows["previous"], rows["response_ids"])
         if log_z is not None:
             log_z = partition.log_partition(hidden, placement.gather(log_z, ("embed",)), *ids[1:], num_responses)
@@ -69,5 +69,9 @@ def make_log_probs(
             whole = jax.tree.map(placement.gather, value_head, value.AXES[value.NAME])
             values = value.token_values(hidden, whole, *ids[1:])
         return LogProbs(*by_response(found, ids[2], num_responses), log_z, TokenScores(found, values))
+
+    def log_probs(params: Params, rows: dict[str, Array], num_responses: int, *of_heads: Any) -> LogProbs:
+        outputs = policy.outputs(params, rows, how)
+        return from_outputs(outputs, rows, num_responses, *of_heads)._replace(routing=outputs.routing)
 
     return log_probs

@@ -463,7 +463,7 @@ def make(
     ]
     plan = jax.tree.map(lambda *parts: jnp.stack(parts), *plans)
 
-    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+    def attend(query: Array, key: Array, value: Array, which: Array, sinks: None = None) -> Array:
         one = which if len(windows) > 1 else 0
         more = ids, jax.tree.map(lambda x: x[one], plan), sizes[one]
         run = partial(fused_attention, how=how)
