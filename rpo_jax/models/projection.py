@@ -47,12 +47,9 @@ class NF4(Blockwise):
 
     @staticmethod
     def level(values: Int[Array, "..."]) -> Float[Array, "..."]:
-        # Halved bit by bit: a table in memory is looked into one number at a time by most machines.
-        found = [jnp.float32(level) for level in NF4_LEVELS]
-        for bit in range(4):
-            upper = ((values >> bit) & 1).astype(bool)
-            found = [jnp.where(upper, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
-        return found[0]
+        # A sum of which all but one are zeros: tables in memory are looked into one number at a time by some machines,
+        # and of `where` jax would carry a level as wide as the weights through the loop over layers, for each of them.
+        return sum((values == code).astype(jnp.float32) * float(level) for code, level in enumerate(NF4_LEVELS))
 
 
 class Int4(Blockwise):

@@ -7,10 +7,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from rpo_jax import models
-from rpo_jax.config import LoraConfig
+from rpo_jax.config import LoraConfig, MeshConfig
+from rpo_jax.hosts import sharding
 from rpo_jax.models import lora, quantization
 from rpo_jax.models.projection import NF4, NF4_LEVELS, Int4, Quantized, project, project_grouped
 from rpo_jax.sampling import kv_cache
+from rpo_jax.tools.planning.compiled import _abstract
+from rpo_jax.training.needs import device_bytes
 from tests.worlds import quantized, small_model, widened
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 9))
@@ -138,3 +141,9 @@ def test_a_weight_takes_as_much_memory_as_is_said(dtype):
         assert kept / weights == pytest.approx(quantization.bytes_per_weight(dtype), rel=5e-3), path
     router = base[("layers", "mlp", "router")]
     assert router.dtype == base[("embed",)].dtype == np.float32
+    # What a plan and a run say that a device holds: its share of all of that.
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    policy = models.Policy(model_config, LoraConfig(rank=1, targets=("q_proj",), base_dtype=dtype))
+    held = device_bytes(_abstract(mesh, policy.frozen))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(policy.frozen.shapes))
+    assert held == pytest.approx(whole / 8, rel=0.02)
