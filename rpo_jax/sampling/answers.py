@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,12 +29,14 @@ class Answer:
         text: without the end token, and up to the stop string that ended it.
         finish_reason: `eos`, `stop` for a stop string, `length` for the most tokens that it might have.
         tokens: that the text took, an end token included.
+        ids: all that were sampled.
     """
 
     index: int
     text: str
     finish_reason: str
     tokens: int
+    ids: Sequence[int] = field(default=(), repr=False, compare=False)
 
 
 def prompt_seeds(prompts: Sequence[TokenIds], seed: int) -> list[int]:
@@ -103,7 +105,7 @@ class Answerer:
         text = self._text(ids[: len(ids) - ended])
         at = self._stop_at(text)
         if at is None:
-            return Answer(index, text, "eos" if ended else "length", len(ids))
+            return Answer(index, text, "eos" if ended else "length", len(ids), ids)
         # More may have been sampled before the host looked.
         tokens = next(n for n in range(1, len(ids) + 1) if self._stop_at(self._text(ids[:n])) is not None)
-        return Answer(index, text[:at], "stop", tokens)
+        return Answer(index, text[:at], "stop", tokens, ids)

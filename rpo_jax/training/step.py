@@ -33,7 +33,7 @@ from rpo_jax.training.micro_batches import (
     all_log_probs,
     make_loss_and_gradient,
 )
-from rpo_jax.training.optimizer import accept_if, learning_rate_schedule, make_optimizer
+from rpo_jax.training.optimizer import accept_if, learning_rate_schedule, make_optimizer, with_anchor
 from rpo_jax.training.scoring import Means, make_loss
 
 Params = Any
@@ -144,6 +144,8 @@ def build_steps(
     head_names = tuple(name for name, is_wanted in wanted if is_wanted)
     all_axes = {**policy.trained.axes, **heads.axes(head_names)}
     optimizer = make_optimizer(config.optim, schedule, {**policy.decayed, **heads.decayed(head_names)}, all_axes)
+    if config.rounds.extrapolation:
+        optimizer = with_anchor(optimizer)
     sees = {"tokens": objective.uses_tokens, "collisions": objective.uses_confidence}
     forward = make_log_probs(config, model_config, mesh, **sees)
     reference_forward = make_log_probs(config, reference_config or model_config, mesh, tokens=objective.uses_tokens)

@@ -27,7 +27,7 @@ from rpo_jax.tasks.gold import GoldTask, make_rows, win
 from rpo_jax.tools.comparing.measure import divergences
 from rpo_jax.tools.comparing.study import Cell, configured
 from rpo_jax.tools.exporting import export
-from rpo_jax.training.run import run
+from rpo_jax.tools.sampling.rounds import run
 
 START = "{start}"  # as a setting's value: the folder of the fine-tuned model that the run starts from
 RESULT, LOG, EXPORT = "result.json", "log.txt", "hf"

@@ -21,6 +21,7 @@ class Panel(NamedTuple):
     about: str
 
 
+_ROUNDS = "Rounds"
 _LEARNING, _CONTRAST, _SPEED = "Learning", "Contrast", "Throughput and packing"
 
 PANELS = (
@@ -28,7 +29,13 @@ PANELS = (
     Panel(_LEARNING, "Reward margin", "rewards/margins", "", "Reward of chosen minus rejected; rewards grow with beta"),
     Panel(_LEARNING, "Reward accuracy", "rewards/accuracies", "", "Share of pairs whose chosen reward is higher"),
     Panel(_LEARNING, "Log-prob accuracy", "logps/accuracies", "", "Share of pairs whose chosen response is likelier"),
-    Panel(_LEARNING, "KL", "kl", "nats", "KTO's estimate of the distance from the reference"),
+    Panel(
+        _LEARNING,
+        "KL",
+        "kl",
+        "nats",
+        "Distance from the reference: KTO's estimate; in rounds, of sampled answers",
+    ),
     Panel(_LEARNING, "Gradient norm", "grad_norm", "", "Before it is clipped"),
     Panel(_LEARNING, "Reward of chosen", "rewards/chosen", "", "beta times the log-ratio to the reference"),
     Panel(_LEARNING, "Reward of rejected", "rewards/rejected", "", "beta times the log-ratio to the reference"),
@@ -41,6 +48,9 @@ PANELS = (
     Panel(_CONTRAST, "Effective contrasts", "contrast/perplexity", "", "Perplexity of a row's weights"),
     Panel(_CONTRAST, "Temperature", "contrast/temperature", "", "tau, in units of cosine distance"),
     Panel(_CONTRAST, "Weight on related prompts", "contrast/related_weight", "", "Other prompts with cosine above 0.5"),
+    Panel(_ROUNDS, "Reward of answers", "reward", "", "Mean score of what a round sampled; held out: of other prompts"),
+    Panel(_ROUNDS, "Length of answers", "completions/mean_length", "tokens", "Of what a round sampled"),
+    Panel(_ROUNDS, "Rows", "rounds/rows", "", "That a round trains on"),
     Panel(_SPEED, "Packing efficiency", "packing/efficiency", "", "Share of all positions that hold a token"),
     Panel(_SPEED, "Tokens", "tokens_per_second", "per second", "Packed tokens trained on"),
     Panel(_SPEED, "Pairs", "pairs_per_second", "per second", ""),

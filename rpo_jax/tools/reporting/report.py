@@ -69,6 +69,8 @@ def _prepared(record: RunRecord, reporter: Reporter) -> Prepared:
 
 def _matrix(record: RunRecord, prepared: Prepared, step: int) -> dict[str, Any] | str:
     method = resolve(record.config)
+    if record.config.train.rounds:
+        return "The run samples its data in rounds; its folder has them."
     if method.weights is None:
         described = method.objective.description
         return f"{described[0].upper()}{described[1:]} has no contrast matrix."
