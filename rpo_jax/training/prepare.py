@@ -231,7 +231,7 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
 
 def row_value_columns(data: DataConfig) -> dict[str, str]:
     """Names of the numbers that every row is to have, and their columns."""
-    named = {"weight": data.weight, "label_smoothing": data.label_smoothing}
+    named = {"weight": data.weight, "label_smoothing": data.label_smoothing, "margin": data.margin}
     return {name: column for name, column in named.items() if column is not None}
 
 

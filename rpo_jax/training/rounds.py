@@ -360,7 +360,7 @@ class Rounds(Hook):
         return prepare(replace(self._trained_as, data=data), Reporter(silent=True), tokenizer)
 
     def _with_reference(self, run: Training, prepared: Prepared, file: Path) -> PreferenceData:
-        """The round's data with the log-probs of its reference, kept on disk: the policy that they may be of goes on."""
+        """The round's data with the log-probs of its reference, kept: the policy that they may be of goes on."""
         data = prepared.train
         if not self._needs_reference:
             return data

@@ -149,7 +149,9 @@ def make_loss(
         scores, means = scores_of(log_probs, batch, paired, reference)
         terms = objective.terms(scores)
         preferences = metrics.preference_metrics(scores, objective.beta, paired)
-        if not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
+        if objective.uses_reward_head:  # what stands for a log-prob is the reward
+            preferences = {name: mean for name, mean in preferences.items() if not name.startswith("logps/")}
+        elif not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
             preferences = {name: mean for name, mean in preferences.items() if not name.startswith("rewards/")}
         return total(terms), {"loss": metrics.in_parts(*terms), **means, **preferences}
 

@@ -19,7 +19,7 @@ from rpo_jax import models
 from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
+from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer, padding_id
 from rpo_jax.hosts import processes, sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.folders import folder_fingerprint
@@ -292,6 +292,8 @@ def make_setup(
     if not config.train.rounds:
         _check_data(config, prepared, shards)
     models.to_transformers(model_config, model_config.dtype)
+    if resolve(config).objective.uses_reward_head:
+        models.classifier_name(model_config)
     architecture = model_config
     if config.reference.path is not None and resolve(config).reference is not None:
         architecture = _reference_config(config.reference.path, prepared.tokenizer)
@@ -304,6 +306,7 @@ def make_setup(
         total_steps,
         eval_paired=prepared.held_out is not None and eval_pairing(config, prepared.held_out) == "paired",
         reference_config=architecture,
+        pad_id=padding_id(prepared.tokenizer),
     )
 
     # Loaded at once for a new run; a resumed one needs them only if the reference is made of them, or if they are
