@@ -76,9 +76,14 @@ class Answerer:
     rows: int
 
     def answers(
-        self, prompts: Sequence[TokenIds], seeds: Sequence[int], limits: Sequence[int], wanted: Sequence[int]
+        self,
+        prompts: Sequence[TokenIds],
+        seeds: Sequence[int],
+        limits: Sequence[int],
+        wanted: Sequence[int],
+        without: Sequence[TokenIds] | None = None,
     ) -> Iterator[list[Answer]]:
-        """Answers to the wanted prompts, some at a time as they end."""
+        """Answers to the wanted prompts, some at a time as they end; `without` is as for Engine.answers."""
         ended_answers = self.engine.answers(
             self.params,
             [prompts[index] for index in wanted],
@@ -86,6 +91,7 @@ class Answerer:
             [limits[index] for index in wanted],
             self.rows,
             self._stopped if self.stop else None,
+            None if without is None else [without[index] for index in wanted],
         )
         for ended in ended_answers:
             yield [self._answer(wanted[number], ids) for number, ids in ended]
