@@ -1,16 +1,24 @@
 """Rounds of sampling and training: what they leave behind, exact resumes, extrapolation, and what is refused."""
 
+import contextlib
 import json
+import re
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 import rpo_jax
-from rpo_jax import doctor, export, report, train
+from rpo_jax import doctor, export, models, report, train
 from rpo_jax.core.jsonl import GrowingFile
 from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.folder import CHECKPOINTS
+from rpo_jax.runs.tracking import Reporter
+from rpo_jax.sampling.policy import restored
+from rpo_jax.tools.sampling.rounds import AnswerRater
+from rpo_jax.tools.sampling.sample import Choice
+from rpo_jax.tools.sampling.scorers import make_scorer
 from rpo_jax.training import rounds
 from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.optimizer import Anchor, extrapolated
@@ -67,11 +75,14 @@ class World:
     def main(self, name, changes=None):
         return train.main([f"--{argument}" for argument in self.settings(name, changes)])
 
-    def state(self, name):
+    def steps(self, name):
         checkpoints = Checkpoints(self.folder / name / CHECKPOINTS, read_only=True)
-        step = checkpoints.latest_step()
+        steps = checkpoints.steps()
         checkpoints.close()
-        return step
+        return steps
+
+    def params(self, name, step):
+        return restored(self.folder / name, step, models.Policy(models.read_config(self.folder / name / "model")))
 
     def files(self, name):
         """What the rounds sampled and chose; answers come in any order."""
@@ -164,16 +175,46 @@ def test_report_and_doctor_know_rounds(world, grouped, capsys):
     assert "24 prompts (train)" in " ".join(capsys.readouterr().out.split())
 
 
-class Killed(BaseException):
-    pass
+ACCELERATED = {"rounds.reference": "last", "rounds.extrapolation": 0.3, "train.save_every": 2, "train.rounds": 3}
+
+
+class Trained(rpo_jax.Hook):
+    """What every round has trained, before it is taken further."""
+
+    def __init__(self):
+        self.params = {}
+
+    def at_pause(self, run):
+        self.params[run.step] = jax.device_get(run.state.params)
 
 
 @pytest.fixture(scope="module")
 def whole(world):
-    return world.run("whole", ACCELERATED)
+    hook = Trained()
+    world.run("whole", ACCELERATED, [hook])
+    return hook.params
 
 
-ACCELERATED = {"rounds.reference": "last", "rounds.extrapolation": 0.3, "train.save_every": 2, "train.rounds": 3}
+def test_a_round_but_the_last_is_taken_further_by_its_way_since_the_one_before(world, whole):
+    expected = jax.tree.map(lambda now, before: now + 0.3 * (now - before), whole[4], whole[2])
+    found = world.params("whole", 4)
+    jax.tree.map(lambda got, wanted: np.testing.assert_allclose(got, wanted, atol=1e-7), found, expected)
+    assert_same_params(world.params("whole", 6), whole[6])
+    moved = jax.tree.map(lambda got, before: np.abs(got - before).max(), found, whole[4])
+    assert max(jax.tree.leaves(moved)) > 1e-5
+
+
+class Killed(BaseException):
+    pass
+
+
+class StopAfter(rpo_jax.Hook):
+    def __init__(self, step):
+        self.step = step
+
+    def after_step(self, run, finished):
+        if finished.step == self.step:
+            run.stop("a hook")
 
 
 def at_answers(monkeypatch, file, act):
@@ -190,64 +231,41 @@ def at_answers(monkeypatch, file, act):
     monkeypatch.setattr(GrowingFile, "add", acting)
 
 
-def killed():
+def kill():
     raise Killed
 
 
-@pytest.mark.parametrize(
-    ("moment", "resumed_after"),
-    [
-        ("stopped in sampling", 2),
-        ("killed in sampling", 2),
-        ("killed in the first sampling", 0),
-        ("stopped in training", 3),
-    ],
-)
-def test_stopped_at_any_instant_it_goes_on_bit_for_bit(world, whole, monkeypatch, moment, resumed_after):
-    class Stop(rpo_jax.Hook):
-        def after_step(self, run, finished):
-            if moment == "stopped in training" and finished.step == 2:
-                run.stop("a hook")
+def test_stopped_at_any_instant_it_goes_on_bit_for_bit(world, whole, monkeypatch):
+    name = "stopped"
 
-    file = "0000.answers.jsonl" if "first" in moment else "0001.answers.jsonl"
-    with monkeypatch.context() as patch:
-        if moment == "stopped in sampling":
-            at_answers(patch, file, lambda: signal.raise_signal(signal.SIGTERM))
-        elif moment != "stopped in training":
-            at_answers(patch, file, killed)
-            if "first" not in moment:
-                patch.setattr(Saving, "keep", lambda *_: None)  # a process that is killed saves nothing
-        try:
-            world.run(moment, ACCELERATED, [Stop()])
-        except Killed:
-            assert moment.startswith("killed")
-    assert world.state(moment) == resumed_after
-    partial = world.folder / moment / "rounds" / file
-    if "sampling" in moment:
-        assert 0 < len(partial.read_text().splitlines()) < 18
-    result = world.run(moment, {**ACCELERATED, "run.resume": "auto"})
-    assert result.stopped is None
-    assert world.files(moment) == world.files("whole")
-    lines = [without_timings(metric_lines(world.folder / name)) for name in (moment, "whole")]
+    def start(file=None, act=None, hooks=()):
+        """One start of the run, interrupted when a file of answers is begun; the step that the next one resumes."""
+        more = {} if not (world.folder / name).exists() else {"run.resume": "auto"}
+        with monkeypatch.context() as patch:
+            if file is not None:
+                at_answers(patch, file, act)
+                if act is kill and file != "0000.answers.jsonl":
+                    patch.setattr(Saving, "keep", lambda *_: None)  # a process that is killed saves nothing
+            try:
+                world.run(name, {**ACCELERATED, **more}, hooks)
+            except Killed:
+                assert act is kill
+        if file is not None:
+            assert 0 < len((world.folder / name / "rounds" / file).read_text().splitlines()) < 18
+        return world.steps(name)[-1]
+
+    assert start("0000.answers.jsonl", kill) == 0
+    assert start("0001.answers.jsonl", lambda: signal.raise_signal(signal.SIGTERM)) == 2
+    assert start(hooks=[StopAfter(2)]) == 3, "in the middle of a round"
+    assert start("0002.answers.jsonl", kill) == 4
+    assert start() == 6
+    assert world.files(name) == world.files("whole")
+    lines = [without_timings(metric_lines(world.folder / run)) for run in (name, "whole")]
     assert lines[0] == lines[1]
-    trained = []
-    for name in (moment, "whole"):
-        assert export.main(["--run", str(world.folder / name), "--out", str(world.folder / name / "hf")]) == 0
-        trained.append(rpo_jax.models.load_pretrained(world.folder / name / "hf")[1])
-    assert_same_params(*trained)
+    assert_same_params(world.params(name, 6), whole[6])
 
 
-def test_accelerated_rounds_go_further(world, whole):
-    """Same first round, as there is nothing to go on from before it; then the held-out KL is another."""
-    plain = world.run("plain", {**ACCELERATED, "rounds.extrapolation": 0})
-    kl = [
-        [line["eval_kl"] for line in metric_lines(folder) if "round" in line]
-        for folder in (plain.run_dir, whole.run_dir)
-    ]
-    assert kl[0][0] == kl[1][0] == 0
-    assert kl[0][1] != kl[1][1], "extrapolated before it is evaluated"
-
-
+@pytest.mark.slow
 def test_adapters_are_trained_in_rounds(world):
     changes = {"lora.rank": 2, "reference.mode": "adapter", "train.rounds": 2, "rounds.steps": 1}
     result = world.run("adapters", {**changes, "optim.learning_rate": 1e-2, "optim.warmup_steps": 0})
@@ -268,7 +286,7 @@ def test_adapters_are_trained_in_rounds(world):
         ({"rounds.score": "reward:nowhere"}, "reward:nowhere is no model folder"),
         ({"rounds.reference": "last", "reference.mode": "live"}, "rounds.reference=last is computed at the start"),
         ({"objective.name": "nca", "data.pairing": "grouped"}, "rounds.select=best_worst makes pairs of them"),
-        ({"data.max_prompt_tokens": 2}, "all prompts are longer than data.max_prompt_tokens=2"),
+        ({"data.max_prompt_tokens": 2}, "no prompt has at most data.max_prompt_tokens=2 tokens"),
         ({"data.eval_rows": 32}, "data.eval_rows=32 leaves nothing to train on"),
     ],
 )
@@ -280,28 +298,68 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_is_sampled(world,
     assert not (world.folder / "refused").exists()
 
 
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [("same", "no answer is better than another"), ("words", "scores no answer: ")],
-)
-def test_a_round_without_a_preference_ends_the_run_which_can_go_on(world, capsys, rule, message):
-    name, score = f"no preference, {rule}", {"rounds.score": f"rule:{world.folder / 'rules.py'}:{rule}"}
-    assert world.main(name, score) == 2
+def test_a_round_without_a_preference_ends_the_run_which_can_go_on(world, capsys):
+    score = f"rule:{world.folder / 'rules.py'}:same"
+    assert world.main("no preference", {"rounds.score": score}) == 2
     error = capsys.readouterr().err.strip()
-    assert "round 0 (after step 0): " in error
-    assert message in error
+    assert "round 0 (after step 0): no answer is better than another" in error
     assert "\n" not in error
     # With a scorer that tells answers apart the same answers are used.
-    before = world.files(name)["0000.answers.jsonl"]
-    assert world.main(name, {"run.resume": "auto", "train.rounds": 1, "rounds.steps": 1}) == 0
-    assert world.files(name)["0000.answers.jsonl"] == before
+    before = world.files("no preference")["0000.answers.jsonl"]
+    assert world.main("no preference", {"run.resume": "auto", "train.rounds": 1, "rounds.steps": 1}) == 0
+    assert world.files("no preference")["0000.answers.jsonl"] == before
+
+
+def rater(world, rule):
+    own = {"score": f"rule:{world.folder / 'rules.py'}:{rule}", "select": "best_worst", "accept": 8, "beta": 0.5}
+    choice = Choice(**own, keep_unfinished=False, seed=0, option=lambda name: f"rounds.{name}")
+    with contextlib.ExitStack() as stack:
+        return AnswerRater(choice, make_scorer(choice.score, {}, Reporter(), stack), Reporter())
+
+
+def answers(*texts, reason="eos"):
+    return [
+        {
+            "row_id": f"x:{1 + i // 4}",
+            "prompt": f"Why {i // 4}?",
+            "response": text,
+            "finish_reason": reason,
+            "tokens": 2,
+        }
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_prompts_whose_answers_score_the_same_are_left_out(world):
+    given = answers("aa", "bab", "b", "aeb", "bbb", "c", "dd", "fff")
+    rows, metrics = rater(world, "vowels").rows(given)
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("aa", "b")]
+    assert (metrics["rounds/rows"], metrics["rounds/distinct"], metrics["completions/mean_length"]) == (1, 8, 2)
+    assert metrics["reward"] == pytest.approx(5 / 8)
 
 
 def test_answers_that_a_scorer_fails_on_are_left_out_and_told(world, capsys):
-    score = {"rounds.score": f"rule:{world.folder / 'rules.py'}:half", "train.rounds": 1, "rounds.steps": 1}
-    status = world.main("half", {**score, "rounds.samples": 6, "rounds.keep_unfinished": True})
-    told = capsys.readouterr()
-    assert status == 0, told.err
-    assert "answers have no score and are left out; the first: " in told.out
-    [line] = [line for line in metric_lines(world.folder / "half") if "rounds/distinct" in line]
-    assert 0 < line["rounds/distinct"] < 36
+    """Of even length; those that are empty, or all the same, or unfinished were left out before."""
+    rows, metrics = rater(world, "half").rows(answers("a", "bbb", "ccccc", "dd", "", " ", "e", "e"))
+    assert [(row["score_chosen"], row["score_rejected"]) for row in rows] == [(5, 1)]
+    assert metrics["rounds/distinct"] == 3
+    assert "1 answers have no score and are left out; the first: x:1: " in capsys.readouterr().out
+    assert rater(world, "half").scores(answers("a", "bb")) == [1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "given", "message"),
+    [
+        ("same", answers("a", "b"), "no answer is better than another"),
+        ("words", answers("a", "b"), "rules.py:words fails: ValueError: could not convert string to float: 'many'"),
+        ("vowels", answers("a", "a", "", ""), "no prompt has two answers that differ"),
+        (
+            "vowels",
+            answers("a", "b", reason="length"),
+            "2 unfinished, 1 prompts, 1 prompts with fewer than two answers;",
+        ),
+    ],
+)
+def test_a_round_of_which_nothing_is_left_says_why(world, rule, given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rater(world, rule).rows(given)
