@@ -31,7 +31,8 @@ def scores_of(chosen, rejected, margins=None):
         zeros, valid = jnp.zeros(count), jnp.ones(count, bool)
         return Responses(jnp.asarray(values), zeros, jnp.ones(count, int), valid, row_values=row_values)
 
-    matrix = WholeMatrix(contrast.pair_weights(count), jnp.eye(count, dtype=bool), weights_on="score")
+    whole = jnp.ones((count, count), bool)
+    matrix = WholeMatrix(contrast.pair_weights(whole), contrast.pair_mask(whole), weights_on="score")
     return Scores({"chosen": side(chosen), "rejected": side(rejected)}, matrix)
 
 
@@ -116,8 +117,8 @@ def judged(folder):
 def test_a_run_learns_to_tell_them_apart(trained):
     lines = metric_lines(trained[0].run_dir)
     assert lines[0]["eval_rewards/accuracies"] == 0
-    assert lines[-1]["eval_rewards/accuracies"] == 1
-    assert lines[-1]["eval_rewards/margins"] > 0.25
+    assert lines[-1]["eval_rewards/accuracies"] >= 0.75
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
     assert not any(name.startswith("logps/") for line in lines for name in line)
 
 
@@ -141,16 +142,22 @@ def test_transformers_and_the_scorer_give_the_scores_of_training(trained):
     assert "text-generation" not in card
 
 
-def test_adapters_are_merged_below_the_head(world):
-    _, base = world.run("sft", {"objective.name": "sft", "train.steps": 2})
+@pytest.fixture(scope="module")
+def policy(world):
+    """A policy with another vocabulary than the reward model's."""
+    return world.run("sft", {"objective.name": "sft", "train.steps": 2, "model.vocab_size": 280})
+
+
+def test_adapters_are_merged_below_the_head(world, policy):
+    base = policy[1]
     run, folder = world.run("adapters", {"model.path": base, "lora.rank": 2, "reference.mode": "none"})
     assert np.ptp(judged(folder)) > 0
     with pytest.raises(ValueError, match="whose head is no adapter; leave out --adapter"):
         export.export(run.run_dir, world.folder / "peft", adapter=True)
 
 
-def test_it_scores_the_answers_of_a_model_with_another_tokenizer(world, trained, tmp_path):
-    run, _ = world.run("other", {"objective.name": "sft", "train.steps": 2, "model.vocab_size": 280})
+def test_it_scores_the_answers_of_a_model_with_another_tokenizer(world, trained, policy, tmp_path):
+    run, _ = policy
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in preference_rows(3)])
     arguments = ["--model", run.run_dir, "--prompts", prompts, "--out", tmp_path / "x.jsonl", "--n", 3]
     arguments += ["--score", f"reward:{trained[1]}", "--temperature", 1.5, "--max-tokens", 8, "--keep-unfinished"]
@@ -167,7 +174,7 @@ def test_it_scores_the_answers_of_a_model_with_another_tokenizer(world, trained,
         ({"data.margin": "depth"}, "column 'depth' is missing"),
         ({"objective.nll_weight": 1}, "a reward model has no likelihood"),
         ({"data.pairing": "unpaired"}, "contrasts the two responses of a pair, but data.pairing is unpaired"),
-        ({"model.family": "olmo2"}, "transformers has no sequence-classification model of the type olmo2"),
+        ({"model.family": "granite"}, "transformers has no sequence-classification model of the type granite"),
     ],
 )
 def test_what_cannot_be_is_refused(world, capsys, changes, message):

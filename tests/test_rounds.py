@@ -256,7 +256,7 @@ def test_stopped_at_any_instant_it_goes_on_bit_for_bit(world, whole, monkeypatch
 
     assert start("0000.answers.jsonl", kill) == 0
     assert start("0001.answers.jsonl", lambda: signal.raise_signal(signal.SIGTERM)) == 2
-    assert start(hooks=[StopAfter(2)]) == 3, "in the middle of a round"
+    assert start(hooks=[StopAfter(3)]) == 3, "in the middle of a round"
     assert start("0002.answers.jsonl", kill) == 4
     assert start() == 6
     assert world.files(name) == world.files("whole")

@@ -305,7 +305,8 @@ class Rounds(Hook):
             done |= {answer.index: answer for answer in some}
             if file is not None:
                 growing.add(*map(_saved, some))
-            if len(done) < len(numbers) and run.stopping.requested("sampling"):
+            saving = 2 * self.saving.checkpoints.longest_save(default=1.0)
+            if len(done) < len(numbers) and run.stopping.requested("sampling", saving):
                 return None
         return [done[index] for index in range(len(numbers))]
 
