@@ -22,7 +22,7 @@ class RoundsConfig:
             pairs of the `best_worst`, of the `first_round`, of a `tournament`, or of those that rejection sampling
             accepts (`rso`).
         accept: answers to a prompt that rejection sampling keeps, for select=rso.
-        beta: of rejection sampling, in units of the scores.
+        rso_beta: of rejection sampling, in units of the scores.
         temperature: of sampling.
         top_k: sample from the k likeliest tokens alone.
         top_p: sample from the likeliest tokens that make up this probability.
@@ -44,7 +44,7 @@ class RoundsConfig:
     samples: int = 4
     select: Literal["all", "best_worst", "first_round", "tournament", "rso"] = "best_worst"
     accept: int = 8
-    beta: float = 0.5
+    rso_beta: float = 0.5
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -59,7 +59,7 @@ class RoundsConfig:
     def __post_init__(self) -> None:
         positive("rounds", prompts=self.prompts, steps=self.steps, max_tokens=self.max_tokens, top_k=self.top_k)
         positive("rounds", eval_prompts=self.eval_prompts, eval_every=self.eval_every)
-        positive("rounds", temperature=self.temperature, beta=self.beta, top_p=self.top_p)
+        positive("rounds", temperature=self.temperature, rso_beta=self.rso_beta, top_p=self.top_p)
         if self.top_p is not None:
             in_range("rounds", "top_p", self.top_p, 0.0, 1.0)
         in_range("rounds", "extrapolation", self.extrapolation, 0.0, 1.0)
