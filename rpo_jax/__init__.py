@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from rpo_jax import models, objectives
     from rpo_jax.config import Config
     from rpo_jax.config.reading import load_config
+    from rpo_jax.tools.sampling.rounds import run
     from rpo_jax.training.hooks.hook import Hook
-    from rpo_jax.training.run import RunResult, run
+    from rpo_jax.training.run import RunResult
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Hook", "RunResult", "__version__", "load_config", "models", "objectives", "run"]
@@ -24,7 +25,7 @@ _HOMES = {
     "Hook": "rpo_jax.training.hooks.hook",
     "RunResult": "rpo_jax.training.run",
     "load_config": "rpo_jax.config.reading",
-    "run": "rpo_jax.training.run",
+    "run": "rpo_jax.tools.sampling.rounds",
 }
 
 

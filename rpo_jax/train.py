@@ -16,8 +16,8 @@ from rpo_jax.hosts import processes
 from rpo_jax.hosts.stopping import Stopped
 from rpo_jax.runs.tracking import summary
 from rpo_jax.tools.help import help_text, help_topic
+from rpo_jax.tools.sampling.rounds import run
 from rpo_jax.training.hooks.guard import Diverged
-from rpo_jax.training.run import run
 
 __all__ = ["main", "run"]
 

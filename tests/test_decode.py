@@ -13,7 +13,16 @@ from rpo_jax.config import LoraConfig, MeshConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
 from rpo_jax.sampling import kv_cache
-from rpo_jax.sampling.engine import SLICE_TOKENS, SMALLEST_CACHE, Engine, Sampling, bucket, cache_blocks, choose
+from rpo_jax.sampling.engine import (
+    SLICE_TOKENS,
+    SMALLEST_CACHE,
+    Engine,
+    Sampling,
+    aligned_logits,
+    bucket,
+    cache_blocks,
+    choose,
+)
 from tests.models.conftest import CASES, SIZES, torch_model
 from tests.worlds import VOCAB, quantized, small_model
 
@@ -231,8 +240,48 @@ def test_the_filters_are_those_of_transformers():
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5"),
         ({"top_p": 0.9}, "temperature=0"),
+        ({"principle_weight": -1.0}, "principle_weight=-1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(values, named):
     with pytest.raises(ValueError, match=named):
         Sampling(**values)
+
+
+WITH, WITHOUT = np.array([2.0, 1.0, 0.5, -1.0]), np.array([1.5, 1.4, 0.2, -0.5])
+
+
+def test_linear_alignment_has_the_numbers_of_its_source():
+    found = aligned_logits(WITH, WITHOUT, 2.0)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_allclose(found, [3, 0.2, 1.1, -2], rtol=1e-12)
+    expected = np.exp(found / 0.5) / np.exp(found / 0.5).sum()
+    np.testing.assert_allclose(expected, [0.974550552279, 0.00360375512715, 0.0218014480673, 4.42445e-5], rtol=1e-6)
+    both = jnp.asarray(np.repeat([WITH, WITHOUT], DRAWS, axis=0), jnp.float32)
+    seeds, count = jnp.tile(jnp.arange(DRAWS, dtype=jnp.uint32), 2), jnp.zeros(2 * DRAWS, jnp.int32)
+    for top_p, wanted in ((None, expected), (0.8, [1, 0, 0, 0])):
+        tokens = choose(both, seeds, count, Sampling(temperature=0.5, top_p=top_p, principle_weight=2.0))
+        np.testing.assert_array_equal(tokens[:DRAWS], tokens[DRAWS:], err_msg="both go on with the same token")
+        shares = np.bincount(tokens[:DRAWS], minlength=4) / DRAWS
+        np.testing.assert_allclose(shares, wanted, atol=4 * 0.5 / DRAWS**0.5)
+
+
+def test_a_prompt_is_read_with_its_principle_and_without_it():
+    """Greedy tokens of the whole sequences' logits, whatever lies beside, on a mesh too."""
+    without = ragged((5, 9, 40, 3))
+    prompts = [
+        np.concatenate([principle, ids]) for principle, ids in zip(ragged((4, 30, 2, 7), seed=1), without, strict=True)
+    ]
+    params, expected = PARAMS(), []
+    for pair in zip(prompts, without, strict=True):
+        ids: list[int] = []
+        for _ in range(6):
+            rows = [jnp.asarray([[*prompt, *ids]]) for prompt in pair]
+            last = [models.apply(MODEL, params, row, segment_ids=jnp.ones_like(row))[0, -1] for row in rows]
+            ids.append(int(jnp.argmax(aligned_logits(*last, 1.5))))
+        expected.append(ids)
+    for shape in ((1, 1, 1), (2, 1, 1)):
+        made = Engine(MODEL, mesh_of(*shape), sampling=Sampling(principle_weight=1.5), end_ids=())
+        with jax.set_mesh(made.mesh):
+            ready = kv_cache.to_decode_layout(params, "float32", "cpu")
+            found = in_order(made.answers(ready, prompts, [0] * 4, [6] * 4, 2, without=without))
+        assert found == expected

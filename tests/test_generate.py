@@ -180,6 +180,19 @@ def test_conversations_go_through_the_chat_template(world):
     assert wrapped == chat != plain
 
 
+def test_a_principle_changes_answers_and_none_changes_nothing(world):
+    """Of no weight to a model that never saw one but what its logits say; the file says what it was."""
+    plain = world.answers("no principle", prompts=world.prompts)
+    told = world.answers("principle", principle="Be brief.", sampling=Sampling(principle_weight=3.0))
+    assert [row["prompt"] for row in told] == [row["prompt"] for row in plain]
+    assert [row["response"] for row in told] != [row["response"] for row in plain]
+    assert told[0]["settings"]["principle"] == "Be brief."
+    assert told[0]["settings"]["principle_weight"] == 3.0
+    assert not {"principle", "principle_weight"} & plain[0]["settings"].keys()
+    with pytest.raises(ValueError, match="principle=None and principle_weight=1"):
+        world.config("principle", sampling=Sampling(principle_weight=1.0))
+
+
 def test_any_checkpoint_can_be_asked(world):
     texts = {}
     for which in ("2", "6", "last", "best"):

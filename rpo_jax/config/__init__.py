@@ -14,6 +14,7 @@ from rpo_jax.config.guard import GuardConfig
 from rpo_jax.config.model import LoraConfig, PolicyConfig, ReferenceConfig
 from rpo_jax.config.objective import ContrastConfig, ObjectiveConfig, OptimConfig
 from rpo_jax.config.resolve import Method, options_taken, resolve, with_defaults_taken
+from rpo_jax.config.rounds import RoundsConfig
 from rpo_jax.config.run import DistributedConfig, MeshConfig, RunConfig, TrackingConfig, TrainConfig
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "OptimConfig",
     "PolicyConfig",
     "ReferenceConfig",
+    "RoundsConfig",
     "RunConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -58,6 +60,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

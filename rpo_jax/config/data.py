@@ -45,6 +45,8 @@ class DataConfig:
             all alike where not given.
         label_smoothing: column with a number for each row, the probability that its label is flipped, for the link
             `smoothed`, in place of objective.label_smoothing.
+        margin: column with a number for each row, by how much the scores of its responses are to differ at least, for
+            objective.name=reward.
         on_bad_row: `error` refuses data with an unusable row; `skip` drops, counts and reports such rows.
     """
 
@@ -70,6 +72,7 @@ class DataConfig:
     rejected_score: str = "score_rejected"
     weight: str | None = None
     label_smoothing: str | None = None
+    margin: str | None = None
     on_bad_row: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:

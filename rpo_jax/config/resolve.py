@@ -5,7 +5,7 @@ Below it functions take values; nothing else asks what `global`, an absent weigh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from textwrap import shorten
 from typing import TYPE_CHECKING, Literal
 
@@ -77,8 +77,10 @@ def resolve(config: Config) -> Method:
     objective, contrast = config.objective.build(), config.contrast
     _check_matrix(config, objective)
     _check_columns(config, objective)
+    _check_reward(config, objective)
     _check_batch(config)
     _check_reference(config, objective)
+    _check_rounds(config, objective)
     weights = contrast.weights or objective.weights
     _check_pairing(config, objective, weights)
     fixed = contrast.temperature is not None
@@ -155,6 +157,14 @@ def _check_columns(config: Config, objective: Objective) -> None:
         )
 
 
+def _check_reward(config: Config, objective: Objective) -> None:
+    margin = config.data.margin
+    if margin is not None and not (isinstance(objective, MatrixObjective) and objective.takes_margins):
+        raise ConfigError(f"data.margin={margin} is read by objective.name=reward alone; leave it out.")
+    if objective.uses_reward_head and config.train.rounds:
+        raise ConfigError("train.rounds trains a policy on its own answers, not a reward model; leave it out.")
+
+
 def _check_batch(config: Config) -> None:
     if config.data.mix and config.batch.order == "sequential":
         raise ConfigError(
@@ -207,6 +217,45 @@ def _check_reference(config: Config, objective: Objective) -> None:
         raise ConfigError(
             f"reference.mode=adapter uses the policy's own base, so reference.path={config.reference.path} would not "
             "be read; leave it out, or use reference.mode=cached or live."
+        )
+
+
+def _check_rounds(config: Config, objective: Objective) -> None:
+    rounds, default, reference = config.rounds, type(config.rounds)(), config.reference
+    if not config.train.rounds:
+        if set_keys := [key for key, value in asdict(default).items() if getattr(rounds, key) != value]:
+            key = set_keys[0]
+            raise ConfigError(
+                f"rounds.{key}={getattr(rounds, key)} means nothing without rounds; set train.rounds, or leave it out."
+            )
+        return
+    if rounds.score is None:
+        raise ConfigError(
+            f"train.rounds={config.train.rounds} has nothing to score answers by; set rounds.score to "
+            "rule:MODULE.py:FUNCTION, reward:FOLDER or judge:openai:MODEL."
+        )
+    if config.model.path is None:
+        raise ConfigError("train.rounds samples from a model that can answer already; name it with model.path.")
+    unused = {
+        "train.steps": (config.train.steps, "set rounds.steps, the steps of a round"),
+        "data.mix": (config.data.mix, "name one source of prompts as data.path"),
+        "data.weight": (config.data.weight, "leave it out"),
+        "data.label_smoothing": (config.data.label_smoothing, "leave it out"),
+        "reference.path": (reference.path, "leave it out: rounds.reference says which policy it is"),
+        "reference.others": (reference.others, "leave it out"),
+    }
+    for key, (value, fix) in unused.items():
+        if value:
+            raise ConfigError(f"{key}={value} would not be read with train.rounds; {fix}.")
+    if objective.uses_lists and rounds.select != "all":
+        raise ConfigError(
+            f"objective.name={config.objective.name} ranks all answers to a prompt, but rounds.select={rounds.select} "
+            "makes pairs of them; set it to all."
+        )
+    if rounds.reference == "last" and objective.uses_reference and reference.mode != "cached":
+        raise ConfigError(
+            f"rounds.reference=last is computed at the start of each round, but reference.mode={reference.mode} is the "
+            "start's; set it to cached."
         )
 
 

@@ -71,6 +71,7 @@ class TrainConfig:
     Args:
         steps: optimizer steps; where not given, `epochs` passes over the data.
         epochs: passes over the training data.
+        rounds: of sampling and training, as the section rounds has them; 0 trains on the data as it is.
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between evaluations; 0 evaluates before the first and after the last step only.
         save_every: steps between checkpoints; 0 saves the last step only.
@@ -86,6 +87,7 @@ class TrainConfig:
 
     steps: int | None = None
     epochs: float = 1.0
+    rounds: int = 0
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 0
@@ -98,7 +100,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive("train", steps=self.steps, epochs=self.epochs, log_every=self.log_every, keep_last=self.keep_last)
         positive("train", sample_tokens=self.sample_tokens, max_minutes=self.max_minutes)
-        for name in ("eval_every", "save_every", "keep_best", "sample_prompts"):
+        for name in ("rounds", "eval_every", "save_every", "keep_best", "sample_prompts"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must not be negative.")
 

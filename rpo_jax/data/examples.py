@@ -215,7 +215,7 @@ def _scored(example: PreferenceExample, row: Row, columns: Mapping[str, str]) ->
 
 
 # What numbers of a row may be: the least and the most.
-ROW_VALUES = {"weight": (0.0, math.inf), "label_smoothing": (0.0, 0.5)}
+ROW_VALUES = {"weight": (0.0, math.inf), "label_smoothing": (0.0, 0.5), "margin": (-math.inf, math.inf)}
 
 
 def _valued(example: PreferenceExample, row: Row, columns: Mapping[str, str]) -> PreferenceExample | BadRow:

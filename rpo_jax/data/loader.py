@@ -135,7 +135,9 @@ class _PromptPool(_Pool):
         draws: responses of each draw, by kind, [d, slots of a draw]; NO_RESPONSE where it has fewer.
     """
 
-    def __init__(self, data: PreferenceData, kinds: Sequence[str], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, data: PreferenceData, kinds: Sequence[str], weights: Sequence[float] | None = None, least_slots: int = 1
+    ) -> None:
         self.size, flat = len(data.examples), data.flat
         self.examples = np.arange(self.size)
         self._mix(data, weights)
@@ -147,7 +149,7 @@ class _PromptPool(_Pool):
             held = np.bincount(of, minlength=self.size)
             if not len(numbers):
                 raise ValueError(f"None of the {self.size} examples has a {kind} response; add rows that have one.")
-            table = np.full((self.size, held.max()), NO_RESPONSE, np.int64)
+            table = np.full((self.size, max(least_slots, held.max())), NO_RESPONSE, np.int64)
             table[of, np.arange(len(numbers)) - (np.cumsum(held) - held)[of]] = numbers
             self.draws[kind] = table
             for column in table.T:
@@ -195,6 +197,9 @@ class PreferenceBatches:
             order only.
         own_rows: from the number of rows of a batch to the rows that this process fills; all where not given. The
             other rows of its batches stay empty.
+        least_slots: for data sets that follow one another, so that what is compiled for one serves the next: rows are
+            `rows_multiple` times a power of two, and with the pairing `grouped` an example has at least so many slots
+            of each kind.
 
     Everything is served once an epoch; the last batch of an epoch is filled with invalid slots. All batches have
     the same number of slots and one of at most seven `shapes`: those that waste least on a sample of these very
@@ -220,6 +225,7 @@ class PreferenceBatches:
         rows_multiple: int = 1,
         once: bool = False,
         own_rows: Callable[[int], Bool[np.ndarray, "R"]] | None = None,
+        least_slots: int | None = None,
     ) -> None:
         assert not once or order == "sequential"
         assert weights is None or order != "sequential"
@@ -233,7 +239,7 @@ class PreferenceBatches:
         self.seed = seed
         self.once = once
         self.sizes = (pairs,) if group in (None, pairs) else (pairs, group)
-        self._weights = weights
+        self._weights, self._least_slots = weights, least_slots
         self._permutation = lru_cache(maxsize=8 if weights is None else 8 + 4 * len(weights))(self._new_permutation)
         self._related = lru_cache(maxsize=2)(self._new_related)
         self._pools = self._build_pools()
@@ -252,8 +258,13 @@ class PreferenceBatches:
         last = self.steps_per_epoch if self.order == "sequential" else max(self.steps_per_epoch, count)
         sample = np.unique(np.linspace(0, last - 1, count).astype(int))
         row_tokens = self._row_lengths[-1]
-        # No two rows of a first-fit packing fit into one, so k rows hold more than (k // 2) * row_tokens tokens.
         segments = [(pool, tokens) for pool in self._pools.values() for tokens in pool.tokens]
+        if self._least_slots is not None:
+            most = -(-self.pairs * len(segments) // self._rows_multiple)
+            return tuple(
+                PackedShape(self._rows_multiple << power, row_tokens) for power in range(most.bit_length() + 1)
+            )
+        # No two rows of a first-fit packing fit into one, so k rows hold more than (k // 2) * row_tokens tokens.
         most_tokens = sum(self._most_tokens(*segment) for segment in segments)
         return choose_shapes(
             np.array([self._rows_needed(int(step)) for step in sample]),
@@ -272,6 +283,10 @@ class PreferenceBatches:
             repeats *= 1 + -(-places // pool.round)
         tokens = np.tile(tokens, repeats)
         return int(np.sort(tokens)[-self.pairs :].sum())
+
+    def ready(self, step: int) -> bool:
+        """Always: no batch depends on the steps before it."""
+        return True
 
     def batch_at(self, step: int) -> Batch:
         """The batch of this step, counted from 0 over all epochs."""
@@ -353,7 +368,7 @@ class PreferenceBatches:
         """A pool for the pairs, or one for each kind that others go with; by the name of the first of its kinds."""
         count, pools = len(self.data.examples), {}
         if self.grouped:
-            return {"chosen": _PromptPool(self.data, self.responses, self._weights)}
+            return {"chosen": _PromptPool(self.data, self.responses, self._weights, self._least_slots or 1)}
         for name in ["chosen"] if self.paired else [name for name in self.responses if KINDS[name].slot_of == name]:
             kinds = [kind for kind in self.responses if self.paired or KINDS[kind].slot_of == name]
             numbers = {kind: self.data.of_kind(kind) for kind in {name, *kinds}}

@@ -37,6 +37,8 @@ class ReferencePass:
         row_tokens: length of a row; where not given, the longest segment rounded up to a multiple of 64.
         rows_multiple: the number of rows of a batch is a multiple of this.
         own_rows: from a number of rows to those that this process fills; all where not given.
+        doubling: rows and slots are powers of two (times `rows_multiple`), so that what is compiled for one data set
+            serves the next.
 
     Rows hold segments of whatever examples fill them; responses to one prompt share it as far as a row holds them.
     """
@@ -50,6 +52,7 @@ class ReferencePass:
         row_tokens: int | None = None,
         rows_multiple: int = 1,
         own_rows: Callable[[int], Bool[np.ndarray, "R"]] | None = None,
+        doubling: bool = False,
     ) -> None:
         self._data, self.num_responses = data, data.num_responses
         numbers = np.sort(np.concatenate([data.of_kind(kind) for kind in kinds]))
@@ -63,10 +66,15 @@ class ReferencePass:
             rows += _rows(alone, row_tokens)
         wanted = batch_pairs * tokens / (max(num_segments, 1) * row_tokens)
         num_rows = rows_multiple * -(-int(np.ceil(min(wanted, len(rows)))) // rows_multiple)
-        self.shape = PackedShape(max(num_rows, rows_multiple), row_tokens)
+        num_rows = max(num_rows, rows_multiple)
+        self.shape = PackedShape(
+            rows_multiple * _power_of_two(num_rows // rows_multiple) if doubling else num_rows, row_tokens
+        )
         self._own_rows = None if own_rows is None else own_rows(self.shape.rows)
         self._batches = [rows[start : start + self.shape.rows] for start in range(0, len(rows), self.shape.rows)]
         self._num_slots = max((sum(map(len, chain(*batch))) for batch in self._batches), default=0)
+        if doubling:
+            self._num_slots = _power_of_two(self._num_slots)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -86,6 +94,10 @@ class ReferencePass:
         plan = PackingPlan(segments, np.array(rows), np.array(starts), self.shape)
         sides = {"chosen": _slots(self._num_slots, len(numbers))}
         return Batch(**token_arrays(plan, self._own_rows), sides=sides), np.array(numbers, np.int64)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(least - 1, 0).bit_length()
 
 
 def _longest(data: PreferenceData, numbers: Int[np.ndarray, "_"]) -> int:

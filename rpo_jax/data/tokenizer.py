@@ -223,3 +223,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         rules.pop(state, None)
     parts = [rules, tokenizer.chat_template, {name: str(tok) for name, tok in tokenizer.special_tokens_map.items()}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that rows of a batch end with where they are shorter: the end token where there is none for it."""
+    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    assert isinstance(found, int), "a tokenizer without EOS is refused with the data"
+    return found

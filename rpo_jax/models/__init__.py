@@ -22,7 +22,7 @@ from rpo_jax.models.huggingface.configuration import (
 )
 from rpo_jax.models.huggingface.folders import resolve_folder
 from rpo_jax.models.huggingface.loading import check_pretrained, load_pretrained
-from rpo_jax.models.huggingface.saving import save_pretrained
+from rpo_jax.models.huggingface.saving import RENDERING, RewardHead, classifier_name, save_pretrained
 from rpo_jax.models.lora import load_sharded
 from rpo_jax.models.policy import Execution, Outputs, Parameters, Policy, check_choices
 from rpo_jax.models.rope import Rope
@@ -30,6 +30,7 @@ from rpo_jax.models.rope import Rope
 __all__ = [
     "ATTENTIONS",
     "FAMILIES",
+    "RENDERING",
     "Asked",
     "Execution",
     "Experts",
@@ -37,6 +38,7 @@ __all__ = [
     "Outputs",
     "Parameters",
     "Policy",
+    "RewardHead",
     "Rope",
     "Split",
     "Variant",
@@ -48,6 +50,7 @@ __all__ = [
     "check_choices",
     "check_pretrained",
     "check_tokenizer",
+    "classifier_name",
     "configured",
     "count_params",
     "hidden_states",

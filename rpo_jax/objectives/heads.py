@@ -1,4 +1,4 @@
-"""Heads that are trained beside the model, live in its state and checkpoints, and are not exported with it."""
+"""Heads that are trained beside the model and live in its state and checkpoints; only a reward is exported with it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rpo_jax.objectives import partition, value
+from rpo_jax.objectives import partition, reward, value
 
-HEADS: dict[str, dict[str, Any]] = {**partition.AXES, **value.AXES}  # names of their parameters' axes
+HEADS: dict[str, dict[str, Any]] = {**partition.AXES, **value.AXES, **reward.AXES}  # names of their parameters' axes
 
 
 def init(names: tuple[str, ...], hidden_size: int) -> dict[str, Any]:

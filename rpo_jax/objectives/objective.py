@@ -58,6 +58,7 @@ class Traits:
     every token instead of the sums over responses alone. uses_values: whether a head predicts a value for each of them.
     uses_prompt_values: whether a head predicts a value of each prompt, in the place of Responses.log_partition.
     uses_confidence: whether it sees how concentrated the policy is, as Responses.log_collision.
+    uses_reward_head: whether a head's score of each response stands where others have its log-prob.
     uses_lists: whether all responses to a prompt are a group of their own. mixes_references: whether it needs more
     references than one.
     """
@@ -74,6 +75,7 @@ class Traits:
     uses_prompt_values: bool = False
     uses_confidence: bool = False
     uses_lists: bool = False
+    uses_reward_head: bool = False
     mixes_references: bool = False
 
 
@@ -146,6 +148,7 @@ class MatrixObjective(Objective):
     weights: str | None = "pair"
     nll_weight: float = 0.0
     takes_sample_weights: ClassVar[bool] = True
+    takes_margins: ClassVar[bool] = False
     nll_mean: str = "responses"
 
     def added(self, scores: Scores) -> tuple[Term, ...]:

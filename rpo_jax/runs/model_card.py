@@ -51,7 +51,7 @@ def model_card(
     known = [source for source in config.data.sources if _cached(source, None)]
     metadata = ModelCardData(
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if objective.uses_reward_head else "text-generation",
         base_model=descends_from,
         datasets=known[0] if len(known) == 1 else known or None,
         tags=["rpo_jax", config.objective.name, *(["lora"] if config.lora.rank else [])],
@@ -70,6 +70,7 @@ def model_card(
         objective=objective,
         data=_data_name(*config.data.sources),
         family=model_config.family,
+        rewards=objective.uses_reward_head,
         adapts=_name(base) if adapter and base is not None else None,
         chat=chat,
         settings=_settings(config, step, _epochs(metrics, step)),

@@ -273,6 +273,7 @@ class MetricsLog:
         initial: the evaluation before the run's first step; empty where there is none so far, as the next two.
         training: the newest line of a training step.
         held_out: the newest line of an evaluation.
+        round: the newest line of a round's start.
     """
 
     def __init__(
@@ -293,6 +294,7 @@ class MetricsLog:
         self.initial: dict[str, float] = {}
         self.training: dict[str, float] = {}
         self.held_out: dict[str, float] = {}
+        self.round: dict[str, float] = {}
         earlier = [row for row in read_jsonl(path) if row["step"] < first_step]
         if unwritten:
             written = {to_line(row) for row in earlier}  # the disk may have taken them after that checkpoint
@@ -345,6 +347,8 @@ class MetricsLog:
             self.training = line
         if "eval_loss" in line:
             self.held_out = line
+        if "round" in line:
+            self.round = line
 
     @property
     def unwritten(self) -> list[Mapping[str, float]]:

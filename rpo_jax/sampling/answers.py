@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,12 +29,14 @@ class Answer:
         text: without the end token, and up to the stop string that ended it.
         finish_reason: `eos`, `stop` for a stop string, `length` for the most tokens that it might have.
         tokens: that the text took, an end token included.
+        ids: all that were sampled.
     """
 
     index: int
     text: str
     finish_reason: str
     tokens: int
+    ids: Sequence[int] = field(default=(), repr=False, compare=False)
 
 
 def prompt_seeds(prompts: Sequence[TokenIds], seed: int) -> list[int]:
@@ -74,9 +76,14 @@ class Answerer:
     rows: int
 
     def answers(
-        self, prompts: Sequence[TokenIds], seeds: Sequence[int], limits: Sequence[int], wanted: Sequence[int]
+        self,
+        prompts: Sequence[TokenIds],
+        seeds: Sequence[int],
+        limits: Sequence[int],
+        wanted: Sequence[int],
+        without: Sequence[TokenIds] | None = None,
     ) -> Iterator[list[Answer]]:
-        """Answers to the wanted prompts, some at a time as they end."""
+        """Answers to the wanted prompts, some at a time as they end; `without` is as for Engine.answers."""
         ended_answers = self.engine.answers(
             self.params,
             [prompts[index] for index in wanted],
@@ -84,6 +91,7 @@ class Answerer:
             [limits[index] for index in wanted],
             self.rows,
             self._stopped if self.stop else None,
+            None if without is None else [without[index] for index in wanted],
         )
         for ended in ended_answers:
             yield [self._answer(wanted[number], ids) for number, ids in ended]
@@ -103,7 +111,7 @@ class Answerer:
         text = self._text(ids[: len(ids) - ended])
         at = self._stop_at(text)
         if at is None:
-            return Answer(index, text, "eos" if ended else "length", len(ids))
+            return Answer(index, text, "eos" if ended else "length", len(ids), ids)
         # More may have been sampled before the host looked.
         tokens = next(n for n in range(1, len(ids) + 1) if self._stop_at(self._text(ids[:n])) is not None)
-        return Answer(index, text[:at], "stop", tokens)
+        return Answer(index, text[:at], "stop", tokens, ids)

@@ -42,11 +42,15 @@ class Sampling:
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: only from the k likeliest tokens, and those that tie with the last of them.
         top_p: only from the fewest likeliest tokens whose probabilities, after top_k, add up to this.
+        principle_weight: r of Linear Alignment (arXiv 2401.11458): every prompt is read with a principle and without,
+            and the logits are (1 + r) times those with it minus r times those without; top_k and top_p go by the
+            probabilities with it. 0 reads prompts once.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    principle_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -55,6 +59,8 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out to sample from all tokens.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1.")
+        if not 0 <= self.principle_weight < float("inf"):
+            raise ValueError(f"principle_weight={self.principle_weight} must be 0 or greater.")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise ValueError(
                 f"temperature=0 takes the likeliest token, so top_k={self.top_k} and top_p={self.top_p} would mean "
@@ -98,10 +104,15 @@ def cache_blocks(slices: int) -> int:
 
 
 def make_prompts(
-    prompts: Sequence[Int[np.ndarray, "_"]], seeds: Sequence[int], limits: Sequence[int], rows: Sequence[int], size: int
+    prompts: Sequence[Int[np.ndarray, "_"]],
+    seeds: Sequence[int],
+    limits: Sequence[int],
+    rows: Sequence[int],
+    size: int,
+    slots: int,
 ) -> Prompts:
-    """`size` prompts of one bucket from as many or fewer, for these rows."""
-    slots, fill = bucket(max(map(len, prompts))), [0] * (size - len(prompts))
+    """`size` prompts of so many slots from as many or fewer, for these rows."""
+    fill = [0] * (size - len(prompts))
     tokens = np.zeros((size, slots), np.int32)
     starts = np.full(size, slots - 1, np.int32)
     for number, ids in enumerate(prompts):
@@ -124,15 +135,46 @@ def choose(
     sampling: Sampling,
 ) -> Int[Array, "B"]:
     """The next token of every row; `count` says how many it has, and with its seed which random number it draws."""
+    if sampling.principle_weight:
+        return jnp.tile(_aligned(logits, seeds, count, sampling), 2)
     if sampling.temperature == 0:
         return _likeliest_token(logits)
-    probabilities = jax.nn.softmax(logits / sampling.temperature, axis=-1)
+    return _drawn(_allowed(jax.nn.softmax(logits / sampling.temperature, axis=-1), sampling), seeds, count)
+
+
+def aligned_logits(
+    with_principle: Float[Array, "B V"], without: Float[Array, "B V"], weight: float
+) -> Float[Array, "B V"]:
+    """Linear Alignment's logits: z = (1 + r) z(x with principle) - r z(x). Source: arXiv 2401.11458."""
+    return (1 + weight) * with_principle - weight * without
+
+
+def _aligned(
+    logits: Float[Array, "B V"], seeds: UInt32[Array, "B"], count: Int[Array, "B"], sampling: Sampling
+) -> Array:
+    """The next tokens of the first half of the rows, which read the principle; the second half does without."""
+    half = len(logits) // 2
+    found = aligned_logits(logits[:half], logits[half:], sampling.principle_weight)
+    if sampling.temperature == 0:
+        return _likeliest_token(found)
+    own = jax.nn.softmax(logits[:half] / sampling.temperature, axis=-1)
+    allowed = _allowed(own, sampling) > 0
+    probabilities = jax.nn.softmax(found / sampling.temperature, axis=-1, where=allowed)
+    return _drawn(jnp.where(allowed, probabilities, 0.0), seeds[:half], count[:half])
+
+
+def _allowed(probabilities: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Probabilities, 0 where top_k or top_p leaves the token out."""
     if sampling.top_k is not None:
         ones = jnp.ones_like(probabilities)
-        probabilities = _likeliest(probabilities, ones, jnp.full(logits.shape[:1], float(sampling.top_k)))
+        probabilities = _likeliest(probabilities, ones, jnp.full(len(probabilities), float(sampling.top_k)))
     if sampling.top_p is not None:
         enough = sampling.top_p * jnp.sum(probabilities, axis=-1)
         probabilities = _likeliest(probabilities, probabilities, enough)
+    return probabilities
+
+
+def _drawn(probabilities: Float[Array, "B V"], seeds: UInt32[Array, "B"], count: Int[Array, "B"]) -> Int[Array, "B"]:
     # One number a row and the inverse of the distribution function: noise for a whole vocabulary would cost more than
     # the layers of a small model.
     draw = jax.vmap(lambda seed, count: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), count)))
@@ -199,6 +241,7 @@ class Engine:
         compute_dtype: str = "float32",
     ) -> None:
         self.mesh, self.end_ids = mesh, frozenset(end_ids)
+        self._reads = 2 if sampling.principle_weight else 1  # rows of the arrays for each of a batch's
         placement = sharding.Placement(mesh)
         self._placement, self._platform = placement, mesh.devices.flat[0].platform
         self._by_row = sharding.by_rows(mesh)
@@ -269,6 +312,7 @@ class Engine:
         limits: Sequence[int],
         rows: int,
         stopped: Callable[[list[int]], bool] | None = None,
+        without: Sequence[Int[np.ndarray, "_"]] | None = None,
     ) -> Iterator[list[tuple[int, list[int]]]]:
         """Numbers of prompts and token ids of their answers, some at a time as they end; an end token is included.
 
@@ -277,35 +321,45 @@ class Engine:
             limits: most tokens of every answer.
             rows: of the batch.
             stopped: called with an answer so far after every slice; says whether it need not go on.
+            without: the prompts without the principle; with a principle_weight alone.
         """
+        versions = [prompts] if without is None else [prompts, without]
+        assert len(versions) == self._reads, "prompts are read twice where there is a principle, and only there"
+        slots = [bucket(max(map(len, both))) for both in zip(*versions, strict=True)]
         if nothing := [number for number in range(len(prompts)) if limits[number] <= 0]:
             yield [(number, []) for number in nothing]
         # The longest first: they need most memory.
-        waiting = deque(sorted(set(range(len(prompts))) - set(nothing), key=lambda i: (-bucket(len(prompts[i])), i)))
-        batch, state = _Rows(rows), self.empty(rows, SMALLEST_CACHE)
+        waiting = deque(sorted(set(range(len(prompts))) - set(nothing), key=lambda i: (-slots[i], i)))
+        batch, state = _Rows(rows), self.empty(rows * self._reads, SMALLEST_CACHE)
 
         def over(number: int, ids: list[int]) -> bool:
             return ids[-1] in self.end_ids or len(ids) >= limits[number] or (stopped is not None and stopped(ids))
 
         while waiting or batch.taken:
-            while chosen := _next(waiting, prompts, batch, self._read_rows(rows)):
-                some = make_prompts(
-                    *([values[number] for number in chosen] for values in (prompts, seeds, limits)),
-                    batch.free[: len(chosen)],
-                    self._read_rows(rows),
-                )
+            while chosen := _next(waiting, slots, batch, self._read_rows(rows)):
+                free, size = batch.free[: len(chosen)], self._read_rows(rows)
+                parts = [
+                    make_prompts(
+                        *([values[number] for number in chosen] for values in (version, seeds, limits)),
+                        [place * rows + row for row in free],
+                        size,
+                        slots[chosen[0]],
+                    )
+                    for place, version in enumerate(versions)
+                ]
+                some = Prompts(*(np.concatenate(values) for values in zip(*parts, strict=True)))
                 state, first = self._admitted(params, state, some)
                 batch.take(chosen, first, some.tokens.shape[1] // kv_cache.SLICE)
             if not (ended := batch.ended(over)):
                 used = max(batch.filled[row] for row in batch.taken)
                 state = self._with_room(state, used + 1)
                 state, told = self.go_on(params, state, np.int32(-(-used // kv_cache.BLOCK_SLICES)))
-                batch.add(np.asarray(told))
+                batch.add(np.asarray(told)[:rows])
                 ended = batch.ended(over)
             if ended:
                 yield ended
                 if stopped is not None:
-                    free = np.isin(np.arange(rows), batch.free)
+                    free = np.tile(np.isin(np.arange(rows), batch.free), self._reads)
                     state = state._replace(done=state.done | jax.device_put(free, self._by_row))
 
     def _read_rows(self, rows: int) -> int:
@@ -375,12 +429,11 @@ class _Rows:
         return [(self._of.pop(row), self._found.pop(row)) for row in rows]
 
 
-def _next(waiting: deque[int], prompts: Sequence[Int[np.ndarray, "_"]], batch: _Rows, most: int) -> list[int]:
-    """The next prompts of one bucket, if all of them have a row; they wait no more then."""
+def _next(waiting: deque[int], slots: Sequence[int], batch: _Rows, most: int) -> list[int]:
+    """The next prompts of as many slots, if all of them have a row; they wait no more then."""
     if not waiting:
         return []
-    slots = bucket(len(prompts[waiting[0]]))
-    same = [number for number in islice(waiting, most) if bucket(len(prompts[number])) == slots]
+    same = [number for number in islice(waiting, most) if slots[number] == slots[waiting[0]]]
     if len(same) > len(batch.free):
         return []
     for _ in same:

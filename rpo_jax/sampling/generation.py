@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.core.jsonl import GrowingFile, complete_lines, parse_json, write_jsonl
 from rpo_jax.core.locks import one_writer
 from rpo_jax.core.memory import explaining_memory
+from rpo_jax.core.records import Message
 from rpo_jax.data.hub import newest_file
 from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
 from rpo_jax.data.tokenize import TEMPLATES, PromptEncoder
@@ -62,6 +63,8 @@ class GenerateConfig:
         ignore_columns: columns that are read as if they were not there; the run's where not given.
         max_prompt_tokens: longer prompts are cut as in training; where not given, those that do not fit are refused.
         compute_dtype: float32 or bfloat16; the run's where not given, float32 for folders.
+        principle: what answers are to keep to, for Linear Alignment: it is read as a system turn, or before a text, and
+            outweighs the same prompt without it by sampling.principle_weight.
         base: of a LoRA run: where the model that it started from is now, if it has moved.
         overwrite: start anew rather than complete `out`.
         alpaca_eval: write what the alpaca_eval package reads; prompts are AlpacaEval's where not given.
@@ -84,6 +87,7 @@ class GenerateConfig:
     ignore_columns: tuple[str, ...] | None = None
     max_prompt_tokens: int | None = None
     compute_dtype: str | None = None
+    principle: str | None = None
     base: str | None = None
     overwrite: bool = False
     alpaca_eval: bool = False
@@ -102,6 +106,11 @@ class GenerateConfig:
             raise ValueError(f"samples={self.samples} greedy answers are all the same; give a --temperature.")
         if self.samples > 1 and self.alpaca_eval:
             raise ValueError(f"samples={self.samples} are more than AlpacaEval reads; leave it out.")
+        if (self.principle is None) != (self.sampling.principle_weight == 0):
+            raise ValueError(
+                f"principle={self.principle!r} and principle_weight={self.sampling.principle_weight} go together: give "
+                "a text and a weight greater than 0, or neither."
+            )
         if "" in self.stop:
             raise ValueError("stop='' would end every answer at once; leave it out.")
         if self.template not in (None, *TEMPLATES):
@@ -150,11 +159,17 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
     template = config.template or policy.template or "auto"
     arguments = policy.template_arguments if config.template_arguments is None else config.template_arguments
     encoded = _encoded(asked, policy, template, arguments, config.max_prompt_tokens)
-    prompts = [ids for ids in encoded for _ in range(config.samples)]
+    prompts, without = [ids for ids in encoded for _ in range(config.samples)], None
+    if config.principle is not None:
+        principled = replace(asked, rows=tuple(_with_principle(row, config.principle) for row in asked.rows))
+        encoded = _encoded(principled, policy, template, arguments, None)
+        prompts, without = [ids for ids in encoded for _ in range(config.samples)], prompts
     seeds = prompt_seeds(prompts, config.seed)
-    dtype = config.compute_dtype or policy.compute_dtype
+    dtype, weight = config.compute_dtype or policy.compute_dtype, config.sampling.principle_weight
     settings = {
-        **dataclasses.asdict(config.sampling),
+        # Files of before there were principles have none of their keys.
+        **{key: value for key, value in dataclasses.asdict(config.sampling).items() if key != "principle_weight"},
+        **({"principle": config.principle, "principle_weight": weight} if weight else {}),
         "max_tokens": config.max_tokens,
         "stop": list(config.stop),
         "seed": config.seed,
@@ -200,11 +215,21 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
             )
             size = batch_rows(config.batch_size, len(rows), sharding.row_shards(mesh))
             answerer = Answerer(engine, params, policy.tokenizer, policy.end_ids, config.stop, size)
-            _write_answers(out, rows, done, answerer.answers(prompts, seeds, limits, wanted), reporter)
+            _write_answers(out, rows, done, answerer.answers(prompts, seeds, limits, wanted, without), reporter)
     write_jsonl(out, [done[index] for index in range(len(rows))], ascii_only=False)
     if config.alpaca_eval:
         return _write_alpaca_eval(out.with_suffix(".json"), asked.rows, done, config.generator or _name(policy))
     return out
+
+
+def _with_principle(row: PromptRow, principle: str) -> PromptRow:
+    """The prompt with the principle in its system turn, or before its text."""
+    if isinstance(row.prompt, str):
+        return replace(row, prompt=f"{principle}\n\n{row.prompt}")
+    first, *others = row.prompt
+    if first.role != "system":
+        return replace(row, prompt=(Message("system", principle), *row.prompt))
+    return replace(row, prompt=(first._replace(content=f"{first.content}\n\n{principle}"), *others))
 
 
 def _encoded(

@@ -12,7 +12,8 @@ from rpo_jax.data.tokenize import TEMPLATES
 from rpo_jax.sampling.engine import Sampling
 from rpo_jax.sampling.policy import DTYPES
 
-_CHOOSING = ("temperature", "top_k", "top_p")
+PRINCIPLE_WEIGHT = 2.0
+_CHOOSING = ("temperature", "top_k", "top_p", "principle_weight")
 _MESH = tuple(entry.name for entry in dataclasses.fields(MeshConfig))
 
 
@@ -24,6 +25,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float)
     add("--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})")
     add("--top-k", type=int, help="sample from the k likeliest tokens")
     add("--top-p", type=float, help="sample from the likeliest tokens that make up this probability")
+    add("--principle", metavar="TEXT", help="Linear Alignment: what answers are to keep to, read with every prompt")
+    add("--principle-weight", type=float, metavar="R", help="how much it outweighs the prompt without it (2)")
     add("--max-tokens", type=int, default=256, help="most tokens of an answer (256)")
     add("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
     add("--seed", type=int, default=0)
@@ -45,6 +48,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float)
 
 def generate_settings(options: dict[str, Any]) -> dict[str, Any]:
     """What GenerateConfig takes, of parsed options, which lose the names that it has otherwise."""
+    if options["principle_weight"] is None:
+        options["principle_weight"] = 0.0 if options["principle"] is None else PRINCIPLE_WEIGHT
     sampling = Sampling(**{name: options.pop(name) for name in _CHOOSING})
     mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in _MESH})
     ignored = options["ignore_columns"]

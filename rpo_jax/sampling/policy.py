@@ -19,6 +19,7 @@ from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.folders import folder_fingerprint
+from rpo_jax.objectives import heads
 from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, to_json_dict
 from rpo_jax.runs.folder import CHECKPOINTS, MODEL
 from rpo_jax.sampling.end_tokens import end_tokens
@@ -158,10 +159,11 @@ def find_checkpoint(
     return step, record
 
 
-def restored(run_dir: Path, step: int, policy: models.Policy) -> Params:
-    """What a run had trained by a step, in host memory."""
+def restored(run_dir: Path, step: int, policy: models.Policy, head_names: tuple[str, ...] = ()) -> Params:
+    """What a run had trained by a step, these heads besides, in host memory."""
+    of_heads = jax.eval_shape(functools.partial(heads.init, head_names, policy.model_config.hidden_size))
     with contextlib.closing(Checkpoints(run_dir / CHECKPOINTS, read_only=True)) as checkpoints:
-        return checkpoints.restore_params(step, policy.trained.shapes)
+        return checkpoints.restore_params(step, {**policy.trained.shapes, **of_heads})
 
 
 def checked_base(

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from rpo_jax import models
 from rpo_jax.config.reading import load_config
 from rpo_jax.core.files import check_target
-from rpo_jax.data.tokenizer import load_tokenizer
+from rpo_jax.data.tokenizer import load_tokenizer, padding_id
+from rpo_jax.objectives import heads, reward
 from rpo_jax.runs.folder import GENERATION_CONFIG, MODEL
 from rpo_jax.runs.model_card import model_card
 from rpo_jax.sampling.end_tokens import end_tokens
@@ -55,7 +58,10 @@ def export(
     step, record = find_checkpoint(
         run_dir, policy.model_config, wanted, "of step {wanted}; there are {steps}, and best"
     )
-    trained = restored(run_dir, step, policy)
+    rewards = config.objective.build().uses_reward_head
+    if rewards and adapter:
+        raise ValueError(f"{run_dir} trained a reward model, whose head is no adapter; leave out --adapter.")
+    trained, of_heads = heads.split(restored(run_dir, step, policy, (reward.NAME,) if rewards else ()))
     start = base or (record["base"]["path"] if policy.trains_adapters else config.model.path)
     settings = {
         "tokenizer": run_dir / MODEL,
@@ -78,6 +84,11 @@ def export(
     settings["config"] = run_dir / MODEL
     settings["generation_config"] = run_dir / MODEL if (run_dir / MODEL / GENERATION_CONFIG).is_file() else None
     tokenizer, arguments = load_tokenizer(run_dir / MODEL), config.data.template_arguments
+    if rewards:
+        names = ("template", "template_arguments", "max_prompt_tokens", "max_tokens", "truncation_side")
+        rendering = {name: getattr(config.data, name) for name in names}
+        kernel = np.asarray(of_heads[reward.NAME]["kernel"])
+        settings["reward"] = models.RewardHead(kernel, padding_id(tokenizer), rendering)
     ends = end_tokens(run_dir / MODEL, policy.model_config, tokenizer, arguments)
     return policy.save(out, trained, weights, end_ids=ends, **settings)
 

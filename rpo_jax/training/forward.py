@@ -12,7 +12,7 @@ from rpo_jax import models
 from rpo_jax.config import Config
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
-from rpo_jax.objectives import partition, value
+from rpo_jax.objectives import partition, reward, value
 from rpo_jax.objectives.logprobs import (
     by_response,
     response_log_probs,
@@ -23,13 +23,20 @@ from rpo_jax.training.micro_batches import Forward, LogProbs, Params, TokenScore
 
 
 def make_log_probs(
-    config: Config, model_config: ModelConfig, mesh: Mesh, *, tokens: bool = False, collisions: bool = False
+    config: Config,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    *,
+    tokens: bool = False,
+    collisions: bool = False,
+    pad_id: int | None = None,
 ) -> Forward:
     """Function from parameters and packed rows to the log-probs of the responses that these rows hold.
 
     With the head of a learned log Z as a fourth argument, to their prompts' log Z too. With `tokens`, to the log-prob
     of every scored token besides, and with a value head as a fifth argument to its value. With `collisions` instead, to
-    how likely two tokens drawn at each place are the same.
+    how likely two tokens drawn at each place are the same. With a reward head as a sixth argument its scores of the
+    responses stand in the place of log-probs; `pad_id` is the tokenizer's padding token.
     """
     placement, policy = sharding.Placement(mesh), models.Policy(model_config)
     how = models.Execution(
@@ -53,11 +60,15 @@ def make_log_probs(
         num_responses: int,
         log_z: Array | None = None,
         value_head: dict[str, Array] | None = None,
+        reward_head: dict[str, Array] | None = None,
     ) -> LogProbs:
         hidden, head = outputs.hidden, outputs.head
         ids = (rows["tokens"], rows["previous"], rows["response_ids"])
         if log_z is not None:
             log_z = partition.log_partition(hidden, placement.gather(log_z, ("embed",)), *ids[1:], num_responses)
+        if reward_head is not None:
+            kernel = placement.gather(reward_head["kernel"], ("embed",))
+            return LogProbs(*reward.response_rewards(hidden, kernel, *ids, num_responses, pad_id))
         if collisions:
             found, count, collision = response_log_probs_and_collisions(hidden, head, *ids, num_responses, **chunks)
             return LogProbs(found, count, log_z, collision=collision)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,12 +37,22 @@ class BatchSource(Protocol):
     """Where batches come from: a data set, or what earlier steps have made.
 
     A batch is a function of the step, counted from 0, and of what was done before it, or a resumed run is not the one
-    that was never stopped. Called from one thread, in the order of steps, while the step before is under way.
+    that was never stopped. Called from one thread, in the order of steps, while the step before is under way, or, where
+    the batch is not `ready` then, once that step and the pause after it are over.
     """
 
     @property
     def steps_per_epoch(self) -> int | None:
         """None where the source has no epochs."""
+        ...
+
+    @property
+    def data(self) -> PreferenceData:
+        """What the examples of the batch at hand are."""
+        ...
+
+    def ready(self, step: int) -> bool:
+        """Whether the batch of this step can be made before the step before it is done."""
         ...
 
     def batch_at(self, step: int) -> Batch: ...
@@ -57,7 +67,7 @@ class Programs:
     Args:
         reference: parameters of a live reference; None where log-probs are in the data, or none are used.
         diagnosis: asked where a batch goes wrong, once the run gives up.
-        data: what the batches' examples are.
+        source: where the batches come from.
         say: is told of each compilation, which a shape of batches waits for the first time.
     """
 
@@ -65,7 +75,7 @@ class Programs:
     mesh: Mesh
     reference: Params | None
     diagnosis: Diagnosis
-    data: PreferenceData
+    source: BatchSource
     say: Callable[[str], None]
     _compiled: set[tuple[str, tuple[int, ...]]] = field(default_factory=set, init=False)
 
@@ -106,7 +116,7 @@ class Programs:
 
     def explain(self, params: Params, batch: Batch) -> list[str]:
         """What is not finite where a batch of the host is trained on, a line for each finding."""
-        return self.diagnosis.explain(params, self.reference, self.place(batch), self.data)
+        return self.diagnosis.explain(params, self.reference, self.place(batch), self.source.data)
 
 
 @dataclass
@@ -159,14 +169,13 @@ def _take_steps(run: Training, source: BatchSource, programs: Programs, limit_at
             hook.after_step(run, late)
 
     with ThreadPoolExecutor(1, thread_name_prefix="packer") as packer:
-        ahead = packer.submit(prepared, run.step)
+        ahead: Future[tuple[Batch, BatchFacts, Batch]] | None = packer.submit(prepared, run.step)
         late: FinishedStep | None = None
         clock = _Clock(time.perf_counter())
         while run.step < run.total_steps and run.stop_reason is None:
-            batch, facts, placed = ahead.result()
+            batch, facts, placed = (ahead or packer.submit(prepared, run.step)).result()
             step = run.step + 1
-            if step < run.total_steps:
-                ahead = packer.submit(prepared, step)
+            ahead = packer.submit(prepared, step) if step < run.total_steps and source.ready(step) else None
             if late is not None:
                 clock.note_if_finished(late)
             limit = limit_at(step)

@@ -15,7 +15,7 @@ from rpo_jax.config import Config
 from rpo_jax.core.memory import size
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
-from rpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from rpo_jax.training.optimizer import learning_rate_schedule, make_optimizer, with_anchor
 
 SPARE = 1.1  # records, metrics and logs, and the storage's own tables
 PLAN = "python -m rpo_jax.plan, with this configuration, --devices and --device-memory, says what fits"
@@ -27,6 +27,8 @@ def checkpoint_bytes(config: Config, model_config: ModelConfig) -> int:
     optimizer = make_optimizer(
         config.optim, learning_rate_schedule(config.optim, 1), policy.decayed, policy.trained.axes
     )
+    if config.rounds.extrapolation:
+        optimizer = with_anchor(optimizer)
     state = jax.eval_shape(optimizer.init, policy.trained.shapes)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((policy.trained.shapes, state)))
 

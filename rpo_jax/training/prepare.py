@@ -9,10 +9,10 @@ import contextlib
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -29,10 +29,18 @@ from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, pro
 from rpo_jax.data.layouts.ranked import Rule
 from rpo_jax.data.limited_tokenizer import close_tokenizers
 from rpo_jax.data.loader import PreferenceBatches
+from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
 from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.data.refine import refined
 from rpo_jax.data.sources import read_rows
-from rpo_jax.data.tokenize import TokenLimits, describe_cuts, describe_notes, encode_examples, join_encoded
+from rpo_jax.data.tokenize import (
+    PromptEncoder,
+    TokenLimits,
+    describe_cuts,
+    describe_notes,
+    encode_examples,
+    join_encoded,
+)
 from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from rpo_jax.hosts import processes
 from rpo_jax.hosts.channel import PeerFailure
@@ -46,6 +54,13 @@ if TYPE_CHECKING:
 OwnRows = Callable[[int], Bool[np.ndarray, "R"]]
 
 
+class RoundPrompts(NamedTuple):
+    """Prompts to answer, and their token ids as examples without responses."""
+
+    rows: tuple[PromptRow, ...]
+    data: PreferenceData
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What training reads: the tokenizer, the training data, and the held-out data where there is any.
@@ -55,6 +70,8 @@ class Prepared:
         origins: for train and held_out, what their token ids were made from, as rpo_jax.training.reference names it.
         counts: for train and held_out, what was cut, and what else rpo_jax.data.tokenize counts.
         rendered: whether a chat template made prompts of the training data.
+        prompts: with train.rounds those to answer, by `train` and `held_out`. The training data are these prompts,
+            without responses yet, and there is no other held-out data.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -64,6 +81,7 @@ class Prepared:
     origins: Mapping[str, Mapping[str, str]]
     counts: Mapping[str, Mapping[str, int]]
     rendered: bool
+    prompts: Mapping[str, RoundPrompts] = field(default_factory=dict)
 
     @property
     def eval_responses(self) -> tuple[str, ...]:
@@ -88,8 +106,12 @@ def batches_of(
     responses: tuple[str, ...],
     row_shards: int,
     own_rows: OwnRows | None = None,
+    least_slots: int | None = None,
 ) -> PreferenceBatches:
-    """Training batches of a data set; `row_shards` devices split a batch's rows, `own_rows` are this process's."""
+    """Training batches of a data set; `row_shards` devices split a batch's rows, `own_rows` are this process's.
+
+    `least_slots` is as for PreferenceBatches.
+    """
     return PreferenceBatches(
         data,
         pairing=config.data.pairing,
@@ -98,6 +120,7 @@ def batches_of(
         group=resolve(config).group,
         weights=tuple(config.data.mix.values()) or None,
         seed=config.run.seed,
+        least_slots=least_slots,
         **_batch_shape(config, row_shards, own_rows),
     )
 
@@ -122,7 +145,7 @@ def sweep_of(
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Optimizer steps of a run."""
+    """Optimizer steps of a run, or of one of its rounds."""
     return config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
 
 
@@ -146,6 +169,8 @@ def reference_pass(
     responses: tuple[str, ...],
     row_shards: int,
     own_rows: OwnRows | None = None,
+    *,
+    doubling: bool = False,
 ) -> ReferencePass:
     """Every response once, in rows as full as they get, a training batch's worth of them in memory at a time."""
     return ReferencePass(
@@ -155,6 +180,7 @@ def reference_pass(
         row_tokens=config.batch.row_tokens,
         rows_multiple=config.batch.micro_rows or row_shards,
         own_rows=own_rows,
+        doubling=doubling,
     )
 
 
@@ -206,7 +232,7 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
 
 def row_value_columns(data: DataConfig) -> dict[str, str]:
     """Names of the numbers that every row is to have, and their columns."""
-    named = {"weight": data.weight, "label_smoothing": data.label_smoothing}
+    named = {"weight": data.weight, "label_smoothing": data.label_smoothing, "margin": data.margin}
     return {name: column for name, column in named.items() if column is not None}
 
 
@@ -270,9 +296,17 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Repo
     """
     examples, source = part.found.examples, trained or config.model.path or config.model.tokenizer
     if source != "train":
-        tokenizer = load_tokenizer(source)
-        if not _is_rendered(config, part):
-            return tokenizer
+        return _existing_tokenizer(config, source, _is_rendered(config, part), reporter)
+    texts = [text for e in examples for text in (prompt_text(e), *(response.text for response in e.responses))]
+    with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
+        return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
+
+
+def _existing_tokenizer(
+    config: Config, source: str | Path, rendered: bool, reporter: Reporter
+) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(source)
+    if rendered:
         if tokenizer.chat_template is None:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
             tags = "<|system|>, <|user|> and <|assistant|> tags"
@@ -282,10 +316,7 @@ def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Repo
                 f"{source}: the chat template writes today's date, so that another day gives other tokens; "
                 'data.template_arguments, such as {date_string: "26 Jul 2024"}, fixes it'
             )
-        return tokenizer
-    texts = [text for e in examples for text in (prompt_text(e), *(response.text for response in e.responses))]
-    with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
-        return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
+    return tokenizer
 
 
 def _is_rendered(config: Config, part: _Part) -> bool:
@@ -393,6 +424,8 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
         ValueError: for anything in the data or the configuration that cannot be used, with file and row.
     """
     models.check_choices(config.model, config.lora)
+    if config.train.rounds:
+        return _prepare_prompts(config, reporter, trained_tokenizer)
     method = resolve(config)
     responses = method.objective.responses
     with reporter.phase("read") as notes:
@@ -420,3 +453,87 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
         notes.append(config.embedding.encoder if embedded else "not needed")
     rendered = _is_rendered(config, parts["train"])
     return Prepared(tokenizer, data["train"], data.get("held_out"), responses, origins, counts, rendered)
+
+
+def _prepare_prompts(config: Config, reporter: Reporter, trained_tokenizer: Path | None) -> Prepared:
+    """The prompts that rounds are to answer, and the held-out ones; of rows of preferences the prompts alone."""
+    data = config.data
+    with reporter.phase("read") as notes:
+        if data.path is None:
+            raise ValueError("data.path is not set; give a file, a folder or a hub data set with prompts.")
+        parts = {"train": (data.path, _read_prompts(config, data.path, data.split))}
+        if data.eval_path is not None:
+            parts["held_out"] = data.eval_path, _read_prompts(config, data.eval_path, data.eval_split)
+        elif data.eval_rows:
+            path, asked = parts["train"]
+            if data.eval_rows >= len(asked.rows):
+                raise ValueError(
+                    f"data.eval_rows={data.eval_rows} leaves nothing to train on: {path} has {len(asked.rows)} prompts."
+                )
+            parts["held_out"] = path, replace(asked, rows=asked.rows[-data.eval_rows :])
+            parts["train"] = path, replace(asked, rows=asked.rows[: -data.eval_rows])
+        path, asked = parts["train"]
+        parts["train"] = path, replace(asked, rows=asked.rows[: data.train_rows])
+        notes.append(", ".join(f"{len(asked.rows):,} prompts ({name})" for name, (_, asked) in parts.items()))
+    with reporter.phase("tokenise") as notes:
+        rendered = data.template == "chat" or any(not isinstance(row.prompt, str) for row in parts["train"][1].rows)
+        assert config.model.path is not None, "checked with the configuration"
+        tokenizer = _existing_tokenizer(config, trained_tokenizer or config.model.path, rendered, reporter)
+        prompts = {
+            name: _encoded_prompts(config, path, asked, tokenizer, reporter) for name, (path, asked) in parts.items()
+        }
+        origins = {
+            name: {"data": hashlib.sha256(repr([row.prompt for row in found.rows]).encode()).hexdigest()}
+            for name, found in prompts.items()
+        }
+        close_tokenizers()
+        notes.append(f"vocabulary {len(tokenizer):,}")
+    responses = resolve(config).objective.responses
+    return Prepared(tokenizer, prompts["train"].data, None, responses, origins, {}, rendered, prompts)
+
+
+def _read_prompts(config: Config, path: str, split: str) -> PromptSet:
+    data = config.data
+    return read_prompts(
+        path, split=split, layout=data.layout, columns=data.columns or None, ignore_columns=data.ignore_columns
+    )
+
+
+def _encoded_prompts(
+    config: Config, path: str, asked: PromptSet, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
+) -> RoundPrompts:
+    """The prompts that can be answered, each text once, and their token ids.
+
+    Those that are too long are left out and told: what is answered and what is trained on would be cut otherwise.
+    """
+    data = config.data
+    encoder = PromptEncoder(tokenizer, data.template, data.template_arguments, None, asked.truncation_side)
+    kept: list[PromptRow] = []
+    examples: list[TokenizedExample] = []
+    seen: set[Any] = set()
+    too_long = 0
+    for row in asked.rows:
+        if row.template_arguments:
+            raise ValueError(
+                f"{row.row_id}: train.rounds cannot give tools and the like to the template; leave it out."
+            )
+        try:
+            ids = encoder.encode(row.prompt)
+        except ValueError as error:
+            raise ValueError(f"{row.row_id}: {error}; mend the row, or leave it out.") from None
+        if not len(ids):
+            raise ValueError(f"{row.row_id}: the prompt is empty, and the tokenizer has no BOS to stand for it.")
+        too_long += len(ids) > data.max_prompt_tokens
+        if len(ids) <= data.max_prompt_tokens and row.prompt not in seen:
+            seen.add(row.prompt)
+            kept.append(row)
+            examples.append(TokenizedExample(row.row_id, len(examples), (ids,), ()))
+    if too_long:
+        reporter.say(
+            f"{path}: {too_long} prompts of more than data.max_prompt_tokens={data.max_prompt_tokens} left out"
+        )
+    if not kept:
+        raise ValueError(
+            f"{path}: no prompt has at most data.max_prompt_tokens={data.max_prompt_tokens} tokens; raise it."
+        )
+    return RoundPrompts(tuple(kept), PreferenceData(examples))

@@ -47,8 +47,9 @@ from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.hooks.stopping import StopRequests
 from rpo_jax.training.loop import Programs, train
 from rpo_jax.training.needs import check_room, held_bytes, less_memory, smallest_model
-from rpo_jax.training.prepare import batches_of, prepare, total_steps
-from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config
+from rpo_jax.training.prepare import batches_of, prepare
+from rpo_jax.training.rounds import Extrapolation, Rater, RoundFailed
+from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config, total_steps_of
 from rpo_jax.training.step import check_experts, check_policy
 
 
@@ -81,13 +82,14 @@ class _Asked:
     hooks: Sequence[Hook]
     reporter: Reporter
     stopping: Stopping
+    rater: Rater | None
 
     @property
     def run_dir(self) -> Path:
         return Path(self.config.run.dir).expanduser()
 
 
-def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
+def run(config: Config, hooks: Sequence[Hook] = (), rater: Rater | None = None) -> RunResult:
     """Train as configured and return where the result is; every process of a run calls this.
 
     In a main thread, SIGTERM and SIGINT, which is what interrupts a notebook's cell, save and return early; a second
@@ -95,6 +97,7 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
 
     Args:
         hooks: called while the run trains, besides its own; their order is that of rpo_jax.Hook.
+        rater: scores what rounds sample; needed with train.rounds alone (rpo_jax.run brings the one of rounds.score).
 
     Raises:
         ValueError: for anything in the configuration, the data or the model folder that cannot be used, on every
@@ -112,7 +115,7 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     with processes.stopping_together(), stopping.listening():
         reporter = Reporter(silent=not processes.is_main())
         reporter.say(chosen)
-        asked = _Asked(config, hooks, reporter, stopping)
+        asked = _Asked(config, hooks, reporter, stopping, rater)
         compiled = Path(config.run.cache_dir).expanduser() / "compiled"
         try:
             with writing(asked.run_dir), keeping_compiled(compiled, reporter.say):
@@ -146,9 +149,10 @@ def _run(asked: _Asked) -> RunResult:
     check_room(config, loaded or smallest_model(config), run_dir, resuming=resuming)
     prepared = prepare(config, reporter, run_dir / MODEL if resuming else None)
     model_config = policy_config(config, prepared, loaded, reporter)
-    batches = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh))
-    steps = total_steps(config, batches.steps_per_epoch)
-    for advice in advise(config, batches.epoch_draws, steps, model_config.initializer_range):
+    steps, draws = total_steps_of(config, prepared, mesh), len(prepared.train.examples)
+    if not config.train.rounds:
+        draws = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh)).epoch_draws
+    for advice in advise(config, draws, steps, model_config.initializer_range):
         reporter.say(str(advice))
     base = base_record(config)
     record = {
@@ -225,7 +229,7 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
     bad_steps = run_dir / GUARD_FILE if main else None
     guard = Guard(config.guard, bad_steps, first_step, saved.get("guard", {}), reporter.say)
     stopping.defer()
-    programs = Programs(setup.steps, mesh, setup.live_reference, setup.diagnosis, setup.batches.data, reporter.say)
+    programs = Programs(setup.steps, mesh, setup.live_reference, setup.diagnosis, setup.batches, reporter.say)
     # A checkpoint is ranked by an evaluation of its own.
     evaluations = (settings.eval_every, settings.save_every if settings.keep_best else 0)
 
@@ -238,14 +242,23 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
             # The order is part of an exact resume: a skipped step is counted before its line has the count, an
             # evaluation is sampled, made, logged and heard of before the checkpoint that it ranks, and a checkpoint is
             # the last of its step: all else of that step is on disk before a run can go on after it.
+            saving = Saving(settings.save_every, checkpoints, record, programs, guard, log, reporter)
+            extrapolation, rounds = list[Hook](), list[Hook]()
+            if setup.rounds is not None:
+                assert asked.rater is not None, "rpo_jax.run brings it"
+                sampled = setup.rounds(asked.rater, saving, log)
+                alpha, steps = config.rounds.extrapolation, sampled.batches.steps
+                extrapolation, rounds = [Extrapolation(alpha, steps, setup.steps.state_shardings)], [sampled]
             hooks = [
-                Guarding(guard, programs.data, reporter),
+                Guarding(guard, lambda: programs.source.data, reporter),
                 StopRequests(checkpoints),
                 *([] if setup.sampler is None else [setup.sampler]),
                 Evaluation(evaluations, setup.held_out, programs, log.held_out.get("step"), guard, reporter),
                 Logging(settings.log_every, log, reporter, guard, closing),
                 *asked.hooks,
-                Saving(settings.save_every, checkpoints, record, programs, guard, log, reporter),
+                *extrapolation,
+                saving,
+                *rounds,  # their own files are complete before a step is taken on them
             ]
             epoch = setup.batches.steps_per_epoch
             progress = Training(state, first_step, saved["num_tokens"], setup.total_steps, epoch, stopping, hooks)
@@ -258,11 +271,13 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
                 f"{log.fault}; the run is finished and saved in {newest_path}, which has its last lines: "
                 "start it once more with --resume auto to write them"
             )
+    except RoundFailed:
+        raise
     except ValueError as error:
         # Nothing that a user gave is read in here: this is a fault of ours, and its traceback is wanted.
         raise RuntimeError(f"training stopped: {error}") from error
     finally:
         log.close()
         checkpoints.close()
-    metrics = {**log.training, **log.held_out}
+    metrics = {**log.training, **log.held_out, **log.round}
     return RunResult(run_dir, newest_path, metrics, log.initial, reporter.phase_seconds, stopping.reason)

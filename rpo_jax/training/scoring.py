@@ -157,7 +157,9 @@ def make_loss(
                 balance = balance_weight * load_balance.load_balancing_loss(*log_probs.routing)
                 terms = (*terms, Term(balance, log_probs.routing.tokens[0]))
         preferences = metrics.preference_metrics(scores, objective.beta, paired)
-        if not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
+        if objective.uses_reward_head:  # what stands for a log-prob is the reward
+            preferences = {name: mean for name, mean in preferences.items() if not name.startswith("logps/")}
+        elif not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
             preferences = {name: mean for name, mean in preferences.items() if not name.startswith("rewards/")}
         return total(terms), {"loss": metrics.in_parts(*terms), **means, **preferences}
 

@@ -19,16 +19,17 @@ from rpo_jax import models
 from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer
+from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer, padding_id
 from rpo_jax.hosts import processes, sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.folders import folder_fingerprint
 from rpo_jax.objectives.methods.mrpo import adaptive_reference, mixed_reference
 from rpo_jax.runs.folder import MODEL
-from rpo_jax.runs.tracking import Reporter
+from rpo_jax.runs.tracking import MetricsLog, Reporter
 from rpo_jax.sampling.end_tokens import end_tokens
 from rpo_jax.training.diagnosis import Diagnosis
 from rpo_jax.training.hooks.samples import Sampler
+from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.prepare import (
     Prepared,
     batches_of,
@@ -39,6 +40,7 @@ from rpo_jax.training.prepare import (
     total_steps,
 )
 from rpo_jax.training.reference import cached_log_probs, compute_log_probs, params_fingerprint
+from rpo_jax.training.rounds import Rater, RoundBatches, RoundModels, Rounds, round_steps
 from rpo_jax.training.step import Params, Steps, TrainState, build_log_probs, build_steps, put_batch
 
 if TYPE_CHECKING:
@@ -55,17 +57,20 @@ class TrainingSetup:
         frozen: weights of the policy that are not trained; an empty tree where all are.
         diagnosis: of a batch whose numbers are not finite.
         sampler: answers prompts at every evaluation; None where that was not asked for.
+        rounds: makes the hook that samples each round's data, of what scores answers, the hook that saves, and the
+            log; None without rounds.
     """
 
     steps: Steps
     state: TrainState
     live_reference: Params | None
     frozen: Params
-    batches: PreferenceBatches
+    batches: PreferenceBatches | RoundBatches
     held_out: PreferenceBatches | None
     total_steps: int
     diagnosis: Diagnosis
     sampler: Sampler | None
+    rounds: Callable[[Rater, Saving, MetricsLog], Rounds] | None = None
 
 
 def policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | None, reporter: Reporter) -> ModelConfig:
@@ -257,6 +262,8 @@ def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
 
 def total_steps_of(config: Config, prepared: Prepared, mesh: Mesh) -> int:
     """How many steps a run has; ValueError for data that no batch can be made of."""
+    if config.train.rounds:
+        return config.train.rounds * round_steps(config, len(prepared.train.examples))
     batches = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh))
     return total_steps(config, batches.steps_per_epoch)
 
@@ -282,8 +289,11 @@ def make_setup(
     """
     mesh, reporter = place
     shards, policy = sharding.row_shards(mesh), models.Policy(model_config, config.lora)
-    _check_data(config, prepared, shards)
+    if not config.train.rounds:
+        _check_data(config, prepared, shards)
     models.to_transformers(model_config, model_config.dtype)
+    if resolve(config).objective.uses_reward_head:
+        models.classifier_name(model_config)
     architecture = model_config
     if config.reference.path is not None and resolve(config).reference is not None:
         architecture = _reference_config(config.reference.path, prepared.tokenizer)
@@ -296,6 +306,7 @@ def make_setup(
         total_steps,
         eval_paired=prepared.held_out is not None and eval_pairing(config, prepared.held_out) == "paired",
         reference_config=architecture,
+        pad_id=padding_id(prepared.tokenizer),
     )
 
     # Loaded at once for a new run; a resumed one needs them only if the reference is made of them, or if they are
@@ -307,20 +318,35 @@ def make_setup(
         weights()
     processes.agree()  # a host that cannot read the weights says so before the others wait for its devices
     references = _References(config, architecture, mesh, reporter, weights, base_fingerprint)
-    prepared, live = references.apply(prepared)
+    # A round's log-probs are computed when it is sampled.
+    by_round = bool(config.train.rounds) and resolve(config).reference == "cached"
+    prepared, live = (prepared, None) if by_round else references.apply(prepared)
+    start: Params | None = None
+    if config.train.rounds:  # where a step is to give these weights up, a copy
+        start = frozen or live or (weights() if resuming else jax.tree.map(jnp.copy, weights()))
     if resuming:
         state = steps.abstract_state
     else:
         key = jax.random.key(config.run.seed)
         state = steps.init(policy.begin(weights(), key, steps.model_shardings)[0])
     rows = shards, functools.partial(sharding.own_rows, mesh)
-    batches = batches_of(config, prepared.train, prepared.responses, *rows)
+    batches: PreferenceBatches | RoundBatches
+    if config.train.rounds:
+        batches = RoundBatches(round_steps(config, len(prepared.train.examples)))
+    else:
+        batches = batches_of(config, prepared.train, prepared.responses, *rows)
     held_out = prepared.held_out and sweep_of(config, prepared.held_out, prepared.eval_responses, *rows)
-    sampler = None
-    if config.train.sample_prompts:
+    sampler = make_rounds = None
+    if config.train.sample_prompts or config.train.rounds:
         folder = Path(config.run.dir).expanduser() / MODEL if resuming else None
         if folder is None and config.model.path is not None:
             folder = models.resolve_folder(config.model.path)
         end_ids = end_tokens(folder, model_config, prepared.tokenizer, config.data.template_arguments)
-        sampler = Sampler(config, model_config, prepared, end_ids, mesh, frozen, reporter.say)
-    return TrainingSetup(steps.on(frozen), state, live, frozen, batches, held_out, total_steps, diagnosis, sampler)
+        if config.train.sample_prompts:
+            sampler = Sampler(config, model_config, prepared, end_ids, mesh, frozen, reporter.say)
+        if isinstance(batches, RoundBatches):
+            of_round = RoundModels(model_config, mesh, start, frozen, end_ids)
+            make_rounds = functools.partial(Rounds, config, prepared, of_round, batches, reporter)
+    return TrainingSetup(
+        steps.on(frozen), state, live, frozen, batches, held_out, total_steps, diagnosis, sampler, make_rounds
+    )

@@ -22,7 +22,7 @@ from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import Batch
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
-from rpo_jax.objectives import heads, metrics, partition, value
+from rpo_jax.objectives import heads, metrics, partition, reward, value
 from rpo_jax.objectives.losses import Objective
 from rpo_jax.training.forward import make_log_probs
 from rpo_jax.training.micro_batches import (
@@ -33,7 +33,7 @@ from rpo_jax.training.micro_batches import (
     all_log_probs,
     make_loss_and_gradient,
 )
-from rpo_jax.training.optimizer import accept_if, learning_rate_schedule, make_optimizer
+from rpo_jax.training.optimizer import accept_if, learning_rate_schedule, make_optimizer, with_anchor
 from rpo_jax.training.scoring import Means, make_loss
 
 Params = Any
@@ -146,6 +146,7 @@ def build_steps(
     *,
     eval_paired: bool = True,
     reference_config: ModelConfig | None = None,
+    pad_id: int | None = None,
 ) -> Steps:
     """Compile-on-first-use functions of a run on a mesh.
 
@@ -153,6 +154,7 @@ def build_steps(
         total_steps: where a decaying learning rate ends.
         eval_paired: whether slot i of chosen and rejected is one pair in held-out batches.
         reference_config: architecture of a live reference; the policy's where not given.
+        pad_id: the tokenizer's padding token, which a reward is not read from.
 
     Raises ValueError for what the architecture, or its experts on this mesh, do not go with.
     """
@@ -162,12 +164,18 @@ def build_steps(
     method, policy = resolve(config), models.Policy(model_config, config.lora)
     objective = method.objective
     schedule = learning_rate_schedule(config.optim, total_steps)
-    wanted = ((partition.NAME, method.learns_partition), (value.NAME, objective.uses_values))
+    wanted = (
+        (partition.NAME, method.learns_partition),
+        (value.NAME, objective.uses_values),
+        (reward.NAME, objective.uses_reward_head),
+    )
     head_names = tuple(name for name, is_wanted in wanted if is_wanted)
     all_axes = {**policy.trained.axes, **heads.axes(head_names)}
     optimizer = make_optimizer(config.optim, schedule, {**policy.decayed, **heads.decayed(head_names)}, all_axes)
+    if config.rounds.extrapolation:
+        optimizer = with_anchor(optimizer)
     sees = {"tokens": objective.uses_tokens, "collisions": objective.uses_confidence}
-    forward = make_log_probs(config, model_config, mesh, **sees)
+    forward = make_log_probs(config, model_config, mesh, pad_id=pad_id, **sees)
     reference_forward = make_log_probs(config, reference_config or model_config, mesh, tokens=objective.uses_tokens)
     balance = config.model.router_aux_loss_coef
     scored = make_loss(method, config.contrast.alpha, config.contrast.block, mesh, balance)
@@ -180,7 +188,8 @@ def build_steps(
         def of_trained(trained: Params, rows: dict[str, Array], num_responses: int) -> LogProbs:
             params, of_heads = heads.split(trained)
             log_z = of_heads[partition.NAME]["kernel"] if partition.NAME in of_heads else None
-            return forward(policy.combine(params, frozen), rows, num_responses, log_z, of_heads.get(value.NAME))
+            beside = of_heads.get(value.NAME), of_heads.get(reward.NAME)
+            return forward(policy.combine(params, frozen), rows, num_responses, log_z, *beside)
 
         return of_trained
 

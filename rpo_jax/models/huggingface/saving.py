@@ -6,19 +6,46 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rpo_jax.core.files import atomic_directory, read_json
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params
-from rpo_jax.models.huggingface.configuration import write_config
+from rpo_jax.models.families.family import WeightRule
+from rpo_jax.models.huggingface.configuration import to_transformers, write_config
 from rpo_jax.models.huggingface.folders import WEIGHTS, WEIGHTS_INDEX, copy_tokenizer
 from rpo_jax.models.huggingface.loading import DTYPES, check_dtype
 from rpo_jax.models.huggingface.tensors import TensorLayout, flat_params, tensors_of
 
+RENDERING = "rpo_jax.json"  # of a reward model: how texts become the tokens that it was trained on
+_SCORE = "score.weight"
 _STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+class RewardHead(NamedTuple):
+    """What makes a sequence-classification model of a decoder.
+
+    kernel: of the score. pad_id: the token that is not scored. rendering: what RENDERING is to hold.
+    """
+
+    kernel: np.ndarray
+    pad_id: int
+    rendering: Mapping[str, Any]
+
+
+def classifier_name(model_config: ModelConfig) -> str:
+    """transformers' class of sequence-classification models of this family; ValueError where it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KNOWN
+
+    kind = to_transformers(model_config, model_config.dtype).model_type
+    if kind not in KNOWN:
+        raise ValueError(
+            f"transformers has no sequence-classification model of the type {kind}, as which a reward model is "
+            "exported; start from another family."
+        )
+    return KNOWN[kind]
 
 
 def save_pretrained(
@@ -34,6 +61,7 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     readme: str | None = None,
     overwrite: bool = False,
+    reward: RewardHead | None = None,
 ) -> Path:
     """Write a Hugging Face folder that AutoModelForCausalLM of transformers 4 and 5 loads alike; whole or not at all.
 
@@ -53,6 +81,7 @@ def save_pretrained(
         max_shard_bytes: a larger model is split over several files with an index.
         readme: the folder's README.md.
         overwrite: replace an existing folder.
+        reward: write a model for AutoModelForSequenceClassification instead: this head in the place of the words'.
     """
     dtype = dtype or model_config.dtype
     check_dtype(dtype)
@@ -66,9 +95,21 @@ def save_pretrained(
         if readme is not None:
             (folder / "README.md").write_text(readme, encoding="utf-8")
         write_config(folder, model_config, dtype, None if config is None else Path(config).expanduser())
+        if reward is not None:
+            tensors = {key: tensor for key, tensor in tensors.items() if tensor.rule.path != ("head",)}
+            rule = WeightRule(_SCORE, ("score",), "table")
+            tensors[_SCORE], flat[rule.path] = TensorLayout(rule, (), (1, len(reward.kernel))), reward.kernel[None]
+            _make_classifier(folder, model_config, reward)
         _write_generation_config(folder, model_config, generation_config, end_ids)
         _write_shards(folder, tensors, flat, dtype, max_shard_bytes)
     return target
+
+
+def _make_classifier(folder: Path, model_config: ModelConfig, reward: RewardHead) -> None:
+    labels: dict[str, Any] = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": reward.pad_id}
+    values = read_json(folder, "config.json") | labels | {"architectures": [classifier_name(model_config)]}
+    for name, content in (("config.json", values), (RENDERING, reward.rendering)):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_params(model_config: ModelConfig, flat: Mapping[tuple[str, ...], Any]) -> None:

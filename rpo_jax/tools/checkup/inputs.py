@@ -19,9 +19,10 @@ from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import describe_cuts, describe_notes, encode_examples, join_encoded
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.models import ModelConfig
+from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
 from rpo_jax.training.advice import advise
-from rpo_jax.training.prepare import row_value_columns, token_limits, total_steps
+from rpo_jax.training.prepare import prepare, row_value_columns, token_limits, total_steps
 
 
 def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
@@ -91,6 +92,12 @@ def check_data(config: Config, policy: ModelConfig | None) -> list[Finding]:
     """
     if config.data.name is None:
         return [failed("data", "data.path is not set", "give a file, a folder or a hub data set")]
+    if config.train.rounds:
+        try:
+            prepared = prepare(config, Reporter(silent=True))
+        except (ValueError, OSError) as error:
+            return [failed("data", error)]
+        return [ok("data", f"{len(found.rows):,} prompts ({name})") for name, found in prepared.prompts.items()]
     checked = [_check_source(config, "data", path, config.data.split) for path in config.data.sources]
     found = [finding for findings, _ in checked for finding in findings]
     examples = checked[0][1] if len(checked) == 1 else None

@@ -23,13 +23,14 @@ from rpo_jax.core.files import atomic_write
 from rpo_jax.core.jsonl import parse_json, read_jsonl
 from rpo_jax.sampling.engine import Sampling
 from rpo_jax.sampling.generation import GenerateConfig, generate
+from rpo_jax.tasks import quickstart
 from rpo_jax.tasks.gold import GoldTask, make_rows, win
 from rpo_jax.tools.comparing.measure import divergences
-from rpo_jax.tools.comparing.study import Cell, configured
+from rpo_jax.tools.comparing.study import START, Cell, configured
 from rpo_jax.tools.exporting import export
-from rpo_jax.training.run import run
+from rpo_jax.tools.sampling.rounds import run
 
-START = "{start}"  # as a setting's value: the folder of the fine-tuned model that the run starts from
+GOLD = "{gold}"  # as rounds.score: the rule that knows the truth of the gold task
 RESULT, LOG, EXPORT = "result.json", "log.txt", "hf"
 ACCURACY, LOG_PROB_ACCURACY = "eval_rewards/accuracies", "eval_logps/accuracies"
 
@@ -98,7 +99,8 @@ class CellRunner:
         changes |= {"run.dir": run_dir, "run.cache_dir": self.cache_dir}
         changes |= {"data.path": files["train"], "data.eval_path": files["held_out"]}
         if cell.settings:
-            changes = {key: str(start) if value == START else value for key, value in changes.items()}
+            given = {START: str(start), GOLD: f"rule:{quickstart.__file__}:{quickstart.gold_score.__name__}"}
+            changes = {key: given.get(str(value), value) for key, value in changes.items()}
             changes["model.path"] = start
         began = time.perf_counter()
         trained = run(configured(changes))

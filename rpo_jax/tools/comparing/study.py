@@ -23,6 +23,7 @@ from rpo_jax.core.yaml_text import read_yaml
 from rpo_jax.tasks.gold import GoldTask
 
 Settings = dict[str, Any]
+START = "{start}"  # as a setting's value: the folder of the fine-tuned model that the run starts from
 MAX_GRID = 10_000  # runs that tune a method
 
 
@@ -91,6 +92,8 @@ class Cell:
     def config(self) -> Config:
         """Its training configuration without folders; ValueError for what cannot be trained so."""
         changes = {**(self.settings or self.start), "run.seed": self.seed}
+        if self.settings:
+            changes["model.path"] = START
         config = configured(changes)
         models.check_choices(config.model, config.lora)
         return config

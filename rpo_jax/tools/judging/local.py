@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.core.files import refuse_gguf
-from rpo_jax.core.records import Message
+from rpo_jax.core.files import read_json, refuse_gguf
+from rpo_jax.core.records import Message, PreferenceExample, Response
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.control_tokens import TextEncoder
 from rpo_jax.data.conversations import hidden
+from rpo_jax.data.tokenize import TokenLimits, tokenize_examples
 from rpo_jax.data.tokenizer import load_tokenizer
+from rpo_jax.models import RENDERING
 from rpo_jax.tools.judging.comparisons import Choice, Comparison, Prompt, Verdict
 
 _BATCH = 8
@@ -28,8 +30,9 @@ def higher(first: float, second: float) -> Choice:
 class RewardJudge:
     """A sequence-classification model of one label, its higher score wins.
 
-    Conversations are rendered by the tokenizer's chat template, in a sandbox as in training; without one, prompt and
-    response are encoded as two texts. What is longer than the model loses its beginning and is counted.
+    One that this package exported reads the tokens that it was trained on. For others conversations are rendered by the
+    tokenizer's chat template, in a sandbox as in training; without one, prompt and response are encoded as two texts.
+    What is longer than the model loses its beginning and is counted.
 
     Raises ValueError for a folder that holds no such model, whole and as safetensors, and for a chat template that
     cannot be used.
@@ -70,6 +73,7 @@ class RewardJudge:
         self._tokenizer.truncation_side = "left"
         self._template = ChatTemplate(self._tokenizer) if self._tokenizer.chat_template else None
         self._encoder = TextEncoder(self._tokenizer)
+        self._limits = _trained_limits(path)
 
     def verdicts(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
         wanted = {(one.pair.prompt, response): None for one in comparisons for response in one.responses}
@@ -86,7 +90,10 @@ class RewardJudge:
 
     def scores(self, answers: Sequence[tuple[Prompt, str]]) -> Iterator[dict[tuple[Prompt, str], float]]:
         """Rewards of responses to prompts, a batch at a time; those of about one length are together."""
-        encoded = [(key, self._encode(*key)) for key in answers]
+        if self._limits is None:
+            encoded = [(key, self._encode(*key)) for key in answers]
+        else:
+            encoded = self._encode_as_trained(answers, self._limits)
         cut = sum(was_cut for _, (_, was_cut) in encoded)
         if cut:
             self._say(
@@ -115,6 +122,22 @@ class RewardJudge:
         ids = encoder.encode([text])[0].tolist()
         return {"input_ids": ids[-self._limit :]}, len(ids) > self._limit
 
+    def _encode_as_trained(
+        self, answers: Sequence[tuple[Prompt, str]], limits: TokenLimits
+    ) -> list[tuple[tuple[Prompt, str], tuple[dict[str, list[int]], bool]]]:
+        examples = [
+            PreferenceExample(str(number), prompt, (Response("chosen", response),))
+            for number, (prompt, response) in enumerate(answers)
+        ]
+        tokenized, faults = tokenize_examples(examples, self._tokenizer, limits)
+        if faults:
+            raise faults.error(f"the reward model {self.name} cannot be asked", "error", "none is left")
+        found = ([*one.prompt_ids.tolist(), *one.responses[0].ids.tolist()] for one in tokenized)
+        return [
+            (key, ({"input_ids": ids[-self._limit :]}, len(ids) > self._limit))
+            for key, ids in zip(answers, found, strict=True)
+        ]
+
     def _scores(self, encoded: list[dict[str, list[int]]]) -> list[float]:
         import torch
 
@@ -124,6 +147,18 @@ class RewardJudge:
         if not all(math.isfinite(score) for score in scores):
             raise ValueError(f"the reward model {self.name} gave a reward that is no finite number; check its weights.")
         return scores
+
+
+def _trained_limits(folder: Path) -> TokenLimits | None:
+    """How texts become tokens for a reward model that this package exported; None for others."""
+    if not (folder / RENDERING).is_file():
+        return None
+    told = read_json(folder, RENDERING)
+    try:
+        side = "keep_end" if told["truncation_side"] == "auto" else told["truncation_side"]
+        return TokenLimits(**{**told, "truncation_side": side})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / RENDERING} is damaged ({error}); export the model again.") from None
 
 
 def _plain(prompt: Prompt) -> str | list[dict[str, str]]:

@@ -23,13 +23,20 @@ class Panel(NamedTuple):
 
 _LEARNING, _CONTRAST, _EXPERTS = "Learning", "Contrast", "Use of experts"
 _SPEED = "Throughput and packing"
+_ROUNDS = "Rounds"
 
 PANELS = (
     Panel(_LEARNING, "Loss", "loss", "", "What the objective minimises"),
     Panel(_LEARNING, "Reward margin", "rewards/margins", "", "Reward of chosen minus rejected; rewards grow with beta"),
     Panel(_LEARNING, "Reward accuracy", "rewards/accuracies", "", "Share of pairs whose chosen reward is higher"),
     Panel(_LEARNING, "Log-prob accuracy", "logps/accuracies", "", "Share of pairs whose chosen response is likelier"),
-    Panel(_LEARNING, "KL", "kl", "nats", "KTO's estimate of the distance from the reference"),
+    Panel(
+        _LEARNING,
+        "KL",
+        "kl",
+        "nats",
+        "Distance from the reference: KTO's estimate; in rounds, of sampled answers",
+    ),
     Panel(_LEARNING, "Gradient norm", "grad_norm", "", "Before it is clipped"),
     Panel(_LEARNING, "Reward of chosen", "rewards/chosen", "", "beta times the log-ratio to the reference"),
     Panel(_LEARNING, "Reward of rejected", "rewards/rejected", "", "beta times the log-ratio to the reference"),
@@ -46,6 +53,9 @@ PANELS = (
     Panel(_EXPERTS, "Largest share", "experts/largest_share", "", "Of a layer's choices: the expert that is used most"),
     Panel(_EXPERTS, "Smallest share", "experts/smallest_share", "", "Of a layer's choices: the one that is used least"),
     Panel(_EXPERTS, "Entropy of shares", "experts/entropy", "nats", "Mean over layers; log of their number if even"),
+    Panel(_ROUNDS, "Reward of answers", "reward", "", "Mean score of what a round sampled; held out: of other prompts"),
+    Panel(_ROUNDS, "Length of answers", "completions/mean_length", "tokens", "Of what a round sampled"),
+    Panel(_ROUNDS, "Rows", "rounds/rows", "", "That a round trains on"),
     Panel(_SPEED, "Packing efficiency", "packing/efficiency", "", "Share of all positions that hold a token"),
     Panel(_SPEED, "Tokens", "tokens_per_second", "per second", "Packed tokens trained on"),
     Panel(_SPEED, "Pairs", "pairs_per_second", "per second", ""),

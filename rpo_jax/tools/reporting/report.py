@@ -69,6 +69,8 @@ def _prepared(record: RunRecord, reporter: Reporter) -> Prepared:
 
 def _matrix(record: RunRecord, prepared: Prepared, step: int) -> dict[str, Any] | str:
     method = resolve(record.config)
+    if record.config.train.rounds:
+        return "The run samples its data in rounds; its folder has them."
     if method.weights is None:
         described = method.objective.description
         return f"{described[0].upper()}{described[1:]} has no contrast matrix."
@@ -95,6 +97,8 @@ def _check_data(record: RunRecord, prepared: Prepared) -> None:
 
 
 def _rewards(record: RunRecord, prepared: Prepared, reporter: Reporter, base: str | None) -> dict[str, Any] | str:
+    if resolve(record.config).objective.uses_reward_head:
+        return "The run trains a reward model: its held-out rewards are among the curves."
     if prepared.held_out is None:
         return "The run has no held-out data."
     try:

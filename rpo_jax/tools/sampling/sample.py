@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,13 +20,35 @@ from rpo_jax.core.templates import render
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.generation import GenerateConfig, generate
 from rpo_jax.tools.judging.pairs import prompt_of
-from rpo_jax.tools.sampling.scorers import Asked, make_scorer
+from rpo_jax.tools.sampling.scorers import Asked, Scorer, make_scorer
 from rpo_jax.tools.sampling.selection import RULES, Rule, rso
 
 ALL, RSO = "all", "rso"
 SELECTIONS = (ALL, *RULES, RSO)
 BINS = 20  # of the histogram of scores
 SHOWN = 8  # prompts of the page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which answers become data: as SampleConfig has it.
+
+    Args:
+        seed: of what is drawn.
+        option: what the user calls one of these options, for messages.
+    """
+
+    score: str
+    select: str
+    accept: int
+    beta: float
+    keep_unfinished: bool
+    seed: int
+    option: Callable[[str], str] = lambda name: f"--{name.replace('_', '-')}"
+
+    @property
+    def rule(self) -> Rule:
+        return rso(self.accept, self.beta) if self.select == RSO else RULES[self.select]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +89,9 @@ class SampleConfig:
             raise ValueError(f"--accept {self.accept} answers make no pair; accept 2 at least.")
 
     @property
-    def rule(self) -> Rule:
-        return rso(self.accept, self.beta) if self.select == RSO else RULES[self.select]
+    def choice(self) -> Choice:
+        own = {name: getattr(self, name) for name in ("score", "select", "accept", "beta", "keep_unfinished")}
+        return Choice(**own, seed=self.answers.seed)
 
 
 def sample(config: SampleConfig, reporter: Reporter) -> dict[str, Any]:
@@ -81,26 +104,55 @@ def sample(config: SampleConfig, reporter: Reporter) -> dict[str, Any]:
     with one_writer(out, "--out"), contextlib.ExitStack() as stack:
         score = make_scorer(config.score, config.judge, reporter, stack)
         answers = read_jsonl(generate(config.answers), ("row_id", "prompt", "response", "finish_reason"))
-        asked, counts = _asked(answers, config)
-        if not asked:
-            raise ValueError(
-                f"no prompt has two answers that differ, are not empty and ended: {_counted(counts)}; raise "
-                "--max-tokens or --temperature, or --keep-unfinished."
-            )
-        scores = score(asked)
-        if scores.missing == sum(map(len, scores.of)):
-            raise ValueError(f"--score {config.score} scores no answer: {scores.reason}")
-        if scores.missing:
-            reporter.say(f"{scores.missing} answers have no score and are left out; the first: {scores.reason}")
-        rows = [row for one, found in zip(asked, scores.of, strict=True) for row in _rows(config, one, found, counts)]
-        if not rows:
-            raise ValueError(f"no answer is better than another: {_counted(counts)}; see {config.score}")
-        counts["without a score"] = scores.missing
-        result = _statistics(config, asked, scores.of, rows, counts)
-        write_jsonl(out, rows, ascii_only=False)
+        found = preferences(answers, config.choice, score, reporter.say)
+        result = _statistics(config, found)
+        write_jsonl(out, found.rows, ascii_only=False)
         atomic_write(out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-        atomic_write(out.with_suffix(".html"), _page(config, asked, scores.of, result))
+        atomic_write(out.with_suffix(".html"), _page(config, found.asked, found.scores, result))
     return result
+
+
+class Preferences(NamedTuple):
+    """What answers became: prompts with those that count, their scores, the rows chosen, and how many of what."""
+
+    asked: list[Asked]
+    scores: list[list[float | None]]
+    rows: list[dict[str, Any]]
+    counts: Counter[str]
+
+    @property
+    def values(self) -> list[float]:
+        """All scores."""
+        return [score for some in self.scores for score in some if score is not None]
+
+
+def preferences(
+    answers: Sequence[dict[str, Any]], choice: Choice, score: Scorer, say: Callable[[str], None]
+) -> Preferences:
+    """Score answers and choose among them.
+
+    Args:
+        answers: rows with row_id, prompt, response and finish_reason.
+
+    Raises ValueError where that leaves nothing, with the reason.
+    """
+    asked, counts = _asked(answers, choice)
+    if not asked:
+        option = choice.option
+        raise ValueError(
+            f"no prompt has two answers that differ, are not empty and ended: {_counted(counts)}; raise "
+            f"{option('max_tokens')} or {option('temperature')}, or set {option('keep_unfinished')}."
+        )
+    scores = score(asked)
+    if scores.missing == sum(map(len, scores.of)):
+        raise ValueError(f"{choice.option('score')} {choice.score} scores no answer: {scores.reason}")
+    if scores.missing:
+        say(f"{scores.missing} answers have no score and are left out; the first: {scores.reason}")
+    rows = [row for one, found in zip(asked, scores.of, strict=True) for row in _rows(choice, one, found, counts)]
+    if not rows:
+        raise ValueError(f"no answer is better than another: {_counted(counts)}; see {choice.score}")
+    counts["without a score"] = scores.missing
+    return Preferences(asked, scores.of, rows, counts)
 
 
 def answers_file(out: str) -> str:
@@ -112,7 +164,7 @@ def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
-def _asked(answers: Sequence[dict[str, Any]], config: SampleConfig) -> tuple[list[Asked], Counter[str]]:
+def _asked(answers: Sequence[dict[str, Any]], config: Choice) -> tuple[list[Asked], Counter[str]]:
     """Prompts with the answers that count, and how many of what there are."""
     counts: Counter[str] = Counter(
         {"answers": len(answers), "empty or with a null character": 0, "unfinished": 0, "given before": 0}
@@ -139,9 +191,7 @@ def _asked(answers: Sequence[dict[str, Any]], config: SampleConfig) -> tuple[lis
     return asked, counts
 
 
-def _rows(
-    config: SampleConfig, one: Asked, scores: Sequence[float | None], counts: Counter[str]
-) -> Iterator[dict[str, Any]]:
+def _rows(config: Choice, one: Asked, scores: Sequence[float | None], counts: Counter[str]) -> Iterator[dict[str, Any]]:
     known = [(answer, score) for answer, score in zip(one.answers, scores, strict=True) if score is not None]
     values = [score for _, score in known]
     if len(set(values)) < 2:
@@ -151,7 +201,7 @@ def _rows(
     if config.select == ALL:
         yield {"prompt": prompt, "responses": [answer for answer, _ in known], "scores": values}
         return
-    digest = hashlib.sha256(f"{config.answers.seed} {one.place}".encode()).digest()
+    digest = hashlib.sha256(f"{config.seed} {one.place}".encode()).digest()
     pairs = config.rule(values, np.random.default_rng(int.from_bytes(digest[:8], "little")))
     if config.select == RSO and len(known) < config.accept:
         counts[f"prompts with fewer than {config.accept} different answers"] += 1
@@ -172,21 +222,15 @@ def _turns(one: Asked, answer: str) -> str | list[dict[str, str]]:
     return answer if isinstance(one.prompt, str) else [{"role": "assistant", "content": answer}]
 
 
-def _statistics(
-    config: SampleConfig,
-    asked: Sequence[Asked],
-    scores: Sequence[Sequence[float | None]],
-    rows: Sequence[Mapping[str, Any]],
-    counts: Counter[str],
-) -> dict[str, Any]:
-    values = np.array([score for some in scores for score in some if score is not None])
+def _statistics(config: SampleConfig, found: Preferences) -> dict[str, Any]:
+    values, rows = np.array(found.values), found.rows
     heights, edges = np.histogram(values, BINS)
     result = {
         "model": config.answers.model,
         "score": config.score,
         "select": config.select,
         "samples": config.answers.samples,
-        **counts,
+        **found.counts,
         "distinct": len(values),
         "rows": len(rows),
         "mean_score": float(values.mean()),

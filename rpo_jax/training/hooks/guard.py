@@ -136,15 +136,15 @@ class Guarding(Hook):
     """Has the guard take note of every step, and says which were skipped.
 
     Args:
-        data: what the batches' examples are.
+        data: gives what the examples of the batch at hand are.
     """
 
     guard: Guard
-    data: PreferenceData
+    data: Callable[[], PreferenceData]
     reporter: Reporter
 
     def after_step(self, run: Training, finished: FinishedStep) -> None:
-        rows = functools.partial(row_ids, finished.batch, self.data)
+        rows = functools.partial(row_ids, finished.batch, self.data())
         skipped = self.guard.record(finished.step, finished.report, finished.limit, rows)
         if skipped is not None:
             self.reporter.say(f"step {finished.step}  skipped: {skipped}; rows {some(rows())}, all in {FILE}")

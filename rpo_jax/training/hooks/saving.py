@@ -76,6 +76,12 @@ class Saving(Hook):
         if last:
             self.checkpoints.wait()
 
+    def keep(self, run: Training) -> None:
+        """Save the step at hand, unless it is saved, and wait until it is on disk."""
+        if run.step not in self.checkpoints.steps():
+            self._save(run)
+        self.checkpoints.wait()
+
     def _save(self, run: Training) -> None:
         self.log.sync()
         step, score = self._score or (None, None)
@@ -88,7 +94,7 @@ class Saving(Hook):
         self.checkpoints.save(run.step, run.state, record, score if step == run.step else None)
 
     def _diverged(self, why: str, run: Training) -> Diverged:
-        rows = row_ids(self._newest.batch, self.programs.data)
+        rows = row_ids(self._newest.batch, self.programs.source.data)
         reasons = self.programs.explain(run.state.params, self._newest.batch)
         self.checkpoints.settle()
         saved = self.checkpoints.latest_step()
