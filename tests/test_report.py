@@ -405,9 +405,9 @@ def test_the_verdict_says_what_came_out(world, tmp_path):
     )
     late = told(world, tmp_path, "late", [start, better, turned, {"step": 16, "loss": 0.1, "guard/bad_steps": 2}])
     assert verdict([late, good]).endswith(
-        "and its held-out loss fell from 0.693 to 0.52; that loss was least at step 8 (0.5): `export --step best` takes "
-        "the best checkpoint; 2 of the steps had numbers that are not finite and were skipped; by log-probs it is ahead "
-        "of good (78 % against 75 %)."
+        "its held-out loss fell from 0.693 to 0.52; that loss was least at step 8 (0.5): `export --step best` takes "
+        "the best checkpoint; 2 of the steps had numbers that are not finite and were skipped; by log-probs it is "
+        "ahead of good (78 % against 75 %)."
     )
     assert "ties on every held-out pair by rewards" in verdict([told(world, tmp_path, "still", [start])])
     lost = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": float("nan")}]
@@ -433,7 +433,8 @@ document.getElementById("f").onload = (event) => {{
   svg.dispatchEvent(new w.PointerEvent("pointermove", {{clientX: box.right - 12, clientY: box.top + 40}}));
   const tip = svg.parentElement.querySelector(".tip").textContent;
   const before = d.querySelector(".map h3").textContent;
-  const card = (title) => [...d.querySelectorAll(".card")].find((c) => c.querySelector("h3")?.textContent.startsWith(title));
+  const titled = (title) => (c) => c.querySelector("h3")?.textContent.startsWith(title);
+  const card = (title) => [...d.querySelectorAll(".card")].find(titled(title));
   const accuracy = card("Reward accuracy"), marks = () => card("Learning rate").querySelector("svg").textContent;
   const linear = marks(), [strength, log] = d.querySelectorAll(".controls input");
   strength.value = "0.5";
@@ -447,7 +448,8 @@ document.getElementById("f").onload = (event) => {{
   menu.value = "1";
   menu.dispatchEvent(new w.Event("change"));
   document.getElementById("found").textContent = JSON.stringify({{drawn: d.documentElement.dataset.drawn, tip, moved,
-    verdict: d.querySelector(".verdict").textContent, panel: d.querySelector(".map .card").textContent, smoothed, linear,
+    verdict: d.querySelector(".verdict").textContent, panel: d.querySelector(".map .card").textContent,
+    smoothed, linear,
     names: [...accuracy.querySelectorAll("text.name")].map((t) => t.textContent), logarithmic: marks(),
     svgs: q("svg"), sections: [...d.querySelectorAll("h2")].map((h) => h.textContent), before,
     wide: d.documentElement.scrollWidth, title: d.title, other: d.querySelector(".map h3").textContent}});
