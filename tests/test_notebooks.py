@@ -69,7 +69,7 @@ def test_a_notebook_opens_in_colab_where_it_fetches_what_it_needs(path):
 def chat_model(tmp_path_factory):
     """A small model that answers conversations."""
     folder, data = tmp_path_factory.mktemp("chat"), ROOT / "configs" / "data" / "smollm2_train.jsonl"
-    changes = {"objective.name": "sft", "train.steps": 2, "data.eval_rows": 0, "data.max_tokens": 256}
+    changes = {"objective.name": "sft", "train.steps": 2, "data.eval_rows": 0, "model.vocab_size": 1500}
     run = rpo_jax.run(configured(data, folder / "run", folder / "cache", changes)).run_dir
     return export(run, folder / "hf")
 
