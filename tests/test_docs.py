@@ -45,21 +45,15 @@ def test_every_block_is_of_a_kind_that_is_checked():
 
 def lines_of(page: Path) -> list[str]:
     """Lines of the blocks that a shell would run, and commands in running text."""
-    text = page.read_text(encoding="utf-8")
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text))
+    programs = ("rpo-jax ", "python -", "bash ", "pip ", "uv ", "pytest ", "docker ", "lm_eval ", "PYTHONPATH=")
+    return [*shell_lines(page), *(span for span in spans if span.startswith(programs))]
+
+
+def shell_lines(page: Path) -> list[str]:
     lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text)))
-    starts = (
-        "rpo-jax ",
-        "python -m ",
-        "bash ",
-        "pip install ",
-        "uv pip ",
-        "pytest ",
-        "docker ",
-        "lm_eval ",
-        "PYTHONPATH=",
-    )
-    return [line for line in [*lines, *(span for span in spans if span.startswith(starts))] if line.strip()]
+    return [line for line in lines if words_of(line)]
 
 
 def words_of(line: str) -> list[str]:
@@ -224,11 +218,8 @@ def test_the_objective_that_is_shown_is_its_equation():
     made = extension(0, "rpo_jax.objectives.methods.discopop")["OBJECTIVES"]["cauchy"]
     scores = laws.draw_scores(6)
     loss = made.total_loss(scores)
-    ratios = [
-        np.asarray(scores[kind].log_prob - scores[kind].reference_log_prob, float) for kind in ("chosen", "rejected")
-    ]
-    contrasts = scores.contrasts
-    weights, valid = np.asarray(contrasts.weights, float), np.asarray(contrasts.mask)
+    ratios = [np.asarray(side.log_prob - side.reference_log_prob, float) for side in laws.sides_of(scores)]
+    weights, valid = laws.matrix_of(scores)
     entries = weights * np.subtract.outer(*ratios)
     wanted = np.log1p((1 - made.beta * entries) ** 2 / made.cauchy_scale)[valid].mean()
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
@@ -298,11 +289,7 @@ FEW = ["--train.steps", "2", "--batch.pairs", "8", "--data.max_tokens", "256", "
 @pytest.mark.slow
 def test_the_commands_of_the_first_page_run_one_after_another(reader, monkeypatch, capsys):
     monkeypatch.chdir(reader)
-    words = [
-        words_of(line)
-        for block in blocks(DOCS / "index.md", "bash")
-        for line in block.replace("\\\n", " ").splitlines()
-    ]
+    words = list(map(words_of, shell_lines(DOCS / "index.md")))
     assert len(words) >= 9
     for number, (program, command, *arguments) in enumerate(words):
         assert program == "rpo-jax"
@@ -321,13 +308,8 @@ def test_the_python_of_a_page_runs(page, reader, monkeypatch):
     monkeypatch.chdir(reader)
     read = rpo_jax.load_config
     small = [f"{key}={value}" for key, value in SMALL.items() if not key.startswith("model.")]
-    small += [
-        "train.steps=1",
-        "run.dir=runs/python",
-        "run.overwrite=true",
-        "model.path=path/to/model",
-        "data.path=pairs.jsonl",
-    ]
+    small += ["train.steps=1", "run.dir=runs/python", "run.overwrite=true"]
+    small += ["model.path=path/to/model", "data.path=pairs.jsonl"]
     monkeypatch.setattr(rpo_jax, "load_config", lambda name, changes: read(name, [*changes, *small]), raising=False)
     exec(block, {})
     assert (reader / "runs" / "python" / "checkpoints" / "1").is_dir()

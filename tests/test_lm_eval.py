@@ -1,4 +1,4 @@
-"""A trained and exported model goes through lm-eval, without a network, by the task and the command of the documentation."""
+"""A trained and exported model goes through lm-eval, offline, by the task and the command of the documentation."""
 
 import json
 import shlex
