@@ -14,11 +14,13 @@ import yaml
 
 import rpo_jax
 from rpo_jax import cli
-from rpo_jax.config import synonyms
+from rpo_jax.config import TrackingConfig, synonyms
 from rpo_jax.config.reading import known_keys, load_config, parse_config
 from rpo_jax.export import export
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.registry import ATTENTIONS, make_attention
+from rpo_jax.runs import loggers
+from rpo_jax.runs.tracking import MetricsLog
 from tests.models.test_blockwise import packed_layout, tensors
 from tests.objectives import laws
 from tests.runs import SMALL, configured, preference_rows, write_rows
@@ -43,15 +45,16 @@ def test_every_block_is_of_a_kind_that_is_checked():
     assert {page for page, language in found if language == "python"} == {"README.md", "index.md", "architecture.md"}
 
 
-def lines_of(page: Path) -> list[str]:
-    """Lines of the blocks that a shell would run, and commands in running text."""
+def spans_of(page: Path) -> list[str]:
+    """Commands in running text."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text))
     programs = ("rpo-jax ", "python -", "bash ", "pip ", "uv ", "pytest ", "docker ", "lm_eval ", "PYTHONPATH=")
-    return [*shell_lines(page), *(span for span in spans if span.startswith(programs))]
+    return [span for span in spans if span.startswith(programs)]
 
 
 def shell_lines(page: Path) -> list[str]:
+    """Lines of the blocks that a shell would run."""
     lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if words_of(line)]
 
@@ -65,15 +68,15 @@ def words_of(line: str) -> list[str]:
 
 
 COMMANDS = [
-    pytest.param(words, id=f"{page.stem}: {shlex.join(words)[:60]}")
+    pytest.param(words_of(line), whole, id=f"{page.stem}: {line[:60]}")
     for page in PAGES
-    for line in lines_of(page)
-    if (words := words_of(line))
+    for whole, lines in ((True, shell_lines(page)), (False, spans_of(page)))
+    for line in lines
 ]
 
 
-def ours(command: str, arguments: list[str]) -> None:
-    """One of our commands: it is there, and takes what it is given."""
+def ours(command: str, arguments: list[str], whole: bool = True) -> None:
+    """One of our commands is there, and takes what it is given; running text may leave out what it needs besides."""
     if command in ("--help", "--version"):
         assert cli.main([command]) == 0
         return
@@ -86,11 +89,8 @@ def ours(command: str, arguments: list[str]) -> None:
         return
     if command not in CONFIGURED:
         parser = importlib.import_module(f"rpo_jax.{command}")._parser()
-        named = {word for word in arguments if word.startswith("--")}
-        own = {word for word in named if word in parser._option_string_actions}
-        if own or not named:  # of running text, which names the arguments that it is about
-            for action in parser._actions:
-                action.required = False
+        for action in parser._actions:
+            action.required &= whole
         _, arguments = parser.parse_known_args(arguments)
         assert not arguments or command in ("plan", "doctor")
     if arguments:
@@ -119,14 +119,14 @@ def in_docker(arguments: list[str]) -> None:
     ours(arguments[image + 1], arguments[image + 2 :])
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_is_one_that_there_is_with_arguments_that_it_takes(words, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("words", "whole"), COMMANDS)
+def test_a_command_is_one_that_there_is_with_arguments_that_it_takes(words, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     match words:
         case ["rpo-jax", command, *arguments]:
-            ours(command, arguments)
+            ours(command, arguments, whole)
         case ["python", "-m", module, *arguments] if module.startswith("rpo_jax."):
-            ours(module.removeprefix("rpo_jax."), arguments)
+            ours(module.removeprefix("rpo_jax."), arguments, whole)
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None
         case ["pip" | "uv", *arguments]:
@@ -263,6 +263,14 @@ def test_the_hook_that_is_shown_stops_a_run_without_progress(monkeypatch):
         assert stopped == []
         hook.after_evaluation(SimpleNamespace(step=step, stop=stopped.append), {"eval_rewards/accuracies": accuracy})
     assert stopped == ["no better accuracy since step 100"]
+
+
+def test_the_dashboard_that_is_shown_takes_what_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", extension(5, "rpo_jax.runs.loggers")["KIND"])
+    log = MetricsLog(tmp_path, TrackingConfig(), 0, "id", {})
+    log.write({"step": 1, "loss": 0.5})
+    log.close()
+    assert (tmp_path / "metrics.csv").read_text() == "1,loss,0.5\n"
 
 
 # The first page, from its first command to its last, in few steps.
