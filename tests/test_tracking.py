@@ -219,6 +219,7 @@ def mlflow_at(monkeypatch, tmp_path):
     return at
 
 
+@pytest.mark.filterwarnings("default")  # of what it imports
 def test_mlflow_has_every_step_once_also_after_a_resume(tmp_path, mlflow_at):
     uri, said = mlflow_at(f"sqlite:///{tmp_path}/mlflow.db"), []
     config = TrackingConfig(tensorboard=False, mlflow=True)

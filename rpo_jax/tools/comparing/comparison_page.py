@@ -8,7 +8,7 @@ from typing import Any
 from rpo_jax.core.pages import dot_chart
 from rpo_jax.core.templates import render
 from rpo_jax.tools.comparing.study import Study, Table
-from rpo_jax.tools.comparing.tables import filled, judged_by, summarised
+from rpo_jax.tools.comparing.tables import difference, filled, judged_by, shown, summarised
 
 TRIED = "Tuning trials"
 
@@ -26,11 +26,28 @@ def make_page(
     return render(
         "comparison.html",
         title="Comparison",
+        verdict=_sentence(study.tables[0], results[study.tables[0].name]),
         tables=tables,
         trials=trials,
         tried_title=TRIED,
         effort=effort.replace("`", "").rstrip("."),
     )
+
+
+def _sentence(table: Table, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Which row of a table is best, and by how much beside the row of reference."""
+    rows = [row.label for row in table.rows if results.get(row.label)]
+    column = judged_by([result for label in rows for result in results[label]])
+    means = {label: one[0] for label in rows if (one := summarised(column, results[label])) is not None}
+    if not means:
+        return "Nothing is done yet."
+    best = max(means, key=means.__getitem__)
+    told = f"{table.title}: {best} has the highest {column.title.rstrip(', %')}, {means[best]:.1f} %"
+    gap = None if best == table.against else difference(results[best], results.get(table.against, ()))
+    if gap is None:
+        return f"{told}."
+    chance = ", which chance alone may bring" if not gap[1] > 0 else ""
+    return f"{told}; its difference to {table.against} is {shown(gap, 1, signed=True)} points{chance}."
 
 
 def _chart(table: Table, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
