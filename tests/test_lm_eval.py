@@ -18,7 +18,9 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 @pytest.mark.slow
 def test_an_exported_model_goes_through_lm_eval(tmp_path):
-    rows = preference_rows(40)
+    # The chosen response is the longer one, which no model finds likelier before it is trained to.
+    swapped = {"prompt": "prompt", "chosen": "rejected", "rejected": "chosen"}
+    rows = [{name: row[other] for name, other in swapped.items()} for row in preference_rows(40)]
     write_rows(tmp_path / "held_out.jsonl", rows[32:])
     data, tasks = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "tasks"
     changes = {"train.steps": 16, "objective.name": "dpo", "optim.learning_rate": 3e-3}
@@ -39,5 +41,5 @@ def test_an_exported_model_goes_through_lm_eval(tmp_path):
     (results,) = (tmp_path / "lm_eval").rglob("results_*.json")
     found = json.loads(results.read_text(encoding="utf-8"))["results"]["held_out_preferences"]["acc,none"]
     before, *_, after = (line["eval_logps/accuracies"] for line in metric_lines(run) if "eval_loss" in line)
-    assert after > max(before, 0.8)
+    assert before < 0.5 < 0.8 < after
     assert found == pytest.approx(after, abs=0.13), "one pair of eight may hang on the end token"
