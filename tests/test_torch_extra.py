@@ -8,11 +8,17 @@ import pytest
 from rpo_jax.core import torch_extra
 from tests.runs import settings, write_rows
 
+# As if they were not installed: nothing finds them.
 HIDDEN = """
 import sys
-sys.modules["torch"] = sys.modules["sentence_transformers"] = None  # as if they were not installed
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+hidden = ("torch", "sentence_transformers")
+PathFinder.find_spec = lambda name, *more: None if name.partition(".")[0] in hidden else find(name, *more)
 from rpo_jax import train
-raise SystemExit(train.main(sys.argv[1:]))
+status = train.main(sys.argv[1:])
+assert "torch" not in sys.modules
+raise SystemExit(status)
 """
 
 
