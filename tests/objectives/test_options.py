@@ -131,7 +131,10 @@ def test_the_index_of_methods_has_every_objective_and_settings_that_build_it():
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
     assert sorted(row[0].strip("|` ") for row in rows) == sorted(losses.OBJECTIVES)
     for row in rows:
+        assert len(row) == 6, "name, source, loss, settings, data, TRL's name"
+        assert all(cell.strip(" |") for cell in row), row
         name, settings = row[0].strip("|` "), row[3].replace("`", "").replace("<br>", "\n")
+        assert len(settings.splitlines()) <= 3, "three lines of YAML"
         sections = yaml.safe_load(settings)
         keys = {f"{section}.{key}": value for section, of in sections.items() for key, value in of.items()}
         overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
