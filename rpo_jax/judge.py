@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--n", type=int, default=256, help="prompts, drawn by seed (default 256, the paper's)")
     add("--seed", type=int, default=0, help="of the sample, the order and the bootstrap")
     add("--both-orders", action="store_true", help="ask twice, each response first once")
-    add("--out", metavar="DIR", help="folder of verdicts.jsonl, summary.json and summary.md")
+    add("--out", metavar="DIR", help="folder of verdicts.jsonl, summary.json, summary.md and summary.html")
     endpoint = parser.add_argument_group("openai: endpoints")
     add = endpoint.add_argument
     add("--base-url", metavar="URL", help="of any OpenAI-compatible server; default OPENAI_BASE_URL, then OpenAI")

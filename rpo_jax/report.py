@@ -1,9 +1,9 @@
 """See what training did: `python -m rpo_jax.report --run DIR [--run DIR ...]` writes one HTML page, for no network.
 
-It shows curves of all runs over each other, a batch's contrast matrix with its prompts, held-out rewards, packing and
-throughput, samples and the configuration. The matrix is computed again from the run's data, the rewards from its newest
-checkpoint; both are left out with --no-matrix and --no-rewards. The page holds prompts of your data and paths of your
-machine: look before you pass it on.
+It says in one sentence what came out, and shows curves of all runs over each other, a batch's contrast matrix with its
+prompts and responses, held-out rewards, packing, throughput and memory, samples and the configuration. The matrix is
+computed again from the run's data, the rewards from its newest checkpoint; both are left out with --no-matrix and
+--no-rewards. The page holds prompts of your data and paths of your machine: look before you pass it on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m rpo_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--run", action="append", required=True, dest="runs", metavar="DIR", help="run folder; several are compared")
+    several = "run folder; several are compared, the last one first"
+    add("--run", action="append", required=True, dest="runs", metavar="DIR", help=several)
     add("--out", default="report.html", metavar="FILE", help="page to write; report.html by default")
     add("--batch-step", type=int, default=1, metavar="N", help="step whose contrast matrix is shown")
     add("--base", metavar="DIR", help="of LoRA runs: where their base is now, if it has moved")

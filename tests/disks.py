@@ -31,3 +31,14 @@ def filled(folder, blocks_left=2):
     finally:
         with contextlib.suppress(OSError):
             filler.unlink()
+
+
+@contextlib.contextmanager
+def gone(folder):
+    """The folder is elsewhere, as when its disk is not mounted."""
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    try:
+        yield
+    finally:
+        aside.rename(folder)

@@ -83,7 +83,7 @@ def metric_lines(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-TIMINGS = {"tokens_per_second", "pairs_per_second", "step_seconds", "eval_seconds"}
+TIMINGS = {"tokens_per_second", "pairs_per_second", "step_seconds", "eval_seconds", "memory/host_gib"}
 
 
 def without_timings(lines: list[dict[str, float]]) -> list[dict[str, float]]:

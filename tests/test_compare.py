@@ -106,7 +106,8 @@ def test_a_study_runs_is_reported_and_runs_nothing_twice(tmp_path, capsys):
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     for line in ("### Main", "| SFT |", "| DPO |", "| DPO | objective.beta="):
         assert line in text
-    assert "<svg" in page
+    assert 'class="dots"' in page
+    assert "SFT: " in page, "the baseline has its name and value"
     assert "http" not in page
     cells = sorted((out / "cells").iterdir())
     assert len(cells) == 3

@@ -1,64 +1,156 @@
 """What the documentation says exists: commands and keys parse, links lead somewhere, tables agree with the code."""
 
 import importlib
+import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
 import rpo_jax
 from rpo_jax import cli
-from rpo_jax.config import synonyms
+from rpo_jax.config import TrackingConfig, synonyms
 from rpo_jax.config.reading import known_keys, load_config, parse_config
-from tests.runs import write_rows
+from rpo_jax.export import export
+from rpo_jax.models.attention.kind import Split
+from rpo_jax.models.attention.registry import ATTENTIONS, make_attention
+from rpo_jax.runs import loggers
+from rpo_jax.runs.tracking import MetricsLog
+from tests.models.test_blockwise import packed_layout, tensors
+from tests.objectives import laws
+from tests.runs import SMALL, configured, preference_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 CONFIGURED = {"train", "prepare"}  # all their arguments are the configuration's
 
 
+SHOWN = {"text", "json"}  # languages that nobody runs: output, and rows, which tests/data/test_columns.py reads
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [text for found, text in FENCE.findall(page.read_text(encoding="utf-8")) if found == language]
 
 
-def commands(page: Path) -> list[list[str]]:
+def test_every_block_is_of_a_kind_that_is_checked():
+    found = {(page.name, language) for page in PAGES for language, _ in FENCE.findall(page.read_text("utf-8"))}
+    assert {language for _, language in found} == {"bash", "python", "yaml"} | SHOWN
+    assert {page for page, language in found if language == "python"} == {"README.md", "index.md", "architecture.md"}
+
+
+def spans_of(page: Path) -> list[str]:
+    """Commands in running text."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text))
+    programs = ("rpo-jax ", "python -", "bash ", "pip ", "uv ", "pytest ", "docker ", "lm_eval ", "PYTHONPATH=")
+    return [span for span in spans if span.startswith(programs)]
+
+
+def shell_lines(page: Path) -> list[str]:
+    """Lines of the blocks that a shell would run."""
     lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    found = [shlex.split(line, comments=True) for line in lines]
-    ours = [words[words.index("rpo-jax") + 1 :] for words in found if words[:1] == ["rpo-jax"]]
-    modules = [
-        [words[2].removeprefix("rpo_jax."), *words[3:]]
-        for words in found
-        if words[:2] == ["python", "-m"] and words[2].startswith("rpo_jax.")
-    ]
-    return ours + modules
+    return [line for line in lines if words_of(line)]
+
+
+def words_of(line: str) -> list[str]:
+    """A command's words, without a comment and the variables that are set for it."""
+    words = shlex.split(line, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    return words
 
 
 COMMANDS = [
-    pytest.param(words, id=f"{page.stem}: {shlex.join(words)[:60]}") for page in PAGES for words in commands(page)
+    pytest.param(words_of(line), whole, id=f"{page.stem}: {line[:60]}")
+    for page in PAGES
+    for whole, lines in ((True, shell_lines(page)), (False, spans_of(page)))
+    for line in lines
 ]
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_is_one_that_there_is_with_arguments_that_it_takes(words, tmp_path, monkeypatch):
-    command, *arguments = words
+def ours(command: str, arguments: list[str], whole: bool = True) -> None:
+    """One of our commands is there, and takes what it is given; running text may leave out what it needs besides."""
     if command in ("--help", "--version"):
+        assert cli.main([command]) == 0
+        return
+    if command == "NAME":
         return
     assert command in cli.COMMANDS
-    arguments = [word if word != "FILE" else "quickstart" for word in arguments]
+    arguments = [word if word != "FILE" else "quickstart" for word in arguments if not re.fullmatch(r"\.\.+", word)]
+    if "--help" in arguments:
+        assert helped(command, arguments) == 0
+        return
     if command not in CONFIGURED:
         parser = importlib.import_module(f"rpo_jax.{command}")._parser()
+        for action in parser._actions:
+            action.required &= whole
         _, arguments = parser.parse_known_args(arguments)
         assert not arguments or command in ("plan", "doctor")
-    monkeypatch.chdir(tmp_path)
     if arguments:
         parse_config(arguments)
 
 
+def helped(command: str, arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(cli.main([command, *arguments]))
+    return int(ended.value.code or 0)
+
+
+def installs(arguments: list[str]) -> None:
+    """The extras that are asked for are there."""
+    asked = [name for word in arguments for name in re.findall(r"\[([\w,-]+)\]", word)]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {name for names in asked for name in names.split(",")} <= set(extras)
+
+
+def in_docker(arguments: list[str]) -> None:
+    """An image's file, or what an image runs: `rpo-jax`."""
+    if arguments[0] == "build":
+        assert (ROOT / arguments[arguments.index("-f") + 1]).is_file()
+        return
+    image = next(number for number, word in enumerate(arguments) if word.startswith("rpo-jax:"))
+    ours(arguments[image + 1], arguments[image + 2 :])
+
+
+@pytest.mark.parametrize(("words", "whole"), COMMANDS)
+def test_a_command_is_one_that_there_is_with_arguments_that_it_takes(words, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    match words:
+        case ["rpo-jax", command, *arguments]:
+            ours(command, arguments, whole)
+        case ["python", "-m", module, *arguments] if module.startswith("rpo_jax."):
+            ours(module.removeprefix("rpo_jax."), arguments, whole)
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module) is not None
+        case ["pip" | "uv", *arguments]:
+            installs(arguments)
+        case ["docker", *arguments]:
+            in_docker(arguments)
+        case ["bash", script, *_] if script != "-c":
+            assert (ROOT / script).is_file()
+        case ["pytest", *arguments]:
+            assert all((ROOT / word).exists() for word in arguments if word.startswith("tests"))
+        case ["lm_eval", *_]:
+            pass  # tests/test_lm_eval.py runs it
+        case ["python", "-c", code]:
+            compile(code, "documentation", "exec")
+        case _:
+            pytest.fail(f"nothing checks {shlex.join(words)}")
+
+
 def test_there_are_commands_of_each_kind():
-    assert {words.values[0][0] for words in COMMANDS} >= {"train", "doctor", "export", "generate", "plan", "report"}
+    all_words = [case.values[0] for case in COMMANDS]
+    used = {words[1] for words in all_words if words[0] == "rpo-jax"}
+    used |= {words[2].removeprefix("rpo_jax.") for words in all_words if words[:2] == ["python", "-m"]}
+    assert used >= set(cli.COMMANDS) | {"--help", "--version"}
+    assert {words[0] for words in all_words} >= {"pip", "uv", "docker", "bash", "lm_eval"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -93,25 +185,139 @@ def test_configurations_are_read(tmp_path):
     read = 0
     for page in PAGES:
         for block in blocks(page, "yaml"):
-            if block.startswith("# rpo_jax"):
+            assert yaml.safe_load(block)
+            if not block.startswith(("# LLaMA-Factory", "# lm-eval")):
                 file = tmp_path / f"{page.stem}.yaml"
                 file.write_text(block, encoding="utf-8")
                 load_config(file)
                 read += 1
-            else:
-                assert yaml.safe_load(block)
-    assert read
+    assert read >= 3
+
+
+def test_the_answer_to_another_trainer_s_key_is_the_one_that_is_shown(tmp_path, monkeypatch, capsys):
+    (shown,) = blocks(DOCS / "coming-from.md", "text")
+    theirs = next(block for block in blocks(DOCS / "coming-from.md", "yaml") if block.startswith("# LLaMA-Factory"))
+    monkeypatch.chdir(tmp_path)
+    assert "per_device_train_batch_size: 2" in theirs
+    Path("mine.yaml").write_text("per_device_train_batch_size: 2\n", encoding="utf-8")
+    assert cli.main(["train", "--config", "mine.yaml"]) == 2
+    assert capsys.readouterr().err.startswith(shown.strip().rstrip("?"))
+
+
+# The extensions of docs/architecture.md, each in the place of a file that it is like.
+
+
+def extension(number: int, like: str | None) -> dict:
+    """The names that one of the page's blocks makes, given what the module `like` imports."""
+    names = {} if like is None else {**vars(importlib.import_module(like)), "__name__": "extension"}
+    exec(blocks(DOCS / "architecture.md", "python")[number], names)
+    return names
+
+
+def test_the_objective_that_is_shown_is_its_equation():
+    made = extension(0, "rpo_jax.objectives.methods.discopop")["OBJECTIVES"]["cauchy"]
+    scores = laws.draw_scores(6)
+    loss = made.total_loss(scores)
+    ratios = [np.asarray(side.log_prob - side.reference_log_prob, float) for side in laws.sides_of(scores)]
+    weights, valid = laws.matrix_of(scores)
+    entries = weights * np.subtract.outer(*ratios)
+    wanted = np.log1p((1 - made.beta * entries) ** 2 / made.cauchy_scale)[valid].mean()
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+
+
+def test_the_family_that_is_shown_is_the_one_that_there_is():
+    module = importlib.import_module("rpo_jax.models.families.vaultgemma")
+    assert extension(1, module.__name__)["FAMILY"] == module.FAMILY
+
+
+def test_the_attention_that_is_shown_agrees_with_ours(monkeypatch):
+    kind = extension(2, "rpo_jax.models.attention.dense")["KIND"]
+    monkeypatch.setitem(ATTENTIONS, "shown", kind)
+    layout = packed_layout(2, 256)
+    live = np.asarray(layout.segment_ids > 0)
+    found = {}
+    for name in ("shown", "dense"):
+        attend = make_attention(name, "cpu", layout, (None, 64), Split(), None)
+        *qkv, _ = tensors(2, 256)
+        found[name] = np.asarray(attend(*qkv, np.int32(1)))[live]
+    np.testing.assert_allclose(found["shown"], found["dense"], atol=2e-5)
+
+
+def test_the_layout_that_is_shown_reads_a_row():
+    layout = extension(3, "rpo_jax.data.layouts.shp")["LAYOUT"]
+    row = {"prompt": "Hi", "response_0": "Hello.", "response_1": "Go.", "better_response_id": 0}
+    assert set(layout.columns) == set(row)
+    for better, wanted in ((0, ["Hello.", "Go."]), (1, ["Go.", "Hello."])):
+        parts = extension(3, "rpo_jax.data.layouts.shp")["parse"]({**row, "better_response_id": better})
+        by_kind = {response.kind: response.text for response in parts.responses}
+        assert [by_kind[kind] for kind in ("chosen", "rejected")] == wanted, better
+
+
+def test_the_hook_that_is_shown_stops_a_run_without_progress(monkeypatch):
+    given, stopped = [], []
+    monkeypatch.setattr(rpo_jax, "run", lambda config, hooks: given.extend(hooks), raising=False)
+    names = {"rpo_jax": rpo_jax, "config": None}
+    exec(blocks(DOCS / "architecture.md", "python")[4], names)
+    (hook,) = given
+    for step, accuracy in ((0, 0.5), (100, 0.6), (200, 0.6), (300, 0.55)):
+        assert stopped == []
+        hook.after_evaluation(SimpleNamespace(step=step, stop=stopped.append), {"eval_rewards/accuracies": accuracy})
+    assert stopped == ["no better accuracy since step 100"]
+
+
+def test_the_dashboard_that_is_shown_takes_what_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", extension(5, "rpo_jax.runs.loggers")["KIND"])
+    log = MetricsLog(tmp_path, TrackingConfig(), 0, "id", {})
+    log.write({"step": 1, "loss": 0.5})
+    log.close()
+    assert (tmp_path / "metrics.csv").read_text() == "1,loss,0.5\n"
+
+
+# The first page, from its first command to its last, in few steps.
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A folder with what a reader of the first page has: a model, preferences and prompts."""
+    folder = tmp_path_factory.mktemp("reader")
+    rows = preference_rows(48)
+    for name in ("pairs.jsonl", "other.jsonl"):
+        write_rows(folder / name, rows)
+    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows[:4]])
+    changes = {"train.steps": 1, "data.eval_rows": 0, "objective.name": "sft"}
+    run = rpo_jax.run(configured(folder / "pairs.jsonl", folder / "start", folder / "cache", changes)).run_dir
+    (folder / "path" / "to").mkdir(parents=True)
+    export(run, folder / "path" / "to" / "model")
+    return folder
+
+
+FEW = ["--train.steps", "2", "--batch.pairs", "8", "--data.max_tokens", "256", "--run.cache_dir", "cache"]
 
 
 @pytest.mark.slow
-def test_the_python_of_the_first_page_runs(tmp_path, monkeypatch):
-    from tests.runs import SMALL
+def test_the_commands_of_the_first_page_run_one_after_another(reader, monkeypatch, capsys):
+    monkeypatch.chdir(reader)
+    words = list(map(words_of, shell_lines(DOCS / "index.md")))
+    assert len(words) >= 9
+    for number, (program, command, *arguments) in enumerate(words):
+        assert program == "rpo-jax"
+        more = FEW if command in ("train", "doctor") else []
+        if command == "train" and number == len(words) - 1:
+            more = [*more, "--run.dir", "runs/mixture"]
+        assert cli.main([command, *arguments, *more]) == 0, (command, arguments, capsys.readouterr().err)
+    assert (reader / "answers.jsonl").is_file()
+    assert (reader / "report.html").is_file()
 
-    write_rows(tmp_path / "pairs.jsonl")
-    (block,) = blocks(DOCS / "index.md", "python")
-    small = [f"{key}={value}" for key, value in SMALL.items()] + ["train.steps=1", "model.path=null"]
-    monkeypatch.chdir(tmp_path)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [DOCS / "index.md", ROOT / "README.md"], ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page, reader, monkeypatch):
+    (block,) = blocks(page, "python")
+    monkeypatch.chdir(reader)
     read = rpo_jax.load_config
+    small = [f"{key}={value}" for key, value in SMALL.items() if not key.startswith("model.")]
+    small += ["train.steps=1", "run.dir=runs/python", "run.overwrite=true"]
+    small += ["model.path=path/to/model", "data.path=pairs.jsonl"]
     monkeypatch.setattr(rpo_jax, "load_config", lambda name, changes: read(name, [*changes, *small]), raising=False)
     exec(block, {})
-    assert (tmp_path / "runs" / "small_data" / "checkpoints" / "1").is_dir()
+    assert (reader / "runs" / "python" / "checkpoints" / "1").is_dir()

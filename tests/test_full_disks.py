@@ -19,10 +19,10 @@ from rpo_jax.core import files
 from rpo_jax.core.files import WriteFailed, atomic_directory, atomic_write, check_writable
 from rpo_jax.core.jsonl import GrowingFile
 from rpo_jax.data import embeddings
-from rpo_jax.runs import tracking
+from rpo_jax.runs import loggers
 from rpo_jax.runs.tracking import MetricsLog, Reporter
 from rpo_jax.tools.judging.cache import AnswerCache, JudgeAnswer
-from tests.disks import filled, small_files
+from tests.disks import filled, gone, small_files
 from tests.processes import REPOSITORY
 from tests.runs import configured, metric_lines, write_rows
 
@@ -95,17 +95,6 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@contextlib.contextmanager
-def gone(folder):
-    """The folder is elsewhere, as when its disk is not mounted."""
-    aside = folder.with_name("aside")
-    folder.rename(aside)
-    try:
-        yield
-    finally:
-        aside.rename(folder)
-
-
 @pytest.mark.parametrize(("refusing", "reason"), [(None, TOO_LARGE), (gone, "see that its disk is still there")])
 def test_lines_wait_until_the_disk_takes_them(tmp_path, refusing, reason):
     folder, said = tmp_path / "run", []
@@ -161,7 +150,7 @@ def check_logged(run_dir, said):
 @pytest.fixture
 def at_once(monkeypatch):
     """What was refused is tried again with the next line, not after half a minute."""
-    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0)
+    monkeypatch.setattr(loggers, "FLUSH_SECONDS", 0)
 
 
 def test_a_full_disk_neither_hangs_tensorboard_nor_loses_a_line(tmp_path, at_once):

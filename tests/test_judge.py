@@ -62,6 +62,7 @@ def test_a_rule_decides_and_everything_is_written(files, rule, tmp_path, capsys)
     assert "| win / tie / loss | 3 / 1 / 1 |" in printed
     assert "| win rate, a tie is half a win | 70.0 % |" in printed
     assert (out / "summary.md").read_text(encoding="utf-8") in printed
+    assert "a.jsonl wins against b.jsonl about as often as not" in (out / "summary.html").read_text(encoding="utf-8")
     summary = summary_of(out)
     assert (summary["win"], summary["tie"], summary["loss"], summary["unparsable"]) == (3, 1, 1, 0)
     assert summary["length"]["a_longer"] == 3

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import rpo_jax
+from rpo_jax.export import export
 from rpo_jax.runs.notebook import NotebookProgress, in_notebook
+from tests.runs import configured
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-SMALL = {"TRAIN_ROWS": 64, "SFT_STEPS": 3, "RPO_STEPS": 3, "TRIED": ("temperature=0.5", "perplexity=2")}
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMALL = {
+    "TRAIN_ROWS": 64,
+    "SFT_STEPS": 3,
+    "RPO_STEPS": 3,
+    "TRIED": ("temperature=0.5", "perplexity=2"),
+    "EPOCHS": 0.25,
+    "ASKED": 6,
+}
 PARAMETERS = "parameters"  # the tag of the cell whose values a test replaces
 MOST_PRINTED = 10_000  # characters of a notebook's whole printed output: two pages
 
@@ -37,12 +50,38 @@ def test_a_notebook_is_committed_without_outputs(path):
     assert len([cell for cell in code if PARAMETERS in cell.metadata.get("tags", [])]) == 1
 
 
-def executed(path: Path, runs: Path) -> nbformat.NotebookNode:
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_a_notebook_opens_in_colab_where_it_fetches_what_it_needs(path):
+    opening, setup = nbformat.read(path, as_version=4).cells[:2]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    owner = project["urls"]["Repository"].removeprefix("https://github.com/")
+    colab = "https://colab.research.google.com"
+    (badge,) = re.findall(r"\[!\[Open in Colab\]\((\S+)\)\]\((\S+)\)", opening.source)
+    assert badge == (f"{colab}/assets/colab-badge.svg", f"{colab}/github/{owner}/blob/main/notebooks/{path.name}")
+    assert f'"https://github.com/{owner}"' in setup.source
+    (extras,) = re.findall(r"\.\[{accelerator}([\w,]+)\]", setup.source)
+    accelerators = re.findall(r'"(\w+),"', setup.source)
+    assert accelerators == ["cuda", "tpu"]
+    assert set(project["optional-dependencies"]) >= {*extras.split(","), *accelerators}
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A small model that answers conversations."""
+    folder, data = tmp_path_factory.mktemp("chat"), ROOT / "configs" / "data" / "smollm2_train.jsonl"
+    changes = {"objective.name": "sft", "train.steps": 2, "data.eval_rows": 0, "model.vocab_size": 1500}
+    run = rpo_jax.run(configured(data, folder / "run", folder / "cache", changes)).run_dir
+    return export(run, folder / "hf")
+
+
+def executed(path: Path, runs: Path, model: Path) -> nbformat.NotebookNode:
     """The notebook after a run with few steps, on few rows."""
     notebook = nbformat.read(path, as_version=4)
     (cell,) = (cell for cell in notebook.cells if PARAMETERS in cell.metadata.get("tags", []))
     named = {line.partition(" = ")[0]: line for line in cell.source.splitlines()}
-    changes = {name: value for name, value in {**SMALL, "RUNS": str(runs)}.items() if name in named}
+    changes = {
+        name: value for name, value in {**SMALL, "RUNS": str(runs), "MODEL": str(model)}.items() if name in named
+    }
     assert set(changes) == set(named), "every parameter has a small value here"
     cell.source = "\n".join(f"{name} = {value!r}" for name, value in changes.items())
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(path.parent)}}).execute()
@@ -62,8 +101,8 @@ def figures(notebook: nbformat.NotebookNode) -> int:
 @pytest.mark.filterwarnings("default")  # of the kernel's client: tornado, zmq and asyncio warn of each other
 @pytest.mark.slow  # more than a minute each
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
-def test_a_notebook_runs(path, tmp_path):
-    notebook = executed(path, tmp_path / "runs")
+def test_a_notebook_runs(path, tmp_path, chat_model):
+    notebook = executed(path, tmp_path / "runs", chat_model)
     assert figures(notebook) == {"quickstart": 2, "contrast": 3}[path.stem]
     streams = [
         output.text
@@ -73,15 +112,19 @@ def test_a_notebook_runs(path, tmp_path):
         if output.output_type == "stream"
     ]
     assert sum(map(len, streams)) < MOST_PRINTED
+    assert not [text for text in streams if "absl" in text or "WARNING" in text], "of libraries"
+    assert json.loads((tmp_path / "runs" / "results.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "runs" / "report.html").stat().st_size > 10_000
     # The run's progress is one output each that ends where the run ended, not a line a step.
-    outputs = printed(notebook, "sft = rpo_jax.run(")
+    outputs = printed(notebook, "= rpo_jax.run(")
     (bar,) = (output for output in outputs if "train " in output.get("data", {}).get("text/plain", ""))
     assert "train 3/3" in bar.data["text/plain"]
     assert "<progress" in bar.data["text/html"]
     if path.stem == "quickstart":
-        assert (tmp_path / "runs" / "report.html").stat().st_size > 10_000
-        lines = (tmp_path / "runs" / "rpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        assert json.loads(lines[-1])["step"] == SMALL["RPO_STEPS"]
+        tables = [output.data["text/html"] for output in printed(notebook, "rows.append([*texts, verdict(")]
+        assert tables[0].count("<tr>") == 1 + SMALL["ASKED"]
+        assert "tied" in tables[0], "three steps change little"
+        assert (tmp_path / "runs" / "hf" / "model.safetensors").is_file()
 
 
 def test_here_is_no_notebook():

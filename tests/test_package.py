@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -146,3 +147,15 @@ def test_the_release_workflow_builds_tries_and_then_publishes():
     for version, status in ((f"v{rpo_jax.__version__}", 0), ("v0.0.0", 1)):
         environment = {**os.environ, "GITHUB_REF_NAME": version}
         assert subprocess.run(["bash", "-c", tag], cwd=ROOT, env=environment).returncode == status
+
+
+def test_nothing_but_three_extras_asks_for_torch():
+    """An index gives its CUDA build to whoever asks: `pip install rpo-jax` alone must not."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bringing_torch = ("torch", "sentence-transformers", "accelerate", "peft")
+    asking = {
+        extra
+        for extra, names in {"": project["dependencies"], **project["optional-dependencies"]}.items()
+        if any(re.match(r"[\w-]+", name)[0] in bringing_torch for name in names)
+    }
+    assert asking == {"encoder", "minilm", "test"}

@@ -23,6 +23,7 @@ from rpo_jax.tools.reporting import contrast_panel, rewards_panel
 from rpo_jax.tools.reporting.curves import final_values, make_panels, points
 from rpo_jax.tools.reporting.report_page import make_page
 from rpo_jax.tools.reporting.run_records import read_runs
+from rpo_jax.tools.reporting.verdict import verdict
 from rpo_jax.training.prepare import batches_of, prepare
 from tests.runs import configured, metric_lines, preference_rows, write_rows
 
@@ -90,11 +91,13 @@ def test_the_page_is_whole_and_fetches_nothing(page):
 def test_curves_are_what_was_logged(world, page):
     told = data_of(page)
     lines = metric_lines(world / "rpo")
-    (loss,) = (panel for panel in told["panels"] if panel["key"] == "loss")
+    of_dpo, of_rpo = (panel for panel in told["panels"] if panel["key"] == "loss")
+    assert (of_dpo["title"], of_rpo["title"]) == ("Loss of dpo", "Loss of rpo")
+    assert of_rpo["curves"][0] == of_dpo["curves"][1] == {"train": [], "held_out": []}, "each has its own scale"
     wanted = [[line["step"], line["loss"]] for line in lines if "loss" in line]
-    assert [step for step, _ in loss["curves"][0]["train"]] == [1, 2, 3, 4]
-    np.testing.assert_allclose(np.array(loss["curves"][0]["train"]), np.array(wanted), rtol=1e-5)
-    assert [step for step, _ in loss["curves"][0]["held_out"]] == [0, 2, 4]
+    assert [step for step, _ in of_rpo["curves"][1]["train"]] == [1, 2, 3, 4]
+    np.testing.assert_allclose(np.array(of_rpo["curves"][1]["train"]), np.array(wanted), rtol=1e-5)
+    assert [step for step, _ in of_rpo["curves"][1]["held_out"]] == [0, 2, 4]
     assert {panel["key"] for panel in told["panels"]} >= {
         "loss",
         "rewards/margins",
@@ -102,8 +105,9 @@ def test_curves_are_what_was_logged(world, page):
         "grad_norm",
         "packing/efficiency",
         "tokens_per_second",
+        "memory/host_gib",
     }
-    assert [run["name"] for run in told["runs"]] == ["rpo", "dpo"]
+    assert [run["name"] for run in told["runs"]] == ["dpo", "rpo"], "the last one that was named comes first"
 
 
 def test_kl_is_shown_where_it_was_logged(world, tmp_path):
@@ -135,6 +139,9 @@ def test_prompts_stand_at_their_rows_and_columns(prepared):
     lines = [int(data.train.examples[i].row_id.rpartition(":")[2]) for i in batch.sides["chosen"].example_index]
     assert sorted(found.chosen_prompts) == sorted(preference_rows()[line - 1]["prompt"] for line in lines)
     assert found.chosen_prompts == found.rejected_prompts
+    of_prompt = {row["prompt"]: row for row in preference_rows()}
+    for kind, texts in (("chosen", found.chosen), ("rejected", found.rejected)):
+        assert texts == [of_prompt[prompt][kind] for prompt in found.chosen_prompts]
     assert found.cosine is not None
     for i, text in enumerate(found.chosen_prompts):
         for j, other in enumerate(found.rejected_prompts):
@@ -196,14 +203,14 @@ def test_rewards_that_are_alike_or_lost_are_told():
 
 def test_the_page_holds_matrix_rewards_samples_and_settings(page):
     told = data_of(page)
-    rpo, dpo = told["runs"]
+    dpo, rpo = told["runs"]
     assert rpo["matrix"]["of"] == [8, 8]
     assert rpo["rewards"]["step"] == 4
     assert [row[i] for i, row in enumerate(dpo["matrix"]["weights"])] == [1.0] * 8
     assert [step for step, _ in rpo["samples"][0]["answers"]] == [0, 2, 4]
     assert dpo["samples"] == []
     (objective,) = (row for row in told["settings"] if row["key"] == "objective.name")
-    assert objective == {"key": "objective.name", "values": ["rpo", "dpo"], "set": True, "differs": True}
+    assert objective == {"key": "objective.name", "values": ["dpo", "rpo"], "set": True, "differs": True}
 
 
 def test_text_of_the_data_never_becomes_markup(world):
@@ -376,6 +383,47 @@ def test_a_lora_run_s_base_may_have_moved(world, tmp_path, capsys):
     assert "none of these is one" in capsys.readouterr().err
 
 
+def told(world, tmp_path, name, lines, like="rpo"):
+    """A run of these lines of metrics, as the report reads it."""
+    folder = shutil.copytree(world / like, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_runs([str(folder)])[0]
+
+
+def evaluated(step, loss, log_probs, rewards=None, ties=0.0):
+    line = {"step": step, "eval_loss": loss, "eval_logps/accuracies": log_probs}
+    return line if rewards is None else {**line, "eval_rewards/accuracies": rewards, "eval_rewards/ties": ties}
+
+
+def test_the_verdict_says_what_came_out(world, tmp_path):
+    start = evaluated(0, 0.6931, 0.5, 0.0, 1.0)
+    better, turned = evaluated(8, 0.5, 0.75, 0.875), evaluated(16, 0.52, 0.78, 0.9)
+    good = told(world, tmp_path, "good", [start, {"step": 8, "loss": 0.5}, better])
+    assert verdict([good]) == (
+        "After 8 steps, rpo prefers the chosen response of 88 % of the held-out pairs by rewards (by log-probs 75 %, "
+        "50 % before), and its held-out loss fell from 0.693 to 0.5."
+    )
+    late = told(world, tmp_path, "late", [start, better, turned, {"step": 16, "loss": 0.1, "guard/bad_steps": 2}])
+    assert verdict([late, good]).endswith(
+        "its held-out loss fell from 0.693 to 0.52; that loss was least at step 8 (0.5): `export --step best` takes "
+        "the best checkpoint; 2 of the steps had numbers that are not finite and were skipped; by log-probs it is "
+        "ahead of good (78 % against 75 %)."
+    )
+    assert "ties on every held-out pair by rewards" in verdict([told(world, tmp_path, "still", [start])])
+    lost = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": float("nan")}]
+    assert verdict([told(world, tmp_path, "lost", lost)]) == (
+        "After 2 steps, rpo has diverged: no loss was a finite number since step 1."
+    )
+    alone = told(world, tmp_path, "alone", [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}])
+    assert verdict([alone, good]) == (
+        "After 2 steps, rpo is done: its training loss fell from 3 to 2, and no held-out data says what that is worth."
+    )
+    without = told(world, tmp_path, "without", [evaluated(0, 2.0, 0.5), evaluated(4, 1.0, 0.625)])
+    assert "rpo finds the chosen response likelier in 62 % of the held-out pairs, 50 % before, and" in verdict(
+        [without]
+    )
+
+
 # What a browser found on the page: a script in a second page looks into the report's frame, 390 wide as a phone.
 PROBE = """<iframe id="f" src="report.html" style="width:{width}px;height:900px;border:0"></iframe>
 <pre id="found"></pre><script>
@@ -385,6 +433,14 @@ document.getElementById("f").onload = (event) => {{
   svg.dispatchEvent(new w.PointerEvent("pointermove", {{clientX: box.right - 12, clientY: box.top + 40}}));
   const tip = svg.parentElement.querySelector(".tip").textContent;
   const before = d.querySelector(".map h3").textContent;
+  const titled = (title) => (c) => c.querySelector("h3")?.textContent.startsWith(title);
+  const card = (title) => [...d.querySelectorAll(".card")].find(titled(title));
+  const accuracy = card("Reward accuracy"), marks = () => card("Learning rate").querySelector("svg").textContent;
+  const linear = marks(), [strength, log] = d.querySelectorAll(".controls input");
+  strength.value = "0.5";
+  strength.dispatchEvent(new w.Event("input"));
+  const smoothed = q("path.smoothed");
+  log.click();
   const canvas = d.querySelector("canvas"), map = canvas.getBoundingClientRect();
   canvas.dispatchEvent(new w.PointerEvent("pointerdown", {{clientX: map.left + 1, clientY: map.top + 1}}));
   d.querySelector(".frame").dispatchEvent(new w.KeyboardEvent("keydown", {{key: "ArrowDown"}}));
@@ -392,6 +448,9 @@ document.getElementById("f").onload = (event) => {{
   menu.value = "1";
   menu.dispatchEvent(new w.Event("change"));
   document.getElementById("found").textContent = JSON.stringify({{drawn: d.documentElement.dataset.drawn, tip, moved,
+    verdict: d.querySelector(".verdict").textContent, panel: d.querySelector(".map .card").textContent,
+    smoothed, linear,
+    names: [...accuracy.querySelectorAll("text.name")].map((t) => t.textContent), logarithmic: marks(),
     svgs: q("svg"), sections: [...d.querySelectorAll("h2")].map((h) => h.textContent), before,
     wide: d.documentElement.scrollWidth, title: d.title, other: d.querySelector(".map h3").textContent}});
 }};
@@ -428,17 +487,22 @@ def test_the_page_works_in_a_browser(page, width):
     assert found["moved"] == "Row 2, column 1"
     assert found["other"].startswith("Row ")
     assert found["sections"] == [
-        "In the end",
+        "Final values",
         "Data",
         "Learning",
         "Contrast",
-        "Throughput and packing",
+        "Throughput, packing and memory",
         "Contrast matrix of a batch",
         "Held-out rewards",
         "Samples",
         "Configuration",
     ]
-    assert found["title"].startswith("rpo, dpo")
+    assert found["title"].startswith("dpo, rpo")
+    assert found["verdict"].startswith("After 3 steps, dpo prefers the chosen response of ")
+    assert "rejected response" in found["panel"]
+    assert found["names"] == ["step", "share of pairs"]
+    assert found["smoothed"] > 5
+    assert found["logarithmic"] != found["linear"]
 
 
 def test_the_command_prints_where_the_page_is(world, tmp_path):

@@ -8,9 +8,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rpo_jax.config import TrackingConfig
-from rpo_jax.runs import tracking
-from rpo_jax.runs.tracking import MetricsLog, Reporter, check_login, check_tracking, summary
-from tests.disks import filled
+from rpo_jax.runs import loggers, tracking
+from rpo_jax.runs.loggers import check_installed, check_login
+from rpo_jax.runs.tracking import MetricsLog, Reporter, summary
+from tests.disks import filled, gone
 
 QUIET = TrackingConfig(tensorboard=False)
 
@@ -82,12 +83,13 @@ def test_tensorboard_can_be_left_out(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_wandb_that_is_not_installed_is_said_before_the_run(monkeypatch):
-    check_tracking(TrackingConfig())
-    found = tracking.importlib.util.find_spec
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
-    with pytest.raises(ValueError, match=r"tracking\.wandb=true.*pip install wandb"):
-        check_tracking(TrackingConfig(wandb=True))
+@pytest.mark.parametrize("key", ["wandb", "trackio", "mlflow"])
+def test_a_dashboard_that_is_not_installed_is_said_before_the_run(monkeypatch, key):
+    check_installed(TrackingConfig())
+    found = loggers.importlib.util.find_spec
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None if name == key else found(name))
+    with pytest.raises(ValueError, match=rf"tracking\.{key}=true.*pip install {key}"):
+        check_installed(TrackingConfig(**{key: True}))
 
 
 def failing(reason):
@@ -141,6 +143,127 @@ def test_weights_and_biases_itself_on_a_full_disk(tmp_path, monkeypatch, disk_of
     assert len(said) == 1
     assert "Weights & Biases' charts are not kept: " in said[0]
     assert "No space left on device; free some room there" in said[0]
+
+
+# Real clients, each where it is installed: on this machine, without a network.
+
+
+def trackio_in(folder, monkeypatch):
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed")
+    # It reads the environment when it is imported, and these when it opens a file.
+    for module in [module for name, module in sys.modules.items() if name.startswith("trackio.")]:
+        for name, below in {"TRACKIO_DIR": "", "MEDIA_DIR": "media", "ARTIFACTS_DIR": "artifacts"}.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, folder / below)
+    monkeypatch.delenv("TRACKIO_SPACE_ID", raising=False)
+    monkeypatch.delenv("TRACKIO_SERVER_URL", raising=False)
+    return trackio
+
+
+def in_trackio(trackio, name):
+    """[step, loss] of a run's lines that have one, and its configuration."""
+    run = trackio.Api().runs("rpo_jax")[0]
+    assert len(trackio.Api().runs("rpo_jax")) == 1
+    assert run.name == name
+    rows = trackio.SQLiteStorage.get_logs("rpo_jax", name)
+    return [[row["step"], row["loss"]] for row in rows if "loss" in row]
+
+
+def in_mlflow(uri):
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("rpo_jax")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.params == {"objective.name": "rpo", "objective.beta": "0.1"}
+    assert run.info.status == "FINISHED"
+    return [[point.step, point.value] for point in client.get_metric_history(run.info.run_id, "loss")]
+
+
+SETTINGS = {"objective": {"name": "rpo", "beta": 0.1}}
+
+
+def interrupted(run_dir, config, said):
+    """Four steps, an evaluation, and a resume after the second of them, which takes a fifth."""
+    run_dir.mkdir()
+    told = [{"step": s, "loss": float(s), "rewards/margins": 0.5} for s in range(1, 5)]
+    for start, lines_of_part in ((0, told), (2, [*told[2:], {"step": 5, "loss": 5.0}])):
+        log = MetricsLog(run_dir, config, start, "0123456789abcdef", SETTINGS, say=said.append)
+        for line in lines_of_part:
+            log.write(line)
+            if line["step"] == 2:
+                log.write({"step": 2, "eval_loss": 1.5})
+        log.close()
+    return [[s, float(s)] for s in range(1, 6)]
+
+
+def test_trackio_has_every_step_once_also_after_a_resume(tmp_path, monkeypatch, capsys):
+    trackio, said = trackio_in(tmp_path / "trackio", monkeypatch), []
+    config = TrackingConfig(tensorboard=False, trackio=True)
+    check_login(config)
+    wanted = interrupted(tmp_path / "run", config, said)
+    assert in_trackio(trackio, "run-01234567") == wanted
+    assert said == []
+
+
+@pytest.fixture
+def mlflow_at(monkeypatch, tmp_path):
+    def at(uri):
+        mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        monkeypatch.chdir(tmp_path)
+        mlflow.set_tracking_uri(None)
+        return uri
+
+    return at
+
+
+def test_mlflow_has_every_step_once_also_after_a_resume(tmp_path, mlflow_at):
+    uri, said = mlflow_at(f"sqlite:///{tmp_path}/mlflow.db"), []
+    config = TrackingConfig(tensorboard=False, mlflow=True)
+    check_login(config)
+    wanted = interrupted(tmp_path / "run", config, said)
+    assert in_mlflow(uri) == wanted
+    assert said == []
+
+
+def test_a_server_of_mlflow_that_does_not_answer_is_told_before_the_run(mlflow_at):
+    mlflow_at("http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"tracking\.mlflow=true, but MLflow says: .*; see that its server runs"):
+        check_login(TrackingConfig(mlflow=True))
+
+
+def test_a_space_of_trackio_without_a_token_is_told_before_the_run(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "owner/space")
+    with pytest.raises(ValueError, match=r"tracking\.trackio=true, but trackio says: .*hf auth login"):
+        check_login(TrackingConfig(trackio=True))
+
+
+@pytest.mark.filterwarnings("default")  # their threads and pools warn of files that the disk refused
+@pytest.mark.parametrize("key", ["trackio", "mlflow"])
+@pytest.mark.parametrize("trouble", ["full", "gone"])
+def test_a_dashboard_s_disk_that_is_full_or_gone_is_told_once(tmp_path, monkeypatch, disk_of, mlflow_at, key, trouble):
+    disk, said = (disk_of("16m") if trouble == "full" else tmp_path / "disk"), []
+    if key == "trackio":
+        trackio_in(disk / "trackio", monkeypatch)
+    else:
+        mlflow_at(f"sqlite:///{disk}/mlflow.db")
+    disk.mkdir(exist_ok=True)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    log = MetricsLog(run_dir, TrackingConfig(tensorboard=False, **{key: True}), 0, "id", SETTINGS, say=said.append)
+    log.write({"step": 1, "loss": 1.0})
+    log.write({"step": 2, "loss": 1.0})
+    with filled(disk, 0) if trouble == "full" else gone(disk):
+        for step in range(3, 100):
+            log.write({"step": step, "loss": 1.0})
+        log.close()
+    assert len(lines(run_dir)) == 99
+    assert len(said) == 1, said
+    assert "charts are not kept: " in said[0]
+    assert ("free some room there" if trouble == "full" else "see that its disk is still there") in said[0]
 
 
 def test_the_summary_is_short_and_ordered():

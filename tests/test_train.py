@@ -38,7 +38,7 @@ CONTRAST_METRICS = {
     *(f"contrast/{name}" for name in ("diagonal_weight", "perplexity", "temperature", "related_weight")),
     *(f"contrast/{name}" for name in ("uncalibrated_rows", "tied_rows")),
 }
-RATES = {"tokens_per_second", "pairs_per_second", "step_seconds"}
+RATES = {"tokens_per_second", "pairs_per_second", "step_seconds", "memory/host_gib"}
 TRAINING_METRICS = {"loss", "grad_norm", "learning_rate", "guard/bad_steps", "num_tokens", "packing/efficiency"}
 TRAINING_LINE = {"step", "epoch"} | TRAINING_METRICS | PREFERENCE_METRICS | CONTRAST_METRICS | RATES
 HELD_OUT = {"loss", "seconds"} | PREFERENCE_METRICS | CONTRAST_METRICS

@@ -106,11 +106,19 @@ class TrackingConfig:
         tensorboard: write event files into the run folder.
         wandb: log to Weights & Biases (needs `pip install wandb`; the key comes from the environment).
         wandb_project: project there.
+        trackio: log to trackio (needs `pip install trackio`): on this machine, or in the Space TRACKIO_SPACE_ID.
+        trackio_project: project there.
+        mlflow: log to MLflow (needs `pip install mlflow`): where MLFLOW_TRACKING_URI says.
+        mlflow_experiment: experiment there.
     """
 
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "rpo_jax"
+    trackio: bool = False
+    trackio_project: str = "rpo_jax"
+    mlflow: bool = False
+    mlflow_experiment: str = "rpo_jax"
 
 
 @dataclass(frozen=True, kw_only=True)

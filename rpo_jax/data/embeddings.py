@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from rpo_jax.core.files import atomic_write
 from rpo_jax.core.store import ByProduct, discard, fault, load
+from rpo_jax.core.torch_extra import check_torch
 from rpo_jax.data.hub import cached_folder, download_folder
 from rpo_jax.data.limited_tokenizer import limited
 
@@ -200,6 +201,8 @@ def _read_file(path: Path, fingerprint: str) -> dict[bytes, Float[np.ndarray, "E
 
 
 def _load(folder: Path) -> SentenceTransformer:
+    instead = f"; or use --embedding.encoder {HASHED_WORDS}, which needs neither"
+    check_torch(f"the sentence encoder in {folder}", instead)
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 

@@ -1,15 +1,30 @@
-"""Memory of the host process: what a compiler has given up goes back to the system before a step needs as much."""
+"""Memory of the host process and of devices: what was needed at most, and what a compiler has given up goes back."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import resource
+import sys
 from typing import Any
 
 import jax
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _WORTH_SECONDS = 0.5  # a compilation shorter than this leaves little behind
+
+
+def peak_memory() -> dict[str, float]:
+    """What this process and the fullest of its devices have held at most since it began, in GiB, as metrics.
+
+    Devices that do not tell, as CPUs, are left out.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    peaks = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    if of_devices := [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]:
+        peaks["memory/device_gib"] = max(of_devices) / 2**30
+    return peaks
 
 
 @functools.cache

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.util
 import logging
-import math
-import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,13 +18,12 @@ from rpo_jax.config import TrackingConfig
 from rpo_jax.core import files
 from rpo_jax.core.command import SteadyStream
 from rpo_jax.core.jsonl import GrowingFile, read_jsonl, to_line, write_jsonl
-from rpo_jax.core.store import ByProduct
 from rpo_jax.core.text import printable
+from rpo_jax.runs import loggers
 from rpo_jax.runs.notebook import NotebookProgress, clock, in_notebook
 
 METRICS = "metrics.jsonl"
 TIED = "tied"  # in place of an accuracy
-FLUSH_SECONDS = 30.0  # what TensorBoard shows may be late by
 SPEED_SECONDS = 86_400.0  # that a bar remembers: two steps, however slow, or it knows no time left
 FIRST_STEP = "first step"  # its key in phase_seconds
 
@@ -156,108 +149,8 @@ class Reporter:
             yield update
 
 
-def check_tracking(config: TrackingConfig) -> None:
-    """Raise ValueError if a dashboard that was asked for is not installed."""
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("tracking.wandb=true, but wandb is not installed; run `pip install wandb`.")
-
-
-def check_login(config: TrackingConfig) -> None:
-    """ValueError where Weights & Biases was asked for and does not know the user; asks for the key on a terminal."""
-    if not config.wandb or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return
-    import wandb  # pyright: ignore[reportMissingImports]  # optional
-
-    try:
-        reason = "" if wandb.login() else "it is not logged in"
-    except Exception as error:  # its classes differ between versions
-        reason = _first_line(error)
-    if reason:
-        raise ValueError(
-            f"tracking.wandb=true, but Weights & Biases says: {reason}; run `wandb login`, set WANDB_API_KEY, or set "
-            "WANDB_MODE=offline to upload later."
-        )
-
-
-@contextlib.contextmanager
-def _weights_and_biases() -> Iterator[None]:
-    """Whatever its client raises, as an OSError: no disk, no connection and no service are all the same to a run."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(f"its client says {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-
-
-class _TensorBoard:
-    """Scalars as TensorBoard reads them.
-
-    Written by whoever logs: tensorboardX's own thread ends on a disk that is full, and what waits for room in its queue
-    then waits for ever. A file whose writing failed is left as it is, and another one begun a while later.
-
-    Args:
-        purge_step: what earlier files have from this step on is not shown.
-    """
-
-    def __init__(self, folder: Path, purge_step: int) -> None:
-        self._folder, self._purge_step = folder, purge_step
-        self._file: Any = None
-        self._flushed = -math.inf
-        self._fault: OSError | None = None
-
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """OSError where the disk refuses, or has just refused."""
-        if self._fault is not None and time.monotonic() - self._flushed < FLUSH_SECONDS:
-            raise self._fault
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        with files.writing(self._folder):
-            try:
-                self._opened()
-                self._add(step=step, summary=Summary(value=values))
-                if time.monotonic() - self._flushed > FLUSH_SECONDS:
-                    self._file.flush()
-                    self._flushed = time.monotonic()
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    self.close()
-                self._fault, self._flushed = error, time.monotonic()
-                raise
-            self._fault = None
-
-    def _opened(self) -> None:
-        from tensorboardX import RecordWriter
-        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-
-        if self._file is not None:
-            return
-        files.check_there(self._folder.with_name(METRICS))
-        self._folder.mkdir(exist_ok=True)
-        self._file = RecordWriter(str(self._folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
-        self._add(file_version="brain.Event:2")
-        if self._purge_step is not None:
-            self._add(step=self._purge_step, session_log=SessionLog(status=SessionLog.START))
-            self._purge_step = None
-
-    def _add(self, **event: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-
-        self._file.write(Event(wall_time=time.time(), **event).SerializeToString())
-
-    def close(self) -> None:
-        """OSError where the disk refuses what was not flushed."""
-        file, self._file, self._flushed = self._file, None, -math.inf
-        if file is not None:
-            with files.writing(self._folder):
-                file.close()
-
-
 class MetricsLog:
-    """Writes metrics to `metrics.jsonl` in the run folder, and to TensorBoard and Weights & Biases if asked.
+    """Writes metrics to `metrics.jsonl` in the run folder, and to the dashboards asked for (rpo_jax.runs.loggers).
 
     A run goes on where none of them takes what it is given: lines of metrics.jsonl wait in memory.
 
@@ -293,31 +186,24 @@ class MetricsLog:
         self.initial: dict[str, float] = {}
         self.training: dict[str, float] = {}
         self.held_out: dict[str, float] = {}
-        earlier = [row for row in read_jsonl(path) if row["step"] < first_step]
+        logged = read_jsonl(path)
+        earlier = [row for row in logged if row["step"] < first_step]
         if unwritten:
             written = {to_line(row) for row in earlier}  # the disk may have taken them after that checkpoint
             earlier += [row for row in unwritten if to_line(row) not in written]
             earlier.sort(key=lambda row: row["step"])
         for row in earlier:
             self._note(row)
-        self._file = self._tensorboard = None
-        self._wandb: Any = None
+        self._file = None
+        self._loggers: list[loggers.OptionalLogger] = []
         if not writing:
             return
         write_jsonl(path, earlier)
         self._file = GrowingFile(path, say)
-        if config.tensorboard:
-            self._tensorboard = _TensorBoard(run_dir / "tensorboard", first_step)
-            self._events = ByProduct("TensorBoard's events", say)
-        if config.wandb:
-            self._charts = ByProduct("Weights & Biases' charts", say)
-            self._charts.write(functools.partial(self._begin_charts, config.wandb_project, run_id, hyperparameters))
-
-    def _begin_charts(self, project: str, run_id: str, hyperparameters: dict[str, Any]) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]  # optional
-
-        with _weights_and_biases():
-            self._wandb = wandb.init(project=project, id=run_id, resume="allow", config=hyperparameters)
+        # What dashboards have of the steps that come again, and mostly cannot take twice.
+        self._again = {_lines_name(row) for row in logged if row["step"] >= first_step}
+        run = loggers.LoggedRun(run_dir, config, run_id, first_step, hyperparameters)
+        self._loggers = [loggers.OptionalLogger(kind, run, say) for kind in loggers.asked_for(config).values()]
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Log one step; `metrics` holds `step`."""
@@ -325,18 +211,10 @@ class MetricsLog:
         if self._file is None:
             return
         self._file.add(metrics)
-        step = int(metrics["step"])
         scalars = {name: value for name, value in metrics.items() if name != "step"}
-        if self._tensorboard is not None:
-            self._events.write(functools.partial(self._tensorboard.write, scalars, step))
-        if self._wandb is not None:
-            self._charts.write(functools.partial(self._chart, scalars, step))
-
-    def _chart(self, scalars: Mapping[str, float], step: int) -> None:
-        if os.environ.get("WANDB_MODE") == "offline":
-            files.check_writable(Path(self._wandb.dir))  # its client says nothing of a disk that is full
-        with _weights_and_biases():
-            self._wandb.log(scalars, step=step)
+        for logger in self._loggers:
+            if logger.takes_again or _lines_name(metrics) not in self._again:
+                logger.write(scalars, int(metrics["step"]))
 
     def _note(self, line: dict[str, float]) -> None:
         if line["step"] == 0:
@@ -362,8 +240,10 @@ class MetricsLog:
             self._file.flush(lasting=True)
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._events.write(self._tensorboard.close)
-        if self._wandb is not None:
-            with contextlib.suppress(OSError), _weights_and_biases():
-                self._wandb.finish()
+        for logger in self._loggers:
+            logger.close()
+
+
+def _lines_name(line: Mapping[str, float]) -> tuple[int, bool]:
+    """What tells it from the other lines of a run: its step, and whether it is an evaluation's."""
+    return int(line["step"]), "eval_loss" in line

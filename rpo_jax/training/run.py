@@ -35,7 +35,8 @@ from rpo_jax.runs.folder import (
     resume_command,
     writing,
 )
-from rpo_jax.runs.tracking import MetricsLog, Reporter, check_login, check_tracking
+from rpo_jax.runs.loggers import check_installed, check_login
+from rpo_jax.runs.tracking import MetricsLog, Reporter
 from rpo_jax.runs.versions import installed_versions
 from rpo_jax.training.advice import advise
 from rpo_jax.training.hooks.evaluation import Evaluation
@@ -106,7 +107,7 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     """
     stopping = Stopping(config.train.max_minutes)
     models.check_choices(config.model, config.lora)
-    check_tracking(config.tracking)
+    check_installed(config.tracking)
     chosen = processes.initialize(config)
     with processes.stopping_together(), stopping.listening():
         reporter = Reporter(silent=not processes.is_main())

@@ -70,11 +70,11 @@ def _metric(name: str) -> Callable[[Result], Any]:
 COLUMNS = (
     Column("gold win rate against chosen, %", lambda result: result.get("wins"), 1, 100.0),
     Column("preference accuracy of rewards, %", _metric(ACCURACY), 1, 100.0),
-    Column("of log-probs, %", _metric(LOG_PROB_ACCURACY), 1, 100.0),
+    Column("preference accuracy of log-probs, %", _metric(LOG_PROB_ACCURACY), 1, 100.0),
     Column("reward margin", _metric("eval_rewards/margins"), 2),
     Column("KL to the start, nats", lambda result: result.get("divergence"), 2),
-    Column("answer, tokens", lambda result: result.get("answer_tokens"), 1),
-    Column("training, s", lambda result: result.get("train_seconds"), 0),
+    Column("answer length, tokens", lambda result: result.get("answer_tokens"), 1),
+    Column("training time, s", lambda result: result.get("train_seconds"), 0),
 )
 
 
@@ -116,7 +116,7 @@ def filled(table: Table, results: Mapping[str, Sequence[Result]]) -> tuple[list[
     """Titles and lines of a table, from the results of each row's seeds by its label; rows without any are left out."""
     columns = _columns([results[row.label] for row in table.rows if results.get(row.label)])
     against = results.get(table.against, ())
-    titles = ["", *(column.title for column in columns), f"against {table.against}", "seeds"]
+    titles = ["", *(column.title for column in columns), f"difference to {table.against}", "seeds"]
     lines = [_line(row, results[row.label], columns, table, against) for row in table.rows if results.get(row.label)]
     return titles, lines
 

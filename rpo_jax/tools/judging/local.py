@@ -42,6 +42,7 @@ class RewardJudge:
         if not (path / "config.json").is_file():
             refuse_gguf(path)
             raise ValueError(f"--judge reward:{folder} is no model folder: it has no config.json.")
+        check_torch(f"--judge reward:{folder}")
         from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification
 

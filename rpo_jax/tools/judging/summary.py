@@ -12,11 +12,13 @@ import numpy as np
 
 from rpo_jax.core.files import atomic_write
 from rpo_jax.core.jsonl import write_jsonl
+from rpo_jax.core.pages import dot_chart
 from rpo_jax.core.templates import render
 from rpo_jax.tools.judging import statistics
 from rpo_jax.tools.judging.comparisons import Comparison, Verdict
 
-VERDICTS, SUMMARY, REPORT = "verdicts.jsonl", "summary.json", "summary.md"
+VERDICTS, SUMMARY, REPORT, PAGE = "verdicts.jsonl", "summary.json", "summary.md", "summary.html"
+SHOWN = 12  # comparisons of the page
 LENGTH_METHOD = (
     "logistic regression of the score on tanh(length difference / its standard deviation), predicted at equal lengths; "
     "lengths in characters (arXiv 2404.04475, Eq. 2, without instruction difficulty)"
@@ -121,6 +123,7 @@ def write(
     write_jsonl(folder / VERDICTS, rows, ascii_only=False)
     atomic_write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     atomic_write(folder / REPORT, markdown(summary))
+    atomic_write(folder / PAGE, page(summary, comparisons, verdicts))
 
 
 def _row(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
@@ -148,3 +151,68 @@ def _range(interval: Sequence[float] | None) -> str:
 def markdown(summary: Mapping[str, Any]) -> str:
     """The summary as a page, also what the command prints."""
     return render("judge_summary.md", **summary, percent=_percent, range=_range, length_method=LENGTH_METHOD)
+
+
+def page(summary: Mapping[str, Any], comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]) -> str:
+    """The summary as an HTML page, with some of the comparisons."""
+    a, b = summary["a"], summary["b"]
+    rates = {
+        "win rate, Wilson interval": ("win_rate", "win_rate_wilson_95"),
+        "win rate, bootstrap interval": ("win_rate", "win_rate_bootstrap_95"),
+        "length-controlled win rate": ("length_controlled_win_rate", "length_controlled_bootstrap_95"),
+    }
+    rows = {
+        label: (100 * summary[mean], *(100 * end for end in summary[interval]))
+        for label, (mean, interval) in rates.items()
+        if summary[mean] is not None
+    }
+    step = -(-len(comparisons) // SHOWN) or 1
+    winners = {"a": a, "b": b, "tie": "tie", "unparsable": "answer that cannot be read", "refused": "refused"}
+    shown = [
+        {**_row(comparison, verdict), "winner": winners[verdict.outcome(comparison)]}
+        for comparison, verdict in list(zip(comparisons, verdicts, strict=True))[::step]
+    ]
+    return render(
+        "judge_summary.html",
+        title=f"{a} against {b}",
+        verdict=_sentence(summary),
+        chart=dot_chart(f"win rate of {a}, %", rows, ("even", 50.0)),
+        facts=_facts(summary),
+        shown=shown,
+        **{name: summary[name] for name in ("a", "b", "task", "judge", "prompts", "comparisons", "seed")},
+        length_method=LENGTH_METHOD,
+    )
+
+
+def _sentence(summary: Mapping[str, Any]) -> str:
+    """What came out, and whether chance alone may have brought it."""
+    a, b, interval = summary["a"], summary["b"], summary["win_rate_wilson_95"]
+    if interval is None:
+        return f"{summary['judge']} gave no verdict that can be read."
+    low, high = interval
+    side = "more often than not" if low > 0.5 else "less often than not" if high < 0.5 else "about as often as not"
+    chance = ", which chance alone may bring" if low <= 0.5 <= high else ""
+    rate = f"{_percent(summary['win_rate'])} of {summary['judged_prompts']} prompts ({_range(interval)})"
+    return f"{a} wins against {b} {side}, by {summary['judge']}: {rate}{chance}."
+
+
+def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of the table."""
+    length, position = summary["length"], summary["position"]
+    facts = [
+        ("wins, ties, losses", " / ".join(str(summary[name]) for name in ("win", "tie", "loss"))),
+        ("unreadable answers", str(summary["unparsable"])),
+        ("refused comparisons", str(summary["refused"])),
+    ]
+    if length:
+        means = f"{length['a_mean_characters']:.0f} / {length['b_mean_characters']:.0f}"
+        facts += [
+            ("mean length, characters", means),
+            ("win rate of longer responses", _percent(length["win_rate_where_a_is_longer"])),
+            ("win rate of shorter responses", _percent(length["win_rate_where_a_is_shorter"])),
+        ]
+    if position:
+        facts.append(("wins of the response shown first", _percent(position["first_won"])))
+        if position["judged_in_both_orders"]:
+            facts.append(("agreement of both orders", _percent(position["same_verdict_in_both_orders"])))
+    return facts

@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rpo_jax.config import Config, Method, resolve
-from rpo_jax.core.records import Batch
+from rpo_jax.core.records import Batch, Side
 from rpo_jax.data.tokenizer import decode
 from rpo_jax.objectives import contrast
 from rpo_jax.training.prepare import Prepared, batches_of
 from rpo_jax.training.scoring import weigh
 
 MAX_SHOWN = 96  # rows and columns of a report's heat map: more cannot be told apart on a screen
-MAX_CHARACTERS = 320  # of a prompt
+MAX_CHARACTERS = 320  # of a prompt or a response
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class BatchContrast:
         temperature: tau of each row; None where the weighting has none.
         perplexity: effective contrasts of each row.
         chosen_prompts, rejected_prompts: of rows and columns, cut in the middle where they are long.
+        chosen, rejected: the responses of rows and columns, likewise.
         paired: whether row i and column i are one pair.
     """
 
@@ -46,6 +47,8 @@ class BatchContrast:
     perplexity: Float[np.ndarray, "M"]
     chosen_prompts: list[str]
     rejected_prompts: list[str]
+    chosen: list[str]
+    rejected: list[str]
     paired: bool
 
 
@@ -67,9 +70,6 @@ def batch_contrast(config: Config, prepared: Prepared, step: int = 1) -> BatchCo
     rows, columns = _order(batch, method.groups_of(len(batch.sides["chosen"].valid), method.group))
     columns = rows if method.paired else columns
 
-    def prompts(index: Int[np.ndarray, "S"]) -> list[str]:
-        return [_text(prepared, int(i)) for i in index]
-
     return BatchContrast(
         step=step,
         weights=weights[np.ix_(rows, columns)],
@@ -77,8 +77,10 @@ def batch_contrast(config: Config, prepared: Prepared, step: int = 1) -> BatchCo
         cosine=None if cosine is None else cosine[np.ix_(rows, columns)],
         temperature=None if temperature is None else temperature[rows],
         perplexity=perplexity[rows],
-        chosen_prompts=prompts(chosen.example_index[rows]),
-        rejected_prompts=prompts(rejected.example_index[columns]),
+        chosen_prompts=_prompts(prepared, chosen, rows),
+        rejected_prompts=_prompts(prepared, rejected, columns),
+        chosen=_responses(prepared, "chosen", chosen, rows),
+        rejected=_responses(prepared, "rejected", rejected, columns),
         paired=method.paired,
     )
 
@@ -134,8 +136,22 @@ def _chain(embeddings: Float[np.ndarray, "S E"]) -> list[int]:
     return chain
 
 
-def _text(prepared: Prepared, example: int) -> str:
-    ids = prepared.train.examples[example].prompt_ids
+def _prompts(prepared: Prepared, side: Side, slots: Int[np.ndarray, "S"]) -> list[str]:
+    examples = (prepared.train.examples[int(side.example_index[slot])] for slot in slots)
+    return [_text(prepared, example.prompt_ids) for example in examples]
+
+
+def _responses(prepared: Prepared, kind: str, side: Side, slots: Int[np.ndarray, "S"]) -> list[str]:
+    """Of several responses of a kind to one prompt, the one in the slot."""
+    found = []
+    for slot in slots:
+        responses = prepared.train.examples[int(side.example_index[slot])].responses
+        (ids, *_) = (one.ids for one in responses if (one.kind, one.text_id) == (kind, int(side.text_id[slot])))
+        found.append(_text(prepared, ids))
+    return found
+
+
+def _text(prepared: Prepared, ids: Int[np.ndarray, "_"]) -> str:
     text = decode(prepared.tokenizer, ids.tolist(), skip_special_tokens=True).strip()
     half = MAX_CHARACTERS // 2
     return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} … {text[-half:]}"
@@ -154,5 +170,7 @@ def for_page(found: BatchContrast) -> dict[str, Any]:
         "perplexity": [float(f"{x:.3g}") for x in found.perplexity[shown]],
         "rows": found.chosen_prompts[shown],
         "columns": found.rejected_prompts[shown],
+        "chosen": found.chosen[shown],
+        "rejected": found.rejected[shown],
         "paired": found.paired,
     }

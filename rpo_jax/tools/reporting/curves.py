@@ -21,13 +21,13 @@ class Panel(NamedTuple):
     about: str
 
 
-_LEARNING, _CONTRAST, _SPEED = "Learning", "Contrast", "Throughput and packing"
+_LEARNING, _CONTRAST, _SPEED = "Learning", "Contrast", "Throughput, packing and memory"
 
 PANELS = (
     Panel(_LEARNING, "Loss", "loss", "", "What the objective minimises"),
     Panel(_LEARNING, "Reward margin", "rewards/margins", "", "Reward of chosen minus rejected; rewards grow with beta"),
-    Panel(_LEARNING, "Reward accuracy", "rewards/accuracies", "", "Share of pairs whose chosen reward is higher"),
-    Panel(_LEARNING, "Log-prob accuracy", "logps/accuracies", "", "Share of pairs whose chosen response is likelier"),
+    Panel(_LEARNING, "Reward accuracy", "rewards/accuracies", "share of pairs", "Chosen reward higher"),
+    Panel(_LEARNING, "Log-prob accuracy", "logps/accuracies", "share of pairs", "Chosen response likelier"),
     Panel(_LEARNING, "KL", "kl", "nats", "KTO's estimate of the distance from the reference"),
     Panel(_LEARNING, "Gradient norm", "grad_norm", "", "Before it is clipped"),
     Panel(_LEARNING, "Reward of chosen", "rewards/chosen", "", "beta times the log-ratio to the reference"),
@@ -44,11 +44,13 @@ PANELS = (
     Panel(_SPEED, "Packing efficiency", "packing/efficiency", "", "Share of all positions that hold a token"),
     Panel(_SPEED, "Tokens", "tokens_per_second", "per second", "Packed tokens trained on"),
     Panel(_SPEED, "Pairs", "pairs_per_second", "per second", ""),
-    Panel(_SPEED, "Step", "step_seconds", "seconds", "Between two logged steps, averaged"),
+    Panel(_SPEED, "Step time", "step_seconds", "seconds", "Between two logged steps, averaged"),
+    Panel(_SPEED, "Peak host memory", "memory/host_gib", "GiB", "Of the first process, from its start"),
+    Panel(_SPEED, "Peak device memory", "memory/device_gib", "GiB", "Of the first process's fullest device"),
 )
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """A number that JSON has; None leaves a gap in the curve."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not -MOST_SHOWN < value < MOST_SHOWN:  # NaN is not between
@@ -62,18 +64,34 @@ def points(record: RunRecord, key: str) -> list[list[Any]]:
     An accuracy that is 0 because all pairs tie has a word besides, which is shown in its place.
     """
     lines = {line["step"]: line for line in record.metrics if key in line}
-    return [[step, _finite(lines[step][key]), *([TIED] if is_tied(key, lines[step]) else [])] for step in sorted(lines)]
+    return [[step, finite(lines[step][key]), *([TIED] if is_tied(key, lines[step]) else [])] for step in sorted(lines)]
 
 
 def make_panels(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """The panels for which any run has logged something, with a training and a held-out curve of each run."""
+    """The panels for which any run has logged something, with a training and a held-out curve of each run.
+
+    Losses of different objectives are different quantities: each objective has a panel of its own for them.
+    """
     panels = []
     for panel in PANELS:
         keys = {"train": panel.key, "held_out": f"eval_{panel.key}"}
         curves = [{part: points(record, key) for part, key in keys.items()} for record in records]
-        if any(curve["train"] or curve["held_out"] for curve in curves):
-            panels.append({**panel._asdict(), "curves": curves})
+        for title, runs in _panels_of(panel, records).items():
+            own = [curve if run in runs else {part: [] for part in keys} for run, curve in enumerate(curves)]
+            if any(curve["train"] or curve["held_out"] for curve in own):
+                panels.append({**panel._asdict(), "title": title, "curves": own})
     return panels
+
+
+def _panels_of(panel: Panel, records: Sequence[RunRecord]) -> dict[str, set[int]]:
+    """The titles under which a metric is shown, and which runs belong to each."""
+    objectives = [record.config.objective.name for record in records]
+    if panel.key != "loss" or len(set(objectives)) == 1:
+        return {panel.title: set(range(len(records)))}
+    return {
+        f"{panel.title} of {name}": {run for run, own in enumerate(objectives) if own == name}
+        for name in dict.fromkeys(objectives)
+    }
 
 
 def final_values(records: Sequence[RunRecord]) -> list[dict[str, Any]]:

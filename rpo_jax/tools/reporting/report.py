@@ -28,7 +28,7 @@ def write_report(
     base: str | None = None,
     reporter: Reporter | None = None,
 ) -> Path:
-    """Write the page of these run folders and return where it is.
+    """Write the page of these run folders and return where it is; the last of them, the newest as a rule, comes first.
 
     Args:
         batch_step: the training step, counted from 1, whose contrast matrix is shown.
@@ -44,7 +44,7 @@ def write_report(
     check_writable(out.parent)
     if batch_step < 1:
         raise ValueError(f"--batch-step {batch_step} must be at least 1, the first training step.")
-    records = read_runs(runs)
+    records = read_runs(runs)[::-1]
     if base is not None and not any(record.config.lora.rank for record in records):
         raise ValueError(f"--base {base} is for LoRA runs, and none of these is one; leave it out.")
     matrices, scores = [], []

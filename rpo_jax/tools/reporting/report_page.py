@@ -11,6 +11,7 @@ from rpo_jax.config.reading import known_keys
 from rpo_jax.core.templates import render
 from rpo_jax.tools.reporting.curves import final_values, make_panels
 from rpo_jax.tools.reporting.run_records import RunRecord
+from rpo_jax.tools.reporting.verdict import verdict
 
 MAX_SAMPLED_PROMPTS = 50
 
@@ -55,7 +56,7 @@ def make_page(
     matrices: Sequence[dict[str, Any] | str],
     rewards: Sequence[dict[str, Any] | str],
 ) -> str:
-    """The page.
+    """The page; its verdict is on the first of the runs.
 
     Args:
         matrices, rewards: of each run what for_page of its panel gives, or a sentence that says why
@@ -82,4 +83,4 @@ def make_page(
     }
     # "<" would let a prompt that holds "</script>" end the data; json has no other use for it than inside strings.
     packed = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-    return render("report.html", title=", ".join(names), data=packed)
+    return render("report.html", title=", ".join(names), verdict=verdict(records), data=packed)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rpo_jax.hosts.memory import peak_memory
 from rpo_jax.runs.tracking import MetricsLog, Reporter, summary
 from rpo_jax.training.hooks.guard import Guard
 from rpo_jax.training.hooks.hook import FinishedStep, Hook, Metrics, Training
@@ -60,6 +61,7 @@ class Logging(Hook):
             "tokens_per_second": (finished.num_tokens - self._tokens_before) / self._seconds,
             "pairs_per_second": self._pairs / self._seconds,
             "step_seconds": self._seconds / self._steps,
+            **peak_memory(),
         }
         self._steps, self._seconds, self._pairs, self._tokens_before = 0, 0.0, 0, finished.num_tokens
         if not finished.report["compared"]:

@@ -1,0 +1,24 @@
+"""What only an encoder of prompts or a reward model needs: torch, which is no requirement of the package.
+
+On Linux an index gives torch's CUDA build, gigabytes that are of no use here, to whoever asks for no particular one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+PACKAGES = ("torch", "sentence_transformers")
+
+
+def check_torch(what: str, otherwise: str = "") -> None:
+    """ValueError that says how to install them, where `what` needs torch or sentence-transformers and one is missing.
+
+    Args:
+        otherwise: what to do instead.
+    """
+    missing = [name.replace("_", "-") for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{what} needs {' and '.join(missing)}: `uv pip install --torch-backend cpu torch` brings torch without "
+            f"CUDA, and then `pip install 'rpo-jax[encoder]'` the rest{otherwise}."
+        )

@@ -1,0 +1,43 @@
+"""Without torch and sentence-transformers: what needs neither runs, and what does says how to get them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rpo_jax.core import torch_extra
+from tests.runs import settings, write_rows
+
+HIDDEN = """
+import sys
+sys.modules["torch"] = sys.modules["sentence_transformers"] = None  # as if they were not installed
+from rpo_jax import train
+raise SystemExit(train.main(sys.argv[1:]))
+"""
+
+
+def test_rpo_is_trained_without_torch_by_words_and_told_what_an_encoder_needs(tmp_path):
+    data = write_rows(tmp_path / "pairs.jsonl")
+    changes = {"train.steps": 2, "tracking.tensorboard": False}
+
+    def train(name, **more):
+        words = settings(data, tmp_path / name, tmp_path / "cache", {**changes, **more})
+        arguments = [f"--{word}" for word in words]
+        return subprocess.run([sys.executable, "-c", HIDDEN, *arguments], capture_output=True, text=True, timeout=300)
+
+    done = train("words", **{"embedding.encoder": "hashed-words"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "words" / "checkpoints" / "2").is_dir()
+    done = train("encoder")
+    assert done.returncode == 2
+    assert "needs torch and sentence-transformers: `uv pip install --torch-backend cpu torch`" in done.stderr
+    assert "or use --embedding.encoder hashed-words" in done.stderr
+    assert done.stderr.count("\n") == 1, "one line"
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    torch_extra.check_torch("x")
+    monkeypatch.setattr(torch_extra.importlib.util, "find_spec", lambda name: None if name == "torch" else name)
+    with pytest.raises(ValueError, match=r"^x needs torch: .*'rpo-jax\[encoder\]' the rest; or y\.$"):
+        torch_extra.check_torch("x", "; or y")
