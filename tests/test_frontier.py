@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,7 +198,7 @@ FRONTIER = {
 def write_results(study, runner, leave_out=()):
     """Results as cells leave them, the second method 0.1 better."""
     for seed in study.seeds:
-        cells = [study.beginning(seed).beginning()]
+        cells = [study.held_out(study.frontiers[0], seed)]
         cells += [cell for row in study.frontiers[0].rows for cell in study.points(row, seed)]
         for cell in cells:
             if cell in leave_out:
@@ -255,6 +256,14 @@ def test_a_frontier_shows_the_seeds_that_all_its_rows_have(tmp_path):
         ({"task": {"score": "sentiment", "form": "trios"}}, "form=trios is not known"),
         ({"frontiers": {"main": {"rows": {"start": {}}}}}, "frontiers: start: needs a method"),
         ({"frontiers": {"main": {"rows": {"a": {"method": "b"}}}}}, "frontiers: main: a: there is no method b"),
+        (
+            {
+                "frontiers": {
+                    "main": {"rows": {"a": {"method": "DPO"}, "b": {"method": "DPO", "task": {"score": "harmless"}}}}
+                }
+            },
+            "frontiers: main: b: is scored by other answers than the first row",
+        ),
     ],
 )
 def test_what_has_no_frontier_is_told_in_one_line(tmp_path, capsys, changes, message):
@@ -263,3 +272,23 @@ def test_what_has_no_frontier_is_told_in_one_line(tmp_path, capsys, changes, mes
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_small_frontier_is_part_of_the_whole_and_the_documentation_tells_of_all():
+    small, whole = read_study(Path("frontier_small")), read_study(Path("configs/frontier.yaml"))
+    assert len(whole.seeds) >= 3
+    told = Path("docs/frontier.md").read_text(encoding="utf-8")
+    names = set()
+    for study in (small, whole):
+        names = {
+            cell.name
+            for one in study.frontiers
+            for row in one.rows
+            for seed in study.seeds
+            for cell in study.points(row, seed)
+        }
+        assert f"{len(names)} runs" in told
+    for table in whole.frontiers:
+        assert f"`{table.name}`" in told
+        assert all(len(whole.points(row, 0)) >= 5 for row in table.rows)
+    assert small.methods.items() <= whole.methods.items()

@@ -76,7 +76,7 @@ def wanted_cells(study: Study, runner: CellRunner) -> Iterator[tuple[str, Cell]]
                 if row.method is None or row.method in tuned:
                     yield f"{table.name}: {row.label}, seed {seed}", study.cell(row, seed, tuned)
         for table in study.frontiers:
-            yield f"{table.name}: start, seed {seed}", study.beginning(seed).beginning()
+            yield f"{table.name}: start, seed {seed}", study.held_out(table, seed)
             for row in table.rows:
                 for number, cell in enumerate(study.points(row, seed), start=1):
                     yield f"{table.name}: {row.label}, policy {number}, seed {seed}", cell
@@ -143,11 +143,10 @@ def write_reports(study: Study, runner: CellRunner, command: str) -> list[Path]:
 
 def measured(study: Study, runner: CellRunner, table: Table) -> frontier_page.Frontier | None:
     """What a frontier's rows gave that have all their policies of a seed, of the seeds that all of them have."""
-    assert isinstance(study.task, ScoredTask), "checked when the study was read"
     found = {
         (label, seed): results
         for seed in study.seeds
-        for label, cells in (("", [study.beginning(seed).beginning()]), *_of_rows(study, table, seed))
+        for label, cells in (("", [study.held_out(table, seed)]), *_of_rows(study, table, seed))
         if None not in (results := [runner.result(cell) for cell in cells])
     }
     labels = [row.label for row in table.rows if any(label == row.label for label, _ in found)]
@@ -160,7 +159,9 @@ def measured(study: Study, runner: CellRunner, table: Table) -> frontier_page.Fr
 
     start = values("", "rewards")[0]
     rows = {label: Measured(values(label, "rewards"), values(label, "kls"), start) for label in labels}
-    is_test = np.arange(start.shape[1]) >= study.task.tune_prompts
+    task = study.held_out(table, seeds[0]).task
+    assert isinstance(task, ScoredTask), "checked when the study was read"
+    is_test = np.arange(start.shape[1]) >= task.tune_prompts
     return frontier_page.Frontier(table.name, table.title, table.against, tuple(seeds), rows, is_test)
 
 
