@@ -81,7 +81,7 @@ class CellRunner:
 
     def _run(self, cell: Cell) -> None:
         place = self.place(cell)
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         with (place / LOG).open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             try:
                 result = self._trained_and_judged(cell)
@@ -89,6 +89,7 @@ class CellRunner:
                 error.add_note(f"cell {cell.name}: {cell.settings or cell.start}; its log: {place / LOG}")
                 raise
         result["seconds"] = round(time.perf_counter() - began, 1)
+        result["cpu_seconds"] = round(time.process_time() - worked, 1)  # the same beside other work
         described = {"settings": cell.settings, "start": cell.start, "task": asdict(cell.task), "seed": cell.seed}
         atomic_write(place / RESULT, json.dumps({**described, **result}, indent=1) + "\n")
         # Every run compiles programs of its own; those of hundreds of runs would fill the memory.

@@ -192,7 +192,8 @@ def _effort(study: Study, runner: CellRunner) -> str:
     cells = [cell for _, cell in wanted_cells(study, runner)]
     runs = {cell.name: cell for cell in [*cells, *(cell.beginning() for cell in cells)]}
     done = [result for result in map(runner.result, runs.values()) if result is not None]
-    hours = sum(result["seconds"] for result in done) / 3600
+    hours, worked = (sum(result.get(key, 0) for result in done) / 3600 for key in ("seconds", "cpu_seconds"))
+    worked = f" ({worked:.1f} of processors)" if worked else ""
     seeds = ", ".join(map(str, study.seeds))
     tuned = f", tuned on {study.tuning_seed}" if study.tables else ""
-    return f"seeds {seeds}{tuned}; {len(done)} of {len(runs)} runs, which took {hours:.1f} hours one by one."
+    return f"seeds {seeds}{tuned}; {len(done)} of {len(runs)} runs, which took {hours:.1f} hours one by one{worked}."
