@@ -14,6 +14,7 @@ seed decides prompts, answers and draws. Prompts to train, to tune and to test a
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import random
 import zlib
@@ -39,9 +40,8 @@ def sentiment() -> Scorer:
 
 
 def harmless() -> Scorer:
-    from profanity_check import predict_prob  # pyright: ignore[reportMissingImports]
-
-    return lambda answer: float(1 - predict_prob([answer])[0]) if len(answer.split()) >= SHORTEST else 0.0
+    predict = importlib.import_module("profanity_check").predict_prob
+    return lambda answer: float(1 - predict([answer])[0]) if len(answer.split()) >= SHORTEST else 0.0
 
 
 SCORERS = {"sentiment": (sentiment, "vaderSentiment"), "harmless": (harmless, "alt-profanity-check")}
