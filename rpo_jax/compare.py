@@ -1,7 +1,8 @@
 """Compare methods: `python -m rpo_jax.compare --config configs/compare_small.yaml --out runs/compare_small`.
 
 Tunes each method with the same budget, runs the rows of the study's tables over its seeds and writes report.md and
-report.html. Started again it goes on with what is missing; started several times at once, the processes share the work.
+report.html; of a study of frontiers, such as frontier_small, it writes frontier.md and frontier.html.
+Started again it goes on with what is missing; started several times at once, the processes share the work.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["compare", "main"]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rpo_jax.compare", description=__doc__)
     add = parser.add_argument
-    add("--config", required=True, type=Path, help="the study: a YAML file, or compare_small")
+    add("--config", required=True, type=Path, help="the study: a YAML file, or compare_small, frontier_small")
     add("--out", required=True, type=Path, help="folder of cells and reports; what is there is kept")
     add("--cache-dir", type=Path, default=RunConfig().cache_dir, help="as run.cache_dir")
     add("--report", action="store_true", help="run nothing: report what is there")

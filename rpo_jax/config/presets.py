@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-_STUDY = "compare_"  # so begin the names of files for rpo_jax.compare
+_STUDY = ("compare_", "frontier")  # so begin the names of files for rpo_jax.compare
 _CHECKOUT = "configs"  # the folder's name in a checkout, and in the paths and commands of presets and documentation
 
 

@@ -1,1 +1,1 @@
-"""Generated worlds whose truth is a rule: data for the quickstart and the studies."""
+"""Data for the quickstart and the studies: generated worlds whose truth is a rule, a model's own answers, scored."""

@@ -9,25 +9,31 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
+from rpo_jax.config.presets import packaged
 from rpo_jax.core.files import atomic_write
-from rpo_jax.core.jsonl import parse_json, read_jsonl
+from rpo_jax.core.jsonl import parse_json, read_jsonl, write_jsonl
 from rpo_jax.sampling.engine import Sampling
 from rpo_jax.sampling.generation import GenerateConfig, generate
 from rpo_jax.tasks import quickstart
 from rpo_jax.tasks.gold import GoldTask, make_rows, win
+from rpo_jax.tasks.scored import Row, ScoredTask
 from rpo_jax.tools.comparing.measure import divergences
-from rpo_jax.tools.comparing.study import START, Cell, configured
+from rpo_jax.tools.comparing.study import START, Cell, FileTask, configured
 from rpo_jax.tools.exporting import export
+from rpo_jax.tools.judging.pairs import prompt_of
 from rpo_jax.tools.sampling.rounds import run
 
 GOLD = "{gold}"  # as rounds.score: the rule that knows the truth of the gold task
@@ -45,7 +51,7 @@ class CellRunner:
 
     Attributes:
         folder: of the study's results.
-        cache_dir: embeddings, reference log-probs and compiled programs, shared by all cells.
+        cache_dir: the start's answers, embeddings, reference log-probs and compiled programs, shared by all cells.
         max_tokens: of an answer.
     """
 
@@ -76,7 +82,7 @@ class CellRunner:
 
     def _run(self, cell: Cell) -> None:
         place = self.place(cell)
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         with (place / LOG).open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             try:
                 result = self._trained_and_judged(cell)
@@ -84,6 +90,7 @@ class CellRunner:
                 error.add_note(f"cell {cell.name}: {cell.settings or cell.start}; its log: {place / LOG}")
                 raise
         result["seconds"] = round(time.perf_counter() - began, 1)
+        result["cpu_seconds"] = round(time.process_time() - worked, 1)  # the same beside other work
         described = {"settings": cell.settings, "start": cell.start, "task": asdict(cell.task), "seed": cell.seed}
         atomic_write(place / RESULT, json.dumps({**described, **result}, indent=1) + "\n")
         # Every run compiles programs of its own; those of hundreds of runs would fill the memory.
@@ -94,10 +101,14 @@ class CellRunner:
         place = self.place(cell)
         run_dir, exported = place / "run", place / EXPORT
         files = self._files(cell)
-        start = self.place(cell.beginning()) / EXPORT
+        start = self._start(cell)
+        if not cell.settings and cell.pretrained is not None:
+            return {"metrics": {}} | (self._scored(cell, files, start) if isinstance(cell.task, ScoredTask) else {})
         changes = {**(cell.settings or cell.start), "run.seed": cell.seed, "run.overwrite": True}
         changes |= {"run.dir": run_dir, "run.cache_dir": self.cache_dir}
-        changes |= {"data.path": files["train"], "data.eval_path": files["held_out"]}
+        changes |= {"data.path": files["train"]}
+        if not isinstance(cell.task, ScoredTask):
+            changes["data.eval_path"] = files["held_out"]
         if cell.settings:
             given = {START: str(start), GOLD: f"rule:{quickstart.__file__}:{quickstart.gold_score.__name__}"}
             changes = {key: given.get(str(value), value) for key, value in changes.items()}
@@ -114,36 +125,79 @@ class CellRunner:
             result |= self._judged(cell, files, exported if not cell.settings else run_dir)
             if cell.settings:
                 result["divergence"] = self._divergence(cell, files, run_dir, start)
+        elif isinstance(cell.task, ScoredTask):
+            result |= self._scored(cell, files, run_dir)
         shutil.rmtree(run_dir)  # its metrics are in the result, and nobody trains on from it
         return result
 
+    def _start(self, cell: Cell) -> Path:
+        """The folder or hub name of what the cell starts from."""
+        made = self.place(cell.beginning()) / EXPORT
+        return made if cell.pretrained is None else Path(cell.pretrained).expanduser()
+
     def _files(self, cell: Cell) -> dict[str, Path]:
-        if isinstance(cell.task, GoldTask):
-            parts = [[f"{json.dumps(row)}\n" for row in rows] for rows in make_rows(cell.task, cell.seed)]
-        else:
+        if isinstance(cell.task, FileTask):
             parts = cell.task.parts(cell.seed)
+        else:
+            made = (
+                make_rows(cell.task, cell.seed) if isinstance(cell.task, GoldTask) else self._own_rows(cell, cell.task)
+            )
+            parts = [[f"{json.dumps(row)}\n" for row in rows] for rows in made]
         files = {name: self.place(cell) / f"{name}.jsonl" for name in ("train", "held_out")}
         for file, lines in zip(files.values(), parts, strict=True):
             atomic_write(file, "".join(lines))
         return files
 
+    def _own_rows(self, cell: Cell, task: ScoredTask) -> tuple[list[Row], list[Row]]:
+        """Rows to train on, of the start's answers, and held-out prompts."""
+        asked, held_out = task.asked(packaged)
+        if not cell.settings:
+            return [], held_out
+        start, score = self._start(cell), task.scorer()
+        decisive = json.dumps([str(start), asked, task.samples, self.max_tokens, cell.config().data.max_prompt_tokens])
+        place = self.cache_dir / "answers" / hashlib.sha256(decisive.encode()).hexdigest()[:16]
+        prompts, answers = place / "prompts.jsonl", place / "answers.jsonl"
+        with _claimed(place, wait=True):  # all cells draw from the same answers
+            if not (place / "done").exists():
+                write_jsonl(prompts, asked)
+                generate(self._asking(cell, start, prompts, answers, samples=task.samples, seed=0))
+                atomic_write(place / "done", "")
+        rows = [{**answer, "score": score(answer["response"])} for answer in read_jsonl(answers)]
+        return task.training_rows(rows, cell.seed), held_out
+
+    def _asking(self, cell: Cell, model: Path, prompts: Path, out: Path, **changes: Any) -> GenerateConfig:
+        config = GenerateConfig(
+            model=str(model),
+            prompts=str(prompts),
+            out=str(out),
+            sampling=Sampling(temperature=1.0),
+            max_tokens=self.max_tokens,
+            seed=cell.seed % 2**32,
+            batch_size=64,
+            max_prompt_tokens=cell.config().data.max_prompt_tokens,
+            cache_dir=str(self.cache_dir),
+        )
+        return replace(config, **changes)
+
     def _answers(self, cell: Cell, files: dict[str, Path], model: Path, temperature: float) -> list[dict[str, Any]]:
         out = self.place(cell) / ("greedy.jsonl" if temperature == 0 else "sampled.jsonl")
-        generate(
-            GenerateConfig(
-                model=str(model),
-                prompts=str(files["held_out"]),
-                out=str(out),
-                sampling=Sampling(temperature=temperature),
-                max_tokens=self.max_tokens,
-                seed=cell.seed % 2**32,
-                batch_size=64,
-                max_prompt_tokens=cell.config().data.max_prompt_tokens,
-                overwrite=True,
-                cache_dir=str(self.cache_dir),
-            )
-        )
+        sampling = Sampling(temperature=temperature)
+        generate(self._asking(cell, model, files["held_out"], out, sampling=sampling, overwrite=True))
         return read_jsonl(out)
+
+    def _scored(self, cell: Cell, files: dict[str, Path], model: Path) -> dict[str, Any]:
+        """Of one sampled answer to each held-out prompt: its score, and how far the policy is from the start there."""
+        assert isinstance(cell.task, ScoredTask)
+        answers, score = self._answers(cell, files, model, 1.0), cell.task.scorer()
+        found: dict[str, Any] = {
+            "rewards": [score(answer["response"]) for answer in answers],
+            "answer_tokens": [answer["tokens"] for answer in answers],
+            "ended": [answer["finish_reason"] == "eos" for answer in answers],
+        }
+        if cell.settings:
+            kls = self._log_ratios(answers, model, self._start(cell))
+            found |= {"kls": kls.tolist(), "divergence": float(kls.mean())}
+        return found
 
     def _judged(self, cell: Cell, files: dict[str, Path], model: Path) -> dict[str, Any]:
         rows = read_jsonl(files["held_out"])
@@ -156,18 +210,27 @@ class CellRunner:
         }
 
     def _divergence(self, cell: Cell, files: dict[str, Path], run_dir: Path, start: Path) -> float:
-        answers = self._answers(cell, files, run_dir, 1.0)
-        triples = [(answer["prompt"], answer["response"], answer["finish_reason"] == "eos") for answer in answers]
-        return float(divergences(run_dir, start, triples).mean())
+        return float(self._log_ratios(self._answers(cell, files, run_dir, 1.0), run_dir, start).mean())
+
+    def _log_ratios(self, answers: Sequence[dict[str, Any]], policy: Path, start: Path) -> Float[np.ndarray, "n"]:
+        triples = [
+            (prompt_of(answer, answer["row_id"]), answer["response"], answer["finish_reason"] == "eos")
+            for answer in answers
+        ]
+        return divergences(policy, start, triples)
 
 
 @contextlib.contextmanager
-def _claimed(place: Path) -> Iterator[bool]:
-    """Whether this process may work there until it is done; a process that dies gives its claim up."""
+def _claimed(place: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process may work there until it is done; a process that dies gives its claim up.
+
+    Args:
+        wait: until it may.
+    """
     place.mkdir(parents=True, exist_ok=True)
     with (place / ".claim").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return

@@ -5,13 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from rpo_jax.core.command import print_text
 from rpo_jax.core.files import atomic_write, check_writable
+from rpo_jax.tasks.scored import ScoredTask
+from rpo_jax.tools.comparing import frontier_page
 from rpo_jax.tools.comparing.cells import CellRunner
 from rpo_jax.tools.comparing.comparison_page import TRIED, make_page
-from rpo_jax.tools.comparing.study import Cell, Settings, Study, read_study
+from rpo_jax.tools.comparing.frontier import Measured
+from rpo_jax.tools.comparing.study import Cell, Settings, Study, Table, read_study
 from rpo_jax.tools.comparing.tables import filled, judged_by, markdown, summarised, tried
 
 WAIT_SECONDS = 5.0  # between looks at what other processes are at
@@ -69,6 +75,11 @@ def wanted_cells(study: Study, runner: CellRunner) -> Iterator[tuple[str, Cell]]
             for row in table.rows:
                 if row.method is None or row.method in tuned:
                     yield f"{table.name}: {row.label}, seed {seed}", study.cell(row, seed, tuned)
+        for table in study.frontiers:
+            yield f"{table.name}: start, seed {seed}", study.held_out(table, seed)
+            for row in table.rows:
+                for number, cell in enumerate(study.points(row, seed), start=1):
+                    yield f"{table.name}: {row.label}, policy {number}, seed {seed}", cell
 
 
 def work(study: Study, runner: CellRunner) -> None:
@@ -92,6 +103,8 @@ def work(study: Study, runner: CellRunner) -> None:
 def _outcome(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return ""
+    if "rewards" in result:
+        return f"reward {mean(result['rewards']):.3f} at KL {result.get('divergence', 0.0):.2f}"
     column = judged_by([result])
     found = summarised(column, [result])
     return "" if found is None else f"{column.title} {found[0]:.1f}"
@@ -112,11 +125,13 @@ def table_results(study: Study, runner: CellRunner) -> dict[str, dict[str, list[
 
 
 def write_reports(study: Study, runner: CellRunner, command: str) -> list[Path]:
-    """report.md and report.html from what is there."""
+    """report.md and report.html of the tables, frontier.md and its pictures and frontier.html, from what is there."""
+    written = _write_frontiers(study, runner, command) if study.frontiers else []
+    if study.frontiers and not study.tables:
+        return written
     results, points = table_results(study, runner), tried(trials(study, runner), tuned_settings(study, runner))
     effort = f"`{command}`: {_effort(study, runner)}"
     tables = [markdown(table.title, *filled(table, results[table.name])) for table in study.tables]
-    written = []
     for name, text in (
         ("report.md", "\n".join([f"# Comparison\n\n{effort}\n", *tables, markdown(TRIED, *points)])),
         ("report.html", make_page(study, results, points, effort)),
@@ -126,11 +141,59 @@ def write_reports(study: Study, runner: CellRunner, command: str) -> list[Path]:
     return written
 
 
+def measured(study: Study, runner: CellRunner, table: Table) -> frontier_page.Frontier | None:
+    """What a frontier's rows gave that have all their policies of a seed, of the seeds that all of them have."""
+    found = {
+        (label, seed): results
+        for seed in study.seeds
+        for label, cells in (("", [study.held_out(table, seed)]), *_of_rows(study, table, seed))
+        if None not in (results := [runner.result(cell) for cell in cells])
+    }
+    labels = [row.label for row in table.rows if any(label == row.label for label, _ in found)]
+    seeds = [seed for seed in study.seeds if all((label, seed) in found for label in ("", *labels))]
+    if not labels or not seeds:
+        return None
+
+    def values(label: str, key: str) -> np.ndarray:
+        return np.array([[result[key] for result in found[label, seed] if result] for seed in seeds]).swapaxes(0, 1)
+
+    start = values("", "rewards")[0]
+    rows = {label: Measured(values(label, "rewards"), values(label, "kls"), start) for label in labels}
+    task = study.held_out(table, seeds[0]).task
+    assert isinstance(task, ScoredTask), "checked when the study was read"
+    is_test = np.arange(start.shape[1]) >= task.tune_prompts
+    return frontier_page.Frontier(table.name, table.title, table.against, tuple(seeds), rows, is_test)
+
+
+def _of_rows(study: Study, table: Table, seed: int) -> Iterator[tuple[str, list[Cell]]]:
+    for row in table.rows:
+        yield row.label, study.points(row, seed)
+
+
+def _write_frontiers(study: Study, runner: CellRunner, command: str) -> list[Path]:
+    found = [one for table in study.frontiers if (one := measured(study, runner, table)) is not None]
+    drawn = [frontier_page.shown_frontier(one) for one in found]
+    effort = f"`{command}`: {_effort(study, runner)}"
+    texts = {f"frontier_{one['name']}.svg": frontier_page.picture(one) for one in drawn}
+    parts = [
+        f"{markdown(one['title'], *one['table'])}\nSeeds {one['seeds']}.\n\n"
+        f"![{one['title']}](frontier_{one['name']}.svg)\n"
+        for one in drawn
+    ]
+    texts["frontier.md"] = "\n".join([f"# Frontiers\n\n{effort}\n", *parts])
+    texts["frontier.html"] = frontier_page.make_page(drawn, effort)
+    for name, text in texts.items():
+        atomic_write(runner.folder / name, text)
+    return [runner.folder / name for name in texts]
+
+
 def _effort(study: Study, runner: CellRunner) -> str:
     """How many runs there were, and how long they took."""
     cells = [cell for _, cell in wanted_cells(study, runner)]
     runs = {cell.name: cell for cell in [*cells, *(cell.beginning() for cell in cells)]}
     done = [result for result in map(runner.result, runs.values()) if result is not None]
-    hours = sum(result["seconds"] for result in done) / 3600
+    hours, worked = (sum(result.get(key, 0) for result in done) / 3600 for key in ("seconds", "cpu_seconds"))
+    worked = f" ({worked:.1f} of processors)" if worked else ""
     seeds = ", ".join(map(str, study.seeds))
-    return f"seeds {seeds}, tuned on {study.tuning_seed}; {len(done)} runs, which took {hours:.1f} hours one by one."
+    tuned = f", tuned on {study.tuning_seed}" if study.tables else ""
+    return f"seeds {seeds}{tuned}; {len(done)} of {len(runs)} runs, which took {hours:.1f} hours one by one{worked}."

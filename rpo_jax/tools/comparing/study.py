@@ -10,7 +10,7 @@ import math
 import random
 import reprlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rpo_jax.config.presets import config_file
 from rpo_jax.config.reading import load_config
 from rpo_jax.core.yaml_text import read_yaml
 from rpo_jax.tasks.gold import GoldTask
+from rpo_jax.tasks.scored import SCORERS, ScoredTask
 
 Settings = dict[str, Any]
 START = "{start}"  # as a setting's value: the folder of the fine-tuned model that the run starts from
@@ -59,7 +60,7 @@ class FileTask:
         return lines[self.held_out_rows :], lines[: self.held_out_rows]
 
 
-Task = GoldTask | FileTask
+Task = GoldTask | FileTask | ScoredTask
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Cell:
 
     Attributes:
         settings: of the training run, `section.key`; none for what all runs start from.
-        start: settings of the supervised fine-tuning that it starts from.
+        start: settings of the supervised fine-tuning that it starts from; without an objective.name there is none, and
+            it starts from the model at model.path.
         task: what it is trained and judged on.
         seed: of task, fine-tuning and run.
     """
@@ -86,13 +88,21 @@ class Cell:
         return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
     def beginning(self) -> Cell:
-        """The fine-tuned model that it starts from, as a cell of its own."""
-        return Cell({}, self.start, self.task, self.seed)
+        """What it starts from, as a cell of its own."""
+        task = self.task.held_out() if isinstance(self.task, ScoredTask) else self.task
+        return Cell({}, self.start, task, self.seed)
+
+    @property
+    def pretrained(self) -> str | None:
+        """The model that it starts from as it is; None where that is fine-tuned first."""
+        return None if "objective.name" in self.start else str(self.start["model.path"])
 
     def config(self) -> Config:
         """Its training configuration without folders; ValueError for what cannot be trained so."""
         changes = {**(self.settings or self.start), "run.seed": self.seed}
-        if self.settings:
+        if self.pretrained is not None:
+            changes["model.path"] = self.pretrained
+        elif self.settings:
             changes["model.path"] = START
         config = configured(changes)
         models.check_choices(config.model, config.lora)
@@ -148,6 +158,7 @@ class Study:
         base: settings of every run; start: of the fine-tuning besides; methods: of each method besides.
         grids: of each method, the values that are tried; all methods have as many runs.
         max_tokens: of an answer.
+        frontiers: tables whose rows are run at every point of their method's grid rather than at the best.
     """
 
     seeds: tuple[int, ...]
@@ -159,6 +170,7 @@ class Study:
     grids: dict[str, dict[str, list[Any]]]
     tables: tuple[Table, ...]
     max_tokens: int
+    frontiers: tuple[Table, ...] = ()
 
     def beginning(self, seed: int, task: Mapping[str, Any] | None = None) -> Cell:
         changed = _task(type(self.task), {**asdict(self.task), **(task or {})})
@@ -182,6 +194,15 @@ class Study:
         settings = {**self.base, **self.methods[row.method], **tuned[row.method], **row.settings}
         return Cell(settings, start.start, start.task, seed)
 
+    def held_out(self, frontier: Table, seed: int) -> Cell:
+        """What all rows of a frontier start from, where its answers are scored."""
+        return self.beginning(seed, frontier.rows[0].task).beginning()
+
+    def points(self, row: StudyRow, seed: int) -> list[Cell]:
+        """The runs of a frontier's row with one seed."""
+        assert row.method is not None, "checked when the study was read"
+        return [self.cell(row, seed, {row.method: candidate}) for candidate in self.candidates(row.method)]
+
     def used_methods(self) -> list[str]:
         used = (row.method for table in self.tables for row in table.rows)
         return [method for method in dict.fromkeys(used) if method is not None]
@@ -196,6 +217,18 @@ class Study:
         for table in self.tables:
             for row in table.rows:
                 yield f"tables: {table.name}: {row.label}", self.cell(row, self.seeds[0], first)
+        checked = set[str | None]()
+        for table in self.frontiers:
+            for row in table.rows:
+                if self.beginning(0, row.task).beginning() != self.held_out(table, 0):
+                    raise ValueError(
+                        f"frontiers: {table.name}: {row.label}: is scored by other answers than the first row."
+                    )
+                points = self.points(row, self.seeds[0])
+                # A grid is checked once: reading a configuration takes a tenth of a second.
+                for cell in points[:1] if row.method in checked else points:
+                    yield f"frontiers: {table.name}: {row.label}", cell
+                checked.add(row.method)
 
 
 def _task(kind: type[Task], settings: Mapping[str, Any]) -> Task:
@@ -229,7 +262,7 @@ def read_study(path: Path) -> Study:
     return study
 
 
-_KEYS = ("seeds", "task", "base", "start", "tuning", "methods", "tables", "max_tokens")
+_KEYS = ("seeds", "task", "base", "start", "tuning", "methods", "tables", "frontiers", "max_tokens")
 
 
 def _read(content: Any) -> Study:
@@ -252,17 +285,36 @@ def _read(content: Any) -> Study:
     max_tokens = content.get("max_tokens", 64)
     if not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"max_tokens: {max_tokens!r} must be a positive number.")
+    kind = FileTask if "path" in task else ScoredTask if "score" in task else GoldTask
+    base, start = (_mapping(content.get(name, {}), name) for name in ("base", "start"))
+    frontiers = _tables("frontiers", content, methods)
+    _check_start({**base, **start}, kind, frontiers)
     return Study(
         seeds=tuple(seeds),
         tuning_seed=tuning.get("seed", 1000),
-        task=_task(FileTask if "path" in task else GoldTask, task),
-        base=_mapping(content.get("base", {}), "base"),
-        start=_mapping(content.get("start", {}), "start"),
+        task=_task(kind, task),
+        base=base,
+        start=start,
         methods=methods,
         grids=grids,
-        tables=tuple(_table(*item, methods) for item in _mapping(content.get("tables", {}), "tables").items()),
+        tables=_tables("tables", content, methods),
         max_tokens=max_tokens,
+        frontiers=frontiers,
     )
+
+
+def _check_start(start: Settings, task: type[Task], frontiers: Sequence[Table]) -> None:
+    pretrained = "objective.name" not in start
+    if pretrained and "model.path" not in start:
+        raise ValueError("start: give objective.name: sft, or model.path, a model that the runs start from as it is.")
+    if pretrained and task is GoldTask:
+        raise ValueError("start: the generated task needs a model that has been fine-tuned; give objective.name: sft.")
+    if not pretrained and task is ScoredTask:
+        raise ValueError("start: a task of scores has no answers to fine-tune on; leave objective.name out.")
+    if frontiers and task is not ScoredTask:
+        raise ValueError(f"frontiers: need a task of scores; give task: {{score: {' or '.join(SCORERS)}}}.")
+    if without := next((row.label for table in frontiers for row in table.rows if row.method is None), None):
+        raise ValueError(f"frontiers: {without}: needs a method; the start stands in every frontier anyway.")
 
 
 def _grid(grid: Any, method: str) -> dict[str, list[Any]]:
@@ -273,8 +325,11 @@ def _grid(grid: Any, method: str) -> dict[str, list[Any]]:
     return grid
 
 
-def _table(name: str, content: Any, methods: Mapping[str, Settings]) -> Table:
-    where = f"tables: {name}"
+def _tables(key: str, content: Mapping[str, Any], methods: Mapping[str, Settings]) -> tuple[Table, ...]:
+    return tuple(_table(f"{key}: {name}", name, of, methods) for name, of in _mapping(content.get(key), key).items())
+
+
+def _table(where: str, name: str, content: Any, methods: Mapping[str, Settings]) -> Table:
     content = _mapping(content, where, ("title", "against", "rows"))
     rows = []
     for label, settings in _mapping(content.get("rows", {}), f"{where}: rows").items():
