@@ -1,5 +1,6 @@
 """Plans for NVIDIA GPUs by JAX's CUDA plugin: the step and the sampler, compiled for cards that are not here."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -125,7 +126,7 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
         batch=BatchConfig(pairs=8),
         mesh=MeshConfig(data=1, fsdp=4, tensor=2),
     )
-    model = small_model(**SIZES, sliding_windows=(None, 1024) * 2)
+    model = dataclasses.replace(small_model(**SIZES), sliding_windows=(None, 1024) * 2)
     batch = BatchShape(8, tokens, 8 * tokens, 4 * tokens, 8 * tokens**2 / 3, "")
     text = compile_step(config, model, target, batch).text
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
