@@ -126,7 +126,7 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
         batch=BatchConfig(pairs=8),
         mesh=MeshConfig(data=1, fsdp=4, tensor=2),
     )
-    model = dataclasses.replace(small_model(**SIZES), sliding_windows=(None, 1024) * 2)
+    model = dataclasses.replace(small_model(**SIZES | {"num_layers": 2}), sliding_windows=(None, 1024))
     batch = BatchShape(8, tokens, 8 * tokens, 4 * tokens, 8 * tokens**2 / 3, "")
     text = compile_step(config, model, target, batch).text
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
