@@ -20,9 +20,13 @@ UNKNOWN = {"HyperCLOVAX"}  # to version 4.57
 @pytest.fixture(scope="module")
 def by_version_4(hf_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
-    made = {
-        str(models.save_pretrained(folder / name, *models.load_pretrained(hf_folder(name)))): name for name in CASES
-    }
+    made = {}
+    for name in CASES:
+        config, params = models.load_pretrained(hf_folder(name))
+        if name == "olmo3":  # version 4 has one base for all of its layers, as published models do
+            variant = dataclasses.replace(config.parts, local_rope=models.Rope(theta=config.rope.theta))
+            config = dataclasses.replace(config, variant=variant)
+        made[str(models.save_pretrained(folder / name, config, params))] = name
     request = {"models": list(made), "tokens": TOKENS, "texts": [], "messages": [], "folders": [], "gguf": []}
     (folder / "request.json").write_text(json.dumps(request))
     answer = json.loads(reading_process(str(Path(read_by_transformers.__file__)), str(folder / "request.json")))
