@@ -1,7 +1,7 @@
 """A frozen base's matrices in 8 or 4 bits: how weights are rounded, and how a folder's become shards of such.
 
 int8 is symmetric, with one scale per output channel: values = round(W / scale), scale = max over inputs |W| / 127.
-nf4 and int4 are as QLoRA has it (arXiv 2305.14314, Section 3), number for number as bitsandbytes computes nf4: one
+nf4 and int4 are as QLoRA has it (arXiv 2305.14314, Section 3), number for number as bitsandbytes has nf4: one
 scale, the largest |W|, for each output and 64 inputs, and of 256 scales, less their mean, 8 bits and one step. That is
 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight.
 
