@@ -28,6 +28,7 @@ import numpy as np
 from rpo_jax.models.attention import fused
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.masking import TokenIds
+from rpo_jax.models.attention.registry import Asked
 from rpo_jax.tools.planning.chips import CHIPS
 from rpo_jax.tools.planning.targets import target_of
 
@@ -138,23 +139,21 @@ def compile_kernels(
 
 def read_kernels(folder: Path, target: str, head_dim: int, dtype: str) -> list[Kernel]:
     """Registers, memory and instructions of the kernels that a compiler's dump in a folder has."""
-    (file,) = [file for file in folder.glob("*.ptx") if any(name in file.read_text() for name in KERNELS)]
-    text = file.read_text(encoding="utf-8")
-    (arch,) = re.findall(r"^\.target (\w+)", text, re.MULTILINE)
-    command = [ptxas(), "-v", f"-arch={arch}", str(file), "-o", str(folder / "kernels.cubin")]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    launched = next(folder.glob("*.thunk_sequence.txt")).read_text(encoding="utf-8")
+    texts = {file: file.read_text(encoding="utf-8") for file in folder.glob("*.ptx")}
     found = []
     for name, kernel in KERNELS.items():
-        body = text.partition(f".entry {name}(")[2].partition("\n}")[0]
-        usage = told.partition(f"Compiling entry function '{name}'")[2].partition("Compiling entry")[0]
-        spills = re.findall(r"(\d+) bytes spill", usage)
+        ((file, text),) = [(file, text) for file, text in texts.items() if f".entry {name}(" in text]
+        (arch,) = re.findall(r"^\.target (\w+)", text, re.MULTILINE)
+        command = [ptxas(), "-v", f"-arch={arch}", str(file), "-o", str(folder / "cubin")]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        registers = int(re.findall(r"Used (\d+) registers", usage)[0])
+        spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", usage))
+        shared = int(re.findall(rf"{name} .*shared_memory: (\d+) bytes", launched)[0])
         tiles = fused.tiles(kernel, head_dim, dtype)
-        registers, shared = int(re.findall(r"Used (\d+) registers", usage)[0]), shared_bytes(folder, name)
-        instructions = dict(Counter(TENSOR_CORE.findall(body)))
         programs = programs_of(target, registers, shared, tiles.warps)
-        spilled = sum(map(int, spills))
         place = target, arch, head_dim, dtype, kernel, tiles.kept, tiles.passing, tiles.warps
-        found.append(Kernel(*place, registers, spilled, shared, programs, instructions))
+        found.append(Kernel(*place, registers, spilled, shared, programs, dict(Counter(TENSOR_CORE.findall(text)))))
     return found
 
 
@@ -250,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: GPUs that are here are left alone
     cases = [(t, int(d), name) for t in options.targets for d in options.head_dims for name in options.dtypes]
+    cases = [case for case in cases if Asked(case[2], case[1]).lacks(fused.KIND) is None]
     kernels = (kernel for case in cases for kernel in compile_kernels(*case, softcap=options.softcap))
     print_table(HEADER, (kernel.cells() for kernel in kernels))
     print(f"\nA bound by arithmetic, {HEADS} query and {GROUPS} key-value heads of 128, bfloat16; not measured:\n")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from benchmarks.gpu_kernels import row_of_a_pair
 from rpo_jax.hosts.sharding import MESH_AXES, Placement
 from rpo_jax.models.attention import fused
 from rpo_jax.models.attention.kind import Split
@@ -15,90 +16,96 @@ from rpo_jax.models.attention.masking import TokenIds, visible
 from rpo_jax.models.attention.registry import ATTENTIONS, Asked, attention_name, check_attention, make_attention
 from tests.models.test_blockwise import assert_same, packed_layout, tensors, value_and_gradients
 
-TOKENS = 2 * fused.LARGE + 44  # the last block is padded
+LARGE, SMALL = 64, 32  # quicker than a GPU's blocks; those of float32 fit in them
+TOKENS = 3 * LARGE
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
+def interpreted(request, monkeypatch):
     """On the platform that there is."""
+    if "real_blocks" not in request.fixturenames:
+        monkeypatch.setattr(fused, "LARGE", LARGE)
+        monkeypatch.setattr(fused, "SMALL", SMALL)
     kind = ATTENTIONS["fused"]._replace(make=partial(fused.make, interpret=True), platforms=())
     monkeypatch.setitem(ATTENTIONS, "fused", kind)
 
 
-def both(*args, **more):
-    return (value_and_gradients(name, *args, **more) for name in ("fused", "dense"))
+@pytest.fixture
+def real_blocks():
+    """Those of a GPU."""
 
 
 def odd_rows() -> TokenIds:
     """Rows of: nothing; one token; one segment without branches, full; a prompt and five branches; padding first."""
-    tokens = 3 * fused.LARGE
-    positions, segments, branches = np.zeros((3, 5, tokens), np.int32)
+    prompt, answer = 70, 20
+    positions, segments, branches = np.zeros((3, 5, TOKENS), np.int32)
     segments[1, 0] = 1
-    segments[2], positions[2] = 1, np.arange(tokens)
-    column, prompt = 150, 150
-    segments[3, : column + 5 * 40], positions[3, :prompt] = 1, np.arange(prompt)
+    segments[2], positions[2] = 1, np.arange(TOKENS)
+    segments[3, : prompt + 5 * answer], positions[3, :prompt] = 1, np.arange(prompt)
     for branch in range(1, 6):
-        here = slice(column, column + 40)
-        positions[3, here], branches[3, here] = prompt + np.arange(40), branch
-        column += 40
-    segments[4, 200:], positions[4, 200:] = 1, np.arange(tokens - 200)
+        here = slice(prompt + (branch - 1) * answer, prompt + branch * answer)
+        positions[3, here], branches[3, here] = prompt + np.arange(answer), branch
+    segments[4, 100:], positions[4, 100:] = 1, np.arange(TOKENS - 100)
     return TokenIds(*map(jnp.array, (positions, segments, branches)))
 
 
-@pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 8), (2, 96), (4, 16)])
-def test_the_kernels_give_what_dense_attention_gives(kv_heads, head_dim):
-    layout = packed_layout(2, TOKENS, branches=5)
-    *qkv, weight = tensors(2, TOKENS, kv_heads, head_dim=head_dim)
-    assert_same(*both(layout, qkv, weight, (None,), jnp.array(0)))
+def compiled(name, layout, windows, softcap=None):
+    """Output and gradients by query, key, value, weight of the outputs and window, of an attention of these rows."""
+
+    def total(query, key, value, weight, which):
+        attend = make_attention(name, "cpu", layout, windows, Split(), Asked(softcap=softcap))
+        out = attend(query, key, value, which)
+        return jnp.sum(out * weight), out
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
 
 
-@pytest.mark.parametrize("softcap", [None, 0.7])
-@pytest.mark.parametrize("which", [0, 1])
-def test_rows_of_every_shape_with_windows_and_caps(which, softcap):
-    layout = odd_rows()
-    *qkv, weight = tensors(*layout.positions.shape)
-    assert_same(*both(layout, qkv, weight, (None, 50), jnp.array(which), softcap=softcap))
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "windows", "softcap"), [(2, 24, (None, 50), None), (4, 16, (None,), 0.7)]
+)
+def test_the_kernels_give_what_dense_attention_gives(kv_heads, head_dim, windows, softcap):
+    """On odd rows, and two of several segments with up to five branches each that end within a block."""
+    ragged = packed_layout(2, TOKENS - 20, branches=5).padded(20)
+    layout = TokenIds(*(jnp.concatenate(ids) for ids in zip(odd_rows(), ragged, strict=True)))
+    *qkv, weight = tensors(7, TOKENS, kv_heads, head_dim=head_dim)
+    live = (layout.segment_ids > 0)[..., None, None]
+    kernels, dense = (compiled(name, layout, windows, softcap) for name in ("fused", "dense"))
+    for which in range(len(windows)):
+        (_, out), gradients = kernels(*qkv, jnp.where(live, weight, 0), jnp.array(which))
+        (_, right), right_gradients = dense(*qkv, jnp.where(live, weight, 0), jnp.array(which))
+        assert_same((jnp.where(live, out, 0), *gradients), (jnp.where(live, right, 0), *right_gradients))
+    np.testing.assert_array_equal(out[0], 0)
+    # Whatever a loss asks of padding: nothing of it reaches a token.
+    for gradient in kernels(*qkv, jnp.where(live, 0, weight), jnp.array(0))[1]:
+        np.testing.assert_array_equal(np.where(live, gradient, 0), 0)
 
 
-@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("real_blocks")
 def test_bfloat16_is_as_near_to_float32_as_dense_attention_is(head_dim):
-    """In the blocks that GPUs get; the row without branches has some that need no mask."""
-    layout = odd_rows()
-    *qkv, weight = tensors(*layout.positions.shape, head_dim=head_dim)
+    """A prompt of more than a block and two answers: some blocks need no mask, some are not visited."""
+    tokens = 3 * fused.LARGE
+    layout = row_of_a_pair(tokens)
+    *qkv, weight = tensors(1, tokens, 1, 2, head_dim)
     exact = value_and_gradients("dense", layout, qkv, weight, (None,), jnp.array(0))
-    found = both(layout, [x.astype(jnp.bfloat16) for x in qkv], weight, (None,), jnp.array(0))
+    args = layout, [x.astype(jnp.bfloat16) for x in qkv], weight, (None,), jnp.array(0)
+    found = (value_and_gradients(name, *args) for name in ("fused", "dense"))
     for right, kernel, dense in zip(exact, *found, strict=True):
         assert kernel.dtype == jnp.bfloat16
         error = [np.abs(np.asarray(x, np.float32) - right).mean() for x in (dense, kernel)]
         assert error[1] < 1.5 * error[0]
 
 
-def test_padding_gives_zeros_and_takes_no_gradient_from_tokens():
-    """Whatever a loss asks of padding: nothing of it reaches a token."""
-    layout = odd_rows()
-    *qkv, weight = tensors(*layout.positions.shape)
-    padding = (layout.segment_ids == 0)[..., None, None]
-
-    def total(*x):
-        out = make_attention("fused", "cpu", layout, (None,), Split())(*x, jnp.array(0))
-        return jnp.sum(jnp.where(padding, out * weight, 0)), out
-
-    (_, out), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*qkv)
-    np.testing.assert_array_equal(out[0], 0)
-    for gradient in gradients:
-        np.testing.assert_array_equal(np.where(padding, 0, gradient), 0)
-
-
 @pytest.mark.parametrize("window", [None, 70])
 def test_the_plan_has_the_blocks_that_see_something_and_no_others(window):
-    tokens = 4 * fused.LARGE
+    tokens = 4 * LARGE
     layout = packed_layout(3, tokens, seed=4)
     mask = np.asarray(visible(*layout, window)) & (np.asarray(layout.segment_ids) > 0)[:, :, None]
     plan = jax.jit(partial(fused.make_plan, window=window))(layout)
     for visits, seen in ((plan.of_queries, mask), (plan.of_keys, mask.swapaxes(1, 2))):
         order, masked, count = (np.asarray(x) for x in visits)
         assert 0 < count.sum() < 3 * np.tril(np.ones((8, 8))).sum()
-        blocks = seen.reshape(3, 4, fused.LARGE, 8, fused.SMALL).swapaxes(2, 3)
+        blocks = seen.reshape(3, 4, LARGE, 8, SMALL).swapaxes(2, 3)
         for row, block in np.ndindex(count.shape):
             found = blocks[row, block, order[row, block, : count[row, block]]]
             assert found.any(axis=(1, 2)).all()
@@ -107,8 +114,8 @@ def test_the_plan_has_the_blocks_that_see_something_and_no_others(window):
 
 
 def test_devices_share_rows_and_heads():
-    layout = packed_layout(2, TOKENS, seed=5)
-    *qkv, weight = tensors(2, TOKENS)
+    layout = packed_layout(2, TOKENS - 20, seed=5)
+    *qkv, weight = tensors(2, TOKENS - 20)
     args = layout, qkv, weight, (None, 40), jnp.array(1)
     mesh = jax.make_mesh((1, 2, 4), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     placement = Placement(mesh)
@@ -123,7 +130,7 @@ def test_long_rows_on_gpus_are_its_own_where_it_can():
 
     assert [chosen(tokens) for tokens in (64, 1024, 1025, 32768)] == ["dense", "dense", "fused", "fused"]
     assert chosen(4096, head_dim=20) == chosen(4096, head_dim=512) == "dense"
-    assert chosen(4096, dtype="float32") == "fused"
+    assert [chosen(4096, "float32", head_dim) for head_dim in (64, 128)] == ["fused", "dense"]
     assert chosen(4096, platform="cpu") == "blockwise"
     assert attention_name("auto", "gpu", Asked(row_tokens=2048)) == "fused"
     assert attention_name("auto", "gpu") == "dense", "rows of a length that is not known"
@@ -132,8 +139,9 @@ def test_long_rows_on_gpus_are_its_own_where_it_can():
 @pytest.mark.parametrize(
     ("asked", "need"),
     [
-        (("bfloat16", 72), "head dimensions that 16 divides, at most 256; .* head dimension is 72"),
-        (("bfloat16", 288), "head dimensions that 16 divides, at most 256; .* head dimension is 288"),
+        (("bfloat16", 72), "head dimensions that 16 divides, at most 256, in float32 64; .* head dimension is 72"),
+        (("bfloat16", 288), "head dimensions that 16 divides, at most 256, in float32 64; .* head dimension is 288"),
+        (("float32", 128), "head dimensions that .*, in float32 64; here model.compute_dtype=float32, the head"),
         (("float64", 64), "model.compute_dtype=bfloat16, float16 or float32; here model.compute_dtype=float64"),
     ],
 )

@@ -50,6 +50,7 @@ EVERYTHING = 2**30  # a window that no position reaches
 UNSEEN = -1e30  # a score that adds nothing; finite, so that a query that sees nothing yet gives no NaN
 LOG2_E = math.log2(math.e)  # a GPU's exponential is of base 2
 MOST_HEAD_DIM = 256
+MOST_WIDE_HEAD_DIM = 64  # of float32, whose operands are held twice: registers are spilled beyond
 
 
 class Tiles(NamedTuple):
@@ -127,17 +128,17 @@ def padded_head_dim(head_dim: int) -> int:
 def tiles(kernel: str, head_dim: int, dtype: Any) -> Tiles:
     """Sizes for `forward`, `keys` or `queries` (the gradients of either).
 
-    Chosen by what the compiler made of them (benchmarks/gpu_kernels.py): no register spilled for Ampere, Hopper or
-    Blackwell, and no more shared memory than a consumer's card has. None of them was timed.
+    Chosen by what the compiler made of them (benchmarks/gpu_kernels.py): no register is spilled on Ampere, Hopper or
+    Blackwell, and shared memory is enough on a consumer's card too. None of them was timed.
     """
     wide = padded_head_dim(head_dim)
     if jnp.dtype(dtype).itemsize > 2:
-        return Tiles(32, 32, 8 if wide > 64 else 4, 1)
+        return Tiles(32, 32, 4, 1)
     if wide > 128:
-        return Tiles(64, 32, 8, 1)
+        return Tiles(64, 32, 8, 1) if kernel == "forward" else Tiles(32, 32, 8, 2)
     if kernel == "forward":
-        return Tiles(128, 64, 8 if wide > 64 else 4, 2)
-    return Tiles(64, 64, 8 if wide > 64 else 4, 2)
+        return Tiles(128, 64, 8, 2)
+    return Tiles(64, 64, 8, 2)
 
 
 def make_plan(ids: TokenIds, window: Int[Array, ""] | int | None) -> Plan:
@@ -207,18 +208,16 @@ class _Block(NamedTuple):
 
     def read(self, reference: Any) -> Array:
         """A block of [tokens, K], zeros beyond the head dimension."""
-        width = reference.shape[-1]
-        if width == self.head_dim:
-            return reference[...]
-        return triton.load(reference, mask=self.columns(width), other=0.0)
-
-    def columns(self, width: int) -> Array:
-        return (jnp.arange(width) < self.head_dim)[None, :]
+        mask = self.columns(reference)
+        return triton.load(reference, mask=mask, other=None if mask is None else 0.0)
 
     def write(self, reference: Any, values: Array) -> None:
+        triton.store(reference, values.astype(reference.dtype), mask=self.columns(reference))
+
+    def columns(self, reference: Any) -> Array | None:
+        """Which columns of a block there are; None for all."""
         width = reference.shape[-1]
-        mask = None if width == self.head_dim else self.columns(width)
-        triton.store(reference, values.astype(reference.dtype), mask=mask)
+        return None if width == self.head_dim else (jnp.arange(width) < self.head_dim)[None, :]
 
     def dot(self, left: Array, right: Array, contract: tuple[int, int] = (1, 0)) -> Array:
         """Product summed in float32, over these axes of the two."""
@@ -474,7 +473,7 @@ def make(
 
 
 def _head_dim_fits(dtype: str, head_dim: int, tokens: int | None) -> bool:
-    return head_dim % 16 == 0 and head_dim <= MOST_HEAD_DIM
+    return head_dim % 16 == 0 and head_dim <= (MOST_WIDE_HEAD_DIM if dtype == "float32" else MOST_HEAD_DIM)
 
 
 # From where on it pays is a guess, timed on no GPU: to 1,024 tokens the scores are few, and dense attention's products
@@ -488,7 +487,10 @@ KIND = AttentionKind(
     fused=True,
     platforms=("gpu",),
     needs=(
-        (f"head dimensions that 16 divides, at most {MOST_HEAD_DIM}", _head_dim_fits),
+        (
+            f"head dimensions that 16 divides, at most {MOST_HEAD_DIM}, in float32 {MOST_WIDE_HEAD_DIM}",
+            _head_dim_fits,
+        ),
         (
             "model.compute_dtype=bfloat16, float16 or float32",
             lambda dtype, *_: dtype in ("bfloat16", "float16", "float32"),
