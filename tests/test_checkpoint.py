@@ -138,7 +138,7 @@ def test_a_record_that_is_older_than_a_part_of_the_decoder_is_of_one_without_it(
     del older["variant"]["sinks"], older["variant"]["experts"]["biases"], older["variant"]["experts"]["clamp"]
     check_architecture(older, current, tmp_path)
     older["variant"]["experts"]["count"] = 4
-    with pytest.raises(ValueError, match="variant is .*'count': 4"):
+    with pytest.raises(ValueError, match=r"variant is .*'count': 4"):
         check_architecture(older, current, tmp_path)
 
 
