@@ -47,7 +47,11 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_same_weights():
 
 @pytest.mark.parametrize(
     ("dtype", "compute", "tolerance"),
-    [("nf4", "float32", 1e-5), ("int4", "float32", 1e-5), ("nf4", "bfloat16", 3e-2)],
+    [
+        ("nf4", "float32", 1e-5),
+        ("int4", "float32", 1e-5),
+        pytest.param("nf4", "bfloat16", 3e-2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_gradient_of_adapters_is_that_on_the_weights_that_the_base_stands_for(dtype, compute, tolerance):
     targets = ("q_proj", "o_proj", "down_proj")
@@ -116,7 +120,7 @@ def test_a_product_over_two_input_axes_of_which_a_block_takes_several(kind):
     assert float(same[2]) == 0.5
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("llama", marks=pytest.mark.slow)])
 def test_the_sampler_reads_what_training_reads(family):
     model_config = small_model(family=family, **SIZES)
     base = quantized(model_config, models.init_params(model_config, jax.random.key(0)), "nf4")
