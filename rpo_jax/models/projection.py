@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -49,7 +49,8 @@ class NF4(Blockwise):
     def level(values: Int[Array, "..."]) -> Float[Array, "..."]:
         # A sum of which all but one are zeros: tables in memory are looked into one number at a time by some machines,
         # and of `where` jax would carry a level as wide as the weights through the loop over layers, for each of them.
-        return sum((values == code).astype(jnp.float32) * float(level) for code, level in enumerate(NF4_LEVELS))
+        found = ((values == code).astype(jnp.float32) * float(level) for code, level in enumerate(NF4_LEVELS))
+        return reduce(jnp.add, found)
 
 
 class Int4(Blockwise):
