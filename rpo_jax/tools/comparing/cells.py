@@ -26,7 +26,7 @@ from rpo_jax.sampling.generation import GenerateConfig, generate
 from rpo_jax.tasks import quickstart
 from rpo_jax.tasks.gold import GoldTask, make_rows, win
 from rpo_jax.tools.comparing.measure import divergences
-from rpo_jax.tools.comparing.study import START, Cell, configured
+from rpo_jax.tools.comparing.study import START, Cell, Settings, configured
 from rpo_jax.tools.exporting import export
 from rpo_jax.tools.sampling.rounds import run
 
@@ -95,7 +95,7 @@ class CellRunner:
         run_dir, exported = place / "run", place / EXPORT
         files = self._files(cell)
         start = self.place(cell.beginning()) / EXPORT
-        changes = {**(cell.settings or cell.start), "run.seed": cell.seed, "run.overwrite": True}
+        changes: Settings = {**(cell.settings or cell.start), "run.seed": cell.seed, "run.overwrite": True}
         changes |= {"run.dir": run_dir, "run.cache_dir": self.cache_dir}
         changes |= {"data.path": files["train"], "data.eval_path": files["held_out"]}
         if cell.settings:
