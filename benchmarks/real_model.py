@@ -9,7 +9,8 @@ is 1 where a difference is beyond its bound:
 - token ids of every row beside those that DPOTrainer makes of it;
 - logits beside torch's in float32, and both beside torch's in float64;
 - greedy answers to the first prompts beside transformers' `generate`;
-- log-probs of the first pairs, and the losses of some DPO steps on them, beside DPOTrainer's on the same ids;
+- log-probs of the first pairs, and the losses and gradient norms of some DPO steps on them, beside DPOTrainer's on the
+  same ids; the first gradient's norm beside that of torch in float64;
 - LoRA: log-probs of a run's policy beside those that peft computes from its exported adapters.
 """
 
@@ -155,6 +156,14 @@ def lines(plan: Plan) -> Iterator[Line]:
         yield _within(f"DPO on {name}: losses of {plan.steps} steps", largest(mine["loss"], other["loss"]))
         for metric in ("rewards/chosen", "rewards/rejected"):
             yield _within(f"DPO on {name}: {metric}", largest(mine[metric], other[metric]))
+        norms = (mine["grad_norm"][0], other["grad_norm"][0], ours["gradient_norm"][name])
+        yield Line(
+            f"DPO on {name}: first gradient's norm, ours, TRL's, torch float64", "{:.6f}, {:.6f}, {:.6f}".format(*norms)
+        )
+        yield _within(
+            f"DPO on {name}: first gradient's norm, ours to torch float64", relative(norms[0], norms[2]), RELATIVE_BOUND
+        )
+        yield _within(f"DPO on {name}: gradient norms, of their size", relative(mine["grad_norm"], other["grad_norm"]))
         first, last = mine["loss"][0], mine["loss"][-1]
         yield Line(f"DPO on {name}: our loss, first and last", f"{first:.5f}, {last:.5f}")
         own = largest(other["own_log_probs"], other["log_probs"])

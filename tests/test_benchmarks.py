@@ -198,19 +198,20 @@ def test_a_real_model_s_differences_are_held_to_their_bounds(tmp_path):
     plan = real_model.Plan(model="", data={"rows": ""}, folder=str(tmp_path), pairs=1)
     assert real_model.Plan.from_json(plan.to_json()) == plan
     ids = {"rows": [[[1], [2], [3]]]}
-    steps = {"loss": [0.7, 0.6], "rewards/chosen": [0.0, 0.1], "rewards/rejected": [0.0, -0.1]}
+    steps = {"loss": [0.7, 0.6], "grad_norm": [9.0, 8.0], "rewards/chosen": [0.0, 0.1], "rewards/rejected": [0.0, -0.1]}
     dpo = {"rows": {"log_probs": [[-100.0, -50.0]], **steps}}
     logits = {"positions": 9, "largest": 40.0, "argmax_equal": 9, "relative": 2e-6}
     logits |= dict.fromkeys(("ours_torch32", "torch32_torch64", "ours_torch64"), 8e-5)
     greedy = {"count": 2, "same_prompts": 2, "same": 2, "tokens": 8, "ended": 1, "gaps": []}
     lora = {"changed": 0.5, "relative": 1e-6}
     plan.write("ids", {"all": ids, "batch": ids})
-    plan.write("ours", {"logits": logits, "greedy": greedy, "dpo": dpo, "lora": lora})
+    norms = {"rows": 9.00001}
+    plan.write("ours", {"logits": logits, "greedy": greedy, "dpo": dpo, "lora": lora, "gradient_norm": norms})
     other = {"log_probs": [[-100.001, -50.0]], "own_log_probs": [[-100.2, -50.0]], **steps}
     plan.write("trl", {"ids": ids, "dpo": {"rows": other}})
     found = list(real_model.lines(plan))
     assert not any(line.holds is False for line in found)
-    assert sum(line.holds is True for line in found) == 10
+    assert sum(line.holds is True for line in found) == 12
     other["loss"] = [0.7, 0.6002]
     plan.write("trl", {"ids": ids, "dpo": {"rows": other}})
     assert [line.what for line in real_model.lines(plan) if line.holds is False] == ["DPO on rows: losses of 3 steps"]

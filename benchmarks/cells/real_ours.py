@@ -187,8 +187,24 @@ def run_dpo(plan: Plan, name: str) -> dict[str, Any]:
     rpo_jax.run(config)
     logged = [json.loads(line) for line in (plan.path(f"dpo-{name}") / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in logged if "loss" in line]
-    metrics = {key: [line[key] for line in steps] for key in ("loss", "rewards/chosen", "rewards/rejected")}
+    metrics = {
+        key: [line[key] for line in steps] for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected")
+    }
     return {"log_probs": pair_log_probs(config, find_policy(plan.model)), **metrics}
+
+
+def true_gradient_norm(plan: Plan, batch: list[Ids]) -> float:
+    """Of DPO's first step on the batch, where policy and reference are the same, from torch's model in float64."""
+    model = torch_model(plan, torch.float64)
+    for prompt, *responses in batch:
+        for response, sign in zip(responses, (-1, 1), strict=True):
+            tokens = torch.tensor([prompt + response])
+            logits = model(tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            log_prob = torch.log_softmax(logits, -1).gather(-1, tokens[0, len(prompt) :, None]).sum()
+            # At a margin of 0 the slope of -log sigmoid(BETA * margin) is -BETA / 2.
+            (sign * BETA / 2 / len(batch) * log_prob).backward()
+    squares = [(weight.grad**2).sum() for weight in model.parameters() if weight.grad is not None]
+    return float(torch.stack(squares).sum().sqrt())
 
 
 def compare_lora(plan: Plan, name: str, batch: list[Ids]) -> dict[str, float]:
@@ -228,6 +244,7 @@ def main() -> None:
     room = [example for example, ids in rows[first] if len(ids[0]) <= plan.max_tokens]
     sequences = [ids[0] + ids[1] for batch in of_batch.values() for ids in batch[: plan.logit_rows]]
     parts: dict[str, Callable[[], Any]] = {
+        "gradient_norm": lambda: {name: true_gradient_norm(plan, ids) for name, ids in of_batch.items()},
         "dpo": lambda: {name: run_dpo(plan, name) for name in plan.data},
         "lora": lambda: compare_lora(plan, first, of_batch[first]),
         "greedy": lambda: compare_greedy(plan, room[: plan.prompts]),

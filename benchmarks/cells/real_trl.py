@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]  
 from benchmarks.cells.torch_common import BETA, LEARNING_RATE, MAX_GRAD_NORM, make_reference
 from benchmarks.real_model import IDS, Ids, Plan
 
-METRICS = ("loss", "rewards/chosen", "rewards/rejected")
+METRICS = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected")
 
 
 def make_trainer(plan: Plan, rows: list[dict[str, Any]], folder: str) -> DPOTrainer:

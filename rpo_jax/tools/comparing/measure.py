@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rpo_jax import models
 from rpo_jax.config import MeshConfig
@@ -17,6 +17,7 @@ from rpo_jax.core.records import Message
 from rpo_jax.data.tokenize import PromptEncoder
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
+from rpo_jax.objectives.logprobs import response_log_probs
 from rpo_jax.sampling.policy import find_policy
 
 ROWS = 32  # scored at a time
@@ -60,20 +61,22 @@ def divergences(
 
 def _padded(
     rows: Sequence[tuple[list[int], list[int]]], size: int
-) -> tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
+) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     width = -(-max(len(prompt) + len(answer) for prompt, answer in rows) // TOKENS) * TOKENS
-    tokens, scored = np.zeros((size, width), np.int32), np.zeros((size, width), np.float32)
+    tokens, scored = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
     for i, (prompt, answer) in enumerate(rows):
         tokens[i, : len(prompt) + len(answer)] = prompt + answer
-        scored[i, len(prompt) : len(prompt) + len(answer)] = 1
+        scored[i, len(prompt) : len(prompt) + len(answer)] = True
     return tokens, scored
 
 
 def _log_probs(
-    model_config: ModelConfig, params: Any, tokens: Int[np.ndarray, "B T"], scored: Float[np.ndarray, "B T"]
+    model_config: ModelConfig, params: Any, tokens: Int[np.ndarray, "B T"], scored: Bool[np.ndarray, "B T"]
 ) -> Float[Array, "B"]:
     """Summed log-prob of the scored tokens of each row."""
-    logits = models.apply(model_config, params, jnp.asarray(tokens), segment_ids=jnp.ones(tokens.shape, jnp.int32))
-    each = jax.nn.log_softmax(logits[:, :-1])
-    own = jnp.take_along_axis(each, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
-    return jnp.sum(own * scored[:, 1:], axis=1)
+    rows, width = tokens.shape
+    hidden = models.hidden_states(model_config, params, jnp.asarray(tokens))
+    previous = jnp.broadcast_to(jnp.arange(width) - 1, tokens.shape)
+    row_ids = jnp.where(scored, jnp.arange(rows)[:, None], -1)
+    head, softcap = models.output_head(model_config, params), model_config.parts.logit_softcap
+    return response_log_probs(hidden, head, tokens, previous, row_ids, rows, softcap=softcap)[0]
