@@ -291,6 +291,7 @@ class Rounds(Hook):
         room = (min(self.models.config.positions, self.config.data.max_tokens - 1) - len(ids) for ids in prompts)
         limits = [max(0, min(self._settings.max_tokens, left)) for left in room]
         done: dict[int, Answer] = {}
+        growing: GrowingFile | None = None
         if file is not None:
             for line in map(parse_json, complete_lines(file)):
                 done[line["index"]] = Answer(**line)
@@ -303,7 +304,7 @@ class Rounds(Hook):
         missing = [index for index in range(len(numbers)) if index not in done]
         for some in answerer.answers(prompts, seeds, limits, missing) if missing else ():
             done |= {answer.index: answer for answer in some}
-            if file is not None:
+            if growing is not None:
                 growing.add(*map(_saved, some))
             saving = 2 * self.saving.checkpoints.longest_save(default=1.0)
             if len(done) < len(numbers) and run.stopping.requested("sampling", saving):

@@ -76,7 +76,9 @@ def test_what_is_not_given_is_the_objectives_own_and_is_said(arguments, options,
 
 
 def test_the_help_has_the_defaults_that_are_an_objectives_own():
-    assert "the objective's own where not given: alpha_dpo 2.5, simpo 2, others 0.1." in (ObjectiveConfig.__doc__ or "")
+    assert "the objective's own where not given: alpha_dpo 2.5, reward 1, simpo 2, others 0.1." in (
+        ObjectiveConfig.__doc__ or ""
+    )
 
 
 def test_configurations_of_earlier_runs_which_name_every_default_are_read():
