@@ -245,5 +245,5 @@ class MetricsLog:
 
 
 def _lines_name(line: Mapping[str, float]) -> tuple[int, frozenset[str]]:
-    """What tells it from the other lines of a run: its step, and whether it is of training, an evaluation or a round."""
+    """What tells it from the other lines of a run: its step, and whether it is of training, evaluation or a round."""
     return int(line["step"]), frozenset(("loss", "eval_loss", "round")) & line.keys()
