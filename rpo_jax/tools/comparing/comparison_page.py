@@ -26,7 +26,7 @@ def make_page(
     return render(
         "comparison.html",
         title="Comparison",
-        **{"verdict": _sentence(table, results[table.name]) for table in study.tables[:1]},
+        verdict=" ".join(_sentence(table, results[table.name]) for table in study.tables[:1]),
         tables=tables,
         trials=trials,
         tried_title=TRIED,
