@@ -7,6 +7,8 @@ result = rpo_jax.run(config)
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ _HOMES = {
     "load_config": "rpo_jax.config.reading",
     "run": "rpo_jax.tools.sampling.rounds",
 }
+
+
+if importlib.util.find_spec("torch") is None:
+    # It is an extra here; transformers would say at every start that its models cannot be had, which nobody asks for.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "true")
 
 
 def __getattr__(name: str) -> Any:

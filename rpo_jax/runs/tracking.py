@@ -248,6 +248,6 @@ class MetricsLog:
             logger.close()
 
 
-def _lines_name(line: Mapping[str, float]) -> tuple[int, bool]:
-    """What tells it from the other lines of a run: its step, and whether it is an evaluation's."""
-    return int(line["step"]), "eval_loss" in line
+def _lines_name(line: Mapping[str, float]) -> tuple[int, frozenset[str]]:
+    """What tells it from the other lines of a run: its step, and whether it is of training, evaluation or a round."""
+    return int(line["step"]), frozenset(("loss", "eval_loss", "round")) & line.keys()

@@ -26,7 +26,7 @@ def make_page(
     return render(
         "comparison.html",
         title="Comparison",
-        verdict=_sentence(study.tables[0], results[study.tables[0].name]),
+        verdict=" ".join(_sentence(table, results[table.name]) for table in study.tables[:1]),
         tables=tables,
         trials=trials,
         tried_title=TRIED,
