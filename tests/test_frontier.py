@@ -2,17 +2,21 @@
 
 import gzip
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import rpo_jax
 from rpo_jax import compare
+from rpo_jax.export import export
 from rpo_jax.tasks.scored import ScoredTask
 from rpo_jax.tools.comparing.cells import RESULT, CellRunner
 from rpo_jax.tools.comparing.frontier import Measured, bootstrapped, draws, frontier_at, interval, upper_hull
 from rpo_jax.tools.comparing.study import read_study
+from tests.runs import configured, write_rows
 from tests.test_compare import BASE, study_file
 
 
@@ -178,9 +182,9 @@ def test_scores_are_those_of_the_published_scorers():
 
 FRONTIER = {
     "seeds": [0, 1],
-    "task": {"score": "sentiment", "rows": 8, "train_prompts": 8, "tune_prompts": 3, "test_prompts": 3},
+    "task": {"score": "sentiment", "rows": 16, "train_prompts": 8, "tune_prompts": 3, "test_prompts": 3},
     "max_tokens": 6,
-    "base": {key: value for key, value in BASE.items() if not key.startswith("model.")} | {"batch.pairs": 4},
+    "base": {key: value for key, value in BASE.items() if not key.startswith("model.")} | {"batch.pairs": 8},
     "start": {"model.path": "start"},
     "tuning": {"grid": {"objective.beta": [0.1, 1.0]}},
     "methods": {"DPO": {"objective.name": "dpo"}, "uniform": {"objective.name": "rpo", "contrast.weights": "uniform"}},
@@ -292,3 +296,39 @@ def test_the_small_frontier_is_part_of_the_whole_and_the_documentation_tells_of_
         assert f"`{table.name}`" in told
         assert all(len(whole.points(row, 0)) >= 5 for row in table.rows)
     assert small.methods.items() <= whole.methods.items()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_frontier_of_a_small_model_from_end_to_end(tmp_path, capsys):
+    """Answers of a model are scored and trained on, and those of the policies scored in their turn."""
+    changes = {"objective.name": "sft", "train.steps": 1, "tracking.tensorboard": False}
+    run = rpo_jax.run(configured(write_rows(tmp_path / "pairs.jsonl"), tmp_path / "sft", tmp_path / "cache", changes))
+    export(run.run_dir, tmp_path / "start")
+    study = {**FRONTIER, "seeds": [0], "max_tokens": 64, "start": {"model.path": str(tmp_path / "start")}}
+    study["task"] = {**FRONTIER["task"], "samples": 16, "scale": 1.0}
+    study["base"] = {**FRONTIER["base"], "data.max_tokens": 128, "lora.rank": 2}
+    path, out = study_file(tmp_path, **study), tmp_path / "out"
+    arguments = ["--config", str(path), "--out", str(out), "--cache-dir", str(tmp_path / "cache")]
+    assert compare.main(arguments) == 0
+    results = {cell.parent.name: json.loads(cell.read_text()) for cell in out.glob(f"cells/*/{RESULT}")}
+    assert len(results) == 1 + 4
+    policies = [result for result in results.values() if result["settings"]]
+    for result in results.values():
+        assert len(result["rewards"]) == 6
+        assert np.abs(result["rewards"]).max() <= 1
+    for result in policies:
+        assert len(result["kls"]) == 6
+        assert result["divergence"] == pytest.approx(np.mean(result["kls"]))
+        assert result["cpu_seconds"] > 0
+    assert (out / "frontier_main.svg").is_file()
+    assert len(list((tmp_path / "cache" / "answers").iterdir())) == 1, "sampled once for all runs"
+
+    removed = next(name for name, result in results.items() if result["settings"])
+    before = results.pop(removed)
+    shutil.rmtree(out / "cells" / removed)
+    capsys.readouterr()
+    assert compare.main(arguments) == 0
+    assert sum(line[:1].isdigit() for line in capsys.readouterr().out.splitlines()) == 1
+    again = json.loads((out / "cells" / removed / RESULT).read_text())
+    assert again["rewards"] == before["rewards"], "the same run again"
