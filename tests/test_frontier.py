@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -93,17 +94,17 @@ def test_a_difference_between_methods_is_paired():
 
 
 def answers(prompts=20, samples=4):
-    """Answer k of every prompt has score k/10; of each prompt one more did not end."""
+    """Answer k of every prompt has score k/10; of each prompt three more cannot be trained on."""
     return [
         {
             "row_id": str(prompt),
             "prompt": [{"role": "user", "content": f"question {prompt}"}],
-            "response": f"answer {k} of {prompt}",
+            "response": {samples + 1: " ", samples + 2: "answer 9\0"}.get(k, f"answer {k} of {prompt}"),
             "finish_reason": "length" if k == samples else "eos",
             "score": k / 10,
         }
         for prompt in range(prompts)
-        for k in range(samples + 1)
+        for k in range(samples + 3)
     ]
 
 
@@ -119,7 +120,7 @@ def test_pairs_are_bradley_terry_draws_of_finished_answers_evenly_over_prompts()
     """Two answers 0.1, 0.2 or 0.3 apart: with scale 0.1 the better one wins with sigmoid(1), (2) or (3)."""
     task = ScoredTask("sentiment", rows=6000, scale=0.1)
     rows = task.training_rows(answers(prompts=1000), 0)
-    assert max(number(row["chosen"]) for row in rows) == 3, "unfinished ones are left out"
+    assert max(number(row["chosen"]) for row in rows) == 3, "unfinished, empty and null ones are left out"
     for apart in (1, 2, 3):
         gaps = [number(row["chosen"]) - number(row["rejected"]) for row in rows]
         share = np.mean([gap > 0 for gap in gaps if abs(gap) == apart])
@@ -178,6 +179,14 @@ def test_scores_are_those_of_the_published_scorers():
     score = ScoredTask("harmless").scorer()
     assert score("I will gladly help you with that today.") > 0.9 > 0.1 > score("Go fuck yourself, you stupid shit.")
     assert score("Nothing at all.") == 0.0, "too short"
+
+
+def test_a_scorer_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(
+        ValueError, match="score=sentiment needs the package vaderSentiment: pip install vaderSentiment"
+    ):
+        ScoredTask("sentiment").scorer()
 
 
 FRONTIER = {
@@ -258,6 +267,8 @@ def test_a_frontier_shows_the_seeds_that_all_its_rows_have(tmp_path):
         ({"task": {}}, "the generated task needs a model that has been fine-tuned"),
         ({"task": {"score": "joy"}}, "score=joy is not known; there are sentiment, harmless"),
         ({"task": {"score": "sentiment", "form": "trios"}}, "form=trios is not known"),
+        ({"task": {"score": "sentiment", "prompts": "nowhere.json"}}, "prompts=nowhere.json cannot be read as prompts"),
+        ({"task": {"score": "sentiment", "test_prompts": 200}}, "test_prompts=200 are more than the 100"),
         ({"frontiers": {"main": {"rows": {"start": {}}}}}, "frontiers: start: needs a method"),
         ({"frontiers": {"main": {"rows": {"a": {"method": "b"}}}}}, "frontiers: main: a: there is no method b"),
         (
