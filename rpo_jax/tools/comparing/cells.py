@@ -30,12 +30,11 @@ from rpo_jax.sampling.generation import GenerateConfig, generate
 from rpo_jax.tasks.gold import GoldTask, make_rows, win
 from rpo_jax.tasks.scored import Row, ScoredTask
 from rpo_jax.tools.comparing.measure import divergences
-from rpo_jax.tools.comparing.study import Cell, FileTask, configured
+from rpo_jax.tools.comparing.study import START, Cell, FileTask, configured
 from rpo_jax.tools.exporting import export
 from rpo_jax.tools.judging.pairs import prompt_of
 from rpo_jax.training.run import run
 
-START = "{start}"  # as a setting's value: the folder of the fine-tuned model that the run starts from
 RESULT, LOG, EXPORT = "result.json", "log.txt", "hf"
 ACCURACY, LOG_PROB_ACCURACY = "eval_rewards/accuracies", "eval_logps/accuracies"
 

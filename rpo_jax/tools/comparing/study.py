@@ -24,6 +24,7 @@ from rpo_jax.tasks.gold import GoldTask
 from rpo_jax.tasks.scored import SCORERS, ScoredTask
 
 Settings = dict[str, Any]
+START = "{start}"  # as a setting's value: the folder of the fine-tuned model that the run starts from
 MAX_GRID = 10_000  # runs that tune a method
 
 
@@ -99,8 +100,8 @@ class Cell:
     def config(self) -> Config:
         """Its training configuration without folders; ValueError for what cannot be trained so."""
         changes = {**(self.settings or self.start), "run.seed": self.seed}
-        if self.pretrained is not None:
-            changes["model.path"] = self.pretrained
+        if self.settings:
+            changes["model.path"] = START
         config = configured(changes)
         models.check_choices(config.model, config.lora)
         return config
