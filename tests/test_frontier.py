@@ -2,17 +2,22 @@
 
 import gzip
 import json
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import rpo_jax
 from rpo_jax import compare
+from rpo_jax.export import export
 from rpo_jax.tasks.scored import ScoredTask
 from rpo_jax.tools.comparing.cells import RESULT, CellRunner
 from rpo_jax.tools.comparing.frontier import Measured, bootstrapped, draws, frontier_at, interval, upper_hull
 from rpo_jax.tools.comparing.study import read_study
+from tests.runs import configured, write_rows
 from tests.test_compare import BASE, study_file
 
 
@@ -89,17 +94,17 @@ def test_a_difference_between_methods_is_paired():
 
 
 def answers(prompts=20, samples=4):
-    """Answer k of every prompt has score k/10; of each prompt one more did not end."""
+    """Answer k of every prompt has score k/10; of each prompt three more cannot be trained on."""
     return [
         {
             "row_id": str(prompt),
             "prompt": [{"role": "user", "content": f"question {prompt}"}],
-            "response": f"answer {k} of {prompt}",
+            "response": {samples + 1: " ", samples + 2: "answer 9\0"}.get(k, f"answer {k} of {prompt}"),
             "finish_reason": "length" if k == samples else "eos",
             "score": k / 10,
         }
         for prompt in range(prompts)
-        for k in range(samples + 1)
+        for k in range(samples + 3)
     ]
 
 
@@ -115,7 +120,7 @@ def test_pairs_are_bradley_terry_draws_of_finished_answers_evenly_over_prompts()
     """Two answers 0.1, 0.2 or 0.3 apart: with scale 0.1 the better one wins with sigmoid(1), (2) or (3)."""
     task = ScoredTask("sentiment", rows=6000, scale=0.1)
     rows = task.training_rows(answers(prompts=1000), 0)
-    assert max(number(row["chosen"]) for row in rows) == 3, "unfinished ones are left out"
+    assert max(number(row["chosen"]) for row in rows) == 3, "unfinished, empty and null ones are left out"
     for apart in (1, 2, 3):
         gaps = [number(row["chosen"]) - number(row["rejected"]) for row in rows]
         share = np.mean([gap > 0 for gap in gaps if abs(gap) == apart])
@@ -176,11 +181,19 @@ def test_scores_are_those_of_the_published_scorers():
     assert score("Nothing at all.") == 0.0, "too short"
 
 
+def test_a_scorer_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(
+        ValueError, match="score=sentiment needs the package vaderSentiment: pip install vaderSentiment"
+    ):
+        ScoredTask("sentiment").scorer()
+
+
 FRONTIER = {
     "seeds": [0, 1],
-    "task": {"score": "sentiment", "rows": 8, "train_prompts": 8, "tune_prompts": 3, "test_prompts": 3},
+    "task": {"score": "sentiment", "rows": 16, "train_prompts": 8, "tune_prompts": 3, "test_prompts": 3},
     "max_tokens": 6,
-    "base": {key: value for key, value in BASE.items() if not key.startswith("model.")} | {"batch.pairs": 4},
+    "base": {key: value for key, value in BASE.items() if not key.startswith("model.")} | {"batch.pairs": 8},
     "start": {"model.path": "start"},
     "tuning": {"grid": {"objective.beta": [0.1, 1.0]}},
     "methods": {"DPO": {"objective.name": "dpo"}, "uniform": {"objective.name": "rpo", "contrast.weights": "uniform"}},
@@ -254,6 +267,8 @@ def test_a_frontier_shows_the_seeds_that_all_its_rows_have(tmp_path):
         ({"task": {}}, "the generated task needs a model that has been fine-tuned"),
         ({"task": {"score": "joy"}}, "score=joy is not known; there are sentiment, harmless"),
         ({"task": {"score": "sentiment", "form": "trios"}}, "form=trios is not known"),
+        ({"task": {"score": "sentiment", "prompts": "nowhere.json"}}, "prompts=nowhere.json cannot be read as prompts"),
+        ({"task": {"score": "sentiment", "test_prompts": 200}}, "test_prompts=200 are more than the 100"),
         ({"frontiers": {"main": {"rows": {"start": {}}}}}, "frontiers: start: needs a method"),
         ({"frontiers": {"main": {"rows": {"a": {"method": "b"}}}}}, "frontiers: main: a: there is no method b"),
         (
@@ -292,3 +307,39 @@ def test_the_small_frontier_is_part_of_the_whole_and_the_documentation_tells_of_
         assert f"`{table.name}`" in told
         assert all(len(whole.points(row, 0)) >= 5 for row in table.rows)
     assert small.methods.items() <= whole.methods.items()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_frontier_of_a_small_model_from_end_to_end(tmp_path, capsys):
+    """Answers of a model are scored and trained on, and those of the policies scored in their turn."""
+    changes = {"objective.name": "sft", "train.steps": 1, "tracking.tensorboard": False}
+    run = rpo_jax.run(configured(write_rows(tmp_path / "pairs.jsonl"), tmp_path / "sft", tmp_path / "cache", changes))
+    export(run.run_dir, tmp_path / "start")
+    study = {**FRONTIER, "seeds": [0], "max_tokens": 64, "start": {"model.path": str(tmp_path / "start")}}
+    study["task"] = {**FRONTIER["task"], "samples": 16, "scale": 1.0}
+    study["base"] = {**FRONTIER["base"], "data.max_tokens": 128, "lora.rank": 2}
+    path, out = study_file(tmp_path, **study), tmp_path / "out"
+    arguments = ["--config", str(path), "--out", str(out), "--cache-dir", str(tmp_path / "cache")]
+    assert compare.main(arguments) == 0
+    results = {cell.parent.name: json.loads(cell.read_text()) for cell in out.glob(f"cells/*/{RESULT}")}
+    assert len(results) == 1 + 4
+    policies = [result for result in results.values() if result["settings"]]
+    for result in results.values():
+        assert len(result["rewards"]) == 6
+        assert np.abs(result["rewards"]).max() <= 1
+    for result in policies:
+        assert len(result["kls"]) == 6
+        assert result["divergence"] == pytest.approx(np.mean(result["kls"]))
+        assert result["cpu_seconds"] > 0
+    assert (out / "frontier_main.svg").is_file()
+    assert len(list((tmp_path / "cache" / "answers").iterdir())) == 1, "sampled once for all runs"
+
+    removed = next(name for name, result in results.items() if result["settings"])
+    before = results.pop(removed)
+    shutil.rmtree(out / "cells" / removed)
+    capsys.readouterr()
+    assert compare.main(arguments) == 0
+    assert sum(line[:1].isdigit() for line in capsys.readouterr().out.splitlines()) == 1
+    again = json.loads((out / "cells" / removed / RESULT).read_text())
+    assert again["rewards"] == before["rewards"], "the same run again"

@@ -135,14 +135,16 @@ class ScoredTask:
         Prompts are drawn round after round, so that `rows` of them are as even as can be.
 
         Args:
-            answers: rows of rpo_jax.generate, with `score` beside; those that are empty or did not end are left out.
+            answers: rows of rpo_jax.generate, with `score` beside; those that are empty, did not end or hold a null
+                character are left out.
 
         Raises ValueError where there are not as many.
         """
         of: dict[str, dict[str, float]] = {}
         prompts: dict[str, Any] = {}
         for row in answers:
-            if row["finish_reason"] == "eos" and row["response"].strip():
+            # Training reads no text with a null character.
+            if row["finish_reason"] == "eos" and row["response"].strip() and "\0" not in row["response"]:
                 of.setdefault(row["row_id"], {})[row["response"]] = row["score"]
                 prompts[row["row_id"]] = row["prompt"]
         random_, draws = random.Random(seed), np.random.default_rng(seed)

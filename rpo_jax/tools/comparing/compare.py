@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rpo_jax.config.presets import packaged
 from rpo_jax.core.command import print_text
 from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.tasks.scored import ScoredTask
@@ -32,6 +33,12 @@ def compare(config: Path, out: Path, cache_dir: Path, *, report_only: bool = Fal
     Raises ValueError for a study that cannot be run, and KeyboardInterrupt where a signal stops a run.
     """
     study = read_study(config)
+    if not report_only:
+        for table in study.frontiers:  # what is not installed or not there is told before anything runs
+            task = study.held_out(table, study.seeds[0]).task
+            assert isinstance(task, ScoredTask), "checked when the study was read"
+            task.scorer()
+            task.asked(packaged)
     runner = CellRunner(out, cache_dir.expanduser(), study.max_tokens)
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out)

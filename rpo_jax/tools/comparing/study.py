@@ -100,9 +100,7 @@ class Cell:
     def config(self) -> Config:
         """Its training configuration without folders; ValueError for what cannot be trained so."""
         changes = {**(self.settings or self.start), "run.seed": self.seed}
-        if self.pretrained is not None:
-            changes["model.path"] = self.pretrained
-        elif self.settings:
+        if self.settings:
             changes["model.path"] = START
         config = configured(changes)
         models.check_choices(config.model, config.lora)
