@@ -11,7 +11,7 @@ from rpo_jax.config.reading import dump_config, known_keys, load_config, parse_c
 
 ALL_CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(
-    path for path in ALL_CONFIGS.glob("**/*.yaml") if not path.name.startswith("compare")
+    path for path in ALL_CONFIGS.glob("**/*.yaml") if not path.name.startswith(("compare", "frontier"))
 )  # those are studies of many runs
 
 
@@ -281,7 +281,7 @@ def test_a_preset_that_there_is_not_is_answered_with_the_nearest():
     message = refusal(["--config", "qickstart"])
     assert "did you mean the preset quickstart? There are " in message
     assert set(preset_names()) >= {"hh_small", "quickstart", "small_data"}
-    assert not any(name.startswith("compare") for name in preset_names())
+    assert not any(name.startswith(("compare", "frontier")) for name in preset_names())
     assert "compare_small" in preset_names(studies=True)
 
 

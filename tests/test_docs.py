@@ -237,7 +237,7 @@ def test_the_attention_that_is_shown_agrees_with_ours(monkeypatch):
     live = np.asarray(layout.segment_ids > 0)
     found = {}
     for name in ("shown", "dense"):
-        attend = make_attention(name, "cpu", layout, (None, 64), Split(), None)
+        attend = make_attention(name, "cpu", layout, (None, 64), Split())
         *qkv, _ = tensors(2, 256)
         found[name] = np.asarray(attend(*qkv, np.int32(1)))[live]
     np.testing.assert_allclose(found["shown"], found["dense"], atol=2e-5)

@@ -83,7 +83,7 @@ def _fetched(hub_name: str) -> Path:
 
 def _check_library(encoder: str) -> None:
     instead = f"; or use --embedding.encoder {HASHED_WORDS}, which needs neither"
-    check_torch(f"the sentence encoder {encoder}", instead)
+    check_torch(f"the sentence encoder {encoder}", instead, also=("sentence_transformers",))
 
 
 def embed_texts(

@@ -11,6 +11,7 @@ from typing import Any
 
 from rpo_jax.core.files import read_json, refuse_gguf
 from rpo_jax.core.records import Message, PreferenceExample, Response
+from rpo_jax.core.torch_extra import check_torch
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.control_tokens import TextEncoder
 from rpo_jax.data.conversations import hidden
