@@ -45,5 +45,5 @@ def test_rpo_is_trained_without_torch_by_words_and_told_what_an_encoder_needs(tm
 def test_what_is_missing_is_named(monkeypatch):
     torch_extra.check_torch("x")
     monkeypatch.setattr(torch_extra.importlib.util, "find_spec", lambda name: None if name == "torch" else name)
-    with pytest.raises(ValueError, match=r"^x needs torch: .*'rpo-jax\[encoder\]'` the rest; or y\.$"):
+    with pytest.raises(ValueError, match=r"^x needs torch: `uv pip install --torch-backend cpu torch` .*; or y\.$"):
         torch_extra.check_torch("x", "; or y")
