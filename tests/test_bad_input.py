@@ -164,6 +164,8 @@ def test_a_mesh_that_does_not_multiply_out(refused):
     assert "mesh.data=3" in error
     assert "8 devices" in error
     assert "mesh.tensor=3" in refused({"mesh.tensor": 3})
+    assert "mesh.expert=2 shares the experts of a layer, and the llama model has none" in refused({"mesh.expert": 2})
+    assert "router_aux_loss_coef=0.1 weighs" in refused({"model.router_aux_loss_coef": 0.1})
 
 
 def test_a_group_that_does_not_divide_the_batch(refused):

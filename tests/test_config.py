@@ -195,6 +195,8 @@ OUT_OF_RANGE = {
     "batch.row_tokens": ["batch.row_tokens=0"],
     "mesh.data": ["mesh.data=0"],
     "mesh.fsdp": ["mesh.data=-1", "mesh.fsdp=-1"],
+    "mesh.expert": ["mesh.expert=0"],
+    "model.router_aux_loss_coef": ["model.router_aux_loss_coef=-0.1"],
     "optim.learning_rate": ["optim.learning_rate=0"],
     "optim.max_grad_norm": ["optim.max_grad_norm=-1"],
     "optim.eps": ["optim.eps=0"],

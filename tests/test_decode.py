@@ -58,9 +58,9 @@ def in_order(ended):
 
 
 # Compiling takes seconds each. Those that bring a part of which the sampler has its own code always run: caps of scores
-# and logits, several ropes and none, a part of a head rotated, a divisor of logits.
+# and logits, several ropes and none, a part of a head rotated, a divisor of logits, sinks.
 LATER = list(CASES)[list(CASES).index("gemma") :]
-QUICK = ("gemma2", "gemma3", "phi4 mini", "smollm3", "granite")
+QUICK = ("gemma2", "gemma3", "phi4 mini", "smollm3", "granite", "gpt_oss")
 SAMPLED = [
     pytest.param(name, marks=[pytest.mark.slow] if name in LATER and name not in QUICK else []) for name in CASES
 ]
@@ -162,7 +162,9 @@ def test_greedy_takes_the_first_of_the_likeliest_tokens(vocabulary):
 
 def test_logits_of_a_vocabulary_in_shards_stay_where_they_are():
     mesh = mesh_of(2, 1, 4)
-    logits = jax.device_put(np.zeros((8, 1280), np.float32), jax.NamedSharding(mesh, jax.P(sharding.ROWS, "tensor")))
+    logits = jax.device_put(
+        np.zeros((8, 1280), np.float32), jax.NamedSharding(mesh, jax.P(sharding.row_axes(mesh), "tensor"))
+    )
     nothing = jnp.zeros(8, jnp.int32)
     lowered = jax.jit(choose, static_argnums=3).lower(logits, nothing.astype(jnp.uint32), nothing, Sampling())
     compiled = lowered.compile().as_text()

@@ -156,7 +156,7 @@ class World:
             name: [(str(made), f"{made}.gguf") for made in (self.bases[name], self.exports[name])]
             for name in ("llama linear of 4", "mistral of 4")
         }
-        self.request = {"texts": TEXTS, "messages": MESSAGES, "tokens": TOKENS, "folders": for_4}
+        self.request = {"texts": TEXTS, "messages": MESSAGES, "tokens": TOKENS, "folders": for_4, "models": []}
         self.request["gguf"] = [pair for pairs in self.converted.values() for pair in pairs]
         self.read[5] |= {str(made): read(made, TEXTS, MESSAGES, TOKENS) for made in self.exports.values()}
 

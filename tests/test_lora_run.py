@@ -17,7 +17,7 @@ from rpo_jax import export, models, train
 from rpo_jax.config import BatchConfig, Config, DataConfig, LoraConfig, MeshConfig, OptimConfig, PolicyConfig
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
-from rpo_jax.models import lora, recompute
+from rpo_jax.models import lora, quantization, recompute
 from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.tracking import MetricsLog
 from rpo_jax.training.step import build_steps, put_batch
@@ -26,6 +26,7 @@ from tests.worlds import quantized, random_data, small_model
 
 PAIRS, STEPS = 16, 3
 MODEL = small_model()
+EXPERTS = small_model(family="mixtral", hidden_size=64, intermediate_size=128)  # which blocks of 64 divide
 LORA = LoraConfig(rank=4, alpha=16.0)
 
 
@@ -37,12 +38,13 @@ def step_config(
     mode="cached",
     attention="auto",
     row_tokens=64,
+    targets=LORA.targets,
 ) -> Config:
     return Config(
         data=DataConfig(pairing=pairing),
         batch=BatchConfig(pairs=PAIRS, micro_rows=micro_rows, row_tokens=row_tokens),
         model=PolicyConfig(path="not read here", remat=remat, attention=attention),
-        lora=dataclasses.replace(LORA, base_dtype=base_dtype),
+        lora=dataclasses.replace(LORA, base_dtype=base_dtype, targets=targets),
         reference=dataclasses.replace(Config().reference, mode=mode),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=0),
     )
@@ -52,7 +54,7 @@ def place(tree, axes, shapes, mesh):
     return jax.tree.map(jax.device_put, tree, sharding.parameter_shardings(mesh, axes, shapes))
 
 
-def train_steps(config: Config, shape=(1, 1, 1)):
+def train_steps(config: Config, shape=(1, 1, 1), model=MODEL):
     """Metrics of a few steps from the same base and adapters; the base must come out as it went in."""
     mesh = sharding.make_mesh(
         MeshConfig(**dict(zip(sharding.MESH_AXES, shape, strict=True))), jax.devices()[: np.prod(shape)]
@@ -67,14 +69,15 @@ def train_steps(config: Config, shape=(1, 1, 1)):
         row_tokens=config.batch.row_tokens,
         rows_multiple=8,
     )
-    params = jax.tree.map(np.asarray, models.init_params(MODEL, jax.random.key(0)))
+    params = jax.tree.map(np.asarray, models.init_params(model, jax.random.key(0)))
     dtype = config.lora.base_dtype
-    host = quantized(MODEL, params) if dtype == "int8" else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    rounded = dtype in quantization.ROUNDED
+    host = quantized(model, params, dtype) if rounded else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     with jax.set_mesh(mesh):
-        base = place(host, lora.base_axes(MODEL, dtype), lora.abstract_base(MODEL, dtype), mesh)
-        steps = build_steps(config, MODEL, mesh, total_steps=STEPS).on(base)
+        base = place(host, lora.base_axes(model, dtype), lora.abstract_base(model, dtype), mesh)
+        steps = build_steps(config, model, mesh, total_steps=STEPS).on(base)
         init = jax.jit(lora.init_adapters, static_argnums=(0, 1), out_shardings=steps.state_shardings.params)
-        state, reports = steps.init(init(MODEL, config.lora, jax.random.key(1))), []
+        state, reports = steps.init(init(model, config.lora, jax.random.key(1))), []
         for step in range(STEPS):
             state, report = steps.train(state, put_batch(mesh, batches.batch_at(step)), None)
             reports.append({name: float(value) for name, value in report.items()})
@@ -86,6 +89,7 @@ CASES = {
     "paired": {},
     "micro-batches": {"micro_rows": 8, "remat": "full"},
     "unpaired int8": {"pairing": "unpaired", "base_dtype": "int8", "remat": "attention"},
+    "nf4 experts": {"base_dtype": "nf4", "remat": "full", "targets": ("q_proj", "o_proj")},
     "bfloat16, adapters off as reference": {"base_dtype": "bfloat16", "mode": "adapter", "micro_rows": 8},
     "by blocks": {"attention": "blockwise", "row_tokens": 192, "remat": "dots"},
 }
@@ -98,7 +102,8 @@ LONGER = ("unpaired int8", "by blocks", "bfloat16, adapters off as reference")
 def test_any_mesh_gives_the_losses_of_one_device(case, monkeypatch):
     monkeypatch.setattr(recompute, "MLP_TOKENS", 16)
     config = step_config(**CASES[case])
-    (one, _), (eight, state) = (train_steps(config, shape) for shape in ((1, 1, 1), (2, 2, 2)))
+    model = EXPERTS if "experts" in case else MODEL
+    (one, _), (eight, state) = (train_steps(config, shape, model) for shape in ((1, 1, 1), (2, 2, 2)))
     for name in ("loss", "grad_norm", "rewards/margins"):
         got, expected = ([report[name] for report in found] for found in (eight, one))
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -158,6 +163,7 @@ class World:
         self.folder, self.cache = folder, folder / "cache"
         self.data = write_rows(folder / "pairs.jsonl")
         base = {"train.steps": 2, "objective.name": "sft", "tracking.tensorboard": False}
+        base |= {"model.hidden_size": 64, "model.intermediate_size": 128}  # which blocks of 64 divide
         rpo_jax.run(configured(self.data, folder / "sft", self.cache, base))
         self.base = export.export(folder / "sft", folder / "base")
 
@@ -275,10 +281,16 @@ def test_both_exports_give_the_policy_s_logits(world, finished):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_of_an_int8_base_are_merged_into_the_weights_that_it_was_made_of(world):
-    world.run("rounded", lora__base_dtype="int8", lora__targets="[q_proj,down_proj]", train__steps=1)
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_adapters_of_a_rounded_base_are_merged_into_the_weights_that_it_was_made_of(world, dtype):
+    changes = {"lora__base_dtype": dtype, "lora__targets": "[q_proj,down_proj]"}
+    world.run(dtype, **changes, train__steps=1)
+    if dtype == "nf4":
+        world.run("nf4 whole", **changes, train__steps=2)
+        world.run(dtype, **changes, train__steps=2, run__resume="auto")
+        assert world.lines(dtype)[-1] == world.lines("nf4 whole")[-1]
     merged, adapter = (
-        logits_in_torch(export.export(world.folder / "rounded", world.folder / f"rounded {x}", adapter=x), TOKENS)
+        logits_in_torch(export.export(world.folder / dtype, world.folder / f"{dtype} {x}", adapter=x), TOKENS)
         for x in (False, True)
     )
     np.testing.assert_allclose(merged, adapter, atol=1e-4)
@@ -329,7 +341,7 @@ def test_a_resume_needs_the_run_s_own_base_and_adapters(world, finished, capsys)
         ({"lora__targets": "[q_proj,w_proj]"}, "lora.targets"),
         ({"lora__targets": "[q_proj,q_proj]"}, "each at most once"),
         ({"lora__targets": "[]"}, "lora.targets"),
-        ({"lora__base_dtype": "int4"}, "lora.base_dtype"),
+        ({"lora__base_dtype": "fp4"}, "lora.base_dtype"),
         ({"lora__rank": 0, "lora__base_dtype": "int8"}, "lora.base_dtype=int8"),
         ({"lora__rank": 0, "reference__mode": "adapter"}, "lora.rank=0"),
         ({"reference__mode": "adapter", "reference__path": "elsewhere"}, "reference.path=elsewhere"),

@@ -33,6 +33,7 @@ SMALL += [
     "--data.max_tokens",
     "32",
 ]
+SIZES: dict = {"family": "mixtral", "hidden_size": 64, "num_layers": 1, "intermediate_size": 128}
 GPUS = ["--devices", "8", *SMALL, "--mesh.fsdp", "8", "--mesh.data", "1"]
 
 
@@ -185,13 +186,17 @@ def test_the_batch_has_the_shape_that_the_loader_gives_it():
 
 
 def test_known_models_have_their_published_sizes():
-    counted = {name: models.count_params(models.new_config(**sizes)) for name, sizes in workload.KNOWN_MODELS.items()}
+    counted = {name: models.count_params(workload.known_model(name)) for name in workload.KNOWN_MODELS}
     assert counted["llama2-7b"] == 6_738_415_616
     assert counted["llama2-13b"] == 13_015_864_320
     assert counted["llama2-70b"] == 68_976_648_192
     assert counted["mistral-7b"] == 7_241_732_096
     assert counted["llama3-8b"] == 8_030_261_248
     assert counted["llama3-70b"] == 70_553_706_496
+    assert counted["gemma-3-27b"] == 27_009_346_304  # its text
+    assert counted["qwen3-30b-a3b"] == 30_532_122_624
+    assert counted["mixtral-8x7b"] == 46_702_792_704
+    assert counted["gpt-oss-20b"] == 20_914_757_184
 
 
 @pytest.fixture
@@ -224,6 +229,26 @@ def replace_memory(tmp_path, rows) -> int:
     file = tmp_path / "whole.json"
     assert plan.main([*GPUS, *rows, "--no-largest", "--json", str(file)]) == 0
     return json.loads(file.read_text())["plans"][0]["estimate"]["peak_bytes"] // 10**6
+
+
+@pytest.mark.usefixtures("devices_here")
+def test_experts_that_devices_share_are_planned(tmp_path, capsys):
+    """Each of four devices holds two of eight experts; what they gather is tokens and a layer's own experts."""
+    mixture = [*SMALL, "--model.family", "mixtral", "--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.expert", "4"]
+    arguments = ["--devices", "8", *mixture, "--no-largest", "--json", str(tmp_path / "plan.json")]
+    assert plan.main([*arguments, "--model.router_aux_loss_coef", "0.01"]) == 0
+    (found,) = (one["estimate"] for one in json.loads((tmp_path / "plan.json").read_text())["plans"])
+    assert found["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
+    assert found["surprises"] == []
+    model = models.configured(PolicyConfig(**SIZES), 512, 32)
+    # Experts over both axes, and all that is no vector over both as if they were one.
+    assert found["memory"]["params"] < 1.1 * 4 * models.count_params(model) / 8
+    capsys.readouterr()
+    assert plan.main(["--devices", "6", *mixture[:-1], "3", "--batch.pairs", "12"]) == 2
+    assert (
+        "mesh.expert=3 does not divide the 8 experts of the mixtral model; use one of 1, 2, 4, 8."
+        in capsys.readouterr().err
+    )
 
 
 def test_a_kernel_whose_library_is_not_here_is_planned_as_one_that_is_as_sparing(monkeypatch):

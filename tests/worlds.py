@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rpo_jax import models
 from rpo_jax.core.records import PreferenceData, TokenizedExample, TokenizedResponse
-from rpo_jax.models import lora
-from rpo_jax.models.projection import Quantized
+from rpo_jax.models import lora, quantization
+from rpo_jax.models.projection import INT4_LEVELS, NF4, NF4_LEVELS, SCALE_LEVELS, Int4, Quantized
 from tests.data.ragged import embedded, example
 
 VOCAB = 96
@@ -71,12 +71,44 @@ def small_model(**changes) -> models.ModelConfig:
     return models.new_config(**sizes | changes)
 
 
-def quantized(model_config: models.ModelConfig, params: Any) -> Any:
-    """Parameters as an int8 base has them, by the equation: W ~ values * scale, scale = max over inputs |W| / 127."""
+def quantized(model_config: models.ModelConfig, params: Any, dtype: str = "int8") -> Any:
+    """Parameters as a rounded base has them, each matrix rounded whole.
+
+    int8 by the equation: W ~ values * scale, scale = max over inputs |W| / 127. nf4 and int4 by the functions whose
+    results tests/models/test_quantization.py holds against bitsandbytes' own.
+    """
     flat = flatten_dict(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
-    for path, _, _, inputs, _ in lora.projections(model_config).values():
-        axes = tuple(range(1, 1 + len(inputs)))  # after the layers
-        largest = np.max(np.abs(flat[path]), axis=axes, keepdims=True)
-        scale = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
-        flat[path] = Quantized(np.rint(flat[path] / scale).astype(np.int8), scale.squeeze(axes))
+    for path, _, layers, inputs, _ in lora.matrices(model_config).values():
+        lead, rank = len(layers), len(inputs)
+        if dtype == "int8":
+            axes = tuple(range(lead, lead + rank))
+            largest = np.max(np.abs(flat[path]), axis=axes, keepdims=True)
+            scale = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
+            flat[path] = Quantized(np.rint(flat[path] / scale).astype(np.int8), scale.squeeze(axes))
+            continue
+        sizes, (kind, levels) = flat[path].shape[:lead], quantization.BY_BLOCKS[dtype]
+        parts = []
+        for wide in flat[path].reshape(-1, *flat[path].shape[lead:]):
+            blocks = quantization.in_blocks(wide, rank)
+            scales = quantization.rounded_scales(np.max(np.abs(blocks), axis=1))
+            parts.append((quantization.packed(blocks, levels), *scales))
+        arrays = (np.stack(field) for field in zip(*parts, strict=True))
+        flat[path] = kind(*(array.reshape(*sizes, *array.shape[1:]) for array in arrays))
+    return unflatten_dict(flat)
+
+
+def widened(model_config: models.ModelConfig, base: Any) -> Any:
+    """The float32 parameters that a base of nf4 or int4 stands for, by NumPy and in another order of operations."""
+    flat = dict(flatten_dict(base))
+    for path, _, layers, inputs, outputs in lora.matrices(model_config).values():
+        kernel, lead = jax.tree.map(np.asarray, flat[path]), len(layers)
+        levels = {NF4: NF4_LEVELS, Int4: INT4_LEVELS}[type(flat[path])]
+        codes = np.concatenate([kernel.values & 15, kernel.values >> 4], axis=lead + 1)
+        of_scales = np.moveaxis(kernel.scales, lead, -1)  # output by output
+        numbers = np.arange(np.prod(of_scales.shape[lead:])).reshape(of_scales.shape[lead:])
+        lead_axes = (slice(None),) * lead
+        offset = kernel.offset.reshape(*kernel.offset.shape, *(1,) * (of_scales.ndim - lead))
+        scales = SCALE_LEVELS[of_scales] * kernel.steps[(*lead_axes, numbers // 256)] + offset
+        wide = levels[codes] * np.expand_dims(np.moveaxis(scales, -1, lead), lead + 1)
+        flat[path] = wide.reshape(*layers.values(), *inputs.values(), *outputs.values()).astype(np.float32)
     return unflatten_dict(flat)

@@ -22,6 +22,8 @@ class PolicyConfig:
             products, `attention` each layer's input and what its attention gives, `full` the input only.
         attention: `auto`, or a module of rpo_jax/models/attention, which says what it is for; any other name is
             answered with those there are.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts beside any objective's; 0 leaves
+            it out.
     """
 
     path: str | None = None
@@ -38,8 +40,14 @@ class PolicyConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "attention", "full"] = "dots"
     attention: str = "auto"
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.router_aux_loss_coef < float("inf"):
+            raise ConfigError(
+                f"model.router_aux_loss_coef={self.router_aux_loss_coef} must be a number of at least 0; 0 leaves the "
+                "load-balancing loss out."
+            )
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         positive("model", **{name: getattr(self, name) for name in (*sizes, "rope_theta")})
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
@@ -57,14 +65,15 @@ class LoraConfig:
         rank: inner dimension of an adapter; 0 trains all weights.
         alpha: the adapters' product is scaled by alpha / rank.
         targets: which linear layers get adapters, by PEFT's names; any other name is answered with those there are.
-        base_dtype: how the frozen weights are stored; `int8` quantizes the linear layers, per output channel, and
-            keeps embedding, head and norms in float32.
+        base_dtype: how the frozen weights are stored; `int8` rounds the layers' matrices per output channel, `nf4`
+            (QLoRA's, as bitsandbytes has it) and `int4` (even steps) per 64 inputs, in 4.127 bits a weight; all three
+            keep embedding, head and norms in float32.
     """
 
     rank: int = 0
     alpha: float = 16.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    base_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4", "int4"] = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # a list is what YAML and notebooks give

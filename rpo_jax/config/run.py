@@ -42,21 +42,26 @@ class MeshConfig:
 
     Args:
         data: copies of the model.
-        fsdp: shards of parameters, gradients and optimizer state; rows are split over data and fsdp.
+        fsdp: shards of parameters, gradients and optimizer state; rows are split over data, fsdp and expert.
         tensor: shards of heads, MLP and vocabulary.
+        expert: shards of a mixture's experts, each of which has whole experts; of other parameters as fsdp.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
+
+    @property
+    def described(self) -> str:
+        """The keys with their values; of `expert` only where it is given."""
+        names = ("data", "fsdp", "tensor") + (("expert",) if self.expert != 1 else ())
+        return ", ".join(f"mesh.{name}={getattr(self, name)}" for name in names)
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.tensor, self.expert)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-            raise ConfigError(
-                f"mesh.data={self.data}, mesh.fsdp={self.fsdp}, mesh.tensor={self.tensor}: sizes must be positive, "
-                "and at most one of them -1."
-            )
+            raise ConfigError(f"{self.described}: sizes must be positive, and at most one of them -1.")
 
 
 @dataclass(frozen=True, kw_only=True)

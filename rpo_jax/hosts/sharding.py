@@ -16,11 +16,14 @@ from rpo_jax.config import MeshConfig
 from rpo_jax.hosts.devices import devices as all_devices
 
 MESH_AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # packed rows are split over both
+EXPERT = "expert"  # one axis more, before the last one, where experts are shared
+ROWS = ("data", "fsdp", EXPERT)  # packed rows are split over those that there are
 
-# A parameter is split over fsdp along its embedding dimension and over tensor along heads, MLP or vocabulary.
-PARAMETER_RULES: dict[str, str] = {
-    "embed": "fsdp",
+# A parameter is split over fsdp along its embedding dimension and over tensor along heads, MLP or vocabulary; what
+# belongs to no expert over the axis of experts too, as if that were more of fsdp.
+PARAMETER_RULES: dict[str, str | tuple[str, ...]] = {
+    "experts": EXPERT,
+    "embed": ("fsdp", EXPERT),
     "heads": "tensor",
     "kv_heads": "tensor",
     "fused_heads": "tensor",
@@ -29,6 +32,7 @@ PARAMETER_RULES: dict[str, str] = {
 }
 ACTIVATION_RULES: dict[str, str | tuple[str, ...]] = {
     "rows": ROWS,
+    "experts": EXPERT,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -39,50 +43,88 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...]] = {
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh (data, fsdp, tensor) over the given devices, or over all; a size of -1 takes what the others leave.
 
-    Raises ValueError if the sizes do not multiply to the number of devices, or jax has no devices.
+    With experts shared it is (data, fsdp, expert, tensor). Raises ValueError if the sizes do not multiply to the number
+    of devices, or jax has no devices.
     """
     devices = all_devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    names = MESH_AXES if config.expert == 1 else (*MESH_AXES[:-1], EXPERT, MESH_AXES[-1])
+    sizes = [getattr(config, name) for name in names]
     if -1 in sizes:
         named = int(np.prod([size for size in sizes if size != -1]))
         sizes[sizes.index(-1)] = len(devices) // named
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(
-            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} do not multiply to the "
-            f"{len(devices)} devices here; set sizes whose product is {len(devices)}, or one of them to -1."
+            f"{config.described} do not multiply to the {len(devices)} devices here; set sizes whose product is "
+            f"{len(devices)}, or one of them to -1."
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes), names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh over which packed rows are split."""
+    return tuple(name for name in ROWS if name in mesh.shape)
 
 
 def row_shards(mesh: Mesh) -> int:
     """Number of devices among which packed rows are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return _size(mesh, row_axes(mesh))
 
 
 def check_batch(pairs: int, micro_rows: int | None, mesh: Mesh) -> None:
     """Raise ValueError unless pairs and micro-batch rows divide evenly among the mesh's row shards."""
     shards = row_shards(mesh)
+    axes = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in row_axes(mesh))
     for key, value in (("batch.pairs", pairs), ("batch.micro_rows", micro_rows)):
         if value is not None and value % shards:
             raise ValueError(
-                f"{key}={value} is not divisible by the {shards} shards of mesh.data={mesh.shape['data']} x "
-                f"mesh.fsdp={mesh.shape['fsdp']}; use a multiple of {shards}, or give more devices to mesh.tensor."
+                f"{key}={value} is not divisible by the {shards} shards of {axes}; use a multiple of {shards}, or give "
+                "more devices to mesh.tensor."
             )
 
 
+def check_experts(count: int | None, mesh: Mesh, name: str = "The model", *, needed: bool = True) -> None:
+    """Raise ValueError for a mesh whose axis of experts does not fit a model.
+
+    Args:
+        count: experts of a layer; None without a mixture.
+        name: of the model, for messages.
+        needed: whether it must have experts for such an axis.
+    """
+    shards = mesh.shape.get(EXPERT, 1)
+    if shards > 1 and count is None and needed:
+        raise ValueError(
+            f"mesh.expert={shards} shares the experts of a layer, and {name} has none; give those devices to mesh.fsdp."
+        )
+    if count is not None and count % shards:
+        fitting = ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
+        raise ValueError(f"mesh.expert={shards} does not divide the {count} experts of {name}; use one of {fitting}.")
+
+
 def _spec(mesh: Mesh, rules: dict[str, Any], axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """Partition of one array; a dimension that its mesh axes do not divide stays whole."""
-    parts = []
+    """Partition of one array; a dimension that its mesh axes do not divide is split over the first ones that do.
+
+    What an earlier dimension is split over, a later one is not.
+    """
+    parts: list[Any] = []
+    used: set[str] = set()
     for name, size in zip(axes, shape, strict=True):
-        target = rules.get(name) if name else None
-        parts.append(target if size % _size(mesh, target) == 0 else None)
+        target = tuple(axis for axis in _axes(mesh, rules.get(name) if name else None) if axis not in used)
+        while size % _size(mesh, target):
+            target = target[:-1]
+        used.update(target)
+        parts.append(target[0] if len(target) == 1 else target or None)
     return PartitionSpec(*parts)
+
+
+def _axes(mesh: Mesh, target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Those axes of a rule that a mesh has."""
+    names = (target,) if isinstance(target, str) else target or ()
+    return tuple(name for name in names if name in mesh.shape)
 
 
 def _size(mesh: Mesh, target: str | tuple[str, ...] | None) -> int:
     """Devices along one or several axes of a mesh."""
-    names = (target,) if isinstance(target, str) else target or ()
-    return int(np.prod([mesh.shape[name] for name in names]))
+    return int(np.prod([mesh.shape[name] for name in _axes(mesh, target)]))
 
 
 def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
@@ -138,6 +180,10 @@ class Placement:
         """Among how many devices an axis is split."""
         return _size(self.mesh, ACTIVATION_RULES.get(axis))
 
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes over which an axis is split: whom a device that runs its own part exchanges with."""
+        return _axes(self.mesh, ACTIVATION_RULES.get(axis))
+
     def per_shard(self, function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
         """The function, run by each device on its own part alone.
 
@@ -146,7 +192,7 @@ class Placement:
 
         def specs(axes: Any) -> Any:
             return jax.tree.map(
-                lambda names: PartitionSpec(*(ACTIVATION_RULES.get(name) for name in names)),
+                lambda names: PartitionSpec(*(self.mesh_axes(name or "") or None for name in names)),
                 axes,
                 is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(name, str | None) for name in x),
             )
@@ -162,7 +208,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_rows(mesh: Mesh) -> NamedSharding:
     """Sharding of [R, T] arrays."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh)))
 
 
 def own_rows(mesh: Mesh, num_rows: int) -> Bool[np.ndarray, "R"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rpo_jax.models.rope import Rope, longest_sequence
 
@@ -16,16 +17,32 @@ class Experts:
         per_token: how many of them a token uses.
         intermediate_size: width of each.
         weights_sum_to_one: whether the router's probabilities of those used are divided by their sum.
+        biases: of the router and of every expert's projections.
+        joined: one matrix for gate and up projection, of which neighbouring columns are one of each.
+        clamp: gate and up projection are held below it, the latter above its negative too; None for as they are. What
+            is multiplied is then gate sigmoid(gate_slope gate) and 1 + up, whatever the activation.
+        gate_slope: of that sigmoid.
     """
 
     count: int
     per_token: int
     intermediate_size: int
     weights_sum_to_one: bool
+    biases: bool = False
+    joined: bool = False
+    clamp: float | None = None
+    gate_slope: float = 1.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count or self.intermediate_size < 1:
             raise ValueError(f"a token cannot use {self.per_token} of {self.count} experts, each at least 1 wide.")
+        for name in ("clamp", "gate_slope"):
+            _check_positive(name, getattr(self, name))
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
+        raise ValueError(f"{name} must be a number greater than 0, got {str(value)[:100]}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +66,7 @@ class Variant:
         logit_divisor: logits are divided by it.
         logit_softcap: c of c tanh(logits / c); None for the logits as they are.
         experts: what every layer has in place of an MLP.
+        sinks: every head has a score of its own that takes part in the softmax and has no value.
     """
 
     activation: str = "silu"
@@ -67,13 +85,12 @@ class Variant:
     logit_divisor: float = 1.0
     logit_softcap: float | None = None
     experts: Experts | None = None
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         scales = ("embedding_scale", "residual_scale", "attention_scale", "logit_divisor")
         for name in (*scales, "attention_softcap", "logit_softcap"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
-                raise ValueError(f"{name} must be a number greater than 0, got {str(value)[:100]}.")
+            _check_positive(name, getattr(self, name))
         if self.rotated_dim is not None and (self.rotated_dim < 2 or self.rotated_dim % 2):
             raise ValueError(f"rotated_dim={self.rotated_dim} must be even and at least 2: pairs of dimensions turn.")
 
@@ -150,6 +167,12 @@ class ModelConfig:
         """How many of a layer's MLP columns a token uses."""
         experts = self.parts.experts
         return self.intermediate_size if experts is None else experts.per_token * experts.intermediate_size
+
+    @property
+    def mlp_stored_width(self) -> int:
+        """How many MLP columns a layer has, in all its experts."""
+        experts = self.parts.experts
+        return self.intermediate_size if experts is None else experts.count * experts.intermediate_size
 
     @property
     def layer_ropes(self) -> tuple[Rope | None, ...]:

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import ONE_DEVICE, Attend, Split, capped
 from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import Asked, make_attention
+from rpo_jax.models.experts import ExpertWeights, Routing, mixture
 from rpo_jax.models.projection import gathered, project
 from rpo_jax.models.recompute import REMATS, in_chunks
 from rpo_jax.models.rope import rotate, rotation
@@ -117,6 +118,7 @@ class Attention(nnx.Module):
             self.key = Linear(make, hidden, kv_heads, config.qkv_bias)
             self.value = Linear(make, hidden, kv_heads, config.qkv_bias)
         self.output = Linear(make, heads, hidden, config.output_bias)
+        self.sinks = make.normal({"heads": config.num_heads}) if parts.sinks else None
         of_query, of_key = (heads, kv_heads) if parts.joint_qk_norm else (head, head)
         self.query_norm = RMSNorm(config, make, of_query) if config.qk_norm else None
         self.key_norm = RMSNorm(config, make, of_key) if config.qk_norm else None
@@ -125,7 +127,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cos_sin: tuple[Float[Array, "B T P"], Float[Array, "B T P"]],
-        attend: Callable[[Array, Array, Array], Array],
+        attend: Callable[..., Array],
         constrain: Constrain,
     ) -> Float[Array, "B T D"]:
         if self.query_key_value is None:
@@ -137,7 +139,8 @@ class Attention(nnx.Module):
         query = constrain(rotate(query, *cos_sin, self.query_scale), ("rows", "tokens", "heads", "head_dim"))
         key = constrain(rotate(key, *cos_sin), ("rows", "tokens", "kv_heads", "head_dim"))
         value = constrain(value, ("rows", "tokens", "kv_heads", "head_dim"))
-        return self.output(constrain(attend(query, key, value), ("rows", "tokens", "heads", "head_dim")))
+        sinks = None if self.sinks is None else self.sinks[...]
+        return self.output(constrain(attend(query, key, value, sinks), ("rows", "tokens", "heads", "head_dim")))
 
 
 class GatedMLP(nnx.Module):
@@ -168,11 +171,7 @@ class GatedMLP(nnx.Module):
 
 
 class ExpertMLP(nnx.Module):
-    """sum over the chosen experts e of p_e down_e(activation(gate_e(x)) * up_e(x)).  Source: arXiv 2401.04088, 2.1.
-
-    p is the router's softmax over all experts, in float32, of those chosen. No token is dropped: the rows of all tokens
-    are sorted by expert, and each expert multiplies its own.
-    """
+    """A mixture of experts in place of the MLP; rpo_jax.models.experts says what it computes."""
 
     def __init__(self, config: ModelConfig, make: _Maker):
         experts = config.parts.experts
@@ -180,33 +179,45 @@ class ExpertMLP(nnx.Module):
         self.experts, self.activation = experts, config.parts.activation
         count, hidden = {"experts": experts.count}, {"embed": config.hidden_size}
         inner = {"mlp": experts.intermediate_size}
-        self.router = make.normal(hidden | count)
-        self.gate = make.normal(count | hidden | inner)
-        self.up = make.normal(count | hidden | inner)
+        first = inner | ({"gate_up": 2} if experts.joined else {})
+        # Named apart from the axis that devices share experts along: every one of them routes its own tokens.
+        routed = {"routed": experts.count}
+        self.router = make.normal(hidden | routed)
+        self.gate_up = make.normal(count | hidden | first) if experts.joined else None
+        self.gate = None if experts.joined else make.normal(count | hidden | inner)
+        self.up = None if experts.joined else make.normal(count | hidden | inner)
         self.down = make.normal(count | inner | hidden)
+        assert experts.joined or not experts.biases, "no family has biases of gate and up projection apart"
+        self.router_bias = make.constant(0.0, routed) if experts.biases else None
+        self.gate_up_bias = make.constant(0.0, count | first) if experts.biases else None
+        self.down_bias = make.constant(0.0, count | hidden) if experts.biases else None
 
-    def __call__(self, x: Float[Array, "B T D"], constrain: Constrain) -> Float[Array, "B T D"]:
-        flat, used = x.reshape(-1, x.shape[-1]), self.experts.per_token
-        scores = jnp.matmul(flat.astype(jnp.float32), self.router[...].astype(jnp.float32))
-        weights, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), used)
-        if self.experts.weights_sum_to_one:
-            weights /= jnp.sum(weights, axis=-1, keepdims=True)
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        rows_of = jnp.bincount(chosen.reshape(-1), length=self.experts.count).astype(jnp.int32)
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], split: Split
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        def value(param: nnx.Param | None) -> Any:
+            return None if param is None else param.get_value()
 
-        def grouped(rows: Array, kernel: Array) -> Array:
-            return jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), rows_of)
-
-        rows = flat[order // used]
-        inner = ACTIVATIONS[self.activation](grouped(rows, self.gate[...])) * grouped(rows, self.up[...])
-        out = grouped(inner, self.down[...])
-        by_token = jnp.zeros_like(out).at[order].set(out).reshape(-1, used, x.shape[-1])
-        return jnp.einsum("nkd,nk->nd", by_token, weights.astype(x.dtype)).reshape(x.shape)
+        weights = ExpertWeights(
+            value(self.router),
+            value(self.gate_up if self.gate is None else self.gate),
+            value(self.up),
+            value(self.down),
+            *map(value, (self.router_bias, self.gate_up_bias, self.down_bias)),
+        )
+        return mixture(self.experts, ACTIVATIONS[self.activation], weights, x, real, split)
 
     def gather(self, gather: Constrain) -> None:
-        self.router.set_value(gather(self.router.get_value(), ("embed", "experts")))
-        for kernel, axes in ((self.gate, ("embed", "mlp")), (self.up, ("embed", "mlp")), (self.down, ("mlp", "embed"))):
-            kernel.set_value(gather(kernel.get_value(), ("experts", *axes)))
+        pair = ("gate_up",) if self.experts.joined else ()
+        kernels = ((self.gate, ("embed", "mlp")), (self.up, ("embed", "mlp")), (self.down, ("mlp", "embed")))
+        for kernel, axes in (*kernels, (self.gate_up, ("embed", "mlp", *pair))):
+            if kernel is not None:
+                kernel.set_value(gathered(kernel.get_value(), ("experts", *axes), 1, gather, groups=1))
+        vectors = ((self.router_bias, ("routed",)), (self.gate_up_bias, ("experts", "mlp", *pair)))
+        vectors += ((self.down_bias, ("experts", "embed")), (self.router, ("embed", "routed")))
+        for param, axes in vectors:
+            if param is not None:
+                param.set_value(gather(param.get_value(), axes))
 
 
 class Layer(nnx.Module):
@@ -228,30 +239,45 @@ class Layer(nnx.Module):
         cos_sin: Any,
         attend: Callable[..., Array],
         constrain: Constrain,
-        chunks: Split | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Attention and MLP, each added to its input; the MLP in chunks, if devices so share it."""
+        split: Split = ONE_DEVICE,
+        real: Bool[Array, "B T"] | None = None,
+        chunked: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """Attention and MLP, each added to its input; and where a mixture of experts sent the tokens.
+
+        Args:
+            real: tokens that are no padding; all where not given.
+            chunked: whether the MLP is in chunks, if devices so share it.
+        """
         axes = ("rows", "tokens", "embed")
+        real = jnp.ones(x.shape[:2], bool) if real is None else real
 
-        def added(before: RMSNorm | None, block: Callable[[Array], Array], after: RMSNorm | None, x: Array) -> Array:
-            change = block(x if before is None else before(x))
+        def added(before: RMSNorm | None, block: Callable[[Array], Any], after: RMSNorm | None, x: Array) -> Any:
+            change, more = block(x if before is None else before(x))
             change = change if after is None else after(change)
-            return x + (change if self.residual_scale == 1.0 else change * self.residual_scale)
+            return x + (change if self.residual_scale == 1.0 else change * self.residual_scale), more
 
-        def attention(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            return self.attention(x, cos_sin, attend, constrain)
+        def attention(x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
+            return self.attention(x, cos_sin, attend, constrain), None
 
-        def transform(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            return added(self.mlp_norm, lambda x: self.mlp(x, constrain), self.mlp_output_norm, x)
+        def transform(x: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> tuple[Array, Routing | None]:
+            def mlp(x: Array) -> tuple[Array, Routing | None]:
+                if isinstance(self.mlp, ExpertMLP):
+                    return self.mlp(x, real, split)
+                return self.mlp(x, constrain), None
 
-        x = constrain(added(self.attention_norm, attention, self.attention_output_norm, x), axes)
-        if chunks is None:
-            return constrain(transform(x), axes)
+            return added(self.mlp_norm, mlp, self.mlp_output_norm, x)
+
+        x = constrain(added(self.attention_norm, attention, self.attention_output_norm, x)[0], axes)
+        if not chunked:
+            x, routing = transform(x, real)
+            return constrain(x, axes), routing
         # Before the loop over chunks, or each of them would gather the weights again.
         for module in (self.mlp_norm, self.mlp, self.mlp_output_norm):
             if module is not None:
-                module.gather(chunks.gather)
-        return constrain(in_chunks(transform, x, chunks.shards("rows")), axes)
+                module.gather(split.gather)
+        x, routing = in_chunks(transform, x, real, split.shards("rows"))
+        return constrain(x, axes), routing
 
 
 class Decoder(nnx.Module):
@@ -271,31 +297,32 @@ class Decoder(nnx.Module):
         cos_sin: Any,
         attend: Attend,
         of_layer: tuple[Int[Array, "L"], Int[Array, "L"]],
+        real: Bool[Array, "B T"],
         remat: str,
         constrain: Constrain,
         split: Split,
-    ) -> Float[Array, "B T D"]:
-        """All layers and the final norm, on embedded tokens.
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """All layers and the final norm, on embedded tokens; and where each layer's experts have theirs from.
 
         Args:
             cos_sin: of every rope.
             of_layer: which of the distinct windows and of the ropes each layer has.
+            real: tokens that are no padding.
         """
         graphdef, stacked = nnx.split(self.layers)
-        policy, in_chunks = REMATS[remat]
-        chunks = split if in_chunks else None
+        policy, chunked = REMATS[remat]
 
         def body(x, inputs):
             weights, (window, rope) = inputs
             layer = nnx.merge(graphdef, weights)
             # A single one is indexed statically, so that a scan over layers need not copy it in every one.
             angles = tuple(of_ropes[rope if len(of_ropes) > 1 else 0] for of_ropes in cos_sin)
-            return layer(x, angles, lambda q, k, v: attend(q, k, v, window), constrain, chunks), None
+            return layer(x, angles, lambda q, k, v, z: attend(q, k, v, window, z), constrain, split, real, chunked)
 
         # A scan already keeps XLA from merging the recomputation with the forward pass.
         step = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(step, x, (stacked, of_layer))
-        return divided(self.final_norm(x), self.logit_divisor)
+        x, routing = jax.lax.scan(step, x, (stacked, of_layer))
+        return divided(self.final_norm(x), self.logit_divisor), routing
 
 
 def divided(x: Float[Array, "..."], logit_divisor: float) -> Float[Array, "..."]:
@@ -335,9 +362,8 @@ def abstract_params(model_config: ModelConfig) -> Params:
 def param_axes(model_config: ModelConfig) -> Params:
     """For each parameter the names of its axes, in the tree of the parameters.
 
-    Names: layers, vocab, embed, heads, kv_heads, fused_heads, head_dim, gate_up, mlp, experts. Leaves are
-    tuples: map with
-    is_leaf=lambda x: isinstance(x, tuple).
+    Names: layers, vocab, embed, heads, kv_heads, fused_heads, head_dim, gate_up, mlp, experts, routed. Leaves are
+    tuples: map with is_leaf=lambda x: isinstance(x, tuple).
     """
     state = _abstract(model_config)[1]
     axes = jax.tree.map(lambda v: v.get_metadata()["axes"], state, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -390,8 +416,28 @@ def hidden_states(
         platform: cpu, gpu or tpu, where it is not the default one that this is compiled for.
         constrain: called on activations with their axes' names (rows, tokens, embed, heads, kv_heads, head_dim, mlp),
             returns them, possibly with a sharding constraint.
-        split: how devices share the attention.
+        split: how devices share attention and experts.
     """
+    arguments = (model_config, params, tokens, positions, segment_ids, branch_ids)
+    how = (compute_dtype, remat, attention, platform, constrain, split)
+    return hidden_states_and_routing(*arguments, *how)[0]
+
+
+def hidden_states_and_routing(
+    model_config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    branch_ids: Int[Array, "B T"] | None,
+    compute_dtype: DTypeLike,
+    remat: str,
+    attention: str,
+    platform: str | None,
+    constrain: Constrain | None,
+    split: Split,
+) -> tuple[Float[Array, "B T D"], Routing | None]:
+    """hidden_states, and where the experts of every layer have their tokens from; None without experts."""
     if remat not in REMATS:
         raise ValueError(f"remat={remat!r} is not known; use one of {', '.join(REMATS)}.")
     constrain = constrain or (lambda x, axes: x)
@@ -409,7 +455,8 @@ def hidden_states(
     # Whole over fsdp before rows are taken from it: a lookup in a table split both ways would be repeated everywhere.
     table = split.gather(model.embed[...], ("vocab", "embed"))
     x = constrain(embedded(model_config, table, tokens, compute_dtype), ("rows", "tokens", "embed"))
-    return model(x, cos_sin, attend, (window_of_layer, rope_of_layer), remat, constrain, split)
+    of_layer = (window_of_layer, rope_of_layer)
+    return model(x, cos_sin, attend, of_layer, segment_ids > 0, remat, constrain, split)
 
 
 def output_head(model_config: ModelConfig, params: Params) -> Float[Array, "D V"]:

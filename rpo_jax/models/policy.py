@@ -28,11 +28,12 @@ from rpo_jax.models.decoder import (
     Params,
     abstract_params,
     count_params,
-    hidden_states,
+    hidden_states_and_routing,
     init_params,
     output_head,
     param_axes,
 )
+from rpo_jax.models.experts import Routing
 from rpo_jax.models.families import FAMILIES, check_family
 from rpo_jax.models.huggingface.loading import load_pretrained
 from rpo_jax.models.huggingface.saving import save_pretrained
@@ -67,17 +68,20 @@ class Outputs(NamedTuple):
     Attributes:
         hidden: of every token, in the compute dtype.
         head: float32, whole over the devices that share rows; hidden times head gives the logits, before their cap.
+        routing: where the experts of every layer have their tokens from; None without experts.
     """
 
     hidden: Float[Array, "B T D"]
     head: Float[Array, "D V"]
+    routing: Routing | None
 
 
 @dataclass(frozen=True)
 class Policy:
     """A decoder of which all weights are trained, or with `lora.rank` adapters beside frozen weights.
 
-    Hashable: it can be a static argument of a jitted function. ValueError for LoRA targets that the family has not.
+    Hashable: it can be a static argument of a jitted function. ValueError for LoRA targets that the family has not,
+    and for a base that cannot be stored as asked.
     """
 
     model_config: ModelConfig
@@ -86,6 +90,7 @@ class Policy:
     def __post_init__(self) -> None:
         if self.trains_adapters:
             adapters.check_targets(self.lora.targets, tuple(FAMILIES[self.model_config.family].lora_targets))
+            adapters.check_base_dtype(self.model_config, self.stored_dtype)
 
     @property
     def trains_adapters(self) -> bool:
@@ -94,7 +99,7 @@ class Policy:
 
     @property
     def stored_dtype(self) -> str:
-        """How the weights are kept in memory: float32, bfloat16 or int8."""
+        """How the weights are kept in memory: float32, bfloat16, int8, nf4 or int4."""
         return self.lora.base_dtype
 
     @property
@@ -121,7 +126,7 @@ class Policy:
         of a projection has heads.
         """
         rules = FAMILIES[self.model_config.family].weights
-        vectors = {rule.path for rule in rules if rule.layout == "vector"}
+        vectors = {rule.path for rule in rules if rule.layout in ("vector", "vectors")}
         return unflatten_dict({path: path not in vectors for path in flatten_dict(self.trained.shapes)})
 
     @property
@@ -184,9 +189,9 @@ class Policy:
             rows: tokens, positions, segment_ids and branch_ids, each [B, T], as in core.records.Batch.
         """
         ids = (rows[name] for name in ("tokens", "positions", "segment_ids", "branch_ids"))
-        hidden = hidden_states(self.model_config, params, *ids, **how._asdict())
+        hidden, routing = hidden_states_and_routing(self.model_config, params, *ids, *how)
         # Whole over fsdp before the chunks of a loss run, or each chunk would gather it again.
-        return Outputs(hidden, how.split.gather(output_head(self.model_config, params), ("embed", "vocab")))
+        return Outputs(hidden, how.split.gather(output_head(self.model_config, params), ("embed", "vocab")), routing)
 
     def merged(self, trained: Params, folder: str | Path) -> Params:
         """All parameters in float32, adapters added to the weights of the folder; what is trained, without adapters."""

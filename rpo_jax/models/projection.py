@@ -1,6 +1,7 @@
-"""What the weights of a linear layer may be: an array, one quantized to int8, or either with an adapter beside it.
+"""What the weights of a linear layer may be: an array, one in 8 or 4 bits, or any of these with an adapter beside it.
 
-The parameter tree itself says which: a kernel's place holds an array, a Quantized or an Adapted.
+The parameter tree itself says which: a kernel's place holds an array, a Quantized, an NF4, an Int4 or an Adapted.
+How weights get there is in rpo_jax.models.quantization.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Int8, UInt8
 
 
 class Quantized(NamedTuple):
@@ -22,10 +25,75 @@ class Quantized(NamedTuple):
     scale: Float[Array, "..."]  # [*outputs], float32
 
 
+class Blockwise(NamedTuple):
+    """W ~ level(values) * scale: 4 bits a weight, one scale for each output and BLOCK inputs; 4.127 bits in all.
+
+    The scales are in 8 bits themselves: scale = SCALE_LEVELS[scales] * steps + offset, with a step for each GROUP of
+    them, counted as bitsandbytes counts, output by output. Which levels there are, a subclass says.
+    """
+
+    values: UInt8[Array, "..."]  # [blocks, BLOCK / 2, *outputs]; the low bits are of a block's first half
+    scales: UInt8[Array, "..."]  # [blocks, *outputs]
+    steps: Float[Array, "..."]  # [groups], float32
+    offset: Float[Array, "..."]  # [], float32
+
+    @staticmethod
+    def level(values: Int[Array, "..."]) -> Float[Array, "..."]:
+        raise NotImplementedError
+
+
+class NF4(Blockwise):
+    """The quantiles of a normal distribution.  Source: arXiv 2305.14314, Appendix E."""
+
+    @staticmethod
+    def level(values: Int[Array, "..."]) -> Float[Array, "..."]:
+        # Halved bit by bit: a table in memory is looked into one number at a time by most machines.
+        found = [jnp.float32(level) for level in NF4_LEVELS]
+        for bit in range(4):
+            upper = ((values >> bit) & 1).astype(bool)
+            found = [jnp.where(upper, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
+        return found[0]
+
+
+class Int4(Blockwise):
+    """-7 to 7, in steps of a seventh of the scale."""
+
+    @staticmethod
+    def level(values: Int[Array, "..."]) -> Float[Array, "..."]:
+        return (values.astype(jnp.float32) - 8) / 7
+
+
+BLOCK = 64  # weights of a scale
+GROUP = 256  # scales of a step
+NF4_LEVELS = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+INT4_LEVELS = np.arange(-8, 8, dtype=np.float32) / 7  # the first, beyond -1, is not used
+
+
+def _scale_levels() -> np.ndarray:
+    """bitsandbytes' signed dynamic map: in the e-th of seven decades the middles of 2^e equal parts, 0, and 1.
+
+    Source: arXiv 1511.04561; bitsandbytes.functional.create_dynamic_map.
+    """
+    bounds = (np.linspace(0.1, 1, 2**decade + 1, dtype=np.float32) for decade in range(7))
+    positive = [10.0 ** (decade - 6) * (x[1:] + x[:-1]) / 2 for decade, x in enumerate(bounds)]
+    return np.sort(np.concatenate([*positive, *(-x for x in positive), [0.0, 1.0]])).astype(np.float32)
+
+
+SCALE_LEVELS = _scale_levels()
+
+
 class Adapted(NamedTuple):
     """W + a b, never added up."""
 
-    kernel: Float[Array, "..."] | Quantized
+    kernel: Float[Array, "..."] | Quantized | Blockwise
     a: Float[Array, "..."]  # [*inputs, rank]
     b: Float[Array, "..."]  # [rank, *outputs]
 
@@ -36,7 +104,7 @@ class Transposed(NamedTuple):
     kernel: Float[Array, "..."]  # [*outputs, *inputs]
 
 
-Kernel: TypeAlias = Array | Quantized | Adapted | Transposed
+Kernel: TypeAlias = Array | Quantized | Blockwise | Adapted | Transposed
 FEW_ROWS = 128
 
 
@@ -50,26 +118,72 @@ def project(x: Float[Array, "..."], kernel: Kernel, input_rank: int) -> Float[Ar
         return _project_quantized(x, kernel, input_rank)
     if isinstance(kernel, Transposed):
         return _transposed_product(x, kernel.kernel.astype(x.dtype), input_rank)
-    if kernel.dtype.itemsize < x.dtype.itemsize:
+    if _is_narrow(kernel, x):
         return _project_widened(x, kernel, input_rank)
     return _product(x, kernel.astype(x.dtype), input_rank)
 
 
-def gathered(
-    kernel: Kernel, axes: tuple[str, ...], input_rank: int, gather: Callable[[Array, tuple[str | None, ...]], Array]
-) -> Kernel:
-    """The kernel with all its arrays gathered; `gather` takes an array and the names of its axes, inputs first."""
-    assert not isinstance(kernel, Transposed), "made for decoding, where no loop gathers"
+def project_grouped(x: Float[Array, "N I"], kernel: Kernel, rows_of: Int[Array, "G"]) -> Float[Array, "N ..."]:
+    """Each row times the matrix of its group, in x's dtype; groups lie one after another, with rows_of rows each.
+
+    The kernel's arrays have the groups as their first axis. Rows behind the last group give anything.
+    """
     if isinstance(kernel, Adapted):
-        inner = gathered(kernel.kernel, axes, input_rank, gather)
+        inner = project_grouped(x, kernel.a, rows_of)
+        return project_grouped(x, kernel.kernel, rows_of) + project_grouped(inner, kernel.b, rows_of)
+    assert not isinstance(kernel, Transposed)
+    if isinstance(kernel, Quantized | Blockwise) or _is_narrow(kernel, x):
+        return _project_grouped_widened(x, kernel, rows_of)
+    return _grouped_product(x, kernel.astype(x.dtype), rows_of)
+
+
+def _is_narrow(kernel: Array | Blockwise, x: Array) -> bool:
+    return isinstance(kernel, Blockwise) or kernel.dtype.itemsize < x.dtype.itemsize
+
+
+def _widened(kernel: Array | Quantized | Blockwise, dtype: DTypeLike, inputs: tuple[int, ...]) -> Array:
+    """W as an array [*inputs, *outputs]."""
+    if isinstance(kernel, Quantized):
+        return (kernel.values * jnp.expand_dims(kernel.scale, range(len(inputs)))).astype(dtype)
+    if not isinstance(kernel, Blockwise):
+        return kernel.astype(dtype)
+    blocks, _, *outputs = kernel.values.shape
+    steps = jnp.repeat(kernel.steps, GROUP)[: kernel.scales.size].reshape(*outputs, blocks)
+    level = jnp.asarray(SCALE_LEVELS).at[kernel.scales].get(mode="promise_in_bounds")
+    scale = level * jnp.moveaxis(steps, -1, 0) + kernel.offset
+    levels = [kernel.level(half) for half in (kernel.values & 15, kernel.values >> 4)]
+    wide = jnp.stack(levels, axis=1) * jnp.expand_dims(scale, (1, 2))
+    return wide.astype(dtype).reshape(*inputs, *outputs)
+
+
+def gathered(
+    kernel: Kernel,
+    axes: tuple[str, ...],
+    input_rank: int,
+    gather: Callable[[Array, tuple[str | None, ...]], Array],
+    groups: int = 0,
+) -> Kernel:
+    """The kernel with all its arrays gathered.
+
+    Args:
+        axes: names of its axes: `groups` that lead all its arrays, inputs, outputs.
+        gather: takes an array and the names of its axes.
+    """
+    assert not isinstance(kernel, Transposed), "made for decoding, where no loop gathers"
+    lead, inputs, outputs = axes[:groups], axes[groups : groups + input_rank], axes[groups + input_rank :]
+    if isinstance(kernel, Adapted):
+        inner = gathered(kernel.kernel, axes, input_rank, gather, groups)
         assert not isinstance(inner, Adapted | Transposed)
         return Adapted(
             inner,
-            gather(kernel.a, (*axes[:input_rank], None)),
-            gather(kernel.b, (None, *axes[input_rank:])),
+            gather(kernel.a, (*lead, *inputs, None)),
+            gather(kernel.b, (*lead, None, *outputs)),
         )
     if isinstance(kernel, Quantized):
-        return Quantized(gather(kernel.values, axes), gather(kernel.scale, axes[input_rank:]))
+        return Quantized(gather(kernel.values, axes), gather(kernel.scale, (*lead, *outputs)))
+    if isinstance(kernel, Blockwise):  # steps and offset are whole everywhere
+        values = gather(kernel.values, (*lead, inputs[0], None, *outputs))
+        return kernel._replace(values=values, scales=gather(kernel.scales, (*lead, inputs[0], *outputs)))
     return gather(kernel, axes)
 
 
@@ -82,6 +196,12 @@ def _product(x: Array, kernel: Array, input_rank: int) -> Array:
     lead, inputs = x.shape[: x.ndim - input_rank], math.prod(kernel.shape[:input_rank])
     y = jnp.matmul(x.reshape(-1, inputs), kernel.reshape(inputs, -1))
     return y.reshape(*lead, *kernel.shape[input_rank:])
+
+
+def _grouped_product(x: Array, kernel: Array, rows_of: Array) -> Array:
+    groups, inputs, *outputs = kernel.shape
+    y = jax.lax.ragged_dot(x, kernel.reshape(groups, inputs, -1), rows_of)
+    return y.reshape(len(x), *outputs)
 
 
 def _transposed_product(x: Array, kernel: Array, input_rank: int) -> Array:
@@ -101,8 +221,14 @@ def transposed_matmul(x: Float[Array, "R K"], transposed: Float[Array, "N K"]) -
 # The backward pass widens again: the widened weights of every layer, kept until then, would take the memory that
 # narrow ones are there to save.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def _project_widened(x: Array, kernel: Array, input_rank: int) -> Array:
-    return _product(x, kernel.astype(x.dtype), input_rank)
+def _project_widened(x: Array, kernel: Array | Blockwise, input_rank: int) -> Array:
+    return _product(x, _widened(kernel, x.dtype, x.shape[x.ndim - input_rank :]), input_rank)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _project_grouped_widened(x: Array, kernel: Array | Quantized | Blockwise, rows_of: Array) -> Array:
+    wide = jax.vmap(lambda kernel: _widened(kernel, x.dtype, x.shape[1:]))(kernel)
+    return _grouped_product(x, wide, rows_of)
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)

@@ -6,10 +6,11 @@ Letters: B rows, T tokens, D hidden; S shards of the rows, n chunks of c tokens 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from rpo_jax.models.attention.kind import ATTENTION_OUTPUT
 
@@ -46,20 +47,26 @@ REMATS = {
 
 
 def in_chunks(
-    function: Callable[[Float[Array, "S c D"]], Float[Array, "S c D"]], x: Float[Array, "B T D"], shards: int
-) -> Float[Array, "B T D"]:
-    """function(x), which works on each token alone, on about MLP_TOKENS of every shard at a time, in both passes.
+    function: Callable[[Float[Array, "S c D"], Bool[Array, "S c"]], tuple[Float[Array, "S c D"], Any]],
+    x: Float[Array, "B T D"],
+    real: Bool[Array, "B T"],
+    shards: int,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """function(x, real), which works on each token alone, on about MLP_TOKENS of every shard at a time, in both passes.
 
-    Where so many chunks do not divide a shard's tokens, the next number that does; if that is far, all at once.
+    What it gives besides is summed over the chunks. Where so many chunks do not divide a shard's tokens, the next
+    number that does; if that is far, all at once.
     """
     rows, tokens, width = x.shape
     of_shard = rows // shards * tokens
     fewest = -(-of_shard // MLP_TOKENS)
     count = next((n for n in range(fewest, MOST_CHUNKS * fewest + 1) if of_shard % n == 0), 1)
     if count == 1 or rows % shards:
-        return function(x)
+        return function(x, real)
     # Shards stay a dimension: each device has its own part of every chunk.
     chunks = x.reshape(shards, count, of_shard // count, width).swapaxes(0, 1)
+    which = real.reshape(shards, count, of_shard // count).swapaxes(0, 1)
     # A loop already keeps XLA from merging the recomputation with the forward pass.
-    done = jax.lax.map(jax.checkpoint(function, prevent_cse=False), chunks)
-    return done.swapaxes(0, 1).reshape(x.shape)
+    step = jax.checkpoint(function, prevent_cse=False)
+    done, more = jax.lax.map(lambda chunk: step(*chunk), (chunks, which))
+    return done.swapaxes(0, 1).reshape(x.shape), jax.tree.map(lambda found: jnp.sum(found, axis=0), more)

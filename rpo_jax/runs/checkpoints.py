@@ -36,6 +36,7 @@ from rpo_jax.core.files import (
 from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.manifest import NAME, fault, has_manifest, write_manifest
 from rpo_jax.hosts.devices import devices
+from rpo_jax.models import Experts, Variant
 
 log = logging.getLogger(__name__)
 
@@ -382,6 +383,7 @@ def to_json_dict(record: Any) -> dict[str, Any]:
 
 def check_architecture(saved: dict[str, Any], current: dict[str, Any], where: str | Path) -> None:
     """Raise ValueError naming the differences if a checkpoint's model is not the configured one."""
+    saved, current = map(_with_newer_fields, (saved, current))
     differences = [
         f"{key} is {saved.get(key)!r} there and {current.get(key)!r} in this configuration"
         for key in sorted(saved.keys() | current.keys())
@@ -392,3 +394,14 @@ def check_architecture(saved: dict[str, Any], current: dict[str, Any], where: st
             f"The checkpoint in {where} is of another architecture: {', '.join(differences)}; resume with the run's "
             "own configuration, or choose another run.dir."
         )
+
+
+def _with_newer_fields(model: dict[str, Any]) -> dict[str, Any]:
+    """The record of an architecture with those fields of its variant that are newer than it, at what they were then."""
+    if not (variant := model.get("variant")):
+        return model
+    experts = variant.get("experts")
+    if experts:
+        newer = {entry.name: entry.default for entry in dataclasses.fields(Experts)}
+        experts = {name: experts.get(name, default) for name, default in newer.items()}
+    return model | {"variant": to_json_dict(Variant()) | variant | {"experts": experts}}

@@ -201,10 +201,11 @@ class Engine:
         self.mesh, self.end_ids = mesh, frozenset(end_ids)
         placement = sharding.Placement(mesh)
         self._placement, self._platform = placement, mesh.devices.flat[0].platform
-        self._by_row = jax.NamedSharding(mesh, jax.P(sharding.ROWS))
+        self._by_row = sharding.by_rows(mesh)
         constrain = placement.constrain
         ends = jnp.array(sorted(self.end_ids) or [NOTHING], jnp.int32)
-        settings: dict[str, Any] = {"compute_dtype": compute_dtype, "constrain": constrain}
+        split = models.Split(placement.shards, placement.per_shard, mesh_axes=placement.mesh_axes)
+        settings: dict[str, Any] = {"compute_dtype": compute_dtype, "constrain": constrain, "split": split}
         apart = kv_cache.APART if self._platform == "cpu" else 0
 
         def sample(params: Params, hidden: Array, seeds: Array, count: Array) -> Array:
@@ -216,9 +217,8 @@ class Engine:
             return State(cache, zeros, zeros, zeros == 0, zeros, zeros.astype(jnp.uint32))
 
         def read(params: Params, prompts: Prompts) -> tuple[Array, kv_cache.Cache]:
-            split = models.Split(placement.shards, placement.per_shard)
             hidden, cache = kv_cache.prefill(
-                model_config, params, prompts.tokens, prompts.starts, platform=self._platform, split=split, **settings
+                model_config, params, prompts.tokens, prompts.starts, platform=self._platform, **settings
             )
             return sample(params, hidden, prompts.seeds, jnp.zeros_like(prompts.starts)), cache
 

@@ -26,7 +26,7 @@ from rpo_jax.models.attention.kind import ONE_DEVICE, Split, capped
 from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import Asked, make_attention
 from rpo_jax.models.decoder import Constrain, Decoder, Params, divided, embedded, rotations
-from rpo_jax.models.projection import Quantized, Transposed
+from rpo_jax.models.projection import Blockwise, Quantized, Transposed
 
 SLICE = 32  # slots
 BLOCK_SLICES = 2
@@ -149,16 +149,18 @@ def no_tokens(model_config: ModelConfig, cache: Cache) -> Recent:
 def to_decode_layout(params: Params, compute_dtype: DTypeLike, platform: str) -> Params:
     """Parameters as prefill and extend read them: a list of layers, the head with a row for each token.
 
-    What compute_dtype rounds in a matrix product is rounded here, once; norms and routers stay as they are. On CPU
-    kernels are transposed besides.
+    What compute_dtype rounds in a matrix product is rounded here, once; norms, routers and sinks stay as they are. On
+    CPU kernels are transposed besides.
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        if _is_quantized(leaf):
+            return leaf
         name = getattr(path[-1], "key", getattr(path[-1], "name", ""))
-        kept = name in ("scale", "router") or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        kept = name in ("scale", "router", "router_bias", "sinks") or not jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf if kept else leaf.astype(compute_dtype)
 
-    rounded = jax.tree_util.tree_map_with_path(cast, params)
+    rounded = jax.tree_util.tree_map_with_path(cast, params, is_leaf=_is_quantized)
 
     def layer(number: int) -> Params:
         return jax.tree.map(lambda leaf: leaf[number], rounded["layers"])
@@ -172,12 +174,12 @@ def to_decode_layout(params: Params, compute_dtype: DTypeLike, platform: str) ->
 
 
 def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, Quantized)
+    return isinstance(leaf, Quantized | Blockwise)
 
 
 def _transposed(path: tuple[Any, ...], leaf: Any) -> Any:
     names = [getattr(key, "key", getattr(key, "name", "")) for key in path]
-    if "kernel" not in names or names[-1] != "kernel" or isinstance(leaf, Quantized):
+    if "kernel" not in names or names[-1] != "kernel" or _is_quantized(leaf):
         return leaf
     inputs = 2 if "output" in names else 1  # heads and head_dim
     return Transposed(leaf.transpose(*range(inputs, leaf.ndim), *range(inputs)))
@@ -223,16 +225,16 @@ def prefill(
     for layer, window, rope in of_layer:
         which = jnp.array(windows.index(window))
 
-        def keeping(query: Array, key: Array, value: Array, which: Array = which) -> Array:
+        def keeping(query: Array, key: Array, value: Array, sinks: Array | None, which: Array = which) -> Array:
             # [B, P, G, K] to [N, B, G, K, I, S] and [N, B, G, I, S, K]
             unused = ((0, 0), (0, -key.shape[1] % BLOCK), (0, 0), (0, 0))
             blocks = (len(tokens), -1, BLOCK_SLICES, SLICE, *key.shape[2:])
             padded = (jnp.pad(x, unused).reshape(blocks) for x in (key, value))
             keys.append(next(padded).transpose(1, 0, 4, 5, 2, 3))
             values.append(next(padded).transpose(1, 0, 4, 2, 3, 5))
-            return attend(query, key, value, which)
+            return attend(query, key, value, which, sinks)
 
-        x = nnx.merge(graph, layer)(x, tuple(angles[rope] for angles in cos_sin), keeping, constrain)
+        x, _ = nnx.merge(graph, layer)(x, tuple(angles[rope] for angles in cos_sin), keeping, constrain, split)
     filled = jnp.full(len(tokens), tokens.shape[1] // SLICE, jnp.int32)
     cache = Cache(tuple((x,) for x in keys), tuple((x,) for x in values), starts, filled)
     return _normed(model_config, params, x[:, -1:]), placed(cache, constrain)
@@ -249,6 +251,7 @@ def extend(
     *,
     compute_dtype: DTypeLike = jnp.float32,
     constrain: Constrain | None = None,
+    split: Split = ONE_DEVICE,
 ) -> tuple[Float[Array, "B D"], Recent]:
     """Read one more token in every row, the recent one of that number; returns its hidden state, and all recent ones.
 
@@ -264,14 +267,20 @@ def extend(
     for layer_number, (layer, window, rope) in enumerate(of_layer):
 
         def attend(
-            query: Array, key: Array, value: Array, at: int = layer_number, window: int | None = window
+            query: Array,
+            key: Array,
+            value: Array,
+            sinks: Array | None,
+            at: int = layer_number,
+            window: int | None = window,
         ) -> Array:
             keys[at] = jax.lax.dynamic_update_slice(keys[at], key.transpose(0, 2, 3, 1), (0, 0, 0, number))
             values[at] = jax.lax.dynamic_update_slice(values[at], value.swapaxes(1, 2), (0, 0, number, 0))
             blocks = (cache.keys[at], cache.values[at], cache.starts, cache.filled, used)
-            return _attend(query, keys[at], values[at], number, blocks, window, model_config.parts.attention_softcap)
+            softcap = model_config.parts.attention_softcap
+            return _attend(query, keys[at], values[at], number, blocks, window, softcap, sinks)
 
-        x = nnx.merge(graph, layer)(x, tuple(angles[rope] for angles in cos_sin), attend, constrain)
+        x, _ = nnx.merge(graph, layer)(x, tuple(angles[rope] for angles in cos_sin), attend, constrain, split)
     recent = recent._replace(keys=_place(keys, _KEY_AXES, constrain), values=_place(values, _VALUE_AXES, constrain))
     return _normed(model_config, params, x), recent
 
@@ -334,6 +343,7 @@ def _attend(
     blocks: tuple[KeyParts, ValueParts, Array, Array, Array | None],
     window: int | None,
     softcap: float | None,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B 1 H K"]:
     """What dense attention computes, for the recent token of this number, which sees all before it in its row.
 
@@ -378,6 +388,9 @@ def _attend(
 
     nothing = jnp.zeros(grouped.shape[:3], jnp.float32)
     nothing_seen = _Sum(nothing + jnp.finfo(jnp.float32).min, nothing, jnp.zeros(grouped.shape, jnp.float32))
+    if sinks is not None:  # a score that is there before any key's, with a value of nothing
+        of_heads = sinks.astype(jnp.float32).reshape(key.shape[1], -1)
+        nothing_seen = nothing_seen._replace(top=nothing + of_heads, weights=nothing + 1)
     found = add(nothing_seen, key, value, sees(filled[:, None] + jnp.arange(SLICE), at + 1))
     first = 0
     for part in zip(keys, values, strict=True):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from rpo_jax.config import MeshConfig, RunConfig
 from rpo_jax.core.command import column_names, json_object
 from rpo_jax.data.tokenize import TEMPLATES
-from rpo_jax.hosts.sharding import MESH_AXES
 from rpo_jax.sampling.engine import Sampling
 from rpo_jax.sampling.policy import DTYPES
 
 _CHOOSING = ("temperature", "top_k", "top_p")
+_MESH = tuple(entry.name for entry in dataclasses.fields(MeshConfig))
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float) -> None:
@@ -37,7 +38,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float)
     add("--dtype", choices=DTYPES, dest="compute_dtype", help="default: the run's; float32 for folders")
     add("--base", help="of a LoRA run: where the model that it started from is now, if it has moved")
     add("--overwrite", action="store_true", help="start anew rather than complete what is there")
-    for axis in MESH_AXES:
+    for axis in _MESH:
         add(f"--mesh.{axis}", type=int, default=getattr(MeshConfig(), axis), help="devices along this axis")
     add("--cache-dir", default=RunConfig().cache_dir, help="compiled programs")
 
@@ -45,7 +46,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float)
 def generate_settings(options: dict[str, Any]) -> dict[str, Any]:
     """What GenerateConfig takes, of parsed options, which lose the names that it has otherwise."""
     sampling = Sampling(**{name: options.pop(name) for name in _CHOOSING})
-    mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in MESH_AXES})
+    mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in _MESH})
     ignored = options["ignore_columns"]
     told = {"stop": tuple(options["stop"]), "ignore_columns": None if ignored is None else tuple(ignored)}
     return {**options, **told, "sampling": sampling, "mesh": mesh}

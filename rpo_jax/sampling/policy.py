@@ -65,7 +65,9 @@ class StoredPolicy:
         return self.policy.model_config
 
     def load(self, mesh: Mesh) -> Params:
-        """The parameters that the decoder reads, on the mesh."""
+        """The parameters that the decoder reads, on the mesh; ValueError for experts that it does not divide."""
+        experts = self.model_config.parts.experts
+        sharding.check_experts(experts and experts.count, mesh, self.name)
         policy, place = self.policy, functools.partial(sharding.parameter_shardings, mesh)
         weights = {} if self.folder is None else policy.load(self.folder, place(*policy.weights))
         if self.run_dir is None:

@@ -38,7 +38,7 @@ def make_log_probs(
         attention=config.model.attention,
         platform=mesh.devices.flat[0].platform,
         constrain=placement.constrain,
-        split=models.Split(placement.shards, placement.per_shard, placement.gather),
+        split=models.Split(placement.shards, placement.per_shard, placement.gather, placement.mesh_axes),
     )
     policy.check(how, config.batch.row_tokens)
     chunks: Any = {
@@ -54,20 +54,22 @@ def make_log_probs(
         log_z: Array | None = None,
         value_head: dict[str, Array] | None = None,
     ) -> LogProbs:
-        hidden, head = policy.outputs(params, rows, how)
+        hidden, head, routing = policy.outputs(params, rows, how)
         ids = (rows["tokens"], rows["previous"], rows["response_ids"])
         if log_z is not None:
             log_z = partition.log_partition(hidden, placement.gather(log_z, ("embed",)), *ids[1:], num_responses)
         if collisions:
             found, count, collision = response_log_probs_and_collisions(hidden, head, *ids, num_responses, **chunks)
-            return LogProbs(found, count, log_z, collision=collision)
+            return LogProbs(found, count, log_z, collision=collision, routing=routing)
         if not tokens:
-            return LogProbs(*response_log_probs(hidden, head, *ids, num_responses, **chunks), log_z)
+            found, count = response_log_probs(hidden, head, *ids, num_responses, **chunks)
+            return LogProbs(found, count, log_z, routing=routing)
         found = token_log_probs(hidden, head, *ids, **chunks)
         values = None
         if value_head is not None:
             whole = jax.tree.map(placement.gather, value_head, value.AXES[value.NAME])
             values = value.token_values(hidden, whole, *ids[1:])
-        return LogProbs(*by_response(found, ids[2], num_responses), log_z, TokenScores(found, values))
+        sums = by_response(found, ids[2], num_responses)
+        return LogProbs(*sums, log_z, TokenScores(found, values), routing=routing)
 
     return log_probs

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rpo_jax.core.records import Batch
+from rpo_jax.models.experts import Routing
 
 Params = Any
 
@@ -30,6 +31,7 @@ class LogProbs(NamedTuple):
     log_partition: Float[Array, "P"] | None = None  # of each response's prompt, nats; None where none is learned
     tokens: TokenScores | None = None  # None where the loss sees sums alone
     collision: Float[Array, "P"] | None = None  # log sum_v p_v^2 summed over scored tokens; None where not asked for
+    routing: Routing | None = None  # of each layer, summed over tokens; None without experts
 
 
 Forward = Callable[..., LogProbs]  # of parameters, packed rows and the number of responses
@@ -70,7 +72,8 @@ def make_loss_and_gradient(
 
     The loss sees the model through P scalars, so this is exact: all log-probs first, then the loss's derivative with
     respect to each, then every micro-batch's vector-Jacobian product with its own derivatives. A learned log Z is P
-    scalars more, tokens are R T.
+    scalars more, tokens are R T; the sums over tokens of a router's probabilities, as many as its layers have experts,
+    are scalars as well.
 
     Args:
         keep: keep what rematerialisation keeps of every micro-batch, instead of running it forward a second time.

@@ -49,6 +49,7 @@ from rpo_jax.training.loop import Programs, train
 from rpo_jax.training.needs import check_room, held_bytes, less_memory, smallest_model
 from rpo_jax.training.prepare import batches_of, prepare, total_steps
 from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config
+from rpo_jax.training.step import check_experts, check_policy
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,11 @@ def _run(asked: _Asked) -> RunResult:
     if taken := options_taken(config):
         reporter.say(f"objective {config.objective.name}: {taken}")
     loaded = None if config.model.path is None else models.check_pretrained(config.model.path)
+    check_policy(config, loaded or smallest_model(config), mesh)
     for path in (config.reference.path, *config.reference.others):
         if path is not None and resolve(config).reference is not None:
-            models.check_pretrained(path)  # before anything is computed: the hub may not give it
+            # Before anything is computed: the hub may not give it.
+            check_experts(models.check_pretrained(path), mesh, needed=False)
     check_room(config, loaded or smallest_model(config), run_dir, resuming=resuming)
     prepared = prepare(config, reporter, run_dir / MODEL if resuming else None)
     model_config = policy_config(config, prepared, loaded, reporter)

@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, Float
 
 from rpo_jax.config import Method
 from rpo_jax.core.records import Batch, Side
-from rpo_jax.objectives import blocked, contrast, metrics, partition
+from rpo_jax.objectives import blocked, contrast, load_balance, metrics, partition
 from rpo_jax.objectives.matrix import ContrastMatrix, WholeMatrix
-from rpo_jax.objectives.objective import total
+from rpo_jax.objectives.objective import Term, total
 from rpo_jax.objectives.scores import Responses, Scores, Tokens
 from rpo_jax.training.micro_batches import LogProbs, TokenScores
 
@@ -137,17 +137,25 @@ def _tokens(policy: TokenScores | None, reference: TokenScores | None, batch: Ba
 
 
 def make_loss(
-    method: Method, alpha: float, block: int | str, mesh: Mesh
+    method: Method, alpha: float, block: int | str, mesh: Mesh, balance_weight: float = 0.0
 ) -> Callable[[Batch, TokenScores | None, bool, LogProbs], tuple[Array, Means]]:
     """Function from batch, what a reference says of its tokens, whether it is of pairs, and log-probs to the loss.
 
     With it come the metrics of the batch; arguments are `make_scores`'.
+
+    Args:
+        balance_weight: of the load-balancing loss beside the objective's, where the policy has experts.
     """
     objective, scores_of = method.objective, make_scores(method, alpha, block, mesh)
 
     def loss(batch: Batch, reference: TokenScores | None, paired: bool, log_probs: LogProbs) -> tuple[Array, Means]:
         scores, means = scores_of(log_probs, batch, paired, reference)
         terms = objective.terms(scores)
+        if log_probs.routing is not None:
+            means |= load_balance.expert_metrics(*log_probs.routing)
+            if balance_weight:
+                balance = balance_weight * load_balance.load_balancing_loss(*log_probs.routing)
+                terms = (*terms, Term(balance, log_probs.routing.tokens[0]))
         preferences = metrics.preference_metrics(scores, objective.beta, paired)
         if not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none
             preferences = {name: mean for name, mean in preferences.items() if not name.startswith("rewards/")}

@@ -105,6 +105,23 @@ def _with_reference(batch: Batch, log_probs: LogProbs) -> Batch:
     return batch._replace(sides=filled)
 
 
+def check_experts(model_config: ModelConfig, mesh: Mesh, needed: bool = True) -> None:
+    """Raise ValueError for experts that the mesh's axis does not divide, or, if they are needed for it, for none."""
+    experts = model_config.parts.experts
+    sharding.check_experts(experts and experts.count, mesh, f"the {model_config.family} model", needed=needed)
+
+
+def check_policy(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
+    """Raise ValueError for keys that a policy of this architecture does not go with."""
+    check_experts(model_config, mesh)
+    coefficient = config.model.router_aux_loss_coef
+    if coefficient and model_config.parts.experts is None:
+        raise ValueError(
+            f"model.router_aux_loss_coef={coefficient} weighs the load-balancing loss of a mixture of experts, and the "
+            f"{model_config.family} model has no experts; leave it out."
+        )
+
+
 def build_log_probs(
     config: Config, model_config: ModelConfig, mesh: Mesh
 ) -> tuple[Callable[[Params, Batch], LogProbs], Any]:
@@ -136,7 +153,12 @@ def build_steps(
         total_steps: where a decaying learning rate ends.
         eval_paired: whether slot i of chosen and rejected is one pair in held-out batches.
         reference_config: architecture of a live reference; the policy's where not given.
+
+    Raises ValueError for what the architecture, or its experts on this mesh, do not go with.
     """
+    check_policy(config, model_config, mesh)
+    if reference_config is not None:
+        check_experts(reference_config, mesh, needed=False)
     method, policy = resolve(config), models.Policy(model_config, config.lora)
     objective = method.objective
     schedule = learning_rate_schedule(config.optim, total_steps)
@@ -147,7 +169,8 @@ def build_steps(
     sees = {"tokens": objective.uses_tokens, "collisions": objective.uses_confidence}
     forward = make_log_probs(config, model_config, mesh, **sees)
     reference_forward = make_log_probs(config, reference_config or model_config, mesh, tokens=objective.uses_tokens)
-    scored = make_loss(method, config.contrast.alpha, config.contrast.block, mesh)
+    balance = config.model.router_aux_loss_coef
+    scored = make_loss(method, config.contrast.alpha, config.contrast.block, mesh, balance)
     micro_rows, micro_keep = config.batch.micro_rows, config.batch.micro_keep
 
     def forward_on(frozen: Params) -> Forward:

@@ -132,6 +132,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOss",
+        LAYERS
+        | {
+            "head_dim": 24,
+            "intermediate_size": 96,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.0,  # so low that it holds many
+            "rope_parameters": {**YARN_ROPE, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        },
+    ),
     "seed_oss": ("SeedOss", {"head_dim": 24, "attention_bias": True, "attention_out_bias": False, "pad_token_id": 0}),
 }
 

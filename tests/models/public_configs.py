@@ -3,8 +3,8 @@
 Facts, copied from where public repositories quote the files: those of CodeGemma 7B, Gemma 2 2B and Phi-3 mini from a
 parser's tests on "actual config.json", Gemma 3 1B's from a loader's documentation, Gemma 3 12B's, with its eyes, from a
 trainer's source, Phi-4 mini's, OLMo 2 1B's, SmolLM3's, Granite 3.1 2B's and Seed-OSS 36B's from tests, OLMo 3 7B's from
-what a trainer's tests check of its published file, and those of the mixtures of experts from a planner's tests; what is
-not given is transformers' default.
+what a trainer's tests check of its published file, gpt-oss 20B's from the tests of a tool that traces its circuits, and
+those of the other mixtures of experts from a planner's tests; what is not given is transformers' default.
 """
 
 from __future__ import annotations
@@ -370,6 +370,67 @@ PUBLIC: dict[str, Public] = {
         },
         {"qk_norm": True, "mlp_width": 8 * 1024},
         {"experts": Experts(count=64, per_token=8, intermediate_size=1024, weights_sum_to_one=False)},
+    ),
+    "openai/gpt-oss-20b": Public(
+        "gpt_oss",
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "attention_bias": True,
+            "eos_token_id": 200002,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2880,
+            "initial_context_length": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 2880,
+            "layer_types": ["sliding_attention", "full_attention"] * 12,
+            "max_position_embeddings": 131072,
+            "model_type": "gpt_oss",
+            "num_attention_heads": 64,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 8,
+            "num_local_experts": 32,
+            "pad_token_id": 199999,
+            "quantization_config": {
+                "modules_to_not_convert": [
+                    "model.layers.*.self_attn",
+                    "model.layers.*.mlp.router",
+                    "model.embed_tokens",
+                    "lm_head",
+                ],
+                "quant_method": "mxfp4",
+            },
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "rope_type": "yarn",
+                "truncate": False,
+            },
+            "rope_theta": 150000,
+            "router_aux_loss_coef": 0.9,
+            "sliding_window": 128,
+            "swiglu_limit": 7.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 201088,
+        },
+        {"sliding_windows": (128, None) * 12, "qkv_bias": True, "mlp_width": 4 * 2880},
+        {
+            "experts": Experts(
+                count=32,
+                per_token=4,
+                intermediate_size=2880,
+                weights_sum_to_one=True,
+                biases=True,
+                joined=True,
+                clamp=7.0,
+                gate_slope=1.702,
+            ),
+            "sinks": True,
+        },
     ),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": Public(
         "seed_oss",

@@ -9,7 +9,7 @@ from rpo_jax.models.attention.dense import dense_attention
 from rpo_jax.models.attention.masking import visible
 
 
-def _oracle(query, key, value, mask):
+def _oracle(query, key, value, mask, sinks=None):
     rows, tokens, heads, head_dim = query.shape
     out = np.zeros(query.shape)
     for b in range(rows):
@@ -19,7 +19,8 @@ def _oracle(query, key, value, mask):
                 seen = np.flatnonzero(mask[b, t])
                 scores = key[b, seen, g].astype(np.float64) @ query[b, t, h] / np.sqrt(head_dim)
                 weights = np.exp(scores - scores.max())
-                out[b, t, h] = weights @ value[b, seen, g] / weights.sum()
+                of_sink = 0 if sinks is None else np.exp(sinks[h] - scores.max())
+                out[b, t, h] = weights @ value[b, seen, g] / (weights.sum() + of_sink)
     return out
 
 
@@ -31,6 +32,9 @@ def test_attention_equals_a_loop_over_heads(kv_heads):
     mask = (rng.random((2, 7, 7)) < 0.5) | np.eye(7, dtype=bool)
     got = dense_attention(*map(jnp.array, (query, key, value, mask)))
     np.testing.assert_allclose(got, _oracle(query, key, value, mask), atol=1e-5)
+    sinks = rng.normal(size=6).astype(np.float32)
+    got = dense_attention(*map(jnp.array, (query, key, value, mask)), sinks=jnp.array(sinks))
+    np.testing.assert_allclose(got, _oracle(query, key, value, mask, sinks), atol=1e-5)
 
 
 def test_softmax_is_float32_under_bfloat16_inputs():

@@ -45,17 +45,20 @@ def tensors(rows: int, tokens: int, kv_heads: int = 2, num_heads: int = HEADS, h
     )
 
 
-def value_and_gradients(name, layout, qkv, weight, windows, which, split=None, softcap=None):
-    """Output and gradients where there are tokens: what padding gives is nobody's business."""
+def value_and_gradients(name, layout, qkv, weight, windows, which, split=None, softcap=None, sinks=None):
+    """Output and gradients where there are tokens: what padding gives is nobody's business.
+
+    The gradient by sinks is among them where there are some.
+    """
     live = (layout.segment_ids > 0)[..., None, None]
 
-    def total(query, key, value, layout):
+    def total(qkv, sinks, layout):
         attend = make_attention(name, "cpu", layout, windows, split or Split(), Asked(softcap=softcap))
-        out = jnp.where(live, attend(query, key, value, which), 0)
+        out = jnp.where(live, attend(*qkv, which, sinks), 0)
         return jnp.sum(out * weight), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*qkv, layout)
-    return out, *gradients
+    (_, out), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(tuple(qkv), sinks, layout)
+    return out, *jax.tree.leaves(gradients)
 
 
 def assert_same(got, want, atol=2e-5):
@@ -86,6 +89,17 @@ def test_capped_scores_are_those_of_dense_attention():
     capped, dense = (value_and_gradients(name, *args, softcap=0.7) for name in ("blockwise", "dense"))
     assert_same(capped, dense)
     assert np.abs(dense[0] - value_and_gradients("dense", *args)[0]).max() > 0.1, "the cap does something"
+
+
+def test_sinks_and_their_gradient_are_those_of_dense_attention():
+    layout = packed_layout(2, 4 * BLOCK_TOKENS, seed=1)
+    *qkv, weight = tensors(2, 4 * BLOCK_TOKENS)
+    args = layout, qkv, weight, (None, 40), jnp.array(1)
+    sinks = jnp.array([0.5, -1.0, 3.0, 9.0])
+    blocks, dense = (value_and_gradients(name, *args, sinks=sinks) for name in ("blockwise", "dense"))
+    assert len(blocks) == 5
+    assert_same(blocks, dense)
+    assert np.abs(dense[0] - value_and_gradients("dense", *args)[0]).max() > 0.1, "sinks do something"
 
 
 def test_rows_need_not_be_whole_blocks():
@@ -158,8 +172,9 @@ def test_devices_share_rows_and_heads(shape, num_heads, kv_heads):
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     placement = Placement(mesh)
     with jax.set_mesh(mesh):
-        split = value_and_gradients("blockwise", *args, Split(placement.shards, placement.per_shard))
-    assert_same(split, value_and_gradients("dense", *args))
+        split, sinks = Split(placement.shards, placement.per_shard), jnp.linspace(-1, 4, num_heads)
+        found = value_and_gradients("blockwise", *args, split, sinks=sinks)
+    assert_same(found, value_and_gradients("dense", *args, sinks=sinks))
 
 
 def test_no_array_of_all_tokens_by_all_tokens_per_head():

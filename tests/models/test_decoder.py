@@ -242,6 +242,7 @@ def test_axes_and_count_describe_the_parameters(family):
     sizes |= {"fused_heads": 8, "gate_up": 2}
     if config.parts.experts is not None:
         sizes |= {"experts": config.parts.experts.count, "mlp": config.parts.experts.intermediate_size}
+        sizes["routed"] = config.parts.experts.count
     expected = jax.tree.map(lambda names: tuple(sizes[n] for n in names), axes, is_leaf=lambda x: isinstance(x, tuple))
     assert jax.tree.map(lambda leaf: leaf.shape, params) == expected
     assert models.count_params(config) == sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import math
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from rpo_jax import models
 from rpo_jax.models.huggingface.configuration import to_transformers
+from rpo_jax.tools.planning.arithmetic import StepSizes, step_flops
 
 from .conftest import CASES, LLAMA3_ROPE, torch_model
 from .public_configs import PUBLIC
@@ -127,6 +132,14 @@ def test_max_window_layers_places_the_sliding_layers(tmp_path):
             "quantized weights are not supported .awq.; use the folder of the unquantized",
         ),
         (
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            "quantized weights are not supported .mxfp4.; use the folder of the unquantized",
+        ),
+        (
+            {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "swiglu_limit": 0.0},
+            "config.json: clamp must be a number greater than 0, got 0.0",
+        ),
+        (
             {"model_type": "gemma3n", "architectures": ["Gemma3nForCausalLM"]},
             "'Gemma3nForCausalLM' in .*is not supported: its layers have embeddings of their own; known families",
         ),
@@ -214,7 +227,7 @@ def test_new_config_has_the_sizes_it_was_given(family):
     assert config.tie_embeddings
     normed = ("exaone4", "gemma3_text", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe")
     assert config.qk_norm == (family in normed)
-    assert config.qkv_bias == (family in ("qwen2", "seed_oss"))
+    assert config.qkv_bias == (family in ("gpt_oss", "qwen2", "seed_oss"))
     local = {"gemma3_text": models.Rope(theta=10_000.0)}.get(family)
     assert config.parts.local_rope == local
 
@@ -232,3 +245,43 @@ def test_an_architecture_that_transformers_cannot_express_is_refused():
     config = dataclasses.replace(_new(), qk_norm=True)
     with pytest.raises(ValueError, match="LlamaConfig cannot express this architecture"):
         to_transformers(config, "float32")
+
+
+def _products(jaxpr):
+    """Operations of all matrix products of a traced program: a loop's as often as it turns."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        elif name == "ragged_dot_general":
+            left, right = (value.aval.shape for value in equation.invars[:2])
+            rows, inner = left
+            # Of x W by groups: the product, or the gradient of W, whose right side has a row for each of the left.
+            total += 2 * rows * inner * right[-1] if len(right) == 2 else 2 * rows * math.prod(right[1:])
+        else:
+            inner = [x for value in parameters.values() for x in (value if isinstance(value, tuple) else (value,))]
+            inner = [getattr(one, "jaxpr", one) for one in inner if hasattr(getattr(one, "jaxpr", one), "eqns")]
+            total += sum(map(_products, inner)) * (parameters["length"] if name == "scan" else 1)
+    return total
+
+
+@pytest.mark.parametrize("name", {prefix: name for name, (prefix, _) in CASES.items()}.values())
+def test_a_plan_counts_the_operations_of_forward_and_backward(name, hf_folder):
+    model = models.read_config(hf_folder(name))
+    rows, tokens = 2, 24
+    ids = np.zeros((rows, tokens), np.int32)
+
+    def total(params):
+        return jnp.sum(models.hidden_states(model, params, ids, attention="dense"))
+
+    step = StepSizes(
+        rows=rows, row_tokens=tokens, scored_tokens=0, seen_pairs=rows * tokens**2, micro_batches=1, remat="none",
+        fused_attention=False,
+    )  # fmt: skip
+    counted = _products(jax.make_jaxpr(jax.grad(total))(models.abstract_params(model)).jaxpr)
+    experts = model.parts.experts
+    routers = 0 if experts is None else 3 * 2 * rows * tokens * model.hidden_size * experts.count * model.num_layers
+    assert counted - routers == pytest.approx(step_flops(model, step), rel=0.01)

@@ -13,9 +13,9 @@ from rpo_jax.hosts import sharding
 from rpo_jax.models import Execution, Policy, check_choices
 from tests.worlds import small_model
 
-MODEL = small_model(tie_embeddings=True)
+MODEL = small_model(tie_embeddings=True, hidden_size=64, intermediate_size=64)
 WHOLE = Policy(MODEL)
-BASES = ["float32", "bfloat16", "int8"]
+BASES = ["float32", "bfloat16", "int8", "nf4"]
 ROWS = {name: np.ones((2, 9), np.int32) for name in ("tokens", "segment_ids")}
 ROWS |= {"positions": np.tile(np.arange(9, dtype=np.int32), (2, 1)), "branch_ids": np.zeros((2, 9), np.int32)}
 
@@ -71,6 +71,13 @@ def test_the_summary_counts_what_is_trained():
     assert lora("int8").summary == f"{count:,} parameters frozen in int8, {trained:,} trained, llama"
 
 
+def test_blocks_must_divide_what_a_matrix_reads():
+    narrow = small_model(hidden_size=64, intermediate_size=96)
+    with pytest.raises(ValueError, match=r"blocks of 64 inputs, and model\.layers\.0\.mlp\.down_proj has 96;"):
+        Policy(narrow, LoraConfig(rank=2, base_dtype="nf4"))
+    Policy(narrow, LoraConfig(rank=2, base_dtype="int8"))
+
+
 def test_a_policy_is_static_under_jit():
     init = jax.jit(Policy.init, static_argnums=0)
     assert jax.tree.structure(init(lora(), jax.random.key(0))) == jax.tree.structure(lora().trained.shapes)
@@ -86,7 +93,7 @@ def test_a_policy_is_static_under_jit():
             "model.attention=flash is not known; use auto or one of blockwise, cudnn, dense, fused",
         ),
         ({"family": "gpt2"}, (), "model.family=gpt2 is not supported; known families: .* llama, .* qwen3"),
-        ({"family": "gpt_oss"}, (), "model.family=gpt_oss is not supported: it has attention sinks; known"),
+        ({"family": "granite_swa"}, (), "model.family=granite_swa is not supported: it has attention sinks; known"),
         ({}, ("q_proj", "w_proj"), r"lora.targets=\['q_proj', 'w_proj'\] must be some of q_proj, k_proj, .*down_proj,"),
         ({}, ("q_proj", "q_proj"), "each at most once"),
     ],

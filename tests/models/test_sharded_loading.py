@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from rpo_jax import models
 from rpo_jax.config import MeshConfig
 from rpo_jax.hosts import sharding
-from rpo_jax.models import lora
+from rpo_jax.models import lora, quantization
 from rpo_jax.models.huggingface import loading
 from rpo_jax.models.huggingface.tensors import tensors_of
 from tests.models.conftest import CASES
@@ -66,6 +66,35 @@ def test_an_int8_base_in_parts_is_the_one_that_is_quantized_whole(case, mesh, hf
     model_config, host = models.load_pretrained(hf_folder(case))
     shardings = shardings_of(model_config, mesh_of(mesh), "int8")
     assert_placed(models.load_sharded(hf_folder(case), shardings, "int8"), quantized(model_config, host), shardings)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models of random weights whose inputs blocks of 64 divide; heads of 16, so that a block goes over several."""
+    made = {}
+    for family in ("llama", "mixtral"):
+        model_config = small_model(family=family, hidden_size=128, intermediate_size=192, num_heads=8, num_kv_heads=4)
+        params = jax.tree.map(np.asarray, models.init_params(model_config, jax.random.key(0)))
+        made[family] = models.save_pretrained(tmp_path_factory.mktemp("model") / family, model_config, params)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "mesh"),
+    [
+        *(("llama", "nf4", mesh) for mesh in MESHES),
+        ("llama", "int4", "all"),
+        *(("mixtral", dtype, "all") for dtype in quantization.ROUNDED),
+    ],
+)
+def test_a_base_in_blocks_or_with_experts_in_parts_is_the_one_that_is_rounded_whole(folders, family, dtype, mesh):
+    model_config, host = models.load_pretrained(folders[family])
+    shardings = shardings_of(model_config, mesh_of(mesh), dtype)
+    got = models.load_sharded(folders[family], shardings, dtype)
+    assert_placed(got, quantized(model_config, host, dtype), shardings)
+    if dtype == "nf4" and mesh == "all":
+        values = flatten_dict(got)[("layers", "attention", "output", "kernel")].values
+        assert values.sharding.shard_shape(values.shape) == (2, 1, 32, 64), "blocks of heads, outputs: both are split"
 
 
 def test_blocks_of_any_size_give_the_same(hf_folder, monkeypatch):
@@ -144,14 +173,15 @@ def test_copies_are_read_once(hf_folder, monkeypatch):
     assert sum(size for _, size in sizes) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def test_a_base_that_is_not_finite_cannot_be_made_int8(tmp_path):
-    model_config = small_model()
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_a_base_that_is_not_finite_cannot_be_rounded(tmp_path, dtype):
+    model_config = small_model(hidden_size=64, intermediate_size=64)
     params = jax.tree.map(np.array, models.init_params(model_config, jax.random.key(0)))
     params["layers"]["mlp"]["up"]["kernel"][1, 3, 5] = np.inf
     models.save_pretrained(tmp_path / "model", model_config, params)
-    shardings = shardings_of(model_config, mesh_of("fsdp"), "int8")
+    shardings = shardings_of(model_config, mesh_of("fsdp"), dtype)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj of the base has weights that are not finite"):
-        models.load_sharded(tmp_path / "model", shardings, "int8")
+        models.load_sharded(tmp_path / "model", shardings, dtype)
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])

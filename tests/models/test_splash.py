@@ -84,8 +84,9 @@ def test_devices_share_rows_and_heads(shape):
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     placement = Placement(mesh)
     with jax.set_mesh(mesh):
-        split = value_and_gradients("splash", *args, Split(placement.shards, placement.per_shard))
-    assert_same(split, value_and_gradients("dense", *args), atol=1e-5)
+        split = Split(placement.shards, placement.per_shard)
+        found = value_and_gradients("splash", *args, split, sinks=jnp.array([0.5, -1.0, 3.0, 9.0]))
+    assert_same(found, value_and_gradients("dense", *args, sinks=jnp.array([0.5, -1.0, 3.0, 9.0])), atol=1e-5)
 
 
 def test_blocks_are_few_alike_and_padded_little():
@@ -158,5 +159,8 @@ def test_cudnn_says_what_it_needs(asked, need):
     check_attention("cudnn", "gpu", Asked("bfloat16", 64))
     with pytest.raises(ValueError, match=r"cudnn cannot cap attention scores, and this model's are capped at 50\.0"):
         check_attention("cudnn", "gpu", Asked("bfloat16", 64, softcap=50.0))
+    with pytest.raises(ValueError, match=r"model.attention=cudnn needs a model without attention sinks; here"):
+        check_attention("cudnn", "gpu", Asked("bfloat16", 64, sinks=True))
+    assert attention_kind("auto", "gpu", Asked("bfloat16", 64, 4096, sinks=True)) is ATTENTIONS["fused"]
     with pytest.raises(ValueError, match=f"model.attention=cudnn needs {need}"):
         check_attention("cudnn", "gpu", Asked(*asked))

@@ -57,6 +57,7 @@ class _Saved(NamedTuple):
     window: Int[Array, ""]
     out: Float[Array, "N G b*q K"]
     log_sum: Float[Array, "N G b*q"]
+    sinks: Float[Array, "G b*q"] | None
 
 
 def widths(num_blocks: int) -> tuple[int, ...]:
@@ -90,6 +91,7 @@ def blockwise_attention(
     ids: TokenIds,
     plan: Plan,
     window: Int[Array, ""],
+    sinks: Float[Array, "H"] | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "R T H K"]:
     """Grouped-query attention, softmax in float32; what dense attention gives, but zeros in blocks of padding alone.
@@ -98,6 +100,7 @@ def blockwise_attention(
         ids: of T tokens, a multiple of BLOCK_TOKENS.
         plan: of these ids and this window.
         window: positions that a query sees back, its own included.
+        sinks: one more score in every head's softmax, which has no value; None for none.
         softcap: c of c tanh(scores / c); None for the scores as they are.
     """
     rows, tokens, heads, head_dim = query.shape
@@ -105,7 +108,10 @@ def blockwise_attention(
     # The query heads of a key-value head become more queries: fewer and larger matrix products.
     split = (rows, num_blocks, BLOCK_TOKENS, groups, heads // groups, head_dim)
     blocks = query.reshape(split).transpose(0, 1, 3, 4, 2, 5).reshape(rows * num_blocks, groups, -1, head_dim)
-    out: Any = _attend(softcap, blocks, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), ids, plan, window)
+    by_head = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    if sinks is not None:
+        sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(groups, -1), BLOCK_TOKENS, axis=1)
+    out: Any = _attend(softcap, blocks, *by_head, ids, plan, window, sinks)
     split = (rows, num_blocks, groups, heads // groups, BLOCK_TOKENS, head_dim)
     return out.reshape(split).transpose(0, 1, 4, 2, 3, 5).reshape(query.shape)
 
@@ -119,8 +125,9 @@ def _attend(
     ids: TokenIds,
     plan: Plan,
     window: Int[Array, ""],
+    sinks: Float[Array, "G b*q"] | None,
 ) -> Float[Array, "N G b*q K"]:
-    return _forward(softcap, query, key, value, ids, plan, window)[0]
+    return _forward(softcap, query, key, value, ids, plan, window, sinks)[0]
 
 
 class _Block(NamedTuple):
@@ -174,15 +181,17 @@ def _over_blocks(body: Callable[[_Block, Any], Any], carry: Any, saved: _Saved) 
     return carry
 
 
-def _forward(softcap, query, key, value, ids, plan, window) -> tuple[Array, _Saved]:
+def _forward(softcap, query, key, value, ids, plan, window, sinks) -> tuple[Array, _Saved]:
     out, log_sum = jnp.zeros_like(query), jnp.zeros(query.shape[:-1], jnp.float32)
-    saved = _Saved(query, key, value, ids, plan, window, out, log_sum)
+    saved = _Saved(query, key, value, ids, plan, window, out, log_sum, sinks)
 
     def body(block: _Block, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         scores = jnp.where(block.mask, _scores(softcap, block, query, key), jnp.finfo(jnp.float32).min)
         most = jnp.max(scores, axis=-1, keepdims=True)
+        most = most if sinks is None else jnp.maximum(most, sinks[..., None])
         weights = jnp.exp(scores - most)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        total = total if sinks is None else total + jnp.exp(sinks[..., None] - most)
         mixed = jnp.einsum(
             "gqs,gsk->gqk", weights.astype(value.dtype), block.span(value), preferred_element_type=jnp.float32
         )
@@ -195,7 +204,8 @@ def _forward(softcap, query, key, value, ids, plan, window) -> tuple[Array, _Sav
 def _backward(softcap: float | None, saved: _Saved, cotangent: Float[Array, "N G b*q K"]) -> tuple[Any, ...]:
     """With p = softmax(s), o = p v:  dv = p^T do;  ds = p (do v^T - sum_k(o do));  dq = ds k, dk = ds^T q.
 
-    A cap c multiplies ds by 1 - (s / c)^2, s being the capped scores.
+    A cap c multiplies ds by 1 - (s / c)^2, s being the capped scores. A sink z has the weight p_z = exp(z - log_sum)
+    and no value:  dz = -p_z sum_k(o do).
     """
     query, key, value = saved.query, saved.key, saved.value
     wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -220,7 +230,13 @@ def _backward(softcap: float | None, saved: _Saved, cotangent: Float[Array, "N G
     # Many blocks add to the same keys, in float32; a query is in one block.
     zeros = jnp.zeros_like(query), jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
     query_gradient, key_gradient, value_gradient = _over_blocks(body, zeros, saved)
-    return query_gradient, key_gradient.astype(key.dtype), value_gradient.astype(value.dtype), None, None, None
+    of_sinks = None
+    if saved.sinks is not None:
+        # At most 1; blocks of padding alone, where nothing is in log_sum, have an `inner` of 0.
+        weights = jnp.exp(jnp.minimum(saved.sinks - saved.log_sum, 0.0))
+        of_sinks = -jnp.sum(weights * inner, axis=0)
+    of_keys = key_gradient.astype(key.dtype), value_gradient.astype(value.dtype)
+    return query_gradient, *of_keys, None, None, None, of_sinks
 
 
 _attend.defvjp(_forward, _backward)
@@ -235,15 +251,21 @@ def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) 
     plan_of = split.per_shard(make_plan, (TOKEN_IDS_AXES, ()), plan_axes)
     plans = jax.tree.map(lambda *parts: jnp.stack(parts), *(plan_of(ids, size) for size in sizes))
 
-    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+    def attend(query: Array, key: Array, value: Array, which: Array, sinks: Array | None = None) -> Array:
         more = ids, jax.tree.map(lambda x: x[which], plans), sizes[which]
         run = partial(blockwise_attention, softcap=softcap)
-        return split.attend(run, (query, key, value), more, (TOKEN_IDS_AXES, plan_axes, ()), padding)
+        return split.attend(run, (query, key, value), more, (TOKEN_IDS_AXES, plan_axes, ()), padding, sinks)
 
     return attend
 
 
 # On a CPU it took a fifth of dense's processor time.
 KIND = AttentionKind(
-    _make, "blocks that see something, one after another: CPU", auto=("cpu",), beyond=SHORT, skips=True, fused=True
+    _make,
+    "blocks that see something, one after another: CPU",
+    auto=("cpu",),
+    beyond=SHORT,
+    skips=True,
+    fused=True,
+    takes_sinks=True,
 )

@@ -22,7 +22,7 @@ def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) 
     # One mask for all heads; the scores themselves stay inside the kernel.
     masks = jnp.stack([visible(*ids, window) for window in windows])[:, :, None]
 
-    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+    def attend(query: Array, key: Array, value: Array, which: Array, sinks: None = None) -> Array:
         mask = masks[which if len(masks) > 1 else 0]
         return split.attend(_fused, (query, key, value), (mask,), (("rows", None, None, None),))
 

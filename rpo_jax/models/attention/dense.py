@@ -20,10 +20,12 @@ def dense_attention(
     value: Float[Array, "B S G K"],
     mask: Bool[Array, "B T S"],
     softcap: float | None = None,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H K"]:
     """Grouped-query attention, softmax in float32.  softmax(q k^T / sqrt(K)) v.  Source: arXiv 2305.13245.
 
-    With a softcap c the scores s are c tanh(s / c) before they are masked.
+    With a softcap c the scores s are c tanh(s / c) before they are masked. A head's sink is one more score in its
+    softmax, which has no value: the weights then sum to less than 1.  Source: arXiv 2508.10925, 2.2.
 
     Query head h reads key-value head h // (H / G). Each query must see at least one key.
     """
@@ -33,7 +35,10 @@ def dense_attention(
     scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, key, preferred_element_type=jnp.float32)
     # A finite minimum, not -inf: it keeps gradients finite where a whole row is masked.
     scores = jnp.where(mask[:, None, None], capped(scores * head_dim**-0.5, softcap), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if sinks is not None:
+        of_heads = sinks.astype(jnp.float32).reshape(key.shape[2], -1)[:, :, None, None]
+        scores = jnp.concatenate([scores, jnp.broadcast_to(of_heads, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : key.shape[1]].astype(value.dtype)
     out = jnp.einsum("bgrts,bsgk->btgrk", weights, value).reshape(rows, tokens, heads, head_dim)
     return checkpoint_name(out, ATTENTION_OUTPUT)
 
@@ -41,11 +46,13 @@ def dense_attention(
 def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) -> Attend:
     masks = jnp.stack([visible(*ids, window) for window in windows])
 
-    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+    def attend(query: Array, key: Array, value: Array, which: Array, sinks: Array | None = None) -> Array:
         # A single mask is indexed statically, so that a scan over layers need not copy it in every one.
-        return dense_attention(query, key, value, masks[which if len(masks) > 1 else 0], softcap)
+        return dense_attention(query, key, value, masks[which if len(masks) > 1 else 0], softcap, sinks)
 
     return attend
 
 
-KIND = AttentionKind(_make, "all of a row against all of it: short rows, and where nothing else can be had")
+KIND = AttentionKind(
+    _make, "all of a row against all of it: short rows, and where nothing else can be had", takes_sinks=True
+)

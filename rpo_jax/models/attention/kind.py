@@ -16,8 +16,8 @@ from rpo_jax.models.attention.masking import TokenIds
 SHORT = 128  # tokens; rows up to this are one or two blocks: nothing to skip
 # What a backward pass keeps of attention under the `dots` policy: to run it again would cost more than all the rest.
 ATTENTION_OUTPUT = "attention output"
-# query, key, value, which of the layers' distinct windows
-Attend = Callable[[Array, Array, Array, Array], Array]
+# query, key, value, which of the layers' distinct windows; and sinks [H], a score of every head that has no value
+Attend = Callable[..., Array]
 Windows = tuple[int | None, ...]
 
 # Names of axes, as Split.per_shard takes them.
@@ -34,14 +34,22 @@ class Split(NamedTuple):
         per_shard: (function, axes of its inputs, axes of its outputs) to the function that each device runs on its own
             part; axes are tuples of names, one tuple per array.
         gather: (parameter, names of its axes) to the parameter as every device that has rows of its own needs it.
+        mesh_axes: names of the mesh's axes over which an axis is split, for what the devices of `per_shard` exchange.
     """
 
     shards: Callable[[str], int] = lambda axis: 1
     per_shard: Callable[[Callable[..., Any], Any, Any], Callable[..., Any]] = lambda function, *axes: function
     gather: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x
+    mesh_axes: Callable[[str], tuple[str, ...]] = lambda axis: ()
 
     def attend(
-        self, function: Callable[..., Array], qkv: tuple[Array, Array, Array], more: Any, axes: Any, padding: int = 0
+        self,
+        function: Callable[..., Array],
+        qkv: tuple[Array, Array, Array],
+        more: Any,
+        axes: Any,
+        padding: int = 0,
+        sinks: Array | None = None,
     ) -> Array:
         """function(query, key, value, *more) by each device on its own rows and heads; [R, T, H, K].
 
@@ -50,6 +58,7 @@ class Split(NamedTuple):
             more: further inputs, a tuple.
             axes: names of their axes.
             padding: tokens that `function` needs at the end of every row; they are cut off again.
+            sinks: [H], a score of every head that has no value; `function` takes them last, where there are any.
         """
         query, key, value = qkv
         tokens, heads, shards = query.shape[1], query.shape[2], self.shards("kv_heads")
@@ -59,6 +68,8 @@ class Split(NamedTuple):
         # Heads that devices cannot share evenly are whole on each of them.
         even = key.shape[2] % shards == 0 and heads % self.shards("heads") == 0
         of_query, of_key = ((*ROW_TOKENS, name if even else None, None) for name in ("heads", "kv_heads"))
+        if sinks is not None:
+            more, axes = (*more, sinks), (*axes, ("heads" if even else None,))
         run = self.per_shard(function, (of_query, of_key, of_key, *axes), of_query)
         if padding:
             query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
@@ -87,6 +98,7 @@ class AttentionKind(NamedTuple):
         needs: what it cannot do without, in words, and whether (compute dtype, head dimension, row tokens) fulfil it.
         stand_in: the kind whose memory is planned for where this one cannot be compiled; itself where empty.
         caps: whether it can cap scores.
+        takes_sinks: whether its function takes sinks.
     """
 
     make: Callable[[TokenIds, Windows, Split, float | None], Attend]
@@ -99,3 +111,4 @@ class AttentionKind(NamedTuple):
     needs: tuple[tuple[str, Callable[[str, int, int | None], bool]], ...] = ()
     stand_in: str = ""
     caps: bool = True
+    takes_sinks: bool = False

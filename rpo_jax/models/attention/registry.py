@@ -23,20 +23,25 @@ class Asked(NamedTuple):
         compute_dtype: of queries, keys and values.
         row_tokens: multiples of 64 where not known.
         softcap: c of c tanh(scores / c); None for the scores as they are.
+        sinks: whether every head has a score that has no value.
     """
 
     compute_dtype: str | None = None
     head_dim: int | None = None
     row_tokens: int | None = None
     softcap: float | None = None
+    sinks: bool = False
 
     @classmethod
     def of(cls, model: ModelConfig, compute_dtype: DTypeLike, row_tokens: int | None = None) -> Asked:
         """For this model."""
-        return cls(str(jnp.dtype(compute_dtype)), model.head_dim, row_tokens, model.parts.attention_softcap)
+        parts = model.parts
+        return cls(str(jnp.dtype(compute_dtype)), model.head_dim, row_tokens, parts.attention_softcap, parts.sinks)
 
     def lacks(self, kind: AttentionKind) -> str | None:
         """What a kind of attention needs and does not get here, in words."""
+        if self.sinks and not kind.takes_sinks:
+            return "a model without attention sinks"
         if self.compute_dtype is None or self.head_dim is None:
             return None
         of = self.compute_dtype, self.head_dim, self.row_tokens

@@ -84,11 +84,12 @@ def splash_attention(
     key: Float[Array, "R T G K"],
     value: Float[Array, "R T G K"],
     kernels: library.SplashAttentionKernel,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "R T H K"]:
     """Grouped-query attention, softmax in float32; T and the masks are those of the kernels."""
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
     by_head = (x.swapaxes(1, 2) for x in (query, key, value))
-    return jax.vmap(lambda kernel, *qkv: kernel(*qkv))(kernels, *by_head).swapaxes(1, 2)
+    return jax.vmap(lambda kernel, *qkv: kernel(*qkv, sinks=sinks))(kernels, *by_head).swapaxes(1, 2)
 
 
 def make(
@@ -104,9 +105,9 @@ def make(
         made.append(split.per_shard(kernels_of, (TOKEN_IDS_AXES,), ROW)(ids))
     kernels = jax.tree.map(lambda *parts: jnp.stack(parts), *made)
 
-    def attend(query: Array, key: Array, value: Array, which: Array) -> Array:
+    def attend(query: Array, key: Array, value: Array, which: Array, sinks: Array | None = None) -> Array:
         kernel = jax.tree.map(lambda x: x[which if len(windows) > 1 else 0], kernels)
-        return split.attend(splash_attention, (query, key, value), (kernel,), (ROW,), pad)
+        return split.attend(splash_attention, (query, key, value), (kernel,), (ROW,), pad, sinks)
 
     return attend
 
@@ -121,4 +122,5 @@ KIND = AttentionKind(
     skips=True,
     fused=True,
     platforms=("tpu",),
+    takes_sinks=True,
 )

@@ -27,7 +27,6 @@ _DIFFERENCES = {
     "gemma3n": "its layers have embeddings of their own",
     "glm": _NEIGHBOURS,
     "glm4": _NEIGHBOURS,
-    "gpt_oss": "it has attention sinks",
     "granite_swa": "it has attention sinks",
     "helium": _NEIGHBOURS,
     "hunyuan_v1_dense": "it norms queries and keys after their rotation",

@@ -12,7 +12,8 @@ from rpo_jax.models.architecture import ModelConfig
 class WeightRule(NamedTuple):
     """One tensor of a folder and the parameter that it fills.
 
-    `{layer}` in the key indexes the parameter's first axis, `{expert}` the one after it.
+    `{layer}` in the key indexes the parameter's first axis, `{expert}` the one after it. A tensor of the layout
+    `experts` holds those of a layer together, and has no module of its own.
 
     layout is a key of rpo_jax.models.huggingface.tensors.LAYOUTS: how the file's array relates to the parameter's.
     """
@@ -23,8 +24,13 @@ class WeightRule(NamedTuple):
 
     @property
     def module(self) -> str:
-        """The layer's name in a Hugging Face model, with `{layer}`."""
-        return self.key.rpartition(".")[0]
+        """The layer's name in a Hugging Face model, with `{layer}` and `{expert}`."""
+        return self.key if self.layout == "experts" else self.key.rpartition(".")[0]
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it is a projection of every expert."""
+        return self.layout == "experts" or "{expert}" in self.key
 
 
 Path = tuple[str, ...]
@@ -155,6 +161,7 @@ class Family:
         ropes_by_layer: whether layers with a sliding window may have a rope of their own.
         local_theta: base of that rope in a new model; the other layers' base where not given.
         multimodal: from the model_type of folders of which such a model is the text part to their model class.
+        reads_mxfp4: whether folders may hold their experts in MXFP4, which are read as what they stand for.
     """
 
     architecture: str
@@ -167,8 +174,10 @@ class Family:
     ropes_by_layer: bool = False
     local_theta: float | None = None
     multimodal: Mapping[str, str] = field(default_factory=dict)
+    reads_mxfp4: bool = False
 
     @property
     def lora_targets(self) -> Mapping[str, WeightRule]:
-        """The linear layers that LoRA can adapt and int8 can store, by the names that PEFT's target_modules has."""
-        return {rule.module.rpartition(".")[2]: rule for rule in self.weights if rule.path[-1] == "kernel"}
+        """The linear layers that LoRA can adapt, by PEFT's names for them."""
+        linear = (rule for rule in self.weights if rule.path[-1] == "kernel" or rule.of_experts)
+        return {rule.module.rpartition(".")[2]: rule for rule in linear}

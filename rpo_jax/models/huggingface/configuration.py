@@ -119,11 +119,17 @@ def read_config(folder: Path) -> ModelConfig:
     if values.get("architectures") and known not in architectures:
         raise ValueError(f"{file} describes a {architectures[0]}; only {known} of the {family} family is supported.")
     try:
-        model = _from_transformers(family, _build(family, values), _stored_dtype(values))
+        model = described(values)
         _check_values(model)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
     return model
+
+
+def described(values: Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a config.json's values describe, by a model_type that is a family's."""
+    family = str(values["model_type"])
+    return _from_transformers(family, _build(family, values), _stored_dtype(values))
 
 
 def text_part(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,6 +242,7 @@ def write_config(folder: Path, model: ModelConfig, dtype: str, base: Path | None
         content, original = (base / "config.json").read_bytes(), read_json(base, "config.json")
         values = text_part(original)
     values.pop("auto_map", None)  # names code that is neither needed nor beside it
+    values.pop("quantization_config", None)  # of the base's tensors: those beside it are not quantized
     if values.get("rope_parameters") is None:
         values["rope_parameters"] = _written_ropes(model)
     if values.get("rope_theta") is None:
@@ -262,10 +269,12 @@ def _build(family: str, values: Mapping[str, Any]) -> Any:
 
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise ValueError(
-            f"quantized weights are not supported{f' ({str(method)[:100]})' if method else ''}; use the folder of the "
-            "unquantized model."
-        )
+        if not (method == "mxfp4" and FAMILIES[family].reads_mxfp4):
+            raise ValueError(
+                f"quantized weights are not supported{f' ({str(method)[:100]})' if method else ''}; use the folder of "
+                "the unquantized model."
+            )
+        values = {name: value for name, value in values.items() if name != "quantization_config"}
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters must be an object, got {rope!r}.")

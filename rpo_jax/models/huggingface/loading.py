@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import ml_dtypes
@@ -26,6 +26,7 @@ from rpo_jax.models.decoder import Params, abstract_params
 from rpo_jax.models.families import FAMILIES
 from rpo_jax.models.huggingface.configuration import is_text_part, read_config
 from rpo_jax.models.huggingface.folders import resolve_folder, safetensors_files, some
+from rpo_jax.models.huggingface.mxfp4 import SUFFIXES, Packed
 from rpo_jax.models.huggingface.tensors import Index, Shape, TensorLayout, flat_params, tensors_of
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -98,6 +99,15 @@ class Stored(NamedTuple):
     file: Path
     name: str
 
+    def read(self, index: Index) -> np.ndarray:
+        from safetensors import safe_open
+
+        with safe_open(self.file, "numpy") as stored:
+            return stored.get_slice(self.name)[index]
+
+
+Place: TypeAlias = Stored | Packed
+
 
 class Weights(NamedTuple):
     """The weights of a folder that fit its architecture, none of them in memory.
@@ -111,7 +121,7 @@ class Weights(NamedTuple):
     folder: Path
     model_config: ModelConfig
     tensors: Mapping[str, TensorLayout]
-    files: Mapping[str, Stored]
+    files: Mapping[str, Place]
     keys: Mapping[tuple[str, ...], Mapping[tuple[int, ...], str]]
     left_out: int
 
@@ -145,13 +155,7 @@ class Weights(NamedTuple):
             into = tuple(
                 slice(lower - start, upper - start) if number == axis else slice(None) for number in range(len(index))
             )
-            target[into] = tensor.from_file(self._read_block(key, tensor.file_index(block)), block)
-
-    def _read_block(self, key: str, index: Index) -> np.ndarray:
-        from safetensors import safe_open
-
-        with safe_open(self.files[key].file, "numpy") as stored:
-            return stored.get_slice(self.files[key].name)[index]
+            target[into] = tensor.from_file(self.files[key].read(tensor.file_index(block)), block)
 
     def check_tied(self) -> None:
         """ValueError where a folder holds a head of its own that its configuration says is the embedding."""
@@ -162,7 +166,7 @@ class Weights(NamedTuple):
         step = max(1, READ_BYTES // (4 * columns))
         blocks = (slice(start, min(rows, start + step)) for start in range(0, rows, step))
         same = _shape_and_dtype(self.files[names[0]]) == _shape_and_dtype(self.files[names[1]])
-        if not same or any(len({self._read_block(name, (block,)).tobytes() for name in names}) > 1 for block in blocks):
+        if not same or any(len({self.files[name].read((block,)).tobytes() for name in names}) > 1 for block in blocks):
             raise ValueError(
                 f"{self.folder / 'config.json'} ties the output head to the embedding (tie_word_embeddings), but "
                 f"{names[0]} differs from {names[1]}; set tie_word_embeddings to false."
@@ -180,8 +184,10 @@ def open_weights(path: str | Path) -> Weights:
     folder = resolve_folder(path)
     model_config = read_config(folder)
     found = safetensors_files(folder)
-    files = {key: Stored(file, key) for key, file in found.items()}
-    if is_text_part(folder, model_config):
+    files: dict[str, Place] = {key: Stored(file, key) for key, file in found.items()}
+    if FAMILIES[model_config.family].reads_mxfp4:
+        files = _unpacked(files)
+    if text_part := is_text_part(folder, model_config):
         files = {name: Stored(found[key], key) for key in found if (name := _text_name(key))}
     if model_config.num_layers > len(files):  # before a name is made for each
         raise ValueError(
@@ -196,7 +202,18 @@ def open_weights(path: str | Path) -> Weights:
     for key, tensor in tensors.items():
         keys.setdefault(tensor.rule.path, {})[tensor.place] = key
     model_config = dataclasses.replace(model_config, dtype=dtype)
-    return Weights(folder, model_config, tensors, files, keys, len(found) - len(files))
+    left_out = len(found) - len(files) if text_part else 0
+    return Weights(folder, model_config, tensors, files, keys, left_out)
+
+
+def _unpacked(files: Mapping[str, Place]) -> dict[str, Place]:
+    """The same where two tensors that stand for one in MXFP4 are that one."""
+    blocks, scales = SUFFIXES
+    packed = [key.removesuffix(blocks) for key in files if key.endswith(blocks)]
+    named = {key: tuple(files[key + suffix] for suffix in SUFFIXES) for key in packed if key + scales in files}
+    halves = {key + suffix for key in named for suffix in SUFFIXES}
+    others = {key: place for key, place in files.items() if key not in halves}
+    return others | {key: Packed(key, *((place.file, place.name) for place in two)) for key, two in named.items()}
 
 
 def _text_name(key: str) -> str | None:
@@ -209,7 +226,7 @@ def _text_name(key: str) -> str | None:
 
 
 def _check_keys(
-    folder: Path, model_config: ModelConfig, tensors: Mapping[str, TensorLayout], files: Mapping[str, Stored]
+    folder: Path, model_config: ModelConfig, tensors: Mapping[str, TensorLayout], files: Mapping[str, Place]
 ) -> None:
     missing = [key for key in tensors if key not in files]
     tied = _tied_names(model_config)[:1]
@@ -223,15 +240,17 @@ def _check_keys(
         )
 
 
-def _shape_and_dtype(place: Stored) -> tuple[Shape, str]:
+def _shape_and_dtype(place: Place) -> tuple[Shape, str]:
     from safetensors import safe_open
 
+    if isinstance(place, Packed):
+        return place.shape, "BF16"  # in which every one of their numbers can be written
     with safe_open(place.file, "numpy") as stored:
         view = stored.get_slice(place.name)
         return tuple(view.get_shape()), view.get_dtype()
 
 
-def _check_contents(folder: Path, tensors: Mapping[str, TensorLayout], files: Mapping[str, Stored]) -> set[str]:
+def _check_contents(folder: Path, tensors: Mapping[str, TensorLayout], files: Mapping[str, Place]) -> set[str]:
     """Check each tensor's shape and dtype before any is read; returns the dtypes found."""
     found: set[str] = set()
     for key, tensor in tensors.items():

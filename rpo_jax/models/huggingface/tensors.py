@@ -1,6 +1,6 @@
 """How the tensors of a folder relate to parameters: one table, read both ways, and by parts.
 
-Letters: a file's tensor has one or two axes, each of which joins one or more axes of a parameter.
+Letters: a file's tensor has up to three axes, each of which joins one or more axes of a parameter.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ LAYOUTS: dict[str, Callable[[int], Groups]] = {
     "vector": lambda rank: (tuple(range(rank)),),
     "linear": lambda rank: (tuple(range(1, rank)), (0,)),
     "joined_linear": lambda rank: ((rank - 1,), tuple(range(rank - 1))),
+    # Of all experts of a layer in one tensor, [experts, in, out].
+    "experts": lambda rank: ((0,), (1,), tuple(range(2, rank))),
+    "vectors": lambda rank: ((0,), tuple(range(1, rank))),
 }
 
 

@@ -51,6 +51,7 @@ def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
     of_checkpoints, existing = stored.check_checkpoints(config, folder)
     found += of_checkpoints
     if model_config is not None:
+        found += machine.check_experts(config, model_config)
         found += machine.check_disk(config, model_config, folder, existing)
     return found
 

@@ -15,6 +15,7 @@ from rpo_jax.hosts.devices import devices, unused_card
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
 from rpo_jax.training.needs import SPARE, checkpoint_bytes, folder_bytes
+from rpo_jax.training.step import check_policy
 
 
 def check_devices(config: Config) -> list[Finding]:
@@ -35,6 +36,21 @@ def check_devices(config: Config) -> list[Finding]:
         return [*found, failed("devices", error)]
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return [*found, ok("devices", f"{shown}: {axes}")]
+
+
+def check_experts(config: Config, model_config: ModelConfig) -> list[Finding]:
+    """Whether the model and the mesh have what keys about experts are for; nothing where there is no such key."""
+    if config.mesh.expert == 1 and not config.model.router_aux_loss_coef:
+        return []
+    if config.distributed.num_processes not in (None, 1):
+        return []  # the mesh spans all processes
+    try:
+        check_policy(config, model_config, sharding.make_mesh(config.mesh))
+    except ValueError as error:
+        return [failed("experts", error)]
+    return [
+        ok("experts", f"mesh.expert={config.mesh.expert}, load-balancing loss {config.model.router_aux_loss_coef:g}")
+    ]
 
 
 def check_disk(config: Config, model_config: ModelConfig, run_dir: Path, existing: list[Path]) -> list[Finding]:

@@ -12,14 +12,16 @@ from typing import Any
 Sizes = Any  # of a decoder, under the names of rpo_jax.models.ModelConfig; benchmarks/ has sizes of its own
 
 
-def body_parameters(sizes: Sizes) -> int:
-    """N_body: entries of the layers' matrices.
+def body_parameters(sizes: Sizes, *, stored: bool = False) -> int:
+    """N_body: entries of the layers' matrices that a token meets; of all that there are, where `stored`.
 
     Per layer: query and output D x HK each, key and value D x GK each, gate, up and down D x F each, with hidden size
-    D, H heads, G key-value heads of dimension K, and MLP width F: of experts, those that a token uses.
+    D, H heads, G key-value heads of dimension K, and MLP width F: of experts, those that a token uses, or with `stored`
+    all that there are. Routers are too small to count.
     """
+    name = "mlp_stored_width" if stored else "mlp_width"
     attention = 2 * sizes.num_heads + 2 * sizes.num_kv_heads
-    width = getattr(sizes, "mlp_width", sizes.intermediate_size)
+    width = getattr(sizes, name, sizes.intermediate_size)
     layer = sizes.hidden_size * (attention * sizes.head_dim + 3 * width)
     return sizes.num_layers * layer
 
@@ -73,6 +75,7 @@ class StepSizes:
         reference_passes: forward passes of a reference in the step: 0 where its log-probs are cached.
         frozen: whether the layers' matrices get no gradient of their own (LoRA).
         compute_bytes: of a number in the matrix products.
+        stored_bytes: of a weight of the layers' matrices, as it is kept.
     """
 
     rows: int
@@ -85,6 +88,7 @@ class StepSizes:
     reference_passes: int = 0
     frozen: bool = False
     compute_bytes: int = 2
+    stored_bytes: float = 4
 
     @property
     def tokens(self) -> int:
@@ -113,26 +117,38 @@ def step_flops(sizes: Sizes, step: StepSizes) -> float:
 
 
 def step_bytes(
-    sizes: Sizes, step: StepSizes, *, fsdp: int, tensor: int, row_shards: int, optimizer_slots: int, head_chunk: int
+    sizes: Sizes,
+    step: StepSizes,
+    *,
+    fsdp: int,
+    tensor: int,
+    row_shards: int,
+    optimizer_slots: int,
+    head_chunk: int,
+    expert: int = 1,
 ) -> float:
     """Bytes that one device moves between its memory and its arithmetic in a step, roughly.
 
-    Matrices: each pass of each micro-batch reads its float32 share and writes and reads the gathered one in the compute
-    dtype; the backward pass reads it once more and writes a float32 gradient. Activations: what a layer writes is read
-    once, and the backward pass moves twice as much. Head: per chunk its matrix, its float32 gradient and the chunk's
-    float32 logits. Optimizer: reads parameter, gradient and state, writes parameter and state, all float32.
+    Matrices: each pass of each micro-batch reads its share as it is kept and writes and reads the gathered one in the
+    compute dtype; the backward pass reads it once more and writes a float32 gradient. Activations: what a layer writes
+    is read once, and the backward pass moves twice as much. Head: per chunk its matrix, its float32 gradient and the
+    chunk's float32 logits. Optimizer: reads parameter, gradient and state, writes parameter and state, all float32.
+    Experts are counted whole, some token of a batch uses each; gathered are those that a device multiplies with.
     """
-    number, layers = step.compute_bytes, body_parameters(sizes)
-    table = head_parameters(sizes)
-    share = (layers + 2 * table) / (fsdp * tensor)
+    number, layers = step.compute_bytes, body_parameters(sizes, stored=True)
+    table, has_experts = head_parameters(sizes), layers != body_parameters(sizes)
+    shards = fsdp * expert * tensor
+    share = (layers + 2 * table) / shards
     passes = step.forward_passes + step.reference_passes
     trained = 0 if step.frozen else 1
     # The last forward pass of a micro-batch keeps nothing for the backward one under remat: full; it gathers again.
-    gathered = step.micro_batches * (passes + 1) * (4 * layers / (fsdp * tensor) + 2 * number * layers / tensor)
+    whole = layers / (tensor * (expert if has_experts else 1))
+    gathered = step.micro_batches * (passes + 1) * (step.stored_bytes * layers / shards + 2 * number * whole)
     gradient = trained * 4 * share * (step.micro_batches if step.micro_batches == 1 else 3 * step.micro_batches)
     update = trained * 4 * share * (1 + 2 + optimizer_slots + 1 + optimizer_slots)
 
-    inner = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim + 3 * sizes.intermediate_size
+    width = getattr(sizes, "mlp_width", sizes.intermediate_size)
+    inner = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim + 3 * width
     per_token = sizes.num_layers * (4 * sizes.hidden_size + inner / tensor) * number
     activations = 2 * per_token * step.tokens / row_shards * (passes + 2)
     scores = 0.0

@@ -46,7 +46,7 @@ class Estimate:
     """One plan, per device unless said otherwise.
 
     Attributes:
-        mesh: sizes of data, fsdp, tensor.
+        mesh: sizes of data, fsdp, tensor, and of expert where there is one.
         fits: whether its peak is within the limit; a TPU's compiler says so itself, a GPU's refuses nothing.
         flops: operations that the step does, padding and recomputation included.
         necessary_flops: those that it cannot do without.
@@ -140,6 +140,7 @@ def counted(
         row_shards=shards,
         optimizer_slots=round(done.memory.optimizer / max(1, done.memory.params)),
         head_chunk=CHUNK_TOKENS,
+        expert=mesh.shape.get(sharding.EXPERT, 1),
     )
     local_tokens = batch.rows * batch.row_tokens // shards // step.micro_batches
     chunks = -(-local_tokens // CHUNK_TOKENS) + REST_SHARE
@@ -201,7 +202,7 @@ def _surprises(
 ) -> tuple[str, ...]:
     """What a sharded step should never do, in words; empty where it does none of it."""
     said = []
-    layer, table = body_parameters(model) // model.num_layers, head_parameters(model)
+    layer, table = body_parameters(model, stored=True) // model.num_layers, head_parameters(model)
     for one in found:
         numbers = one.shape.bytes // max(1, hlo.Shape(one.shape.dtype, ()).bytes)
         if one.kind == "all-gather" and numbers > max(layer, table):

@@ -69,24 +69,27 @@ def largest_micro_batch(compile_one: Try, known: Trial, rows: int, shards: int) 
 
 
 def meshes(config: Config, model: ModelConfig, devices: int) -> list[MeshConfig]:
-    """Meshes whose axes divide what they split, those with most of the model's shards first."""
-    found = []
+    """Meshes whose axes divide what they split, those with most of the model's shards first.
+
+    Experts are shared as the configuration says.
+    """
+    found, expert = [], config.mesh.expert
     for tensor in (1, 2, 4, 8):  # beyond, a layer has too little arithmetic for what its devices exchange
-        if devices % tensor or model.num_heads % tensor or model.intermediate_size % tensor:
+        if devices % (tensor * expert) or model.num_heads % tensor or model.intermediate_size % tensor:
             continue
         shards = devices // tensor
         if config.batch.pairs % shards:
             continue
-        for data in (size for size in range(1, shards + 1) if shards % size == 0):
-            fsdp = shards // data
+        for data in (size for size in range(1, shards // expert + 1) if shards // expert % size == 0):
+            fsdp = shards // expert // data
             if model.hidden_size % fsdp == 0:
-                found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+                found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, expert=expert))
     return sorted(found, key=lambda mesh: (-mesh.fsdp * mesh.tensor, mesh.tensor))
 
 
 def least_bytes(model: ModelConfig, mesh: MeshConfig) -> float:
     """Of parameters, a gradient and one slot of optimizer state, float32, on each device."""
-    return 3 * 4 * models.count_params(model) / (mesh.fsdp * mesh.tensor)
+    return 3 * 4 * models.count_params(model) / (mesh.fsdp * mesh.tensor * mesh.expert)
 
 
 def search(

@@ -16,6 +16,8 @@ from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample, TokenizedResponse
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.models import ModelConfig
+from rpo_jax.models.huggingface.configuration import described
+from rpo_jax.models.quantization import bytes_per_weight
 from rpo_jax.tools.planning.arithmetic import StepSizes, necessary_flops, visible_pairs
 from rpo_jax.tools.planning.chips import TABLES
 
@@ -59,6 +61,12 @@ class BatchShape:
     source: str
 
 
+def known_model(name: str) -> ModelConfig:
+    """A known architecture: of its sizes, or as its published config.json says."""
+    sizes = KNOWN_MODELS[name]
+    return described(sizes["config"]) if "config" in sizes else models.new_config(**sizes)
+
+
 def planned_model(config: Config, name: str | None) -> tuple[ModelConfig, str]:
     """The policy's architecture and what to call it: by name, from its folder, or of the configured sizes.
 
@@ -70,7 +78,7 @@ def planned_model(config: Config, name: str | None) -> tuple[ModelConfig, str]:
     if name is not None:
         if name not in KNOWN_MODELS:
             raise ValueError(f"--model {name} is not known; use one of {', '.join(KNOWN_MODELS)}.")
-        return models.new_config(**KNOWN_MODELS[name]), name
+        return known_model(name), name
     if path is None:
         model = models.configured(config.model, config.model.vocab_size, config.data.max_tokens)
         return model, f"{config.model.family} of the configured sizes"
@@ -205,4 +213,5 @@ def step_sizes(config: Config, model: ModelConfig, batch: BatchShape, platform: 
         reference_passes=references,
         frozen=config.lora.rank > 0,
         compute_bytes=2 if config.model.compute_dtype == "bfloat16" else 4,
+        stored_bytes=bytes_per_weight(config.lora.base_dtype),
     )

@@ -21,7 +21,8 @@ class Panel(NamedTuple):
     about: str
 
 
-_LEARNING, _CONTRAST, _SPEED = "Learning", "Contrast", "Throughput and packing"
+_LEARNING, _CONTRAST, _EXPERTS = "Learning", "Contrast", "Use of experts"
+_SPEED = "Throughput and packing"
 
 PANELS = (
     Panel(_LEARNING, "Loss", "loss", "", "What the objective minimises"),
@@ -41,6 +42,10 @@ PANELS = (
     Panel(_CONTRAST, "Effective contrasts", "contrast/perplexity", "", "Perplexity of a row's weights"),
     Panel(_CONTRAST, "Temperature", "contrast/temperature", "", "tau, in units of cosine distance"),
     Panel(_CONTRAST, "Weight on related prompts", "contrast/related_weight", "", "Other prompts with cosine above 0.5"),
+    Panel(_EXPERTS, "Load-balancing loss", "aux_loss", "", "Without its weight; experts a token if use is even"),
+    Panel(_EXPERTS, "Largest share", "experts/largest_share", "", "Of a layer's choices: the expert that is used most"),
+    Panel(_EXPERTS, "Smallest share", "experts/smallest_share", "", "Of a layer's choices: the one that is used least"),
+    Panel(_EXPERTS, "Entropy of shares", "experts/entropy", "nats", "Mean over layers; log of their number if even"),
     Panel(_SPEED, "Packing efficiency", "packing/efficiency", "", "Share of all positions that hold a token"),
     Panel(_SPEED, "Tokens", "tokens_per_second", "per second", "Packed tokens trained on"),
     Panel(_SPEED, "Pairs", "pairs_per_second", "per second", ""),
