@@ -1,5 +1,6 @@
 """Plans for NVIDIA GPUs by JAX's CUDA plugin: the step and the sampler, compiled for cards that are not here."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -125,7 +126,7 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
         batch=BatchConfig(pairs=8),
         mesh=MeshConfig(data=1, fsdp=4, tensor=2),
     )
-    model = small_model(**SIZES, sliding_windows=(None, 1024) * 2)
+    model = dataclasses.replace(small_model(**SIZES | {"num_layers": 2}), sliding_windows=(None, 1024))
     batch = BatchShape(8, tokens, 8 * tokens, 4 * tokens, 8 * tokens**2 / 3, "")
     text = compile_step(config, model, target, batch).text
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
@@ -152,9 +153,9 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
     ],
 )
 def test_the_attention_s_kernels_spill_nothing_and_multiply_on_tensor_cores(target, head_dim, unit):
-    """On Hopper the backward pass of the widest heads takes older instructions: the newer ones would spill."""
+    """The backward pass of the widest heads takes Ampere's instructions everywhere: larger blocks would spill."""
     for kernel in gpu_kernels.compile_kernels(target, head_dim, "bfloat16"):
         assert kernel.spilled == 0
-        older = target == "h100" and head_dim > 128 and kernel.kernel != "forward"
+        older = head_dim > 128 and kernel.kernel != "forward"
         assert kernel.instructions["mma.sync" if older else unit] > 0
         assert 0 < kernel.shared <= CHIPS[target].gpu["shared_memory_per_block"]

@@ -134,12 +134,10 @@ def tiles(kernel: str, head_dim: int, dtype: Any) -> Tiles:
     """
     wide = padded_head_dim(head_dim)
     if jnp.dtype(dtype).itemsize > 2:
-        return Tiles(32, 32, 4, 1)
+        return Tiles(32, 32, 8, 1)
     if wide > 128:
-        return Tiles(64, 32, 8, 1) if kernel == "forward" else Tiles(32, 32, 8, 2)
-    if kernel == "forward":
-        return Tiles(128, 64, 8, 2)
-    return Tiles(64, 64, 8 if wide > 64 else 4, 2)
+        return Tiles(64, 64, 8, 1) if kernel == "forward" else Tiles(32, 32, 8, 2)
+    return Tiles(128 if kernel == "forward" else 64, 64, 8, 2)
 
 
 def make_plan(ids: TokenIds, window: Int[Array, ""] | int | None) -> Plan:
