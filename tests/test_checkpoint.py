@@ -132,6 +132,16 @@ def test_another_architecture_is_named_by_its_differences(tmp_path):
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_record_that_is_older_than_a_part_of_the_decoder_is_of_one_without_it(tmp_path):
+    current = to_json_dict(small_model(family="mixtral"))
+    older = json.loads(json.dumps(current))
+    del older["variant"]["sinks"], older["variant"]["experts"]["biases"], older["variant"]["experts"]["clamp"]
+    check_architecture(older, current, tmp_path)
+    older["variant"]["experts"]["count"] = 4
+    with pytest.raises(ValueError, match=r"variant is .*'count': 4"):
+        check_architecture(older, current, tmp_path)
+
+
 def test_an_architecture_survives_json():
     saved = json.loads(json.dumps(to_json_dict(small_model(family="mistral"))))
     check_architecture(saved, to_json_dict(small_model(family="mistral")), "here")

@@ -95,7 +95,7 @@ CASES = {
 }
 
 
-LONGER = ("unpaired int8", "by blocks", "bfloat16, adapters off as reference")
+LONGER = ("unpaired int8", "nf4 experts", "by blocks", "bfloat16, adapters off as reference")
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONGER)) for case in CASES])
@@ -281,7 +281,7 @@ def test_both_exports_give_the_policy_s_logits(world, finished):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_adapters_of_a_rounded_base_are_merged_into_the_weights_that_it_was_made_of(world, dtype):
     changes = {"lora__base_dtype": dtype, "lora__targets": "[q_proj,down_proj]"}
     world.run(dtype, **changes, train__steps=1)

@@ -47,12 +47,9 @@ class NF4(Blockwise):
 
     @staticmethod
     def level(values: Int[Array, "..."]) -> Float[Array, "..."]:
-        # Halved bit by bit: a table in memory is looked into one number at a time by most machines.
-        found = [jnp.float32(level) for level in NF4_LEVELS]
-        for bit in range(4):
-            upper = ((values >> bit) & 1).astype(bool)
-            found = [jnp.where(upper, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
-        return found[0]
+        # A sum of which all but one are zeros: tables in memory are looked into one number at a time by some machines,
+        # and of `where` jax would carry a level as wide as the weights through the loop over layers, for each of them.
+        return sum((values == code).astype(jnp.float32) * float(level) for code, level in enumerate(NF4_LEVELS))
 
 
 class Int4(Blockwise):
@@ -80,10 +77,16 @@ INT4_LEVELS = np.arange(-8, 8, dtype=np.float32) / 7  # the first, beyond -1, is
 def _scale_levels() -> np.ndarray:
     """bitsandbytes' signed dynamic map: in the e-th of seven decades the middles of 2^e equal parts, 0, and 1.
 
-    Source: arXiv 1511.04561; bitsandbytes.functional.create_dynamic_map.
+    Source: arXiv 1511.04561; bitsandbytes.functional.create_dynamic_map, whose float32 this is, bit for bit.
     """
-    bounds = (np.linspace(0.1, 1, 2**decade + 1, dtype=np.float32) for decade in range(7))
-    positive = [10.0 ** (decade - 6) * (x[1:] + x[:-1]) / 2 for decade, x in enumerate(bounds)]
+    positive = []
+    for decade in range(7):
+        count = 2**decade + 1
+        step, number = np.float64(np.float32(1 - np.float32(0.1)) / np.float32(count - 1)), np.arange(count)
+        # As torch.linspace has it: from either end to the middle.
+        bounds = np.where(number < count // 2, np.float32(0.1) + step * number, 1 - step * number[::-1])
+        bounds = bounds.astype(np.float32)
+        positive.append(np.float32(10.0 ** (decade - 6)) * ((bounds[1:] + bounds[:-1]) / 2))
     return np.sort(np.concatenate([*positive, *(-x for x in positive), [0.0, 1.0]])).astype(np.float32)
 
 
@@ -150,9 +153,10 @@ def _widened(kernel: Array | Quantized | Blockwise, dtype: DTypeLike, inputs: tu
     blocks, _, *outputs = kernel.values.shape
     steps = jnp.repeat(kernel.steps, GROUP)[: kernel.scales.size].reshape(*outputs, blocks)
     level = jnp.asarray(SCALE_LEVELS).at[kernel.scales].get(mode="promise_in_bounds")
-    scale = level * jnp.moveaxis(steps, -1, 0) + kernel.offset
-    levels = [kernel.level(half) for half in (kernel.values & 15, kernel.values >> 4)]
-    wide = jnp.stack(levels, axis=1) * jnp.expand_dims(scale, (1, 2))
+    # Computed once, not for every weight: XLA would make it part of what reads it.
+    scale = jax.lax.optimization_barrier(level * jnp.moveaxis(steps, -1, 0) + kernel.offset)
+    shift = jnp.expand_dims(jnp.array([0, 4], jnp.uint8), range(1, 2 + len(outputs)))
+    wide = kernel.level((kernel.values[:, None] >> shift) & 15) * jnp.expand_dims(scale, (1, 2))
     return wide.astype(dtype).reshape(*inputs, *outputs)
 
 

@@ -398,10 +398,11 @@ def check_architecture(saved: dict[str, Any], current: dict[str, Any], where: st
 
 def _with_newer_fields(model: dict[str, Any]) -> dict[str, Any]:
     """The record of an architecture with those fields of its variant that are newer than it, at what they were then."""
-    if not (variant := model.get("variant")):
+    variant = model.get("variant")
+    if not isinstance(variant, dict):
         return model
     experts = variant.get("experts")
-    if experts:
-        newer = {entry.name: entry.default for entry in dataclasses.fields(Experts)}
-        experts = {name: experts.get(name, default) for name, default in newer.items()}
+    if isinstance(experts, dict):
+        fields = (entry for entry in dataclasses.fields(Experts) if entry.default is not dataclasses.MISSING)
+        experts = {entry.name: entry.default for entry in fields} | experts
     return model | {"variant": to_json_dict(Variant()) | variant | {"experts": experts}}

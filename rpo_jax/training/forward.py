@@ -47,29 +47,31 @@ def make_log_probs(
         "softcap": model_config.parts.logit_softcap,
     }
 
-    def log_probs(
-        params: Params,
+    def from_outputs(
+        outputs: models.Outputs,
         rows: dict[str, Array],
         num_responses: int,
         log_z: Array | None = None,
         value_head: dict[str, Array] | None = None,
     ) -> LogProbs:
-        hidden, head, routing = policy.outputs(params, rows, how)
+        hidden, head = outputs.hidden, outputs.head
         ids = (rows["tokens"], rows["previous"], rows["response_ids"])
         if log_z is not None:
             log_z = partition.log_partition(hidden, placement.gather(log_z, ("embed",)), *ids[1:], num_responses)
         if collisions:
             found, count, collision = response_log_probs_and_collisions(hidden, head, *ids, num_responses, **chunks)
-            return LogProbs(found, count, log_z, collision=collision, routing=routing)
+            return LogProbs(found, count, log_z, collision=collision)
         if not tokens:
-            found, count = response_log_probs(hidden, head, *ids, num_responses, **chunks)
-            return LogProbs(found, count, log_z, routing=routing)
+            return LogProbs(*response_log_probs(hidden, head, *ids, num_responses, **chunks), log_z)
         found = token_log_probs(hidden, head, *ids, **chunks)
         values = None
         if value_head is not None:
             whole = jax.tree.map(placement.gather, value_head, value.AXES[value.NAME])
             values = value.token_values(hidden, whole, *ids[1:])
-        sums = by_response(found, ids[2], num_responses)
-        return LogProbs(*sums, log_z, TokenScores(found, values), routing=routing)
+        return LogProbs(*by_response(found, ids[2], num_responses), log_z, TokenScores(found, values))
+
+    def log_probs(params: Params, rows: dict[str, Array], num_responses: int, *of_heads: Any) -> LogProbs:
+        outputs = policy.outputs(params, rows, how)
+        return from_outputs(outputs, rows, num_responses, *of_heads)._replace(routing=outputs.routing)
 
     return log_probs

@@ -7,13 +7,27 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from rpo_jax import models
-from rpo_jax.config import LoraConfig
+from rpo_jax.config import LoraConfig, MeshConfig
+from rpo_jax.hosts import sharding
 from rpo_jax.models import lora, quantization
 from rpo_jax.models.projection import NF4, NF4_LEVELS, Int4, Quantized, project, project_grouped
 from rpo_jax.sampling import kv_cache
+from rpo_jax.tools.planning.compiled import _abstract
+from rpo_jax.training.needs import device_bytes
 from tests.worlds import quantized, small_model, widened
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 9))
+BITSANDBYTES = {
+    "values": (
+        "7e1c4600f12f22f0073a0f9f092901f45f65f10c140fef030e14ecdbddd84f002cfb301fbe5ff1ff2fec71d170e4d5fe"
+        "08514419c0fee204bfe020c00f11f008270fef020f4abef3ff4fed61e160f8e2ea1217006121be3e6f081c13ece8ff8e"
+        "de41d160f8e1d8210a00b0135b0fdf010f7d6ff0ee0ff3fdf103bfc100f25eabe96f1092a1f7e1d7210d00e00a130efc"
+        "403dff0a62214231ae1fcf010fae3fe0a809b0ef5d5f050e4c7ff0dc0cd0ff9b3e171e3b9ff0dc0cd0ff7c4e050f5d5f"
+    ),
+    "scales": [203, 203, 0, 204, 203, 62],
+    "steps": [0.0009770989418029785],
+    "offset": 0.9997208714485168,
+}
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
@@ -27,13 +41,21 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_same_weights():
     theirs = np.frombuffer(bytes.fromhex(BITSANDBYTES["values"]), np.uint8)
     np.testing.assert_array_equal(ours.reshape(-1), np.stack([theirs >> 4, theirs & 15], axis=1).reshape(-1))
     assert codes.T.reshape(-1).tolist() == BITSANDBYTES["scales"]
-    np.testing.assert_allclose([*steps, offset], [*BITSANDBYTES["steps"], BITSANDBYTES["offset"]], rtol=1e-6)
+    assert offset == pytest.approx(BITSANDBYTES["offset"], rel=1e-6)
+    np.testing.assert_allclose(steps, BITSANDBYTES["steps"], rtol=1e-4)  # of differences from that mean
 
 
-@pytest.mark.parametrize("dtype", ["nf4", "int4"])
-@pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "compute", "tolerance"),
+    [
+        ("nf4", "float32", 1e-5),
+        ("int4", "float32", 1e-5),
+        pytest.param("nf4", "bfloat16", 3e-2, marks=pytest.mark.slow),
+    ],
+)
 def test_the_gradient_of_adapters_is_that_on_the_weights_that_the_base_stands_for(dtype, compute, tolerance):
-    model_config, config = small_model(**SIZES), LoraConfig(rank=3, alpha=12.0, base_dtype=dtype)
+    targets = ("q_proj", "o_proj", "down_proj")
+    model_config, config = small_model(**SIZES), LoraConfig(rank=3, alpha=12.0, base_dtype=dtype, targets=targets)
     params = jax.tree.map(lambda leaf: 3 * leaf, models.init_params(model_config, jax.random.key(0)))
     base = quantized(model_config, params, dtype)
     shapes = lora.abstract_adapters(model_config, config)
@@ -98,7 +120,7 @@ def test_a_product_over_two_input_axes_of_which_a_block_takes_several(kind):
     assert float(same[2]) == 0.5
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("llama", marks=pytest.mark.slow)])
 def test_the_sampler_reads_what_training_reads(family):
     model_config = small_model(family=family, **SIZES)
     base = quantized(model_config, models.init_params(model_config, jax.random.key(0)), "nf4")
@@ -123,3 +145,9 @@ def test_a_weight_takes_as_much_memory_as_is_said(dtype):
         assert kept / weights == pytest.approx(quantization.bytes_per_weight(dtype), rel=5e-3), path
     router = base[("layers", "mlp", "router")]
     assert router.dtype == base[("embed",)].dtype == np.float32
+    # What a plan and a run say that a device holds: its share of all of that.
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    policy = models.Policy(model_config, LoraConfig(rank=1, targets=("q_proj",), base_dtype=dtype))
+    held = device_bytes(_abstract(mesh, policy.frozen))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(policy.frozen.shapes))
+    assert held == pytest.approx(whole / 8, rel=0.02)

@@ -224,8 +224,9 @@ def to_transformers(model: ModelConfig, dtype: str) -> Any:
 def write_config(folder: Path, model: ModelConfig, dtype: str, base: Path | None = None) -> None:
     """Write a config.json that transformers 4 and 5 read alike.
 
-    Version 5 has the whole rotary embedding in rope_parameters, 4 looks for rope_theta and rope_scaling, and where they
-    are absent goes on with a base of 10000 without scaling, and without a word. Both are written.
+    Version 5 has the whole rotary embedding in rope_parameters, 4 looks for rope_theta, rope_scaling and, for layers
+    with a window, rope_local_base_freq, and where they are absent goes on with a base of 10000 without scaling, and
+    without a word. Both are written.
 
     Args:
         dtype: of the weights beside it.
@@ -251,12 +252,25 @@ def write_config(folder: Path, model: ModelConfig, dtype: str, base: Path | None
         values["rope_scaling"] = _rope_scaling(model.rope)
     if model.rotated_dim != model.head_dim and values.get("partial_rotary_factor") is None:
         values["partial_rotary_factor"] = model.rotated_dim / model.head_dim
+    if model.parts.local_rope is not None and values.get("rope_local_base_freq") is None:
+        values["rope_local_base_freq"] = model.parts.local_rope.theta
+    for name, value in _renamed(model, values).items():
+        values.setdefault(name, value)
     named = [name for name in ("dtype", "torch_dtype") if values.get(name) is not None]
     if named or dtype != "float32":
         values |= dict.fromkeys(named or ("dtype", "torch_dtype"), dtype)
     if content is None or values != original:
         content = (json.dumps(values, indent=2, sort_keys=base is None, ensure_ascii=False) + "\n").encode()
     (folder / "config.json").write_bytes(content)
+
+
+def _renamed(model: ModelConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What version 5 writes under another name than 4 reads, by the latter: num_experts of some mixtures."""
+    import transformers
+
+    names = getattr(transformers, FAMILIES[model.family].config_class).attribute_map
+    written = FAMILIES[model.family].write(model)
+    return {older: written[older] for older, newer in names.items() if newer in values and older in written}
 
 
 def _stored_dtype(values: Mapping[str, Any]) -> str:
