@@ -122,7 +122,7 @@ def compile_kernels(
     def of(heads: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, tokens, heads, head_dim), dtype, sharding=place)
 
-    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=place)
+    ids: Any = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=place)
     windows = (None, 512) if windowed else (None,)
 
     def total(query: Any, key: Any, value: Any, ids: TokenIds) -> Any:

@@ -271,10 +271,10 @@ class _Block(NamedTuple):
         return lax.fori_loop(masked, seen, partial(one, masked=False), carry)
 
 
-def _forward_kernel(query, key, value, *more: Any, block: Callable[..., _Block]) -> None:
+def _forward_kernel(query, key, value, *more: Any, make_block: Callable[..., _Block]) -> None:
     """One block of queries of one head: o = softmax(q k^T) v, and log2 of the softmax's sum."""
     *shared, out_of, log_sum_of = more
-    block = block(*shared)
+    block = make_block(*shared)
     kept, passing = block.tiles.kept, block.tiles.passing
     queries = block.of(block.first, kept, 0)
     q = block.read(query)
@@ -302,10 +302,10 @@ def _forward_kernel(query, key, value, *more: Any, block: Callable[..., _Block])
     log_sum_of[...] = most + jnp.log2(total)
 
 
-def _queries_kernel(query, key, value, gradient, log_sum, inner, *more: Any, block: Callable[..., _Block]) -> None:
+def _queries_kernel(query, key, value, gradient, log_sum, inner, *more: Any, make_block: Callable[..., _Block]) -> None:
     """One block of queries of one head: dq = sum over keys of ds k, ds = p (do v^T - sum(o do))."""
     *shared, out_of = more
-    block = block(*shared)
+    block = make_block(*shared)
     kept, passing = block.tiles.kept, block.tiles.passing
     queries = block.of(block.first, kept, 0)
     q, do = block.read(query), block.read(gradient)
@@ -325,13 +325,13 @@ def _queries_kernel(query, key, value, gradient, log_sum, inner, *more: Any, blo
     block.write(out_of, block.over(turn, jnp.zeros(query.shape, jnp.float32)) * block.scale)
 
 
-def _keys_kernel(query, key, value, gradient, log_sum, inner, *more: Any, block: Callable[..., _Block]) -> None:
+def _keys_kernel(query, key, value, gradient, log_sum, inner, *more: Any, make_block: Callable[..., _Block]) -> None:
     """One block of keys of one key-value head: dv = sum over queries and their heads of p^T do, dk = of ds^T q.
 
     Scores are held as keys by queries: then no weight is transposed.
     """
     *shared, key_out, value_out = more
-    block = block(*shared)
+    block = make_block(*shared)
     kept, passing = block.tiles.kept, block.tiles.passing
     keys = block.of(block.first, kept, 0)
     k, v = block.read(key), block.read(value)
@@ -389,7 +389,7 @@ class _Call(NamedTuple):
         return pl.BlockSpec((None, self.group, self.tokens), lambda i, h, r: (r, h, 0))
 
     def run(self, kernel: Any, specs: list[Any], outs: list[Any], shapes: list[Any], *arrays: Any) -> list[Array]:
-        *arrays, ids, visits, window = arrays
+        *tensors, ids, visits, window = arrays
         whole = [
             pl.BlockSpec((None, *x.shape[1:]), lambda i, h, r, rank=x.ndim: (r, *[0] * (rank - 1)))
             for x in (*ids, *visits)
@@ -401,14 +401,14 @@ class _Call(NamedTuple):
 
         rows, heads = shapes[0].shape[0], shapes[0].shape[2]
         return pl.pallas_call(
-            partial(kernel, block=block),
+            partial(kernel, make_block=block),
             grid=(self.tokens // self.tiles.kept, heads, rows),
             in_specs=[*specs, *whole, pl.BlockSpec((1,), lambda i, h, r: (0,))],
             out_specs=outs,
             out_shape=shapes,
             compiler_params=triton.CompilerParams(num_warps=self.tiles.warps, num_stages=self.tiles.stages),
             interpret=self.how.interpret,
-        )(*arrays, *ids, *visits, window)
+        )(*tensors, *ids, *visits, window)
 
 
 def _call(kernel: str, how: _How, query: Array, key: Array) -> _Call:
