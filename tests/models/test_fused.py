@@ -50,33 +50,36 @@ def odd_rows() -> TokenIds:
 
 
 def compiled(name, layout, windows, softcap=None):
-    """Output and gradients by query, key, value, weight of the outputs and window, of an attention of these rows."""
+    """Output and gradients of an attention of these rows, by query, key, value, sinks, weight of outputs and window."""
 
-    def total(query, key, value, weight, which):
+    def total(query, key, value, sinks, weight, which):
         attend = make_attention(name, "cpu", layout, windows, Split(), Asked(softcap=softcap))
-        out = attend(query, key, value, which)
+        out = attend(query, key, value, which, sinks)
         return jnp.sum(out * weight), out
 
-    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True))
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "head_dim", "windows", "softcap"), [(2, 24, (None, 50), None), (4, 16, (None,), 0.7)]
+    ("kv_heads", "head_dim", "windows", "softcap", "sinks"),
+    [(2, 24, (None, 50), None, None), (4, 16, (None,), 0.7, (0.5, -1.0, 3.0, 9.0))],
 )
-def test_the_kernels_give_what_dense_attention_gives(kv_heads, head_dim, windows, softcap):
+def test_the_kernels_give_what_dense_attention_gives(kv_heads, head_dim, windows, softcap, sinks):
     """On odd rows, and two of several segments with up to five branches each that end within a block."""
     ragged = packed_layout(2, TOKENS - 20, branches=5).padded(20)
     layout = TokenIds(*(jnp.concatenate(ids) for ids in zip(odd_rows(), ragged, strict=True)))
     *qkv, weight = tensors(7, TOKENS, kv_heads, head_dim=head_dim)
+    given = (*qkv, None if sinks is None else jnp.array(sinks))
     live = (layout.segment_ids > 0)[..., None, None]
     kernels, dense = (compiled(name, layout, windows, softcap) for name in ("fused", "dense"))
     for which in range(len(windows)):
-        (_, out), gradients = kernels(*qkv, jnp.where(live, weight, 0), jnp.array(which))
-        (_, right), right_gradients = dense(*qkv, jnp.where(live, weight, 0), jnp.array(which))
-        assert_same((jnp.where(live, out, 0), *gradients), (jnp.where(live, right, 0), *right_gradients))
+        (_, out), gradients = kernels(*given, jnp.where(live, weight, 0), jnp.array(which))
+        (_, right), right_gradients = dense(*given, jnp.where(live, weight, 0), jnp.array(which))
+        wanted = jax.tree.leaves((jnp.where(live, right, 0), right_gradients))
+        assert_same(jax.tree.leaves((jnp.where(live, out, 0), gradients)), wanted)
     np.testing.assert_array_equal(out[0], 0)
     # Whatever a loss asks of padding: nothing of it reaches a token.
-    for gradient in kernels(*qkv, jnp.where(live, 0, weight), jnp.array(0))[1]:
+    for gradient in kernels(*given, jnp.where(live, 0, weight), jnp.array(0))[1][:3]:
         np.testing.assert_array_equal(np.where(live, gradient, 0), 0)
 
 

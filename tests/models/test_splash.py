@@ -161,6 +161,6 @@ def test_cudnn_says_what_it_needs(asked, need):
         check_attention("cudnn", "gpu", Asked("bfloat16", 64, softcap=50.0))
     with pytest.raises(ValueError, match=r"model.attention=cudnn needs a model without attention sinks; here"):
         check_attention("cudnn", "gpu", Asked("bfloat16", 64, sinks=True))
-    assert attention_kind("auto", "gpu", Asked("bfloat16", 64, 4096, sinks=True)) is ATTENTIONS["dense"]
+    assert attention_kind("auto", "gpu", Asked("bfloat16", 64, 4096, sinks=True)) is ATTENTIONS["fused"]
     with pytest.raises(ValueError, match=f"model.attention=cudnn needs {need}"):
         check_attention("cudnn", "gpu", Asked(*asked))

@@ -104,6 +104,7 @@ class _Saved(NamedTuple):
     window: Int[Array, "1"]
     out: Float[Array, "R T H K"]
     log_sum: Float[Array, "R H T"]
+    sinks: Float[Array, "H"] | None
 
 
 class _How(NamedTuple):
@@ -170,6 +171,8 @@ def fused_attention(
     ids: TokenIds,
     plan: Plan,
     window: Int[Array, ""],
+    sinks: Float[Array, "H"] | None = None,
+    *,
     how: _How,
 ) -> Float[Array, "R T H K"]:
     """Grouped-query attention, softmax in float32; what dense attention gives where there are tokens.
@@ -180,13 +183,14 @@ def fused_attention(
         ids: of T tokens, a multiple of LARGE.
         plan: of these ids and this window.
         window: positions that a query sees back, its own included.
+        sinks: one more score in every head's softmax, which has no value; None for none.
     """
-    return _attend(how, query, key, value, ids, plan, window[None])
+    return _attend(how, query, key, value, ids, plan, window[None], sinks)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how, query, key, value, ids, plan, window) -> Array:
-    return _forward(how, query, key, value, ids, plan, window)[0]
+def _attend(how, query, key, value, ids, plan, window, sinks) -> Array:
+    return _forward(how, query, key, value, ids, plan, window, sinks)[0]
 
 
 class _Block(NamedTuple):
@@ -412,7 +416,7 @@ def _call(kernel: str, how: _How, query: Array, key: Array) -> _Call:
     return _Call(how, tiles(kernel, head_dim, query.dtype), tokens, head_dim, heads // key.shape[2])
 
 
-def _forward(how, query, key, value, ids, plan, window) -> tuple[Array, _Saved]:
+def _forward(how, query, key, value, ids, plan, window, sinks) -> tuple[Array, _Saved]:
     call = _call("forward", how, query, key)
     of_keys = call.row(lambda head: lax.div(head, call.group))
     shapes = [
@@ -421,13 +425,27 @@ def _forward(how, query, key, value, ids, plan, window) -> tuple[Array, _Saved]:
     ]
     specs, outs = [call.block(), of_keys, of_keys], [call.block(), call.number()]
     found = call.run(_forward_kernel, specs, outs, shapes, query, key, value, ids, plan.of_queries, window)
+    if sinks is not None:
+        # A sink adds to a softmax's sum alone: all weights of a query become smaller by one factor.
+        out, log_sum = found
+        more = jnp.logaddexp2(log_sum, _exponents(sinks))
+        share = jnp.exp2(log_sum - more).swapaxes(1, 2)[..., None]
+        found = [(out * share).astype(out.dtype), more]
     out, log_sum = (checkpoint_name(x, ATTENTION_OUTPUT) for x in found)
-    return out, _Saved(query, key, value, ids, plan, window, out, log_sum)
+    return out, _Saved(query, key, value, ids, plan, window, out, log_sum, sinks)
+
+
+def _exponents(sinks: Float[Array, "H"]) -> Float[Array, "H 1"]:
+    """Sinks as exponents of 2."""
+    return sinks.astype(jnp.float32)[:, None] * LOG2_E
 
 
 def _backward(how: _How, saved: _Saved, cotangent: Float[Array, "R T H K"]) -> tuple[Any, ...]:
-    """Two kernels, each of which writes only what is its own: no sum depends on who comes first."""
-    query, key, value, ids, plan, window, out, log_sum = saved
+    """Two kernels, each of which writes only what is its own: no sum depends on who comes first.
+
+    A sink z has the weight p_z = exp(z - log_sum) and no value:  dz = -p_z sum(o do).
+    """
+    query, key, value, ids, plan, window, out, log_sum, sinks = saved
     inner = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     arrays = query, key, value, cotangent.astype(query.dtype), log_sum, inner, ids
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
@@ -441,7 +459,10 @@ def _backward(how: _How, saved: _Saved, cotangent: Float[Array, "R T H K"]) -> t
     specs = [call.group_row(), call.block(), call.block(), call.group_row(), call.group_numbers(), call.group_numbers()]
     outs = [call.block(), call.block()]
     dk, dv = call.run(_keys_kernel, specs, outs, like[1:], *arrays, plan.of_keys, window)
-    return dq, dk, dv, None, None, None
+    of_sinks = None
+    if sinks is not None:
+        of_sinks = -jnp.sum(jnp.exp2(_exponents(sinks) - log_sum) * inner, axis=(0, 2)).astype(sinks.dtype)
+    return dq, dk, dv, None, None, None, of_sinks
 
 
 _attend.defvjp(_forward, _backward)
@@ -461,11 +482,11 @@ def make(
     ]
     plan = jax.tree.map(lambda *parts: jnp.stack(parts), *plans)
 
-    def attend(query: Array, key: Array, value: Array, which: Array, sinks: None = None) -> Array:
+    def attend(query: Array, key: Array, value: Array, which: Array, sinks: Array | None = None) -> Array:
         one = which if len(windows) > 1 else 0
         more = ids, jax.tree.map(lambda x: x[one], plan), sizes[one]
         run = partial(fused_attention, how=how)
-        return split.attend(run, (query, key, value), more, (TOKEN_IDS_AXES, _PLAN_AXES, ()), padding)
+        return split.attend(run, (query, key, value), more, (TOKEN_IDS_AXES, _PLAN_AXES, ()), padding, sinks)
 
     return attend
 
@@ -484,6 +505,7 @@ KIND = AttentionKind(
     skips=True,
     fused=True,
     platforms=("gpu",),
+    takes_sinks=True,
     needs=(
         (
             f"head dimensions that 16 divides, at most {MOST_HEAD_DIM}, in float32 {MOST_WIDE_HEAD_DIM}",
