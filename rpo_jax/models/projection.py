@@ -122,7 +122,7 @@ def project(x: Float[Array, "..."], kernel: Kernel, input_rank: int) -> Float[Ar
         return _project_quantized(x, kernel, input_rank)
     if isinstance(kernel, Transposed):
         return _transposed_product(x, kernel.kernel.astype(x.dtype), input_rank)
-    if _is_narrow(kernel, x):
+    if isinstance(kernel, Blockwise) or _is_narrow(kernel, x):
         return _project_widened(x, kernel, input_rank)
     return _product(x, kernel.astype(x.dtype), input_rank)
 
@@ -141,8 +141,8 @@ def project_grouped(x: Float[Array, "N I"], kernel: Kernel, rows_of: Int[Array, 
     return _grouped_product(x, kernel.astype(x.dtype), rows_of)
 
 
-def _is_narrow(kernel: Array | Blockwise, x: Array) -> bool:
-    return isinstance(kernel, Blockwise) or kernel.dtype.itemsize < x.dtype.itemsize
+def _is_narrow(kernel: Array, x: Array) -> bool:
+    return kernel.dtype.itemsize < x.dtype.itemsize
 
 
 def _widened(kernel: Array | Quantized | Blockwise, dtype: DTypeLike, inputs: tuple[int, ...]) -> Array:

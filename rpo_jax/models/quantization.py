@@ -127,7 +127,9 @@ def load_rounded(weights: Weights, matrix: Matrix, shapes: Quantized | Blockwise
     Every process reads all inputs of the outputs that its devices hold, for nf4 and int4 all of each layer, and so
     finds the same scales as every other without asking.
     """
-    return (_load_int8 if isinstance(shapes, Quantized) else _load_blocks)(weights, matrix, shapes, places)
+    if isinstance(shapes, Quantized):
+        return _load_int8(weights, matrix, shapes, places)
+    return _load_blocks(weights, matrix, shapes, places)
 
 
 def _where(matrix: Matrix, index: Index) -> Iterator[tuple[int, ...]]:
