@@ -310,7 +310,7 @@ def test_the_small_frontier_is_part_of_the_whole_and_the_documentation_tells_of_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_a_frontier_of_a_small_model_from_end_to_end(tmp_path, capsys):
     """Answers of a model are scored and trained on, and those of the policies scored in their turn."""
     changes = {"objective.name": "sft", "train.steps": 1, "tracking.tensorboard": False}
