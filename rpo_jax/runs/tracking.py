@@ -250,4 +250,4 @@ class MetricsLog:
 
 def _lines_name(line: Mapping[str, float]) -> tuple[int, frozenset[str]]:
     """What tells it from the other lines of a run: its step, and whether it is of training, evaluation or a round."""
-    return int(line["step"]), frozenset(("loss", "eval_loss", "round")) & line.keys()
+    return int(line["step"]), frozenset(name for name in ("loss", "eval_loss", "round") if name in line)
