@@ -126,8 +126,8 @@ class ScoredTask:
 
     def held_out(self) -> ScoredTask:
         """What of it a model meets that is not trained on it: the same for any amount and form of training data."""
-        counts = {"tune_prompts": self.tune_prompts, "test_prompts": self.test_prompts}
-        return ScoredTask(self.score, self.prompts, self.system, **counts)
+        tune, test = self.tune_prompts, self.test_prompts
+        return ScoredTask(self.score, self.prompts, self.system, tune_prompts=tune, test_prompts=test)
 
     def training_rows(self, answers: Sequence[Mapping[str, Any]], seed: int) -> list[Row]:
         """Rows of the form asked for, drawn from scored answers.
