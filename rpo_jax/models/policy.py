@@ -188,8 +188,9 @@ class Policy:
             params: as `combine` gives them, or weights.
             rows: tokens, positions, segment_ids and branch_ids, each [B, T], as in core.records.Batch.
         """
-        ids = (rows[name] for name in ("tokens", "positions", "segment_ids", "branch_ids"))
-        hidden, routing = hidden_states_and_routing(self.model_config, params, *ids, **how._asdict())
+        tokens, *ids = (rows[name] for name in ("tokens", "positions", "segment_ids", "branch_ids"))
+        settings: Any = how._asdict()
+        hidden, routing = hidden_states_and_routing(self.model_config, params, tokens, *ids, **settings)
         # Whole over fsdp before the chunks of a loss run, or each chunk would gather it again.
         return Outputs(hidden, how.split.gather(output_head(self.model_config, params), ("embed", "vocab")), routing)
 

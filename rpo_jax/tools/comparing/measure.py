@@ -75,8 +75,9 @@ def _log_probs(
 ) -> Float[Array, "B"]:
     """Summed log-prob of the scored tokens of each row."""
     rows, width = tokens.shape
-    hidden = models.hidden_states(model_config, params, jnp.asarray(tokens))
+    ids = jnp.asarray(tokens)
+    hidden = models.hidden_states(model_config, params, ids)
     previous = jnp.broadcast_to(jnp.arange(width) - 1, tokens.shape)
     row_ids = jnp.where(scored, jnp.arange(rows)[:, None], -1)
     head, softcap = models.output_head(model_config, params), model_config.parts.logit_softcap
-    return response_log_probs(hidden, head, tokens, previous, row_ids, rows, softcap=softcap)[0]
+    return response_log_probs(hidden, head, ids, previous, row_ids, rows, softcap=softcap)[0]
