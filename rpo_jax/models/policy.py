@@ -188,9 +188,11 @@ class Policy:
             params: as `combine` gives them, or weights.
             rows: tokens, positions, segment_ids and branch_ids, each [B, T], as in core.records.Batch.
         """
-        tokens, *ids = (rows[name] for name in ("tokens", "positions", "segment_ids", "branch_ids"))
+        tokens, positions, segments = rows["tokens"], rows["positions"], rows["segment_ids"]
         settings: Any = how._asdict()
-        hidden, routing = hidden_states_and_routing(self.model_config, params, tokens, *ids, **settings)
+        hidden, routing = hidden_states_and_routing(
+            self.model_config, params, tokens, positions, segments, rows["branch_ids"], **settings
+        )
         # Whole over fsdp before the chunks of a loss run, or each chunk would gather it again.
         return Outputs(hidden, how.split.gather(output_head(self.model_config, params), ("embed", "vocab")), routing)
 
