@@ -156,18 +156,16 @@ def lines(plan: Plan) -> Iterator[Line]:
         yield _within(f"DPO on {name}: losses of {plan.steps} steps", largest(mine["loss"], other["loss"]))
         for metric in ("rewards/chosen", "rewards/rejected"):
             yield _within(f"DPO on {name}: {metric}", largest(mine[metric], other[metric]))
-        norms = (mine["grad_norm"][0], other["grad_norm"][0], ours["gradient_norm"][name])
-        yield Line(
-            f"DPO on {name}: first gradient's norm, ours, TRL's, torch float64", "{:.6f}, {:.6f}, {:.6f}".format(*norms)
-        )
-        yield _within(
-            f"DPO on {name}: first gradient's norm, ours to torch float64", relative(norms[0], norms[2]), RELATIVE_BOUND
-        )
         yield _within(f"DPO on {name}: gradient norms, of their size", relative(mine["grad_norm"], other["grad_norm"]))
         first, last = mine["loss"][0], mine["loss"][-1]
         yield Line(f"DPO on {name}: our loss, first and last", f"{first:.5f}, {last:.5f}")
         own = largest(other["own_log_probs"], other["log_probs"])
         yield Line(f"DPO on {name}: TRL's log-probs on its own ids differ by, nats", f"{own:.1e}")
+    first = next(iter(plan.data))
+    norms = *(one["dpo"][first]["grad_norm"][0] for one in (ours, theirs)), ours["gradient_norm"]
+    of = f"DPO on {first}: first gradient's norm"
+    yield Line(f"{of}, ours, TRL's, torch's in float64", ", ".join(f"{norm:.6f}" for norm in norms))
+    yield _within(f"{of}, ours to torch's in float64", relative(norms[0], norms[2]), RELATIVE_BOUND)
     lora = ours["lora"]
     yield Line(f"LoRA: rank {plan.lora_rank}, two steps changed a log-prob by, nats", f"{lora['changed']:.2f}")
     yield _within("LoRA: peft's log-probs on the exported adapters, of their size", lora["relative"])

@@ -206,8 +206,7 @@ def test_a_real_model_s_differences_are_held_to_their_bounds(tmp_path):
     greedy = {"count": 2, "same_prompts": 2, "same": 2, "tokens": 8, "ended": 1, "gaps": []}
     lora = {"changed": 0.5, "relative": 1e-6}
     plan.write("ids", {"all": ids, "batch": ids})
-    norms = {"rows": 9.00001}
-    plan.write("ours", {"logits": logits, "greedy": greedy, "dpo": dpo, "lora": lora, "gradient_norm": norms})
+    plan.write("ours", {"logits": logits, "greedy": greedy, "dpo": dpo, "lora": lora, "gradient_norm": 9.00001})
     other = {"log_probs": [[-100.001, -50.0]], "own_log_probs": [[-100.2, -50.0]], **steps}
     plan.write("trl", {"ids": ids, "dpo": {"rows": other}})
     found = list(real_model.lines(plan))
