@@ -12,7 +12,18 @@ from rpo_jax.tools.reporting.run_records import RunRecord
 REWARDS, LOG_PROBS = "eval_rewards/accuracies", "eval_logps/accuracies"
 WORSE = 0.01  # a held-out loss that has risen by more than this share of its least is past its best
 NEAR = 0.005  # accuracies that differ by less are level
-HELD_OUT_BY = ("path", "mix", "split", "eval_path", "eval_split", "eval_rows", "max_tokens", "max_prompt_tokens")
+# What decides which rows are held out, and what of them is read.
+HELD_OUT_BY = (
+    "path",
+    "mix",
+    "split",
+    "eval_path",
+    "eval_split",
+    "eval_rows",
+    "layout",
+    "max_tokens",
+    "max_prompt_tokens",
+)
 
 
 def verdict(records: Sequence[RunRecord]) -> str:
@@ -101,20 +112,7 @@ def _beside(first: RunRecord, others: Sequence[RunRecord]) -> str:
 
 
 def _held_out(record: RunRecord) -> Mapping[str, Any]:
-    """What decides which rows are held out."""
-    data = record.config.data
-    names = (
-        "path",
-        "mix",
-        "split",
-        "eval_path",
-        "eval_split",
-        "eval_rows",
-        "layout",
-        "max_tokens",
-        "max_prompt_tokens",
-    )
-    return {name: getattr(data, name) for name in names}
+    return {name: getattr(record.config.data, name) for name in HELD_OUT_BY}
 
 
 def _percent(share: float) -> str:
