@@ -294,9 +294,15 @@ def test_a_round_without_a_preference_ends_the_run_which_can_go_on(world, capsys
     error = capsys.readouterr().err.strip()
     assert "round 0 (after step 0): no answer is better than another" in error
     assert "\n" not in error
-    # With a scorer that tells answers apart the same answers are used.
+    # At another temperature others are sampled, or the message's advice would lead nowhere.
+    first = world.files("no preference")["0000.answers.jsonl"]
+    warmer = {"run.resume": "auto", "rounds.temperature": 3.0}
+    assert world.main("no preference", {**warmer, "rounds.score": score}) == 2
     before = world.files("no preference")["0000.answers.jsonl"]
-    assert world.main("no preference", {"run.resume": "auto", "train.rounds": 1, "rounds.steps": 1}) == 0
+    assert len(before) == len(first)
+    assert not set(before) & set(first)
+    # With a scorer that tells answers apart the same answers are used.
+    assert world.main("no preference", {**warmer, "train.rounds": 1, "rounds.steps": 1}) == 0
     assert world.files("no preference")["0000.answers.jsonl"] == before
 
 

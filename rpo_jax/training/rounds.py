@@ -284,28 +284,34 @@ class Rounds(Hook):
         """An answer to each of the prompts with these numbers, in their order; None where the run is to stop.
 
         Args:
-            file: has the answers that an earlier part of the run was given, and gets the others as they come.
+            file: has the answers that an earlier part of the run was given, and gets the others as they come. Those
+                that it was given otherwise, as a round that failed may go on with another temperature, are given anew.
         """
         examples = self.prepared.prompts[part].data.examples
         prompts = [examples[index].prompt_ids for index in numbers]
         room = (min(self.models.config.positions, self.config.data.max_tokens - 1) - len(ids) for ids in prompts)
         limits = [max(0, min(self._settings.max_tokens, left)) for left in room]
+        seeds = prompt_seeds(prompts, (self.config.run.seed << 32) + 2 * number + (part != "train"))
+        sampling = [self._settings.temperature, self._settings.top_k, self._settings.top_p]
+        # What an answer follows from besides the policy; a seed says which prompt it is and which of its samples.
+        asked = [[seed, limit, *sampling] for seed, limit in zip(seeds, limits, strict=True)]
         done: dict[int, Answer] = {}
         growing: GrowingFile | None = None
         if file is not None:
             for line in map(parse_json, complete_lines(file)):
-                done[line["index"]] = Answer(**line)
-            write_jsonl(file, [_saved(answer) for answer in done.values()], ascii_only=False)
+                index, own = line["index"], line.pop("asked")
+                if index < len(asked) and own == asked[index]:
+                    done[index] = Answer(**line)
+            write_jsonl(file, [_saved(answer, asked) for answer in done.values()], ascii_only=False)
             growing = GrowingFile(file, self.reporter.say, ascii_only=False)
         rows = batch_rows(BATCH_ANSWERS, len(numbers), sharding.row_shards(self.models.mesh))
         ends, tokenizer = self.models.end_ids, self.prepared.tokenizer
         answerer = Answerer(self._engines[part], params, tokenizer, ends, (), rows)
-        seeds = prompt_seeds(prompts, (self.config.run.seed << 32) + 2 * number + (part != "train"))
         missing = [index for index in range(len(numbers)) if index not in done]
         for some in answerer.answers(prompts, seeds, limits, missing) if missing else ():
             done |= {answer.index: answer for answer in some}
             if growing is not None:
-                growing.add(*map(_saved, some))
+                growing.add(*(_saved(answer, asked) for answer in some))
             saving = 2 * self.saving.checkpoints.longest_save(default=1.0)
             if len(done) < len(numbers) and run.stopping.requested("sampling", saving):
                 return None
@@ -397,9 +403,9 @@ def _of_one_round(config: Config, max_tokens: int, row_tokens: int) -> Config:
     return replace(config, data=data, batch=batch, rounds=RoundsConfig(), train=replace(config.train, rounds=0))
 
 
-def _saved(answer: Answer) -> dict[str, Any]:
+def _saved(answer: Answer, asked: Sequence[list[Any]]) -> dict[str, Any]:
     said = {"index": answer.index, "text": answer.text, "finish_reason": answer.finish_reason}
-    return {**said, "tokens": answer.tokens, "ids": list(map(int, answer.ids))}
+    return {**said, "tokens": answer.tokens, "ids": list(map(int, answer.ids)), "asked": asked[answer.index]}
 
 
 def _told(metrics: Mapping[str, float]) -> str:
