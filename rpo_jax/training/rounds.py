@@ -275,6 +275,8 @@ class Rounds(Hook):
         if answers is None:
             return None
         rows, metrics = self.rater.rows([self._as_row("train", numbers[one.index], one) for one in answers])
+        # Log-probs of other rows, which this round had when it failed.
+        (self._folder / f"{name}.safetensors").unlink(missing_ok=True)
         write_jsonl(self._folder / f"{name}.jsonl", rows, ascii_only=False)
         return {**metrics, **found}
 
