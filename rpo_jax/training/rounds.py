@@ -199,7 +199,7 @@ class Rounds(Hook):
 
     def before_first_step(self, run: Training) -> None:
         number = run.step // self.batches.steps
-        for file in self._folder.glob("*.*"):
+        for file in self._folder.glob("[0-9]*.*"):  # a process that is killed may leave .NNNN.json.*.tmp
             if int(file.name.partition(".")[0]) > number:
                 file.unlink()  # of an earlier part of the run, which this one does again
         self._begin(run)
