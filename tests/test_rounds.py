@@ -302,9 +302,20 @@ def test_a_round_without_a_preference_ends_the_run_which_can_go_on(world, capsys
     before = world.files("no preference")["0000.answers.jsonl"]
     assert len(before) == len(first)
     assert not set(before) & set(first)
-    # With a scorer that tells answers apart the same answers are used.
-    assert world.main("no preference", {**warmer, "train.rounds": 1, "rounds.steps": 1}) == 0
+    # With a scorer that tells answers apart the same answers are used; it has nothing to say of the held-out ones.
+    rule = f"""
+HELD_OUT = {[row["prompt"] for row in preference_rows()][-8:]}
+
+def some(prompt, response):
+    return sum(letter in "aeiou" for letter in response) / (prompt not in HELD_OUT)
+"""
+    (world.folder / "some.py").write_text(rule, encoding="utf-8")
+    some = {"rounds.score": f"rule:{world.folder / 'some.py'}:some", "train.rounds": 1, "rounds.steps": 1}
+    assert world.main("no preference", {**warmer, **some}) == 0
     assert world.files("no preference")["0000.answers.jsonl"] == before
+    last = metric_lines(world.folder / "no preference")[-1]
+    assert "eval_kl" in last
+    assert "eval_reward" not in last
 
 
 def rater(world, rule):

@@ -326,7 +326,10 @@ class Rounds(Hook):
         return {"row_id": row.row_id, "prompt": prompt, **said}
 
     def _evaluated(self, run: Training, params: Params, number: int) -> dict[str, float] | None:
-        """The held-out reward, and the KL to the start in nats an answer, of one sampled answer to each prompt."""
+        """The held-out reward, and the KL to the start in nats an answer, of one sampled answer to each prompt.
+
+        No reward where no answer has a score, as from a judge, who compares answers to the same prompt.
+        """
         asked = self.prepared.prompts["held_out"].data.examples
         count = min(self._settings.eval_prompts, len(asked))
         answers = self._answers(run, "held_out", range(count), params, number)
@@ -345,9 +348,9 @@ class Rounds(Hook):
         ]
         data, now = PreferenceData(examples), self._params(run)
         ratios = self._scored(data, ("chosen",), now) - self._scored(data, ("chosen",), self.models.start)
+        rewards = {"eval_reward": float(np.mean(scores)), "eval_reward_std": float(np.std(scores))} if scores else {}
         return {
-            "eval_reward": float(np.mean(scores)) if scores else float("nan"),
-            "eval_reward_std": float(np.std(scores)) if scores else float("nan"),
+            **rewards,
             "eval_kl": float(np.mean(ratios)),
             "eval_completions/mean_length": float(np.mean([answer.tokens for answer in answers])),
         }
