@@ -11,7 +11,7 @@ import pytest
 
 import rpo_jax
 from rpo_jax import doctor, export, models, report, train
-from rpo_jax.core.jsonl import GrowingFile
+from rpo_jax.core.jsonl import GrowingFile, read_jsonl
 from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.folder import CHECKPOINTS
 from rpo_jax.runs.tracking import Reporter
@@ -20,6 +20,7 @@ from rpo_jax.tools.sampling.rounds import AnswerRater
 from rpo_jax.tools.sampling.sample import Choice
 from rpo_jax.tools.sampling.scorers import make_scorer
 from rpo_jax.training import rounds
+from rpo_jax.training.hooks.samples import SAMPLES
 from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.optimizer import Anchor, extrapolated
 from rpo_jax.training.rounds import drawn
@@ -259,7 +260,10 @@ def test_stopped_at_any_instant_it_goes_on_bit_for_bit(world, whole, monkeypatch
 @pytest.mark.slow
 def test_adapters_are_trained_in_rounds(world):
     changes = {"lora.rank": 2, "reference.mode": "adapter", "train.rounds": 2, "rounds.steps": 1}
-    result = world.run("adapters", {**changes, "optim.learning_rate": 1e-2, "optim.warmup_steps": 0})
+    changes |= {"optim.learning_rate": 1e-2, "optim.warmup_steps": 0, "train.sample_prompts": 2}
+    result = world.run("adapters", changes)
+    samples = read_jsonl(result.run_dir / SAMPLES)
+    assert [row["row_id"].rpartition(":")[2] for row in samples] == ["25", "26"] * 2, "of 32 the last 8 are held out"
     kl = [line["eval_kl"] for line in metric_lines(result.run_dir) if "round" in line]
     assert kl[0] == pytest.approx(0, abs=1e-5)
     assert abs(kl[-1]) > 1e-4

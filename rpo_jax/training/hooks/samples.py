@@ -73,7 +73,8 @@ class Sampler(Hook):
         self._tokenizer, self._end_ids = prepared.tokenizer, end_ids
         self._encoder = TextEncoder(prepared.tokenizer)
         once: dict[int, TokenizedExample] = {}
-        for example in (prepared.held_out or prepared.train).examples:
+        held_out = prepared.prompts["held_out"].data if "held_out" in prepared.prompts else prepared.held_out
+        for example in (held_out or prepared.train).examples:
             once.setdefault(example.prompt_id, example)
         self._examples = list(once.values())[: config.train.sample_prompts]
         self._prompts = [example.prompt_ids for example in self._examples]
