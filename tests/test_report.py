@@ -406,7 +406,7 @@ def test_the_verdict_says_what_came_out(world, tmp_path):
     late = told(world, tmp_path, "late", [start, better, turned, {"step": 16, "loss": 0.1, "guard/bad_steps": 2}])
     assert verdict([late, good]).endswith(
         "its held-out loss fell from 0.693 to 0.52; that loss was least at step 8 (0.5): `export --step best` takes "
-        "the best checkpoint; 2 of the steps had numbers that are not finite and were skipped; by log-probs it is "
+        "the best checkpoint; 2 of the steps were skipped, bad_steps.jsonl says why; by log-probs it is "
         "ahead of good (78 % against 75 %)."
     )
     assert "ties on every held-out pair by rewards" in verdict([told(world, tmp_path, "still", [start])])
@@ -417,6 +417,11 @@ def test_the_verdict_says_what_came_out(world, tmp_path):
     alone = told(world, tmp_path, "alone", [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}])
     assert verdict([alone, good]) == (
         "After 2 steps, rpo is done: its training loss fell from 3 to 2, and no held-out data says what that is worth."
+    )
+    sampled = [{"step": step, "round": step, "eval_reward": step / 2, "eval_kl": step / 4} for step in (0, 1, 2)]
+    assert verdict([told(world, tmp_path, "sampled", [*sampled, {"step": 2, "loss": 0.5}])]) == (
+        "After 2 steps, rpo is done: the reward of its answers to held-out prompts rose from 0 to 1 at a KL to the "
+        "start of 0.5 nats."
     )
     without = told(world, tmp_path, "without", [evaluated(0, 2.0, 0.5), evaluated(4, 1.0, 0.625)])
     assert "rpo finds the chosen response likelier in 62 % of the held-out pairs, 50 % before, and" in verdict(

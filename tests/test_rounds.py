@@ -171,7 +171,9 @@ def test_report_and_doctor_know_rounds(world, grouped, capsys):
     assert report.main(["--run", str(grouped.run_dir), "--out", str(out)]) == 0
     page = out.read_text(encoding="utf-8")
     assert "Reward of answers" in page
-    assert "The run samples its data in rounds" in page
+    assert "The run samples its data in rounds; its folder has them" in page
+    assert "The run samples its data in rounds: the rewards of its answers are among the curves" in page
+    assert "is done: the reward of its answers to held-out prompts" in page
     doctor.main([f"--{setting}" for setting in world.settings("new")])
     assert "24 prompts (train)" in " ".join(capsys.readouterr().out.split())
 

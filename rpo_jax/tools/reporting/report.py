@@ -99,6 +99,8 @@ def _check_data(record: RunRecord, prepared: Prepared) -> None:
 def _rewards(record: RunRecord, prepared: Prepared, reporter: Reporter, base: str | None) -> dict[str, Any] | str:
     if resolve(record.config).objective.uses_reward_head:
         return "The run trains a reward model: its held-out rewards are among the curves."
+    if record.config.train.rounds:
+        return "The run samples its data in rounds: the rewards of its answers are among the curves."
     if prepared.held_out is None:
         return "The run has no held-out data."
     try:

@@ -8,6 +8,7 @@ from typing import Any
 from rpo_jax.runs.tracking import is_tied
 from rpo_jax.tools.reporting.curves import finite
 from rpo_jax.tools.reporting.run_records import RunRecord
+from rpo_jax.training.hooks.guard import FILE
 
 REWARDS, LOG_PROBS = "eval_rewards/accuracies", "eval_logps/accuracies"
 WORSE = 0.01  # a held-out loss that has risen by more than this share of its least is past its best
@@ -46,6 +47,9 @@ def _outcome(record: RunRecord) -> str:
         since = f"since step {trained[-1][0]:,}" if trained else "at all"
         return f"{opening} has diverged: no loss was a finite number {since}"
     moved = f"its held-out loss {_moved(held_out)}" if held_out else ""
+    if rewards := _values(record, "eval_reward"):  # of rounds
+        distance = "".join(f" at a KL to the start of {kl:.3g} nats" for _, kl in _values(record, "eval_kl")[-1:])
+        return f"{opening} is done: the reward of its answers to held-out prompts {_moved(rewards)}{distance}"
     if preferred := _preference(record):
         return f"{opening} {preferred}" + (f", and {moved}" if moved else "")
     if moved:
@@ -96,7 +100,7 @@ def _past_its_best(record: RunRecord) -> str:
 
 def _skipped(record: RunRecord) -> str:
     count = int((_values(record, "guard/bad_steps") or [(0, 0)])[-1][1])
-    return f"{count} of the steps had numbers that are not finite and were skipped" if count else ""
+    return f"{count} of the steps were skipped, {FILE} says why" if count else ""
 
 
 def _beside(first: RunRecord, others: Sequence[RunRecord]) -> str:
