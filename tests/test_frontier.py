@@ -170,6 +170,15 @@ def test_prompts_to_train_tune_and_test_are_apart(tmp_path):
     assert sorted(texts) == sorted(f"Question {n}?" for n in range(50))
     with pytest.raises(ValueError, match="test_prompts=6 are more than the 5 of"):
         ScoredTask("harmless", str(file), tune_prompts=5, test_prompts=6).asked()
+    for name, content in (
+        ("turns.jsonl", '{"chosen": [{"role": "user", "content": "Why?"}]}'),
+        ("list.jsonl", "[1]"),
+        ("list.json", "[1]"),
+        ("braces.json", '{"questions": ["Why {}?"], "train": ["tea"], "held_out": ["rain", "sand"]}'),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"prompts=.*{name} cannot be read as prompts"):
+            ScoredTask("harmless", str(tmp_path / name)).asked()
 
 
 def test_scores_are_those_of_the_published_scorers():

@@ -111,7 +111,7 @@ class ScoredTask:
         read = _transcript_prompts if self.prompts.endswith((".jsonl", ".jsonl.gz")) else _topic_prompts
         try:
             train, tune, test = read(opened(self.prompts))
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError, KeyError, ValueError) as error:
+        except (OSError, EOFError, zlib.error, LookupError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"task: prompts={self.prompts} cannot be read as prompts: {error}") from None
         for name, some, count in (("tune", tune, self.tune_prompts), ("test", test, self.test_prompts)):
             if count > len(some):
