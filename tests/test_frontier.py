@@ -278,6 +278,7 @@ def test_a_frontier_shows_the_seeds_that_all_its_rows_have(tmp_path):
         ({"task": {"score": "sentiment", "form": "trios"}}, "form=trios is not known"),
         ({"task": {"score": "sentiment", "prompts": "nowhere.json"}}, "prompts=nowhere.json cannot be read as prompts"),
         ({"task": {"score": "sentiment", "test_prompts": 200}}, "test_prompts=200 are more than the 100"),
+        ({"tables": {"main": {"rows": {"DPO": {"method": "DPO"}}}}}, "tables: a task of scores has no pairs to judge"),
         ({"frontiers": {"main": {"rows": {"start": {}}}}}, "frontiers: start: needs a method"),
         ({"frontiers": {"main": {"rows": {"a": {"method": "b"}}}}}, "frontiers: main: a: there is no method b"),
         (

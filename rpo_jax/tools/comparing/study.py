@@ -285,8 +285,10 @@ def _read(content: Any) -> Study:
         raise ValueError(f"max_tokens: {max_tokens!r} must be a positive number.")
     kind = FileTask if "path" in task else ScoredTask if "score" in task else GoldTask
     base, start = (_mapping(content.get(name, {}), name) for name in ("base", "start"))
-    frontiers = _tables("frontiers", content, methods)
+    tables, frontiers = (_tables(key, content, methods) for key in ("tables", "frontiers"))
     _check_start({**base, **start}, kind, frontiers)
+    if tables and kind is ScoredTask:
+        raise ValueError("tables: a task of scores has no pairs to judge and tune by; give these rows as frontiers.")
     return Study(
         seeds=tuple(seeds),
         tuning_seed=tuning.get("seed", 1000),
@@ -295,7 +297,7 @@ def _read(content: Any) -> Study:
         start=start,
         methods=methods,
         grids=grids,
-        tables=_tables("tables", content, methods),
+        tables=tables,
         max_tokens=max_tokens,
         frontiers=frontiers,
     )
