@@ -149,7 +149,7 @@ def test_the_release_workflow_builds_tries_and_then_publishes():
         assert subprocess.run(["bash", "-c", tag], cwd=ROOT, env=environment).returncode == status
 
 
-def test_nothing_but_three_extras_asks_for_torch():
+def test_nothing_but_four_extras_asks_for_torch():
     """An index gives its CUDA build to whoever asks: `pip install rpo-jax` alone must not."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     bringing_torch = ("torch", "sentence-transformers", "accelerate", "peft")
@@ -158,4 +158,4 @@ def test_nothing_but_three_extras_asks_for_torch():
         for extra, names in {"": project["dependencies"], **project["optional-dependencies"]}.items()
         if any(re.match(r"[\w-]+", name)[0] in bringing_torch for name in names)
     }
-    assert asking == {"encoder", "minilm", "test"}
+    assert asking == {"encoder", "lm-eval", "minilm", "test"}
