@@ -191,6 +191,8 @@ def test_a_principle_changes_answers_and_none_changes_nothing(world):
     assert not {"principle", "principle_weight"} & plain[0]["settings"].keys()
     with pytest.raises(ValueError, match="principle=None and principle_weight=1"):
         world.config("principle", sampling=Sampling(principle_weight=1.0))
+    with pytest.raises(ValueError, match=r"other settings: principle was 'Be brief\.' and is None now"):
+        world.answers("principle")
 
 
 def test_any_checkpoint_can_be_asked(world):

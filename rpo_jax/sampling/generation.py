@@ -276,7 +276,9 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
         where = f"{out} is of an earlier start with other"
         mend = "repeat it as it was, or give another --out, or --overwrite."
         expected = rows[0 if index is None else index]
-        for key, value in {"model": expected["model"], **expected["settings"]}.items():
+        # A principle is a setting only where there is one.
+        settings = {**dict.fromkeys(recorded["settings"]), **expected["settings"]}
+        for key, value in {"model": expected["model"], **settings}.items():
             before = recorded["model"] if key == "model" else recorded["settings"].get(key)
             if before != value:
                 raise ValueError(f"{where} settings: {key} was {before!r} and is {value!r} now; {mend}")
