@@ -301,7 +301,7 @@ class Rounds(Hook):
         growing: GrowingFile | None = None
         if file is not None:
             for line in map(parse_json, complete_lines(file)):
-                index, own = line["index"], line.pop("asked")
+                index, own = line["index"], line.pop("asked", None)
                 if index < len(asked) and own == asked[index]:
                     done[index] = Answer(**line)
             write_jsonl(file, [_saved(answer, asked) for answer in done.values()], ascii_only=False)
