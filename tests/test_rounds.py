@@ -229,7 +229,7 @@ def kill():
     raise Killed
 
 
-def test_stopped_at_any_instant_it_goes_on_bit_for_bit(world, whole, monkeypatch):
+def test_stopped_at_any_instant_it_goes_on_bit_for_bit(world, whole, monkeypatch, capsys):
     name = "stopped"
 
     def start(file=None, act=None):
@@ -257,6 +257,9 @@ def test_stopped_at_any_instant_it_goes_on_bit_for_bit(world, whole, monkeypatch
     lines = [without_timings(metric_lines(world.folder / run)) for run in (name, "whole")]
     assert lines[0] == lines[1]
     assert_same_params(world.params(name, 6), whole[6])
+
+    assert world.main(name, {**ACCELERATED, "rounds.extrapolation": 0.0, "run.resume": "auto"}) == 2
+    assert "was trained with rounds.extrapolation=0.3, not 0.0; resume with its own" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -271,6 +271,9 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
         before, now = changed.get(key, (None, None))
         if key in changed and (not note or any(OBJECTIVES[n].uses_tokens for n in (before, now) if n in OBJECTIVES)):
             raise refused(f"was trained with {key}={before}, not {now}{note}", "its own")
+    before, now = changed.get("rounds.extrapolation", (0, 0))
+    if bool(before) != bool(now):  # what it goes on from is part of the state
+        raise refused(f"was trained with rounds.extrapolation={before}, not {now}", "its own")
     before, now = saved.get("base"), record["base"]
     if before is not None and before["fingerprint"] != now["fingerprint"]:
         weights = f"the weights that {before['path']} had, which are not those in model.path={now['path']} now"
