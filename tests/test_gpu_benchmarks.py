@@ -1,11 +1,14 @@
 """The benchmarks of GPUs, where there is none: what runs is told, and what is counted is right."""
 
 import re
+import time
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_kernels
+from benchmarks import gpu, gpu_kernels, suite
 from rpo_jax.models.attention.fused import LARGE, SMALL
 from rpo_jax.models.attention.masking import visible
 
@@ -27,6 +30,43 @@ def test_a_part_that_fails_or_hangs_takes_no_other_with_it(monkeypatch, capfd):
     told = capfd.readouterr()
     assert re.findall(r"^(\w+): (\w+)", told.out, re.MULTILINE) == [("torch", "failed"), ("sampling", "stopped")]
     assert "invalid numbers value: 'none'" in told.err
+
+
+def test_what_a_part_has_started_ends_with_it(monkeypatch, tmp_path):
+    """A cell that went on would hold the GPU's memory."""
+    script, told = tmp_path / "python", tmp_path / "pid"
+    script.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {told}\nwait\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setattr(gpu.sys, "executable", str(script))
+    assert gpu.run_part("step", [], False, 2.0) == "stopped after 2 s"
+    process = Path("/proc") / told.read_text(encoding="ascii").strip() / "stat"
+
+    def runs() -> bool:
+        try:
+            return process.read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    for _ in range(100):  # a killed process is there for a moment
+        if not runs():
+            return
+        time.sleep(0.05)
+    pytest.fail("what the part started still runs")
+
+
+def test_the_step_needs_no_pytorch_and_tells_why_it_gave_nothing(monkeypatch, tmp_path):
+    systems = []
+
+    def run_cell(spec, *_):
+        systems.append(spec.system)
+        return {"spec": asdict(spec), "status": "out of memory", "measured": {}}
+
+    monkeypatch.delenv("PEERS_PYTHON", raising=False)
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    monkeypatch.setattr(suite, "run_cell", run_cell)
+    with pytest.raises(SystemExit, match="the step gave nothing: out of memory"):
+        gpu.step(True, [])
+    assert systems == ["ceiling-jax", "ours-cached", "ours-live"]
 
 
 def test_all_parts_take_at_most_eight_minutes():
