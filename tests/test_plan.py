@@ -18,7 +18,7 @@ from rpo_jax.tools.planning import hlo, planner, search, targets, workload
 from rpo_jax.tools.planning.arithmetic import StepSizes, step_flops
 from rpo_jax.tools.planning.chips import CHIPS
 from rpo_jax.tools.planning.compiled import abstract_batch
-from rpo_jax.tools.planning.workload import BatchShape, Lengths, assumed_lengths, planned_batch
+from rpo_jax.tools.planning.workload import BatchShape, Lengths, assumed_lengths, planned_batch, step_sizes
 from rpo_jax.training.step import build_steps
 from tests.worlds import small_model
 
@@ -170,6 +170,26 @@ def test_operations_are_those_that_xla_counts_in_an_unrolled_model(monkeypatch, 
         compute_bytes=4,
     )
     assert step_flops(model, step) == pytest.approx(counted, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("attention", "platform", "times"),
+    [
+        ("dense", "cpu", 2.0),
+        ("blockwise", "cpu", 2.5),  # the scores again
+        ("cudnn", "gpu", 2.5),
+        ("fused", "gpu", 3.5),  # in two kernels, and do v^T again too
+        ("splash", "tpu", 3.5),
+        ("auto", "gpu", 3.5),  # of rows this long
+    ],
+)
+def test_attention_is_counted_as_often_as_its_backward_pass_multiplies(attention, platform, times):
+    model = small_model(hidden_size=64)
+    config = Config(model=PolicyConfig(attention=attention, compute_dtype="bfloat16", remat="none"))
+    step = step_sizes(config, model, BatchShape(2, 2048, 4096, 1000, 1e6, ""), platform, 0)
+    of_attention = step_flops(model, step) - step_flops(model, replace(step, seen_pairs=0))
+    forward = 4 * model.num_layers * model.num_heads * model.head_dim * step.seen_pairs
+    assert of_attention == pytest.approx((1 + times) * forward)
 
 
 def test_the_batch_has_the_shape_that_the_loader_gives_it():
