@@ -288,7 +288,7 @@ def test_meshes_divide_what_they_split():
     assert found[0] == MeshConfig(data=1, fsdp=8, tensor=1)
     shared = replace(config, mesh=MeshConfig(expert=4))
     assert {mesh.data * mesh.fsdp * mesh.tensor for mesh in search.meshes(shared, small_model(), 8)} == {2}
-    with pytest.raises(ValueError, match="give mesh.expert a number of its own"):
+    with pytest.raises(ValueError, match=r"give mesh\.expert a number of its own"):
         search.meshes(replace(config, mesh=MeshConfig(data=1, expert=-1)), small_model(), 8)
     assert search.micro_sizes(64, 8) == [32, 16, 8]
     assert search.micro_sizes(24, 8) == [16, 8]
