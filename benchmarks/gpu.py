@@ -11,7 +11,7 @@ python -m benchmarks.gpu [--tiny] [--parts losses,attention,step,torch,sampling,
   resume      a run that is stopped and resumed is the run that was not, with deterministic operations
 
 Each part is a process with a time limit: one that fails or hangs does not take the others with it. One environment with
-rpo_jax[cuda] is needed, for `torch` PyTorch with CUDA and transformers too. With --tiny all of it runs on the CPU, on
+rpo_jax[cuda] is needed, for `torch` PyTorch with CUDA and peft too. With --tiny all of it runs on the CPU, on
 tiny models, to prove that it runs: its figures mean nothing. It has not been run on a GPU yet.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = "llama-1b"
 COMMON = (
     *("--name", "gpu", "--dtype", "bfloat16", "--workloads", "H", "--pairs", "64"),
-    *("--steps", "5", "--warmup", "2", "--repeats", "1", "--peers-python", sys.executable),
+    *("--steps", "5", "--warmup", "2", "--repeats", "1"),
 )
 # A 1B model's activations for all rows at once are more than the fastest step needs to keep.
 FULL_SIZE = ("--device", "gpu", "--model", MODEL, "--set", "model.remat=dots")
@@ -135,7 +136,8 @@ def attention(tiny: bool, rest: Sequence[str]) -> None:
                 found = [np.asarray(x, np.float32) for x in (forward(*qkv), *backward(*qkv))]
                 times = [_milliseconds(partial(run, *qkv), 2 if tiny else 10) for run in (forward, backward)]
             except Exception as error:  # a kind that cannot is told, and the next one tried
-                print(f"  {tokens:6} tokens, {kind:9}: {str(error).splitlines()[0][:100]}", flush=True)
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"  {tokens:6} tokens, {kind:9}: {why[:100]}", flush=True)
                 continue
             right = right or found
             away = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, right, strict=True))
@@ -161,11 +163,14 @@ def step(tiny: bool, rest: Sequence[str]) -> None:
     from benchmarks import suite
     from benchmarks.table import read_records
 
+    # Without an interpreter for PyTorch: its ceiling belongs to the part `torch`.
     if suite.main([*COMMON, "--systems", "ours-cached,ours-live", *_size(tiny), *rest]):
         raise SystemExit("a cell failed; its log lies beside the results")
     done = [
         one for one in read_records(suite.RESULTS / "gpu.jsonl") if one.get("spec", {}).get("system") == "ours-cached"
     ]
+    if done[-1]["status"] != "ok":
+        raise SystemExit(f"the step gave nothing: {done[-1]['status']}")
     measured = done[-1]["measured"]
     planned = None if tiny else planned_bytes(measured["notes"]["rows"][0])
     told = "not planned" if planned is None else f"the plan's {planned / 2**30:.2f}"
@@ -205,7 +210,8 @@ def planned_bytes(shape: Sequence[int]) -> int | None:
 def torch(tiny: bool, rest: Sequence[str]) -> None:
     from benchmarks import suite
 
-    if suite.main([*COMMON, "--append", "--systems", "torch-rpo", *_size(tiny), *rest]):
+    pythons = ("--append", "--peers-python", sys.executable)
+    if suite.main([*COMMON, *pythons, "--systems", "torch-rpo", *_size(tiny), *rest]):
         raise SystemExit("a cell failed; its log lies beside the results")
 
 
@@ -291,11 +297,17 @@ def run_part(name: str, given: Sequence[str], tiny: bool, limit: float) -> str:
     elif name == "resume":
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     command = [sys.executable, "-m", "benchmarks.gpu", "--run-part", name, *given]
+    # A group of its own: what a part has started, and would hold the GPU's memory, ends with it.
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit:.0f} s"
-    return "ok" if done.returncode == 0 else f"failed, status {done.returncode}"
+        status = process.wait(limit)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return f"stopped after {limit:.0f} s"
+        raise
+    return "ok" if status == 0 else f"failed, status {status}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,6 @@
-"""What a training step holds in memory, as XLA's compiler plans it; nothing runs here."""
+"""What a training step holds in memory, as XLA's compiler plans it; nothing runs here. And what a run says it held."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import pytest
 
 from rpo_jax.config import BatchConfig, Config, ContrastConfig, MeshConfig, ObjectiveConfig, PolicyConfig
 from rpo_jax.core.records import Batch, Side
-from rpo_jax.hosts import sharding
+from rpo_jax.hosts import memory, sharding
 from rpo_jax.models import count_params
 from rpo_jax.objectives.logprobs import response_log_probs
 from rpo_jax.training.step import build_steps
@@ -83,3 +85,13 @@ def test_the_head_s_memory_depends_on_its_chunk_and_not_on_tokens_times_vocabula
 def test_memory_is_compared_with_more_than_the_weights():
     """The test above would prove nothing if parameters were most of what it measures."""
     assert 10 * 4 * count_params(MODEL) < 4 * MODEL.num_layers * MODEL.hidden_size * 4096 * ROW_TOKENS
+
+
+def test_the_peak_is_that_of_this_process_not_of_what_started_it(monkeypatch):
+    """Linux starts a process's ru_maxrss with what its parent held."""
+    status = Path("/proc/self/status")
+    if not status.exists() or "VmHWM" not in status.read_text(encoding="ascii"):
+        pytest.skip("the system tells no peak of a process's own")
+    inherited = memory.resource.struct_rusage((0.0, 0.0, 10**12, *[0] * 13))
+    monkeypatch.setattr(memory.resource, "getrusage", lambda who: inherited)
+    assert 0.01 < memory.peak_memory()["memory/host_gib"] < 10**12 / 2**20 / 2

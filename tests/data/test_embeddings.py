@@ -167,6 +167,15 @@ def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
         load_encoder(MINILM)
 
 
+def test_without_torch_the_error_says_how_to_get_that_and_not_the_weights(monkeypatch):
+    find = embeddings.importlib.util.find_spec
+    monkeypatch.setattr(embeddings, "MINILM_PACKAGE", "no_such_package")
+    monkeypatch.setattr(embeddings, "cached_folder", lambda name: None)
+    monkeypatch.setattr(embeddings.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    with pytest.raises(ValueError, match=r"all-MiniLM-L6-v2 needs torch: .* which needs neither\.$"):
+        encoder_folder(MINILM)
+
+
 def test_folders_without_safetensors_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"no \*.safetensors.*pickled weights are refused"):

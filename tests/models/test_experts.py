@@ -18,6 +18,7 @@ from rpo_jax.hosts import sharding
 from rpo_jax.models import recompute
 from rpo_jax.models.huggingface.mxfp4 import GROUP
 from rpo_jax.objectives.load_balance import expert_metrics, load_balancing_loss
+from rpo_jax.sampling import kv_cache
 from rpo_jax.training.step import build_steps, check_policy, put_batch
 from tests.test_step import batches_for, configured
 from tests.worlds import quantized, small_model
@@ -144,6 +145,20 @@ def test_adapters_and_experts_in_few_bits_are_shared_too(base_dtype):
     np.testing.assert_allclose(many, one, rtol=1e-5)
     for got, want in zip(jax.tree.leaves(shared), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+def test_the_sampler_reads_experts_with_adapters():
+    """On a CPU, where matrices of other layers are transposed for it."""
+    model_config, rng = small_model(family="mixtral"), np.random.default_rng(0)
+    policy = models.Policy(model_config, LoraConfig(rank=2, targets=("q_proj", "w1", "w2", "w3")))
+    adapters = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), policy.trained.shapes)
+    params = policy.combine(adapters, models.init_params(model_config, jax.random.key(0)))
+    tokens = rng.integers(0, 96, (2, 8)).astype(np.int32)
+    prompts = np.pad(tokens, ((0, 0), (kv_cache.SLICE - 8, 0)))
+    readable = kv_cache.to_decode_layout(params, "float32", "cpu")
+    hidden, _ = kv_cache.prefill(model_config, readable, prompts, jnp.full(2, kv_cache.SLICE - 8))
+    got = kv_cache.next_token_logits(model_config, readable, hidden)
+    np.testing.assert_allclose(got, models.apply(model_config, params, tokens)[:, -1], atol=1e-5)
 
 
 def test_a_device_holds_its_own_experts_alone():

@@ -267,5 +267,6 @@ KIND = AttentionKind(
     beyond=SHORT,
     skips=True,
     fused=True,
+    backward_products=5,
     takes_sinks=True,
 )

@@ -33,6 +33,7 @@ KIND = AttentionKind(
     _make,
     "cuDNN's fused kernel with the mask as a bias: NVIDIA GPUs, opt-in, for it has been run on none",
     fused=True,
+    backward_products=5,
     platforms=("gpu",),
     needs=(
         ("model.compute_dtype=bfloat16", lambda dtype, head_dim, tokens: dtype in ("float16", "bfloat16")),

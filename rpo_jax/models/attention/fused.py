@@ -504,6 +504,7 @@ KIND = AttentionKind(
     beyond=1024,
     skips=True,
     fused=True,
+    backward_products=7,  # scores and do v^T in both kernels
     platforms=("gpu",),
     takes_sinks=True,
     needs=(

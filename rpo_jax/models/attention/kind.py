@@ -94,6 +94,8 @@ class AttentionKind(NamedTuple):
         beyond: for rows of more than so many tokens; others are dense's.
         skips: whether keys that nothing in a block sees cost nothing: rows may then be long.
         fused: whether the scores of a whole row are never in memory at once.
+        backward_products: of two blocks in the backward pass, of which the forward pass has two: four gradients, and
+            the scores again, in each of its kernels, where they are not kept.
         platforms: where it runs, if not everywhere.
         needs: what it cannot do without, in words, and whether (compute dtype, head dimension, row tokens) fulfil it.
         stand_in: the kind whose memory is planned for where this one cannot be compiled; itself where empty.
@@ -107,6 +109,7 @@ class AttentionKind(NamedTuple):
     beyond: int = 0
     skips: bool = False
     fused: bool = False
+    backward_products: int = 4
     platforms: tuple[str, ...] = ()
     needs: tuple[tuple[str, Callable[[str, int, int | None], bool]], ...] = ()
     stand_in: str = ""

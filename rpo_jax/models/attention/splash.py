@@ -121,6 +121,7 @@ KIND = AttentionKind(
     beyond=SHORT,
     skips=True,
     fused=True,
+    backward_products=7,  # two kernels, as `fused` has; JAX's single one is opt-in
     platforms=("tpu",),
     takes_sinks=True,
 )

@@ -71,11 +71,12 @@ class StepSizes:
         seen_pairs: (query, key) pairs whose scores are computed, in all rows.
         micro_batches: how many the rows are cut into.
         remat: none, dots, attention or full.
-        fused_attention: whether the backward pass computes the scores again.
+        fused_attention: whether the scores are never in memory.
         reference_passes: forward passes of a reference in the step: 0 where its log-probs are cached.
         frozen: whether the layers' matrices get no gradient of their own (LoRA).
         compute_bytes: of a number in the matrix products.
         stored_bytes: of a weight of the layers' matrices, as it is kept.
+        backward_products: of attention in the backward pass, where the forward pass has two.
     """
 
     rows: int
@@ -89,6 +90,7 @@ class StepSizes:
     frozen: bool = False
     compute_bytes: int = 2
     stored_bytes: float = 4
+    backward_products: int = 4
 
     @property
     def tokens(self) -> int:
@@ -104,7 +106,8 @@ def step_flops(sizes: Sizes, step: StepSizes) -> float:
     """Operations that a step does, over all devices, padding and recomputation included.
 
     Forward 2 N_body R T + 4 L H K pairs, as often as the step has forward passes; backward twice that, without the
-    matrices' own gradients where they are frozen, and with the scores again, 2 L H K pairs, where attention is fused.
+    matrices' own gradients where they are frozen, and with the scores again, 2 L H K pairs or more, where attention
+    is fused.
     The head's logits are computed twice and their gradients once: 8 N_head for each scored token.
     """
     matrices = 2 * body_parameters(sizes) * step.tokens
@@ -112,7 +115,7 @@ def step_flops(sizes: Sizes, step: StepSizes) -> float:
     head = 2 * head_parameters(sizes) * step.scored_tokens
     forward = (step.forward_passes + step.reference_passes) * (matrices + attention)
     forward -= attention * (step.remat == "attention")  # what it gave is kept
-    backward = matrices * (1 if step.frozen else 2) + attention * (2.5 if step.fused_attention else 2)
+    backward = matrices * (1 if step.frozen else 2) + attention * step.backward_products / 2
     return forward + backward + head * ((3 if step.frozen else 4) + step.reference_passes)
 
 

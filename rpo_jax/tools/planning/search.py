@@ -74,6 +74,8 @@ def meshes(config: Config, model: ModelConfig, devices: int) -> list[MeshConfig]
     Experts are shared as the configuration says.
     """
     found, expert = [], config.mesh.expert
+    if expert < 1:
+        raise ValueError("--search tries sizes of the other axes: give mesh.expert a number of its own.")
     for tensor in (1, 2, 4, 8):  # beyond, a layer has too little arithmetic for what its devices exchange
         if devices % (tensor * expert) or model.num_heads % tensor or model.intermediate_size % tensor:
             continue
@@ -103,8 +105,9 @@ def search(
     found = meshes(config, model, len(target.devices))
     if not found:
         raise ValueError(
-            f"No mesh of {len(target.devices)} devices divides batch.pairs={config.batch.pairs} and the model's "
-            f"{model.num_heads} heads; give more pairs, or fewer devices."
+            f"No mesh of {len(target.devices)} devices with mesh.expert={config.mesh.expert} divides "
+            f"batch.pairs={config.batch.pairs} and the model's {model.num_heads} heads; give more pairs, or fewer "
+            "devices."
         )
     for mesh in found:
         here = with_micro_rows(replace(config, mesh=mesh), None)

@@ -214,4 +214,5 @@ def step_sizes(config: Config, model: ModelConfig, batch: BatchShape, platform: 
         frozen=config.lora.rank > 0,
         compute_bytes=2 if config.model.compute_dtype == "bfloat16" else 4,
         stored_bytes=bytes_per_weight(config.lora.base_dtype),
+        backward_products=attention.backward_products,
     )
