@@ -182,7 +182,11 @@ def _mixed(
         return jnp.where(own, rows, 0) if among else rows
 
     def biased(rows: Array, bias: Array | None) -> Array:
-        return rows if bias is None else rows + bias.astype(rows.dtype)[jnp.minimum(number, count - 1)]
+        if bias is None:
+            return rows
+        added = bias.astype(rows.dtype)[jnp.minimum(number, count - 1)]
+        # Rows of other devices' experts hold anything, in the backward pass too.
+        return rows + (jnp.where(own.reshape(-1, *(1,) * (added.ndim - 1)), added, 0) if among else added)
 
     rows = only_own(x[order // per_token])
     gate, down_bias = biased(project_grouped(rows, weights.gate, rows_of), weights.gate_bias), weights.down_bias
