@@ -137,9 +137,9 @@ def test_what_a_killed_start_wrote_is_used(world, sampled, monkeypatch):
     asked = []
     answers = Answerer.answers
 
-    def dying(self, prompts, seeds, limits, wanted):
+    def dying(self, prompts, seeds, limits, wanted, without):
         asked.append(len(wanted))
-        for number, batch in enumerate(answers(self, prompts, seeds, limits, wanted)):
+        for number, batch in enumerate(answers(self, prompts, seeds, limits, wanted, without)):
             if number == 1 and len(asked) == 1:
                 raise KeyboardInterrupt
             yield batch
