@@ -14,10 +14,13 @@ import pytest
 
 import rpo_jax
 from rpo_jax import train
+from rpo_jax.config import Config, MeshConfig
 from rpo_jax.core.command import run_command
 from rpo_jax.core.memory import explaining_memory, shortage
 from rpo_jax.data import hub
 from rpo_jax.hosts import devices
+from rpo_jax.hosts.sharding import make_mesh
+from rpo_jax.training.needs import less_memory
 from tests.processes import REPOSITORY
 from tests.runs import configured, settings, write_rows
 
@@ -81,6 +84,12 @@ def test_a_step_that_is_too_large_says_what_it_needs_and_what_to_try(tmp_path, c
         "rpo_jax.plan",
     ):
         assert told in said, (told, said)
+
+
+def test_devices_that_share_experts_are_no_more_of_fsdp():
+    """What is no expert's is split over both axes, so fsdp may have the devices that the experts leave."""
+    for sizes, told in ((MeshConfig(data=2, expert=4), "mesh.fsdp=2 (1 now)"), (MeshConfig(fsdp=2, expert=4), "more")):
+        assert told in less_memory(Config(), make_mesh(sizes))
 
 
 # Devices.

@@ -257,8 +257,10 @@ def test_experts_that_devices_share_are_planned(tmp_path, capsys):
     mixture = [*SMALL, "--model.family", "mixtral", "--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.expert", "4"]
     arguments = ["--devices", "8", *mixture, "--no-largest", "--json", str(tmp_path / "plan.json")]
     assert plan.main([*arguments, "--model.router_aux_loss_coef", "0.01"]) == 0
-    (found,) = (one["estimate"] for one in json.loads((tmp_path / "plan.json").read_text())["plans"])
+    plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    (found,) = (one["estimate"] for one in plans)
     assert found["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
+    assert plans[0]["mesh"] == [1, 2, 4, 1]
     assert found["surprises"] == []
     model = models.configured(PolicyConfig(**SIZES), 512, 32)
     # Experts over both axes, and all that is no vector over both as if they were one.

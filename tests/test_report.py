@@ -16,6 +16,7 @@ import pytest
 import rpo_jax
 from rpo_jax.config.reading import load_config
 from rpo_jax.report import main, write_report
+from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.folder import MODEL
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.exporting import export
@@ -395,7 +396,7 @@ def evaluated(step, loss, log_probs, rewards=None, ties=0.0):
     return line if rewards is None else {**line, "eval_rewards/accuracies": rewards, "eval_rewards/ties": ties}
 
 
-def test_the_verdict_says_what_came_out(world, tmp_path):
+def test_the_verdict_says_what_came_out(world, tmp_path, monkeypatch):
     start = evaluated(0, 0.6931, 0.5, 0.0, 1.0)
     better, turned = evaluated(8, 0.5, 0.75, 0.875), evaluated(16, 0.52, 0.78, 0.9)
     good = told(world, tmp_path, "good", [start, {"step": 8, "loss": 0.5}, better])
@@ -405,10 +406,11 @@ def test_the_verdict_says_what_came_out(world, tmp_path):
     )
     late = told(world, tmp_path, "late", [start, better, turned, {"step": 16, "loss": 0.1, "guard/bad_steps": 2}])
     assert verdict([late, good]).endswith(
-        "its held-out loss fell from 0.693 to 0.52; that loss was least at step 8 (0.5): `export --step best` takes "
-        "the best checkpoint; 2 of the steps were skipped, bad_steps.jsonl says why; by log-probs it is "
-        "ahead of good (78 % against 75 %)."
+        "its held-out loss fell from 0.693 to 0.52; that loss was least at step 8 (0.5); 2 of the steps were skipped, "
+        "bad_steps.jsonl says why; by log-probs it is ahead of good (78 % against 75 %)."
     )
+    monkeypatch.setattr(Checkpoints, "best_step", lambda self: 8)
+    assert "that loss was least at step 8 (0.5): `export --step best` takes the checkpoint of step 8" in verdict([late])
     assert "ties on every held-out pair by rewards" in verdict([told(world, tmp_path, "still", [start])])
     lost = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": float("nan")}]
     assert verdict([told(world, tmp_path, "lost", lost)]) == (

@@ -8,6 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+import yaml
 
 import rpo_jax
 from rpo_jax import doctor, export, models, report, train
@@ -25,6 +26,7 @@ from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.optimizer import Anchor, extrapolated
 from rpo_jax.training.rounds import drawn
 from rpo_jax.training.step import TrainState
+from tests.judge_server import completion, failure, serving
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
 from tests.test_train import assert_same_params
 
@@ -101,6 +103,8 @@ def test_prompts_come_again_only_when_all_have_had_their_turn():
     flat = [index for one in rounds_of_five for index in one]
     turns = [flat[start : start + 12] for start in range(0, 60, 12)]
     assert all(sorted(turn) == list(range(12)) for turn in turns)
+    for count, size in ((5, 12), (5, 7), (7, 7), (4, 5)):
+        assert all(len({*drawn(seed, number, count, size)}) == count for seed in range(4) for number in range(12))
     assert turns[0] != turns[1], "shuffled anew"
     assert drawn(3, 7, 5, 12) == rounds_of_five[7]
     assert drawn(4, 7, 5, 12) != rounds_of_five[7]
@@ -251,6 +255,12 @@ def test_stopped_at_any_instant_it_goes_on_bit_for_bit(world, whole, monkeypatch
     assert start("0000.answers.jsonl", kill) == 0
     assert start("0001.answers.jsonl", lambda: signal.raise_signal(signal.SIGTERM)) == 2
     assert start("0002.answers.jsonl", kill) == 3, "in the middle of a round, whose sampling policy is gone"
+    others = {"rounds.steps": 3, "rounds.select": "first_round"}
+    assert world.main(name, {**ACCELERATED, **others, "run.resume": "auto"}) == 2
+    assert "was trained with rounds of 2 steps, not 3; resume with its own" in capsys.readouterr().err
+    assert world.main(name, {**ACCELERATED, "rounds.select": "first_round", "run.resume": "auto"}) == 2
+    told = "rounds.select=best_worst, not first_round, in the round that step 3 is in"
+    assert told in capsys.readouterr().err
     (world.folder / name / "rounds" / ".0002.json.0a.tmp").touch()  # as a kill in the middle of a write leaves it
     assert start() == 6
     assert world.files(name) == world.files("whole")
@@ -274,6 +284,13 @@ def test_adapters_are_trained_in_rounds(world):
     assert abs(kl[-1]) > 1e-4
 
 
+def judged(settings, **endpoint):
+    """Rounds with a judge that is not there."""
+    endpoint = {"base_url": "http://127.0.0.1:9/v1", **endpoint}
+    judge = {**yaml.safe_load(settings), "endpoint": endpoint}
+    return {"rounds.score": "judge:openai:judge", "rounds.judge": json.dumps(judge)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -283,7 +300,17 @@ def test_adapters_are_trained_in_rounds(world):
         ({"train.rounds": 0}, "means nothing without rounds; set train.rounds, or leave it out"),
         ({"rounds.samples": 1}, "rounds.samples=1 answers to a prompt make no pair"),
         ({"rounds.score": "rule:nowhere.py:x"}, "there is no file nowhere.py"),
+        ({"rounds.score": "rule:nowhere.py:x"}, "error: rounds.score rule:nowhere.py:x: there is no file"),
         ({"rounds.score": "reward:nowhere"}, "reward:nowhere is no model folder"),
+        (judged("{}"), "nobody is here to agree to the cost: give rounds.judge.yes, or rounds.judge.max_cost DOLLARS"),
+        (judged("{max_cost: 1}"), "rounds.judge.max_cost needs a price: give rounds.judge.price_in and rounds.judge"),
+        (judged("{yes: true, price_in: 1}"), "rounds.judge.price_in and rounds.judge.price_out, dollars per million"),
+        (judged("{yes: true, tasks: dialogue}"), "rounds.judge.tasks is unknown; there are task, both_orders,"),
+        (judged("{yes: 1}"), "rounds.judge.yes is 1, and must be true or false"),
+        (judged("{yes: true, task: chat}"), "rounds.judge.task is 'chat', and must be dialogue or summarization"),
+        (judged("{yes: true}", retries="many"), "rounds.judge.endpoint.retries is 'many', and must be a whole number"),
+        (judged("{yes: true}", retries=-1), "rounds.judge.endpoint.retries -1 must not be negative"),
+        ({"rounds.judge": "{yes: true}"}, "rounds.judge would not be read with rounds.score=rule:"),
         ({"rounds.reference": "last", "reference.mode": "live"}, "rounds.reference=last is computed at the start"),
         ({"objective.name": "nca", "data.pairing": "grouped"}, "rounds.select=best_worst makes pairs of them"),
         ({"data.max_prompt_tokens": 2}, "no prompt has at most data.max_prompt_tokens=2 tokens"),
@@ -296,6 +323,55 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_is_sampled(world,
     assert message in error
     assert "\n" not in error
     assert not (world.folder / "refused").exists()
+
+
+def test_a_judge_may_cost_so_much_in_all_rounds_together(world, capsys, monkeypatch):
+    """A dollar a verdict: the first round's are within the limit, the second's would not be, at any resume."""
+    once = {"train.rounds": 2, "rounds.steps": 1, "rounds.select": "first_round", "rounds.prompts": 2}
+    with serving(lambda body, number: completion("Response 1 is more helpful.")) as server:
+        prices = {"price_in": 0, "price_out": 1e5, "max_cost": 8, "cache": str(world.folder / "judge.sqlite")}
+        endpoint = {"base_url": server.url, "answer_tokens": 10}
+        judge = json.dumps({**prices, "endpoint": endpoint})
+        changes = {**once, "rounds.score": "judge:openai:judge", "rounds.judge": judge}
+        assert world.main("judged", changes) == 2
+        asked = len(server.requests)
+        assert 2 < asked <= 6
+        error = capsys.readouterr().err.strip()
+        left = f"beside the ${asked}.00 that are spent, more than rounds.judge.max_cost 8; raise it, or lower rounds."
+        assert "round 1 (after step 1): this may cost" in error
+        assert left in error
+        assert "\n" not in error
+        assert world.main("judged", {**changes, "run.resume": "auto"}) == 2
+        assert left in capsys.readouterr().err
+        server.behave = lambda body, number: failure(401, "no")
+        changes["rounds.judge"] = json.dumps({**prices, "max_cost": 100, "endpoint": endpoint})
+        assert world.main("judged", {**changes, "run.resume": "auto"}) == 2
+        error = capsys.readouterr().err.strip()
+        assert "round 1 (after step 1): http" in error
+        assert "\n" not in error
+
+
+def test_a_fault_of_ours_in_a_round_is_not_told_as_the_user_s(world, monkeypatch):
+    def fails(*_):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(rounds, "compute_log_probs", fails)
+    with pytest.raises(RuntimeError, match="training stopped: shapes do not match") as found:
+        world.run("fault", {"train.rounds": 1})
+    assert isinstance(found.value.__cause__, ValueError)
+
+
+def test_a_round_that_is_made_but_not_begun_is_made_anew_by_other_settings(world, monkeypatch):
+    """Killed after the round's rows were chosen and before a checkpoint was saved on them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds.RoundBatches, "batch_at", lambda self, step: kill())
+        with pytest.raises(Killed):
+            world.run("anew", {"train.rounds": 1})
+    rows, answered = (world.files("anew")[f"0000{kind}.jsonl"] for kind in ("", ".answers"))
+    again = {"train.rounds": 1, "rounds.steps": 1, "rounds.select": "tournament", "run.resume": "auto"}
+    world.run("anew", again)
+    assert world.files("anew")["0000.answers.jsonl"] == answered
+    assert len(world.files("anew")["0000.jsonl"]) > len(rows), "two matches of three answers"
 
 
 def test_a_round_without_a_preference_ends_the_run_which_can_go_on(world, capsys):

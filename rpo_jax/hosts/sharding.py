@@ -40,6 +40,13 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...]] = {
 }
 
 
+def axis_sizes(config: MeshConfig) -> dict[str, int]:
+    """The axes of a mesh in their order, with the sizes as configured: (data, fsdp, tensor), and expert before tensor
+    where experts are shared."""
+    names = MESH_AXES if config.expert == 1 else (*MESH_AXES[:-1], EXPERT, MESH_AXES[-1])
+    return {name: getattr(config, name) for name in names}
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh (data, fsdp, tensor) over the given devices, or over all; a size of -1 takes what the others leave.
 
@@ -47,11 +54,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     of devices, or jax has no devices.
     """
     devices = all_devices() if devices is None else devices
-    names = MESH_AXES if config.expert == 1 else (*MESH_AXES[:-1], EXPERT, MESH_AXES[-1])
-    sizes = [getattr(config, name) for name in names]
+    named = axis_sizes(config)
+    names, sizes = tuple(named), list(named.values())
     if -1 in sizes:
-        named = int(np.prod([size for size in sizes if size != -1]))
-        sizes[sizes.index(-1)] = len(devices) // named
+        given = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = len(devices) // given
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"{config.described} do not multiply to the {len(devices)} devices here; set sizes whose product is "

@@ -14,7 +14,7 @@ import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,11 +140,24 @@ def _resuming(config: Config, folder: Path) -> bool:
 
 def newest_record(folder: Path) -> dict[str, Any] | None:
     """What the newest checkpoint says about its run; None where there is no checkpoint."""
+    return newest_checkpoint(folder)[1]
+
+
+def newest_checkpoint(folder: Path) -> tuple[int | None, dict[str, Any] | None]:
+    """The newest checkpoint's step and what it says about its run; None twice where there is none."""
     checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
     newest = checkpoints.latest_step()
     record = None if newest is None else checkpoints.record(newest)
     checkpoints.close()
-    return record
+    return newest, record
+
+
+def ranked_steps(folder: Path) -> tuple[int | None, int | None]:
+    """The steps of the best checkpoint that is kept and of the newest; both are the newest where none is ranked."""
+    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+    newest, best = checkpoints.latest_step(), checkpoints.best_step()
+    checkpoints.close()
+    return newest if best is None else best, newest
 
 
 def make_run_folder(
@@ -249,13 +262,33 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
 _IDENTITY = ("objective.name", "data.pairing", "data.mix")
 
 
+# Settings of rounds that say nothing of what a round trains on.
+NOT_OF_A_ROUND = ("steps", "extrapolation", "eval_prompts", "eval_every", "judge")
+
+
+def _changed_round(saved: dict[str, Any], record: dict[str, Any], step: int, changed: Mapping[str, Any]) -> list[str]:
+    """What would make another round of the one that a checkpoint is in the middle of, or of its number."""
+    before, now = (
+        (of.get("total_steps") or 0) // rounds if (rounds := of["config"]["train"].get("rounds", 0)) else 0
+        for of in (saved, record)
+    )
+    if not step or not before or not now:
+        return []
+    if before != now:
+        return [f"rounds of {before} steps, not {now}"]
+    kept = {f"rounds.{key}" for key in NOT_OF_A_ROUND}
+    of_rounds = [key for key in changed if key.startswith("rounds.") and key not in kept] if step % now else []
+    return [f"{key}={changed[key][0]}, not {changed[key][1]}, in the round that step {step} is in" for key in of_rounds]
+
+
 def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, force: bool) -> None:
     """ValueError where the newest checkpoint is of another model, base, optimizer or run; says what else differs.
 
     With `force` another run goes on, as long as it can; `record` then says what it was before.
     """
-    saved = newest_record(folder)
-    assert saved is not None, "check_run_folder found a checkpoint"
+    step, saved = newest_checkpoint(folder)
+    assert step is not None, "check_run_folder found a checkpoint"
+    assert saved is not None, "and it has a record"
     check_architecture(saved["model"], record["model"], folder)
     changed = changed_settings(saved["config"], record["config"])
     adapters = [key for key, (before, now) in changed.items() if key.startswith("lora.") and not _same(before, now)]
@@ -288,6 +321,7 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
     before, now = saved.get("total_steps"), record["total_steps"]
     if before not in (None, now) and record["config"]["optim"]["schedule"] not in ("constant", "inverse_sqrt"):
         others.append(f"a learning rate that decays over {before} steps, not {now}")
+    others += _changed_round(saved, record, step, changed)
     if others and not force:
         raise refused(
             f"was trained with {'; '.join(others)}", "its own, or with --force (the rest is then another run)"

@@ -76,5 +76,6 @@ def less_memory(config: Config, mesh: Mesh) -> str:
         found.append("batch.micro_keep=false")
     if config.model.remat != "full":
         found.append(f"model.remat=full ({config.model.remat} now)")
-    split = f"mesh.fsdp={mesh.size} ({fsdp} now)" if fsdp < mesh.size else "more devices, and mesh.fsdp to match"
+    most = mesh.size // mesh.shape.get(sharding.EXPERT, 1)  # what is no expert's is split over that axis too
+    split = f"mesh.fsdp={most} ({fsdp} now)" if fsdp < most else "more devices, and mesh.fsdp to match"
     return f"try {', '.join([*found, split])}; {PLAN}"

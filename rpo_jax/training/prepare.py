@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -29,12 +29,10 @@ from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, pro
 from rpo_jax.data.layouts.ranked import Rule
 from rpo_jax.data.limited_tokenizer import close_tokenizers
 from rpo_jax.data.loader import PreferenceBatches
-from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
 from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.data.refine import refined
 from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import (
-    PromptEncoder,
     TokenLimits,
     describe_cuts,
     describe_notes,
@@ -46,19 +44,13 @@ from rpo_jax.hosts import processes
 from rpo_jax.hosts.channel import PeerFailure
 from rpo_jax.hosts.sharing import shared
 from rpo_jax.runs.tracking import Reporter
+from rpo_jax.training.round_prompts import RoundPrompts, encoded_prompts, read_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 OwnRows = Callable[[int], Bool[np.ndarray, "R"]]
-
-
-class RoundPrompts(NamedTuple):
-    """Prompts to answer, and their token ids as examples without responses."""
-
-    rows: tuple[PromptRow, ...]
-    data: PreferenceData
 
 
 @dataclass(frozen=True)
@@ -457,30 +449,16 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
 
 def _prepare_prompts(config: Config, reporter: Reporter, trained_tokenizer: Path | None) -> Prepared:
     """The prompts that rounds are to answer, and the held-out ones; of rows of preferences the prompts alone."""
-    data = config.data
     with reporter.phase("read") as notes:
-        if data.path is None:
-            raise ValueError("data.path is not set; give a file, a folder or a hub data set with prompts.")
-        parts = {"train": (data.path, _read_prompts(config, data.path, data.split))}
-        if data.eval_path is not None:
-            parts["held_out"] = data.eval_path, _read_prompts(config, data.eval_path, data.eval_split)
-        elif data.eval_rows:
-            path, asked = parts["train"]
-            if data.eval_rows >= len(asked.rows):
-                raise ValueError(
-                    f"data.eval_rows={data.eval_rows} leaves nothing to train on: {path} has {len(asked.rows)} prompts."
-                )
-            parts["held_out"] = path, replace(asked, rows=asked.rows[-data.eval_rows :])
-            parts["train"] = path, replace(asked, rows=asked.rows[: -data.eval_rows])
-        path, asked = parts["train"]
-        parts["train"] = path, replace(asked, rows=asked.rows[: data.train_rows])
+        parts = read_parts(config)
         notes.append(", ".join(f"{len(asked.rows):,} prompts ({name})" for name, (_, asked) in parts.items()))
     with reporter.phase("tokenise") as notes:
-        rendered = data.template == "chat" or any(not isinstance(row.prompt, str) for row in parts["train"][1].rows)
+        rows = parts["train"][1].rows
+        rendered = config.data.template == "chat" or any(not isinstance(row.prompt, str) for row in rows)
         assert config.model.path is not None, "checked with the configuration"
         tokenizer = _existing_tokenizer(config, trained_tokenizer or config.model.path, rendered, reporter)
         prompts = {
-            name: _encoded_prompts(config, path, asked, tokenizer, reporter) for name, (path, asked) in parts.items()
+            name: encoded_prompts(config, path, asked, tokenizer, reporter.say) for name, (path, asked) in parts.items()
         }
         origins = {
             name: {"data": hashlib.sha256(repr([row.prompt for row in found.rows]).encode()).hexdigest()}
@@ -490,50 +468,3 @@ def _prepare_prompts(config: Config, reporter: Reporter, trained_tokenizer: Path
         notes.append(f"vocabulary {len(tokenizer):,}")
     responses = resolve(config).objective.responses
     return Prepared(tokenizer, prompts["train"].data, None, responses, origins, {}, rendered, prompts)
-
-
-def _read_prompts(config: Config, path: str, split: str) -> PromptSet:
-    data = config.data
-    return read_prompts(
-        path, split=split, layout=data.layout, columns=data.columns or None, ignore_columns=data.ignore_columns
-    )
-
-
-def _encoded_prompts(
-    config: Config, path: str, asked: PromptSet, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
-) -> RoundPrompts:
-    """The prompts that can be answered, each text once, and their token ids.
-
-    Those that are too long are left out and told: what is answered and what is trained on would be cut otherwise.
-    """
-    data = config.data
-    encoder = PromptEncoder(tokenizer, data.template, data.template_arguments, None, asked.truncation_side)
-    kept: list[PromptRow] = []
-    examples: list[TokenizedExample] = []
-    seen: set[Any] = set()
-    too_long = 0
-    for row in asked.rows:
-        if row.template_arguments:
-            raise ValueError(
-                f"{row.row_id}: train.rounds cannot give tools and the like to the template; leave it out."
-            )
-        try:
-            ids = encoder.encode(row.prompt)
-        except ValueError as error:
-            raise ValueError(f"{row.row_id}: {error}; mend the row, or leave it out.") from None
-        if not len(ids):
-            raise ValueError(f"{row.row_id}: the prompt is empty, and the tokenizer has no BOS to stand for it.")
-        too_long += len(ids) > data.max_prompt_tokens
-        if len(ids) <= data.max_prompt_tokens and row.prompt not in seen:
-            seen.add(row.prompt)
-            kept.append(row)
-            examples.append(TokenizedExample(row.row_id, len(examples), (ids,), ()))
-    if too_long:
-        reporter.say(
-            f"{path}: {too_long} prompts of more than data.max_prompt_tokens={data.max_prompt_tokens} left out"
-        )
-    if not kept:
-        raise ValueError(
-            f"{path}: no prompt has at most data.max_prompt_tokens={data.max_prompt_tokens} tokens; raise it."
-        )
-    return RoundPrompts(tuple(kept), PreferenceData(examples))

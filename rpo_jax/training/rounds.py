@@ -8,11 +8,12 @@ reference's log-probs, and NNNN.json, which is written last, the round's metrics
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,11 +26,12 @@ from rpo_jax.config import Config, RoundsConfig, resolve
 from rpo_jax.core.files import atomic_write, read_json
 from rpo_jax.core.jsonl import GrowingFile, complete_lines, parse_json, write_jsonl
 from rpo_jax.core.records import Batch, PreferenceData, TokenizedExample, TokenizedResponse
+from rpo_jax.data.limited_tokenizer import TokenizerError
 from rpo_jax.data.loader import ROW_TOKENS_MULTIPLE, PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, Policy
 from rpo_jax.objectives import heads
-from rpo_jax.runs.folder import MODEL
+from rpo_jax.runs.folder import MODEL, NOT_OF_A_ROUND
 from rpo_jax.runs.tracking import MetricsLog, Reporter
 from rpo_jax.sampling.answers import Answer, Answerer, batch_rows, prompt_seeds
 from rpo_jax.sampling.engine import Engine, Sampling
@@ -43,6 +45,7 @@ from rpo_jax.training.reference import compute_log_probs
 from rpo_jax.training.step import Params, build_log_probs, put_batch
 
 FOLDER = "rounds"
+ASKED = "asked"  # in a round's file of metrics: the settings that it was made by
 BATCH_ANSWERS = 32
 AnswerRow = dict[str, Any]
 
@@ -55,7 +58,7 @@ class Rater(Protocol):
     """Scores answers and chooses what is trained on (rpo_jax.tools.sampling)."""
 
     def rows(self, answers: Sequence[AnswerRow]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Rows of preferences made of answers, and metrics of them; ValueError where there are none.
+        """Rows of preferences made of answers, and metrics of them; RoundFailed where there are none.
 
         Args:
             answers: rows as the command generate writes them, several of a prompt one after another.
@@ -63,7 +66,7 @@ class Rater(Protocol):
         ...
 
     def scores(self, answers: Sequence[AnswerRow]) -> list[float]:
-        """The scores of those answers that have one."""
+        """The scores of those answers that have one; RoundFailed where the scorer fails."""
         ...
 
 
@@ -74,10 +77,21 @@ def round_steps(config: Config, num_prompts: int) -> int:
 
 
 def drawn(seed: int, number: int, count: int, size: int) -> list[int]:
-    """Of `size` prompts the `count` of this round: none a second time until all have been drawn, then shuffled anew."""
-    places = range(number * count, (number + 1) * count)
-    order = {turn: np.random.default_rng([seed, turn]).permutation(size) for turn in {at // size for at in places}}
-    return [int(order[at // size][at % size]) for at in places]
+    """Of `size` prompts the `count` of this round: none a second time until all have been drawn, then shuffled anew.
+
+    No prompt comes twice in a round either: where a round has the last of one turn, the next turn, whose first it has
+    too, begins with others.
+    """
+    order, found = np.empty(0, np.int64), list[int]()
+    for turn in range((number * count + count - 1) // size + 1):
+        before, order = order, np.random.default_rng([seed, turn]).permutation(size)
+        ended = turn * size % count  # of a round, when this turn begins
+        begun = np.isin(order, before[size - ended :]) if ended else np.zeros(size, bool)
+        first = order[~begun][: count - ended]
+        order = np.concatenate([first, order[~np.isin(order, first)]])
+        start, end = (max(0, min(size, at * count - turn * size)) for at in (number, number + 1))
+        found += order[start:end].tolist()
+    return found
 
 
 class RoundBatches:
@@ -196,6 +210,9 @@ class Rounds(Hook):
         self._trained_as = _of_one_round(self.config, most, self.config.batch.row_tokens or row_tokens)
         self._log_probs = build_log_probs(self._trained_as, model_config, mesh)[0]
         self._needs_reference = resolve(self.config).reference == "cached"
+        # What a round's rows and log-probs follow from, besides the policy.
+        kept = {name: value for name, value in asdict(settings).items() if name not in NOT_OF_A_ROUND}
+        self._asked = {**kept, "cut_at": most}
 
     def before_first_step(self, run: Training) -> None:
         number = run.step // self.batches.steps
@@ -218,10 +235,10 @@ class Rounds(Hook):
             self.saving.keep(run)  # what a round before the first checkpoint samples is not to be lost
         try:
             self._make(run, run.step // self.batches.steps)
-        except ValueError as error:
+        except (RoundFailed, TokenizerError) as error:
             self.saving.keep(run)
             number = run.step // self.batches.steps
-            raise RoundFailed(f"round {number} (after step {run.step}): {error}") from None
+            raise RoundFailed(f"round {number} (after step {run.step}): {error}") from error
         except BaseException:
             self.saving.keep(run)
             raise
@@ -235,8 +252,11 @@ class Rounds(Hook):
         done, metrics = self._folder / f"{name}.json", None
         if done.is_file() and (last or (self._folder / f"{name}.jsonl").is_file()):  # else it was the last, and is not
             metrics = read_json(self._folder, done.name)
+            asked = metrics.pop(ASKED, self._asked)
+            if asked != self._asked and not last and run.step % self.batches.steps == 0:
+                metrics = None  # it was made otherwise than this run is to, by the policy that is at hand
         elif run.step % self.batches.steps:
-            raise ValueError(
+            raise RoundFailed(
                 f"{done} is gone, and this checkpoint is past the policy that made it; resume an earlier one."
             )
         logged = metrics is not None and self.log.round.get("step") == metrics["step"]
@@ -246,13 +266,17 @@ class Rounds(Hook):
                 return
             metrics = {"step": run.step, "round": number, **made}
         if not last:
-            data = self._with_reference(run, self._read(name), self._folder / f"{name}.safetensors")
+            with _of_rows():
+                read = self._read(name)
+            data = self._with_reference(run, read, self._folder / f"{name}.safetensors")
             least = self._settings.samples - 1  # of a kind, that a prompt may have in this round or another
             shards, responses = sharding.row_shards(self.models.mesh), self.prepared.responses
-            self.batches.begin(number, batches_of(self._trained_as, data, responses, shards, least_slots=least))
+            with _of_rows():
+                batches = batches_of(self._trained_as, data, responses, shards, least_slots=least)
+            self.batches.begin(number, batches)
         if "rounds/seconds" not in metrics:
             metrics["rounds/seconds"] = time.perf_counter() - began
-            atomic_write(done, json.dumps(metrics) + "\n")
+            atomic_write(done, json.dumps({**metrics, ASKED: self._asked}) + "\n")
         if not logged:
             self.log.write(metrics)
             self.reporter.say(f"round {number}  {_told(metrics)}")
@@ -383,6 +407,15 @@ class Rounds(Hook):
         log_probs = self._scored(data, self.prepared.responses, reference)
         atomic_write(file, save({"log_probs": log_probs}))
         return replace(data, reference_log_probs=log_probs)
+
+
+@contextlib.contextmanager
+def _of_rows() -> Iterator[None]:
+    """What cannot be read or packed of a round's rows ends the round, as that of a file ends a run before it begins."""
+    try:
+        yield
+    except ValueError as error:
+        raise RoundFailed(str(error)) from error
 
 
 def _of_one_round(config: Config, max_tokens: int, row_tokens: int) -> Config:

@@ -12,6 +12,10 @@ Outcome = Literal["a", "b", "tie", "unparsable", "refused"]
 Prompt = str | tuple[Message, ...]
 
 
+class JudgingFailed(ValueError):
+    """A judge cannot be asked, or what it gives is no verdict; the message says why, and is for the user."""
+
+
 class Pair(NamedTuple):
     """Two responses to one prompt; `key` names the prompt by what it says, and by its number among equal ones."""
 

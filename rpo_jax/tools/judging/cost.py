@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from rpo_jax.core.files import atomic_write, read_json
 
 
 class Prices(NamedTuple):
@@ -35,6 +39,29 @@ class CostEstimate(NamedTuple):
     prompt_tokens: int
     answer_tokens: int
     dollars: float | None
+
+
+class Spending:
+    """What a judge has cost so far, US dollars.
+
+    Args:
+        file: keeps the sum, and has that of earlier processes; it is read when it is first asked for.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file, self._dollars = file, None if file is not None else 0.0
+
+    @property
+    def dollars(self) -> float:
+        if self._dollars is None:
+            assert self._file is not None
+            self._dollars = read_json(self._file.parent, self._file.name)["dollars"] if self._file.is_file() else 0.0
+        return self._dollars
+
+    def add(self, dollars: float) -> None:
+        self._dollars = self.dollars + dollars
+        if self._file is not None and dollars:
+            atomic_write(self._file, json.dumps({"dollars": self._dollars}) + "\n")
 
 
 def find_prices(model: str, prompt: float | None, answer: float | None) -> Prices | None:

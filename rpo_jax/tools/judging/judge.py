@@ -16,7 +16,7 @@ from rpo_jax.core.locks import one_writer
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.judging import cost, pairs, summary
 from rpo_jax.tools.judging.cache import AnswerCache
-from rpo_jax.tools.judging.comparisons import Comparison, Judge, Verdict
+from rpo_jax.tools.judging.comparisons import Comparison, Judge, JudgingFailed, Verdict
 from rpo_jax.tools.judging.endpoint import EndpointError, EndpointJudge, EndpointSettings
 from rpo_jax.tools.judging.local import RewardJudge, RuleJudge
 from rpo_jax.tools.judging.questions import Task
@@ -93,14 +93,15 @@ def _judged(
         reporter.say(f"{count} prompts, {len(compared)} comparisons by {judge.name}")
         if isinstance(judge, EndpointJudge):
             agree_on_cost(judge, compared, config, reporter)
-        verdicts = judge_all(judge, compared, config, reporter)
+        spending = cost.Spending()
+        verdicts = judge_all(judge, compared, config, reporter, spending)
     usage = {
         "asked": sum(not verdict.cached and verdict is not _IDENTICAL for verdict in verdicts),
         "known": sum(verdict.cached for verdict in verdicts),
         "identical": sum(verdict is _IDENTICAL for verdict in verdicts),
         "prompt_tokens": sum(verdict.prompt_tokens for verdict in verdicts),
         "answer_tokens": sum(verdict.answer_tokens for verdict in verdicts),
-        "dollars": _spent(verdicts, prices) if isinstance(judge, EndpointJudge) else None,
+        "dollars": None if prices is None or not isinstance(judge, EndpointJudge) else spending.dollars,
     }
     result = {
         "a": Path(config.a).name,
@@ -172,15 +173,35 @@ def _endpoint(model: str, config: JudgeConfig, reporter: Reporter, stack: contex
     return stack.enter_context(contextlib.closing(EndpointJudge(settings, config.task, cache, reporter.say)))
 
 
+def check_consent(config: JudgeConfig, *, attended: bool) -> None:
+    """JudgingFailed where `agree_on_cost` could not go on, as far as that is known before anything is compared.
+
+    Args:
+        attended: whether somebody can be asked.
+    """
+    prices = config.prices
+    if config.max_cost is not None:
+        if prices is None:
+            raise JudgingFailed(
+                "--max-cost needs a price: give --price-in and --price-out, dollars per million tokens."
+            )
+    elif not config.yes and not attended:
+        raise JudgingFailed("nobody is here to agree to the cost: give --yes, or --max-cost DOLLARS.")
+
+
 def agree_on_cost(
-    judge: EndpointJudge, compared: Sequence[Comparison], config: JudgeConfig, reporter: Reporter
+    judge: EndpointJudge, compared: Sequence[Comparison], config: JudgeConfig, reporter: Reporter, spent: float = 0.0
 ) -> None:
-    """Report what the run will cost at most; go on only with a user's word for it."""
+    """Report what the run will cost at most; go on only with a user's word for it.
+
+    Args:
+        spent: dollars of --max-cost that are gone already.
+    """
     prices = config.prices
     asked = [comparison for comparison in compared if comparison.pair.a != comparison.pair.b]
     new = [judge.question(comparison) for comparison in asked if judge.known(comparison) is None]
     expected = cost.estimate(new, judge.settings.answer_tokens, prices)
-    price = "no price is known for it (--price-in, --price-out)"
+    price = "no price is known for it"
     if expected.dollars is not None and prices is not None:
         source = f"list prices of {cost.PRICES_OF}" if config.price_in is None else "the prices given"
         price = f"${expected.dollars:.2f} at most, at {source}"
@@ -190,31 +211,33 @@ def agree_on_cost(
     )
     if not expected.requests or (config.yes and config.max_cost is None):
         return
+    check_consent(config, attended=sys.stdin.isatty())
     if config.max_cost is not None:
-        if expected.dollars is None:
-            raise ValueError("--max-cost needs a price: give --price-in and --price-out, dollars per million tokens.")
-        if expected.dollars > config.max_cost:
-            raise ValueError(
-                f"this may cost ${expected.dollars:.2f}, more than --max-cost {config.max_cost:g}; raise it, or lower "
-                "--n or --answer-tokens."
+        assert expected.dollars is not None, "a limit without a price is refused"
+        if spent + expected.dollars > config.max_cost:
+            before = f" beside the ${spent:.2f} that are spent" if spent else ""
+            raise JudgingFailed(
+                f"this may cost ${expected.dollars:.2f}{before}, more than --max-cost {config.max_cost:g}; raise it, "
+                "or lower --n or --answer-tokens."
             )
         return
-    if not sys.stdin.isatty():
-        raise ValueError("nobody is here to agree to the cost: give --yes, or --max-cost DOLLARS.")
     if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise ValueError("not asked: you did not agree to the cost.")
+        raise JudgingFailed("not asked: you did not agree to the cost.")
 
 
-def _spent(verdicts: Sequence[Verdict], prices: cost.Prices | None) -> float | None:
-    if prices is None:
-        return None
-    asked = sum(verdict.prompt_tokens for verdict in verdicts)
-    return cost.dollars(prices, asked, sum(verdict.answer_tokens for verdict in verdicts))
+def judge_all(
+    judge: Judge,
+    compared: Sequence[Comparison],
+    config: JudgeConfig,
+    reporter: Reporter,
+    spending: cost.Spending,
+) -> list[Verdict]:
+    """A verdict on each comparison. Raises EndpointError where an endpoint fails or costs more than it may.
 
-
-def judge_all(judge: Judge, compared: Sequence[Comparison], config: JudgeConfig, reporter: Reporter) -> list[Verdict]:
-    """A verdict on each comparison. Raises EndpointError where an endpoint fails or costs more than it may."""
-    prices = config.prices
+    Args:
+        spending: gets the cost of every verdict, and has what counts against --max-cost already.
+    """
+    prices = config.prices if isinstance(judge, EndpointJudge) else None
     verdicts: list[Verdict | None] = [_IDENTICAL if pair.a == pair.b else None for pair, _ in compared]
     places = [index for index, verdict in enumerate(verdicts) if verdict is None]
     done = len(verdicts) - len(places)
@@ -223,11 +246,12 @@ def judge_all(judge: Judge, compared: Sequence[Comparison], config: JudgeConfig,
             verdicts[places[index]] = verdict
             done += 1
             update(done, {})
-            spent = _spent([verdict for verdict in verdicts if verdict is not None], prices)
-            if config.max_cost is not None and spent is not None and spent > config.max_cost:
+            if prices is not None:
+                spending.add(cost.dollars(prices, verdict.prompt_tokens, verdict.answer_tokens))
+            if config.max_cost is not None and spending.dollars > config.max_cost:
                 raise EndpointError(
-                    f"${spent:.2f} have been spent, more than --max-cost {config.max_cost:g}: the estimate was too "
-                    "low. Answers so far are kept."
+                    f"${spending.dollars:.2f} have been spent, more than --max-cost {config.max_cost:g}: the estimate "
+                    "was too low. Answers so far are kept."
                 )
     whole = [verdict for verdict in verdicts if verdict is not None]
     assert len(whole) == len(compared), "a judge gives a verdict on everything or raises"

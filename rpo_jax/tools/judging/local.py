@@ -18,7 +18,7 @@ from rpo_jax.data.conversations import hidden
 from rpo_jax.data.tokenize import TokenLimits, tokenize_examples
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.models import RENDERING
-from rpo_jax.tools.judging.comparisons import Choice, Comparison, Prompt, Verdict
+from rpo_jax.tools.judging.comparisons import Choice, Comparison, JudgingFailed, Prompt, Verdict
 
 _BATCH = 8
 _MOST_TOKENS = 32_768  # of tokenizers that name no limit, or a number that means none
@@ -91,11 +91,17 @@ class RewardJudge:
                     yield index, Verdict(higher(first, second), f"rewards {first:.6g} and {second:.6g}")
 
     def scores(self, answers: Sequence[tuple[Prompt, str]]) -> Iterator[dict[tuple[Prompt, str], float]]:
-        """Rewards of responses to prompts, a batch at a time; those of about one length are together."""
-        if self._limits is None:
-            encoded = [(key, self._encode(*key)) for key in answers]
-        else:
-            encoded = self._encode_as_trained(answers, self._limits)
+        """Rewards of responses to prompts, a batch at a time; those of about one length are together.
+
+        Raises JudgingFailed for a text that the model's tokenizer or template refuses, and for rewards not finite.
+        """
+        try:
+            if self._limits is None:
+                encoded = [(key, self._encode(*key)) for key in answers]
+            else:
+                encoded = self._encode_as_trained(answers, self._limits)
+        except ValueError as error:
+            raise JudgingFailed(f"the reward model {self.name} cannot be asked: {error}") from error
         cut = sum(was_cut for _, (_, was_cut) in encoded)
         if cut:
             self._say(
@@ -120,7 +126,7 @@ class RewardJudge:
         turns = [hidden(message, encoder) for message in (*asked, Message("assistant", response))]
         (text,) = self._template.render([(turns, False)])
         if isinstance(text, ValueError):
-            raise ValueError(f"the reward model {self.name} cannot be asked: {text}")
+            raise text
         ids = encoder.encode([text])[0].tolist()
         return {"input_ids": ids[-self._limit :]}, len(ids) > self._limit
 
@@ -133,7 +139,7 @@ class RewardJudge:
         ]
         tokenized, faults = tokenize_examples(examples, self._tokenizer, limits)
         if faults:
-            raise faults.error(f"the reward model {self.name} cannot be asked", "error", "none is left")
+            raise ValueError(faults.first.reason)
         found = ([*one.prompt_ids.tolist(), *one.responses[0].ids.tolist()] for one in tokenized)
         return [
             (key, ({"input_ids": ids[-self._limit :]}, len(ids) > self._limit))
@@ -147,7 +153,9 @@ class RewardJudge:
             inputs = self._tokenizer.pad(encoded, return_tensors="pt")
             scores = self._model(**inputs).logits[:, 0].float().tolist()
         if not all(math.isfinite(score) for score in scores):
-            raise ValueError(f"the reward model {self.name} gave a reward that is no finite number; check its weights.")
+            raise JudgingFailed(
+                f"the reward model {self.name} gave a reward that is no finite number; check its weights."
+            )
         return scores
 
 
@@ -217,19 +225,19 @@ class RuleJudge:
             try:
                 verdict = self._compare(prompt, *comparison.responses)
             except Exception as error:  # whatever a user's function raises
-                raise ValueError(
+                raise JudgingFailed(
                     f"{self.name} fails on {comparison.pair.row_id}: {type(error).__name__}: {error}"
                 ) from None
             yield index, verdict
 
     def score(self, prompt: Prompt, response: str) -> float:
-        """What the function gives for one response. Raises ValueError where that is no finite number."""
+        """What the function gives for one response. Raises JudgingFailed where that is no finite number."""
         try:
             score = float(self._function(_plain(prompt), response))
         except Exception as error:  # whatever a user's function raises
-            raise ValueError(f"{self.name} fails: {type(error).__name__}: {error}") from None
+            raise JudgingFailed(f"{self.name} fails: {type(error).__name__}: {error}") from None
         if not math.isfinite(score):
-            raise ValueError(f"{self.name} gives {score:g}, which is no finite number")
+            raise JudgingFailed(f"{self.name} gives {score:g}, which is no finite number")
         return score
 
     def _compare(self, prompt: Any, first: str, second: str) -> Verdict:

@@ -193,7 +193,7 @@ def _write(path: Path, planner: Planner, trials: list[Trial], largest: str) -> N
         "largest_micro_batch": largest,
         "plans": [
             {
-                "mesh": [trial.config.mesh.data, trial.config.mesh.fsdp, trial.config.mesh.tensor],
+                "mesh": list(sharding.axis_sizes(trial.config.mesh).values()),
                 "remat": trial.config.model.remat,
                 "micro_rows": trial.config.batch.micro_rows,
                 "reason": trial.reason,

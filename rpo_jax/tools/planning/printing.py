@@ -8,6 +8,7 @@ from rich.text import Text
 
 from rpo_jax.core.templates import render
 from rpo_jax.core.text import printable
+from rpo_jax.hosts.sharding import axis_sizes
 from rpo_jax.tools.planning.estimate import Estimate
 from rpo_jax.tools.planning.search import Trial
 from rpo_jax.tools.planning.targets import Target
@@ -79,8 +80,9 @@ def print_assumptions(console: Console, target: Target, attention: str) -> None:
 def print_ranking(console: Console, trials: list[Trial], target: Target) -> None:
     table = Table("mesh", "remat", "micro_rows", "peak", "sent", "step time", "utilisation", title=target.name)
     for trial in trials:
-        mesh, config = trial.config.mesh, trial.config
-        head = (f"{mesh.data} x {mesh.fsdp} x {mesh.tensor}", config.model.remat, str(config.batch.micro_rows or "all"))
+        config = trial.config
+        mesh = " x ".join(str(size) for size in axis_sizes(config.mesh).values())
+        head = (mesh, config.model.remat, str(config.batch.micro_rows or "all"))
         one = trial.estimate
         if one is None or not one.fits:
             table.add_row(*head, f"does not fit: {trial.reason}", "", "", "")

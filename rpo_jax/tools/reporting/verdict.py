@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rpo_jax.runs.folder import ranked_steps
 from rpo_jax.runs.tracking import is_tied
 from rpo_jax.tools.reporting.curves import finite
 from rpo_jax.tools.reporting.run_records import RunRecord
@@ -95,7 +96,9 @@ def _past_its_best(record: RunRecord) -> str:
     risen = losses[-1][1] > least + WORSE * abs(least)
     if not risen or step == losses[0][0]:
         return ""
-    return f"that loss was least at step {step:,} ({least:.3g}): `export --step best` takes the best checkpoint"
+    told = f"that loss was least at step {step:,} ({least:.3g})"
+    best, newest = ranked_steps(record.folder)
+    return told if best == newest else f"{told}: `export --step best` takes the checkpoint of step {best:,}"
 
 
 def _skipped(record: RunRecord) -> str:

@@ -3,34 +3,64 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from rpo_jax.config import Config
+from rpo_jax.config.reading import in_words
 from rpo_jax.hosts import processes
 from rpo_jax.runs.tracking import Reporter
+from rpo_jax.tools.judging.comparisons import JudgingFailed
+from rpo_jax.tools.judging.cost import Spending
+from rpo_jax.tools.judging.endpoint import EndpointError, EndpointSettings
+from rpo_jax.tools.judging.judge import JudgeConfig
 from rpo_jax.tools.judging.pairs import prompt_of
-from rpo_jax.tools.sampling.sample import Choice, preferences
-from rpo_jax.tools.sampling.scorers import Asked, Scorer, make_scorer
+from rpo_jax.tools.sampling.sample import Choice, NoPreferences, preferences
+from rpo_jax.tools.sampling.scorers import JUDGE, Asked, Scorer, make_scorer, renamed
 from rpo_jax.training import run as training
 from rpo_jax.training.hooks.hook import Hook
+from rpo_jax.training.rounds import FOLDER, RoundFailed
 from rpo_jax.training.run import RunResult
+
+T = TypeVar("T")
+SPENT = "judge.json"  # in the folder of the rounds: dollars that the run's judge has cost
+_JUDGE = ("task", "both_orders", "price_in", "price_out", "max_cost", "yes", "cache", "request", "seed")
+
+
+def _hints(of: type, names: Sequence[str]) -> dict[str, Any]:
+    return {name: kind for name, kind in get_type_hints(of).items() if name in names}
+
+
+_ENDPOINT_KEYS = _hints(EndpointSettings, [name for name in get_type_hints(EndpointSettings) if name != "model"])
+_KEYS = {**_hints(JudgeConfig, _JUDGE), "endpoint": dict[str, Any]}
+# What the options of the command judge are called here.
+_NAMES = {
+    "--judge": "rounds.score",
+    "--score": "rounds.score",
+    "--n": "rounds.prompts",
+    **{f"--{name.replace('_', '-')}": f"rounds.judge.{name}" for name in _KEYS},
+    **{f"--{name.replace('_', '-')}": f"rounds.judge.endpoint.{name}" for name in _ENDPOINT_KEYS},
+}
 
 
 def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     """As rpo_jax.training.run.run, with what train.rounds scores by; ValueError too where that cannot be used."""
     if not config.train.rounds:
         return training.run(config, hooks)
-    rounds, judge = config.rounds, {"seed": config.run.seed, **config.rounds.judge}
+    rounds, folder = config.rounds, Path(config.run.dir).expanduser() / FOLDER
+    _check_judge(config)
     with contextlib.ExitStack() as stack:
         reporter = Reporter(silent=not processes.is_main())
+        judge = {"seed": config.run.seed, **rounds.judge}
         try:
-            score = make_scorer(str(rounds.score), judge, reporter, stack)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"rounds.score={rounds.score}: {error}") from None
+            score = make_scorer(str(rounds.score), judge, reporter, stack, Spending(folder / SPENT))
+        except ValueError as error:
+            raise ValueError(renamed(error, _NAMES)) from error
         choice = Choice(
             score=str(rounds.score),
             select=rounds.select,
@@ -43,6 +73,33 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
         return training.run(config, hooks, AnswerRater(choice, score, reporter))
 
 
+def _check_judge(config: Config) -> None:
+    """ValueError for a setting of the judge that there is none of, or of another type."""
+    judge = config.rounds.judge
+    if judge and not str(config.rounds.score).startswith(f"{JUDGE}:"):
+        raise ValueError(f"rounds.judge would not be read with rounds.score={config.rounds.score}; leave it out.")
+    _check_types(judge, _KEYS, "rounds.judge")
+    _check_types(judge.get("endpoint", {}), _ENDPOINT_KEYS, "rounds.judge.endpoint")
+
+
+def _check_types(given: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    for name, value in given.items():
+        if name not in kinds:
+            raise ValueError(f"{where}.{name} is unknown; there are {', '.join(kinds)}.")
+        if not _fits(value, kinds[name]):
+            raise ValueError(f"{where}.{name} is {value!r}, and must be {in_words(kinds[name])}.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    plain = tuple(get_origin(part) or part for part in parts)
+    if isinstance(value, bool):
+        return bool in plain
+    return isinstance(value, plain) or (float in plain and isinstance(value, int))
+
+
 @dataclass(frozen=True)
 class AnswerRater:
     """Rates the answers of rounds, as rpo_jax.training.rounds.Rater has it."""
@@ -52,7 +109,7 @@ class AnswerRater:
     reporter: Reporter
 
     def rows(self, answers: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        found = preferences(answers, self.choice, self.score, self.reporter.say)
+        found = _told(lambda: preferences(answers, self.choice, self.score, self.reporter.say))
         metrics = {
             "reward": float(np.mean(found.values)),
             "reward_std": float(np.std(found.values)),
@@ -66,4 +123,12 @@ class AnswerRater:
         asked = [
             Asked(answer["row_id"], prompt_of(answer, answer["row_id"]), (answer["response"],)) for answer in answers
         ]
-        return [score for (score,) in self.score(asked).of if score is not None]
+        return [score for (score,) in _told(lambda: self.score(asked)).of if score is not None]
+
+
+def _told(work: Callable[[], T]) -> T:
+    """What the work gives; where the scorer fails or leaves nothing, RoundFailed with its reason."""
+    try:
+        return work()
+    except (JudgingFailed, NoPreferences, EndpointError) as error:
+        raise RoundFailed(renamed(error, _NAMES)) from error

@@ -20,13 +20,17 @@ from rpo_jax.core.templates import render
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.generation import GenerateConfig, generate
 from rpo_jax.tools.judging.pairs import prompt_of
-from rpo_jax.tools.sampling.scorers import Asked, Scorer, make_scorer
+from rpo_jax.tools.sampling.scorers import Asked, Scorer, make_scorer, renamed
 from rpo_jax.tools.sampling.selection import RULES, Rule, rso
 
 ALL, RSO = "all", "rso"
 SELECTIONS = (ALL, *RULES, RSO)
 BINS = 20  # of the histogram of scores
 SHOWN = 8  # prompts of the page
+
+
+class NoPreferences(ValueError):
+    """Nothing can be learnt from these answers; the message says why, and is for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,10 @@ def sample(config: SampleConfig, reporter: Reporter) -> dict[str, Any]:
     out = Path(config.out).expanduser()
     check_writable(out.parent)
     with one_writer(out, "--out"), contextlib.ExitStack() as stack:
-        score = make_scorer(config.score, config.judge, reporter, stack)
+        try:
+            score = make_scorer(config.score, config.judge, reporter, stack)
+        except ValueError as error:
+            raise ValueError(renamed(error, {"--judge": "--score"})) from error
         answers = read_jsonl(generate(config.answers), ("row_id", "prompt", "response", "finish_reason"))
         found = preferences(answers, config.choice, score, reporter.say)
         result = _statistics(config, found)
@@ -134,23 +141,23 @@ def preferences(
     Args:
         answers: rows with row_id, prompt, response and finish_reason.
 
-    Raises ValueError where that leaves nothing, with the reason.
+    Raises NoPreferences where that leaves nothing, with the reason, and what the scorer raises.
     """
     asked, counts = _asked(answers, choice)
     if not asked:
         option = choice.option
-        raise ValueError(
+        raise NoPreferences(
             f"no prompt has two answers that differ, are not empty and ended: {_counted(counts)}; raise "
             f"{option('max_tokens')} or {option('temperature')}, or set {option('keep_unfinished')}."
         )
     scores = score(asked)
     if scores.missing == sum(map(len, scores.of)):
-        raise ValueError(f"{choice.option('score')} {choice.score} scores no answer: {scores.reason}")
+        raise NoPreferences(f"{choice.option('score')} {choice.score} scores no answer: {scores.reason}")
     if scores.missing:
         say(f"{scores.missing} answers have no score and are left out; the first: {scores.reason}")
     rows = [row for one, found in zip(asked, scores.of, strict=True) for row in _rows(choice, one, found, counts)]
     if not rows:
-        raise ValueError(f"no answer is better than another: {_counted(counts)}; see {choice.score}")
+        raise NoPreferences(f"no answer is better than another: {_counted(counts)}; see {choice.score}")
     counts["without a score"] = scores.missing
     return Preferences(asked, scores.of, rows, counts)
 

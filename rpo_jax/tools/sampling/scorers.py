@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +12,10 @@ from itertools import combinations
 from typing import NamedTuple
 
 from rpo_jax.runs.tracking import Reporter
-from rpo_jax.tools.judging.comparisons import Pair, Prompt
+from rpo_jax.tools.judging.comparisons import JudgingFailed, Pair, Prompt
+from rpo_jax.tools.judging.cost import Spending
 from rpo_jax.tools.judging.endpoint import EndpointJudge
-from rpo_jax.tools.judging.judge import JudgeConfig, agree_on_cost, judge_all, make_judge
+from rpo_jax.tools.judging.judge import JudgeConfig, agree_on_cost, check_consent, judge_all, make_judge
 from rpo_jax.tools.judging.local import RewardJudge, RuleJudge
 from rpo_jax.tools.judging.pairs import comparisons
 
@@ -48,12 +51,22 @@ class Scores:
 Scorer = Callable[[Sequence[Asked]], Scores]
 
 
-def make_scorer(spec: str, judge: Mapping[str, object], reporter: Reporter, stack: contextlib.ExitStack) -> Scorer:
+def make_scorer(
+    spec: str,
+    judge: Mapping[str, object],
+    reporter: Reporter,
+    stack: contextlib.ExitStack,
+    spending: Spending | None = None,
+) -> Scorer:
     """The scorer that is named, as KINDS has it; checked before anything is sampled.
+
+    The scorer raises JudgingFailed or EndpointError where it fails on all that it is asked.
 
     Args:
         judge: settings of JudgeConfig, for a judge.
         stack: closes what the scorer opens.
+        spending: what a judge has cost in earlier processes, and will; nobody is asked to agree to more where it is
+            given.
 
     Raises ValueError for a rule, model or judge that cannot be used.
     """
@@ -67,14 +80,17 @@ def make_scorer(spec: str, judge: Mapping[str, object], reporter: Reporter, stac
         model = RewardJudge(name, reporter.say)
         return lambda asked: _by_reward(model, asked, reporter)
     if kind == JUDGE and name:
-        config = JudgeConfig(**{"a": "", "b": "", "judge": name, **judge})  # pyright: ignore[reportArgumentType]
-        made = make_judge(config, reporter, stack)
+        given = {"a": "", "b": "", "task": "dialogue", "judge": name, **judge}
+        config = JudgeConfig(**given)  # pyright: ignore[reportArgumentType]
+        made, spent = make_judge(config, reporter, stack), spending or Spending()
+        if isinstance(made, EndpointJudge):
+            check_consent(config, attended=spending is None and sys.stdin.isatty())
 
         def score(asked: Sequence[Asked]) -> Scores:
             compared = comparisons(list(_all_pairs(asked)), config.seed, both_orders=config.both_orders)
             if isinstance(made, EndpointJudge):
-                agree_on_cost(made, compared, config, reporter)
-            verdicts = judge_all(made, compared, config, reporter)
+                agree_on_cost(made, compared, config, reporter, spent.dollars)
+            verdicts = judge_all(made, compared, config, reporter, spent)
             won: dict[tuple[str, str], list[float]] = defaultdict(list)
             for comparison, verdict in zip(compared, verdicts, strict=True):
                 share = _WON.get(verdict.outcome(comparison))
@@ -87,6 +103,11 @@ def make_scorer(spec: str, judge: Mapping[str, object], reporter: Reporter, stac
 
         return score
     raise ValueError(f"--score {spec} is unknown; use {KINDS}.")
+
+
+def renamed(error: Exception, names: Mapping[str, str]) -> str:
+    """An error's message with the options of the command judge, as `--max-cost`, called what the user calls them."""
+    return re.sub(r"--[a-z][a-z-]*", lambda option: names.get(option[0], option[0]), str(error))
 
 
 def _all_pairs(asked: Sequence[Asked]) -> list[Pair]:
@@ -105,7 +126,7 @@ def _by_rule(rule: RuleJudge, asked: Sequence[Asked], reporter: Reporter) -> Sco
             for answer in one.answers:
                 try:
                     scores.append(rule.score(one.prompt, answer))
-                except ValueError as error:
+                except JudgingFailed as error:
                     scores.append(None)
                     reasons.append(f"{one.place}: {error}")
             found.append(scores)
