@@ -24,6 +24,7 @@ from rpo_jax.core.records import PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.models import lora
+from rpo_jax.objectives import running
 from rpo_jax.objectives.losses import OBJECTIVES
 from rpo_jax.training.step import build_steps, put_batch
 from tests.worlds import random_data, small_model, with_more_responses
@@ -67,7 +68,8 @@ def trained(config: Config, data: PreferenceData, shape: tuple[int, int, int]) -
         state = steps.init(jax.tree.map(jax.device_put, adapters, steps.model_shardings))
         for step in range(STEPS):
             state, report = steps.train(state, put_batch(mesh, batches.batch_at(step)), None)
-            reports.append({name: float(value) for name, value in report.items()})
+            kept = state.params.get(running.NAME, {})
+            reports.append({name: float(value) for name, value in {**report, **kept}.items()})
     return reports
 
 
@@ -108,6 +110,16 @@ NAMES = [
 def test_micro_batches_on_a_mesh_give_what_one_device_gives(name):
     data = scored(random_data(12, mismatched="mismatched" in OBJECTIVES[name].responses))
     check(name, "grouped" if OBJECTIVES[name].uses_lists else "paired", data)
+
+
+def test_bco_s_running_mean_is_part_of_the_state():
+    config = config_of("bco_pair", "paired", None)
+    first, second = trained(config, random_data(12), (1, 1, 1))
+    rewards = [(one["rewards/chosen"] + one["rewards/rejected"]) / 2 for one in (first, second)]
+    assert abs(rewards[0] - rewards[1]) > 1e-4
+    np.testing.assert_allclose([first["mean"], first["count"]], [rewards[0], 16], rtol=1e-5)
+    # Of 12 pairs the second step has 4.
+    np.testing.assert_allclose([second["mean"], second["count"]], [(2 * rewards[0] + rewards[1]) / 3, 24], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [pytest.param("rpo", marks=[pytest.mark.slow]), "infonca"])

@@ -41,6 +41,26 @@ def test_examples_know_their_source_whatever_is_skipped(tmp_path):
     assert batches_of(config, prepared.train, prepared.responses, 1).epoch_draws == 6 + 10
 
 
+def test_a_batch_of_a_mixture_has_all_responses_of_its_prompts(tmp_path):
+    """Of 4 prompts once and of 6 twice; three answers to each, two of them bad."""
+    rows = [
+        {"prompt": f"What is {i}?", "responses": [f"{word} {i}." for word in ("Yes", "No", "Ah")], "scores": [3, 1, 1]}
+        for i in range(10)
+    ]
+    sources = {write_rows(tmp_path / f"{i}.jsonl", some): 2**i for i, some in enumerate((rows[:4], rows[4:]))}
+    config = mixed(tmp_path, sources, **{"data.pairing": "grouped", "data.train_rows": None, "batch.pairs": 8})
+    prepared = prepare(config, Reporter(silent=True))
+    batches = batches_of(config, prepared.train, prepared.responses, 1)
+    assert batches.epoch_draws == 4 + 12
+    drawn = [batches.batch_at(step).sides for step in range(batches.steps_per_epoch)]
+    chosen, rejected = ([side[kind] for side in drawn] for kind in ("chosen", "rejected"))
+    assert all(one.valid.sum() == 8 and two.valid.sum() == 16 for one, two in zip(chosen, rejected, strict=True))
+    for one, two in zip(chosen, rejected, strict=True):
+        np.testing.assert_array_equal(np.repeat(one.prompt_id, 2), two.prompt_id)
+    seen = np.bincount(np.concatenate([one.example_index for one in chosen]), minlength=10)
+    assert seen.tolist() == [1] * 4 + [2] * 6
+
+
 def test_sources_that_are_cut_at_different_ends_are_refused_unless_it_is_said(tmp_path):
     paths = {
         write_rows(tmp_path / "pairs.jsonl"): 1,

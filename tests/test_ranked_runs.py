@@ -50,7 +50,8 @@ def test_rpo_over_all_responses_of_a_prompt(place, capsys):
     step, last = next(line for line in lines if "loss" in line), lines[-1]
     assert np.isfinite(step["loss"])
     assert step["contrast/perplexity"] > 8, "more rejected responses than prompts"
-    assert "rewards/accuracies" not in step
+    assert step["rewards/ties"] == 1, "it is its reference"
+    assert 0 < last["eval_rewards/accuracies"] + last["eval_rewards/ties"] <= 1
     assert np.isfinite(last["eval_loss"])
     assert report.main(["--run", str(place[0] / "rpo"), "--out", str(place[0] / "report.html")]) == 0
 

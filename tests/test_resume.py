@@ -129,7 +129,9 @@ KINDS_OF_RUN = {
         "optim.name": "muon",
         "optim.schedule": "wsd",
     },
-    "answers sampled, every third step logged, Adafactor": {
+    "answers sampled, every third step logged, Adafactor, BCO with the mean of its rewards so far": {
+        "objective.name": "bco_pair",
+        "contrast.weights": "null",
         "optim.name": "adafactor",
         "optim.schedule": "inverse_sqrt",
         "train.sample_prompts": 2,

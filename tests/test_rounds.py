@@ -13,6 +13,7 @@ import yaml
 import rpo_jax
 from rpo_jax import doctor, export, models, report, train
 from rpo_jax.core.jsonl import GrowingFile, read_jsonl
+from rpo_jax.hosts import processes
 from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.folder import CHECKPOINTS
 from rpo_jax.runs.tracking import Reporter
@@ -113,9 +114,12 @@ def test_prompts_come_again_only_when_all_have_had_their_turn():
 def test_extrapolation_is_that_of_the_numbers():
     """theta = theta' + alpha (theta' - anchor), and what is gone on from next is theta', not theta."""
     now, before = np.array([1.0, -2.0, 0.5]), np.array([0.8, -1.0, 0.5])
-    state = extrapolated(TrainState(7, {"w": now}, (Anchor({"w": before}), "moments")), 0.3)  # pyright: ignore
+    kept = {"running": {"mean": np.float32(0.2), "count": np.float32(8)}}  # no weights
+    anchor = Anchor({"w": before, "running": {"mean": np.float32(0.1), "count": np.float32(4)}})
+    state = extrapolated(TrainState(7, {"w": now, **kept}, (anchor, "moments")), 0.3)  # pyright: ignore
     np.testing.assert_allclose(state.params["w"], [1.06, -2.3, 0.5], rtol=1e-12)
     assert state.opt_state[0].params["w"] is now
+    assert state.params["running"] == kept["running"]
     assert state.opt_state[1] == "moments"
     assert state.step == 7
 
@@ -372,6 +376,13 @@ def test_a_round_that_is_made_but_not_begun_is_made_anew_by_other_settings(world
     world.run("anew", again)
     assert world.files("anew")["0000.answers.jsonl"] == answered
     assert len(world.files("anew")["0000.jsonl"]) > len(rows), "two matches of three answers"
+
+
+def test_several_processes_are_refused_before_anything_is_read(world, monkeypatch):
+    monkeypatch.setattr(processes, "num_processes", lambda: 2)
+    with pytest.raises(ValueError, match=r"train\.rounds=2 samples on one process only, and there are 2; start one"):
+        world.run("refused")
+    assert not (world.folder / "refused").exists()
 
 
 def test_a_round_without_a_preference_ends_the_run_which_can_go_on(world, capsys):

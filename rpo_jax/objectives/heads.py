@@ -6,9 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rpo_jax.objectives import partition, reward, value
+from rpo_jax.objectives import partition, reward, running, value
 
-HEADS: dict[str, dict[str, Any]] = {**partition.AXES, **value.AXES, **reward.AXES}  # names of their parameters' axes
+# The names of their parameters' axes.
+HEADS: dict[str, dict[str, Any]] = {**partition.AXES, **value.AXES, **reward.AXES, **running.AXES}
 
 
 def init(names: tuple[str, ...], hidden_size: int) -> dict[str, Any]:
@@ -24,8 +25,8 @@ def axes(names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def decayed(names: tuple[str, ...]) -> dict[str, dict[str, bool]]:
-    """Which of their parameters weight decay shrinks: not biases."""
-    return {name: {part: part != "bias" for part in HEADS[name]} for name in names}
+    """Which of their parameters weight decay shrinks: not biases, nor means."""
+    return {name: {part: bool(axes) for part, axes in HEADS[name].items()} for name in names}
 
 
 def split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -64,16 +64,18 @@ def masked(x: Float[Array, "*S"] | Bool[Array, "*S"], mask: Bool[Array, "*S"]) -
     return Mean(jnp.sum(zero_where_invalid(x, mask)), jnp.sum(mask).astype(jnp.float32))
 
 
-def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, Mean]:
+def preference_metrics(scores: Scores, beta: float, paired: bool, prompts: int | None = None) -> dict[str, Mean]:
     """How well the policy tells chosen from rejected responses.
 
     rewards/*: beta (log pi_policy - log pi_reference), over summed log-probs. rewards/margins is chosen minus
     rejected over same pairs, or over all couples of a group's chosen and rejected responses if unpaired.
     rewards/accuracies: share of same pairs whose chosen log-ratio is higher by more than TIE_NATS; logps/accuracies
-    the same of the policy's own log-probs; rewards/ties: share of pairs whose log-ratios differ by no more; all only if
-    paired. logps/*: summed log-probs, nats. kl: KTO's estimate,
-    in nats, where there are mismatched responses; `finalize` holds it above 0. partition/variance: of the learned log Z
-    within a batch, nats^2, over chosen and rejected responses. A kind that the batch does not hold has no statistics.
+    the same of the policy's own log-probs; rewards/ties: share of pairs whose log-ratios differ by no more. Where all
+    responses of so many `prompts` come together, one prompt after another, these three are of all couples of a chosen
+    and a rejected response to one prompt; where they come neither so nor in pairs there are none. logps/*: summed
+    log-probs, nats. kl: KTO's estimate, in nats, where there are mismatched responses; `finalize` holds it above 0.
+    partition/variance: of the learned log Z within a batch, nats^2, over chosen and rejected responses. A kind that
+    the batch does not hold has no statistics.
     """
     sides = {kind: scores[kind] for kind in ("chosen", "rejected") if kind in scores.responses}
     rewards = {name: beta * side.log_ratio() for name, side in sides.items()}
@@ -82,32 +84,47 @@ def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, M
         metrics[f"rewards/{name}"] = masked(rewards[name], side.valid)
         metrics[f"logps/{name}"] = masked(side.log_prob, side.valid)
     if len(sides) == 2:
-        metrics |= _comparisons(scores, rewards, paired)
+        metrics |= _comparisons(scores, rewards, paired, prompts)
     if "mismatched" in scores.responses:
         metrics[KL] = masked(scores["mismatched"].log_ratio(), scores["mismatched"].valid)
     return metrics
 
 
-def _comparisons(scores: Scores, rewards: dict[str, Float[Array, "*G S"]], paired: bool) -> dict[str, Mean]:
+def _comparisons(
+    scores: Scores, rewards: dict[str, Float[Array, "*G S"]], paired: bool, prompts: int | None
+) -> dict[str, Mean]:
     """What `preference_metrics` says of chosen and rejected responses together."""
     sides = chosen, rejected = scores["chosen"], scores["rejected"]
     metrics = {}
     if paired:
         both = chosen.valid & rejected.valid
-        margin = chosen.log_ratio() - rejected.log_ratio()
         metrics["rewards/margins"] = masked(rewards["chosen"] - rewards["rejected"], both)
-        metrics["rewards/accuracies"] = masked(margin > TIE_NATS, both)
-        metrics["rewards/ties"] = masked(jnp.abs(margin) <= TIE_NATS, both)
-        metrics["logps/accuracies"] = masked(chosen.log_prob - rejected.log_prob > TIE_NATS, both)
+        margins = (chosen.log_ratio() - rejected.log_ratio(), chosen.log_prob - rejected.log_prob)
+        metrics |= _accuracies(*margins, both)
     else:
         num_chosen, num_rejected = (jnp.sum(side.valid, axis=-1) for side in sides)
         total = jnp.sum(rewards["chosen"], axis=-1) * num_rejected - jnp.sum(rewards["rejected"], axis=-1) * num_chosen
         metrics["rewards/margins"] = Mean(jnp.sum(total), jnp.sum(num_chosen * num_rejected).astype(jnp.float32))
+    if not paired and prompts is not None:
+        ratio, log_prob, valid = (
+            (chosen.reshape(prompts, -1)[:, :, None], rejected.reshape(prompts, -1)[:, None, :])
+            for chosen, rejected in zip(*((side.log_ratio(), side.log_prob, side.valid) for side in sides), strict=True)
+        )
+        metrics |= _accuracies(ratio[0] - ratio[1], log_prob[0] - log_prob[1], valid[0] & valid[1])
     if chosen.log_partition is not None and rejected.log_partition is not None:
         valid = jnp.concatenate([side.valid.ravel() for side in sides])
         value = jnp.concatenate([chosen.log_partition.ravel(), rejected.log_partition.ravel()])
         metrics["partition/variance"] = masked(jnp.square(value - masked_mean(value, valid)), valid)
     return metrics
+
+
+def _accuracies(ratio: Float[Array, "*C"], log_prob: Float[Array, "*C"], valid: Bool[Array, "*C"]) -> dict[str, Mean]:
+    """How often the chosen one of a couple is ahead, by margins of log-ratios and of log-probs."""
+    return {
+        "rewards/accuracies": masked(ratio > TIE_NATS, valid),
+        "rewards/ties": masked(jnp.abs(ratio) <= TIE_NATS, valid),
+        "logps/accuracies": masked(log_prob > TIE_NATS, valid),
+    }
 
 
 def contrast_metrics(

@@ -99,6 +99,7 @@ class Objective(Traits, ABC):
     """
 
     beta: float = 0.1
+    keeps_mean: ClassVar[bool] = False  # Scores.before is needed; a property where an option decides
     compares_prompts: ClassVar[bool] = False  # rewards of different prompts, so that a learned log Z enters
 
     def __post_init__(self) -> None:
@@ -118,6 +119,10 @@ class Objective(Traits, ABC):
     def added(self, scores: Scores) -> tuple[Term, ...]:
         """Means over something else that are added to the loss, their weights in them."""
         return ()
+
+    def kept(self, scores: Scores) -> Term | None:
+        """What the loss needs the mean of over all batches so far, of this batch; None where it needs none."""
+        return None
 
     def terms(self, scores: Scores) -> tuple[Term, ...]:
         """What the minimised value is the sum of."""

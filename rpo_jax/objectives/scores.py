@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 if TYPE_CHECKING:
     from rpo_jax.objectives.matrix import ContrastMatrix
+    from rpo_jax.objectives.running import Running
 
 
 def at_least_float32(x: Float[Array, "..."] | Int[Array, "..."] | float) -> Float[Array, "..."]:
@@ -76,12 +77,14 @@ class Scores:
     """Everything that an objective sees of a batch.
 
     responses: by kind (records.KINDS), those that the objective asked for. matrix: None for objectives without one.
-    tokens: only for objectives that say that they need them.
+    tokens: only for objectives that say that they need them. before: the mean of what the objective keeps one of
+    (Objective.kept), over the batches before; None where it keeps none.
     """
 
     responses: Mapping[str, Responses]
     matrix: ContrastMatrix | None = None
     tokens: Tokens | None = None
+    before: Running | None = None
 
     def __getitem__(self, kind: str) -> Responses:
         return self.responses[kind]

@@ -299,8 +299,10 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
     if adapters:
         settings = ", ".join(f"{key}={changed[key][0]}, not {changed[key][1]}" for key in adapters)
         raise refused(f"was trained with {settings}", "its own lora section")
-    heads = {"objective.partition": "", "objective.name": ", and one of them has a value head"}  # trained beside it
-    for key, note in heads.items():
+    state = {"objective.partition": "", "objective.name": ", and one of them has a value head"}  # what is beside it
+    if record["config"]["objective"]["name"] == "bco_pair" == saved["config"]["objective"]["name"]:
+        state["objective.bco_shift"] = ""
+    for key, note in state.items():
         before, now = changed.get(key, (None, None))
         if key in changed and (not note or any(OBJECTIVES[n].uses_tokens for n in (before, now) if n in OBJECTIVES)):
             raise refused(f"was trained with {key}={before}, not {now}{note}", "its own")

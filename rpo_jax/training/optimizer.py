@@ -14,6 +14,7 @@ import optax.contrib
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
 from rpo_jax.config import OptimConfig
+from rpo_jax.objectives import running
 
 Schedule = Callable[[Any], Array]  # steps done to learning rate
 
@@ -113,6 +114,7 @@ def extrapolated(state: Any, alpha: float) -> Any:
     """
     anchor, *rest = state.opt_state
     params = jax.tree.map(lambda now, before: now + alpha * (now - before), state.params, anchor.params)
+    params |= {name: part for name, part in state.params.items() if name == running.NAME}  # no weights
     return state._replace(params=params, opt_state=(Anchor(state.params), *rest))
 
 

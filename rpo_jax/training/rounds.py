@@ -181,8 +181,6 @@ class Rounds(Hook):
     _settings: RoundsConfig = field(init=False)
 
     def __post_init__(self) -> None:
-        if jax.process_count() > 1:
-            raise ValueError("train.rounds samples on one process only so far; use one process with all its devices.")
         self._settings = self.config.rounds
         settings, model_config, mesh = self._settings, self.models.config, self.models.mesh
         self._folder = Path(self.config.run.dir).expanduser() / FOLDER

@@ -128,6 +128,11 @@ def run(config: Config, hooks: Sequence[Hook] = (), rater: Rater | None = None) 
 
 def _run(asked: _Asked) -> RunResult:
     config, reporter, stopping, run_dir = asked.config, asked.reporter, asked.stopping, asked.run_dir
+    if config.train.rounds and processes.num_processes() > 1:
+        raise ValueError(
+            f"train.rounds={config.train.rounds} samples on one process only, and there are "
+            f"{processes.num_processes()}; start one with all devices of a host, or make data with rpo_jax.sample."
+        )
     if processes.is_main():
         check_login(config.tracking)
     if config.run.resume == "auto" and processes.is_main():

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from rpo_jax.config import Method
 from rpo_jax.core.records import Batch, Side
-from rpo_jax.objectives import blocked, contrast, load_balance, metrics, partition
+from rpo_jax.objectives import blocked, contrast, load_balance, metrics, partition, running
 from rpo_jax.objectives.matrix import ContrastMatrix, WholeMatrix
 from rpo_jax.objectives.objective import Term, total
 from rpo_jax.objectives.scores import Responses, Scores, Tokens
@@ -138,25 +138,35 @@ def _tokens(policy: TokenScores | None, reference: TokenScores | None, batch: Ba
 
 def make_loss(
     method: Method, alpha: float, block: int | str, mesh: Mesh, balance_weight: float = 0.0
-) -> Callable[[Batch, TokenScores | None, bool, LogProbs], tuple[Array, Means]]:
+) -> Callable[..., tuple[Array, Means]]:
     """Function from batch, what a reference says of its tokens, whether it is of pairs, and log-probs to the loss.
 
-    With it come the metrics of the batch; arguments are `make_scores`'.
+    With it come the metrics of the batch; arguments are `make_scores`'. An objective that keeps a mean takes that of
+    the batches before besides, and the batch's own is then among the metrics, as `running.NAME`.
 
     Args:
         balance_weight: of the load-balancing loss beside the objective's, where the policy has experts.
     """
     objective, scores_of = method.objective, make_scores(method, alpha, block, mesh)
 
-    def loss(batch: Batch, reference: TokenScores | None, paired: bool, log_probs: LogProbs) -> tuple[Array, Means]:
+    def loss(
+        batch: Batch,
+        reference: TokenScores | None,
+        paired: bool,
+        log_probs: LogProbs,
+        before: running.Running | None = None,
+    ) -> tuple[Array, Means]:
         scores, means = scores_of(log_probs, batch, paired, reference)
+        scores = replace(scores, before=before)
         terms = objective.terms(scores)
+        if before is not None and (kept := objective.kept(scores)) is not None:
+            means |= {running.NAME: metrics.in_parts(kept)}
         if log_probs.routing is not None:
             means |= load_balance.expert_metrics(*log_probs.routing)
             if balance_weight:
                 balance = balance_weight * load_balance.load_balancing_loss(*log_probs.routing)
                 terms = (*terms, Term(balance, log_probs.routing.tokens[0]))
-        preferences = metrics.preference_metrics(scores, objective.beta, paired)
+        preferences = metrics.preference_metrics(scores, objective.beta, paired, method.prompts)
         if objective.uses_reward_head:  # what stands for a log-prob is the reward
             preferences = {name: mean for name, mean in preferences.items() if not name.startswith("logps/")}
         elif not objective.uses_reference:  # a reward is a log-ratio: without a reference there is none

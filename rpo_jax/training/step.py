@@ -22,7 +22,7 @@ from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import Batch
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
-from rpo_jax.objectives import heads, metrics, partition, reward, value
+from rpo_jax.objectives import heads, metrics, partition, reward, running, value
 from rpo_jax.objectives.losses import Objective
 from rpo_jax.training.forward import make_log_probs
 from rpo_jax.training.micro_batches import (
@@ -168,6 +168,7 @@ def build_steps(
         (partition.NAME, method.learns_partition),
         (value.NAME, objective.uses_values),
         (reward.NAME, objective.uses_reward_head),
+        (running.NAME, objective.keeps_mean),
     )
     head_names = tuple(name for name, is_wanted in wanted if is_wanted)
     all_axes = {**policy.trained.axes, **heads.axes(head_names)}
@@ -204,7 +205,7 @@ def build_steps(
 
     def gradient(params: Params, batch: Batch, reference: Params | None, frozen: Params = NOTHING) -> Gradient:
         batch, of_tokens = referenced(batch, reference, frozen)
-        scored_batch = partial(scored, batch, of_tokens, method.paired)
+        scored_batch = partial(scored, batch, of_tokens, method.paired, before=params.get(running.NAME))
         found = make_loss_and_gradient(forward_on(frozen), scored_batch, params, batch, micro_rows, micro_keep)
         return Gradient(*found, batch)
 
@@ -224,7 +225,11 @@ def build_steps(
             if limit is not None:
                 good &= grad_norm <= limit
             updates, opt_state = optimizer.update(changes, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params: Any = optax.apply_updates(state.params, updates)
+            if running.NAME in params:
+                of_batch = means.pop(running.NAME)
+                mean = metrics.finalize({running.NAME: of_batch})[running.NAME]
+                params[running.NAME] = running.joined(state.params[running.NAME], mean, of_batch.count[0])
         report = {
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
@@ -239,7 +244,10 @@ def build_steps(
 
     def evaluate(params: Params, batch: Batch, reference: Params | None, frozen: Params = NOTHING) -> Means:
         batch, of_tokens = referenced(batch, reference, frozen)
-        return scored(batch, of_tokens, eval_paired, all_log_probs(forward_on(frozen), micro_rows, params, batch))[1]
+        log_probs = all_log_probs(forward_on(frozen), micro_rows, params, batch)
+        before = running.fixed(params[running.NAME]) if running.NAME in params else None
+        means = scored(batch, of_tokens, eval_paired, log_probs, before)[1]
+        return {name: mean for name, mean in means.items() if name != running.NAME}
 
     def init(params: Params) -> TrainState:
         return _fresh_state(optimizer, {**params, **heads.init(head_names, model_config.hidden_size)})

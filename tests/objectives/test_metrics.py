@@ -88,6 +88,20 @@ def test_unpaired_margins_compare_all_couples():
     assert "rewards/accuracies" not in got
 
 
+def test_of_prompts_with_all_their_responses_each_good_one_is_compared_with_each_bad_one():
+    """Three prompts, the last without a bad response; a couple of different prompts does not count."""
+    chosen = responses(
+        [-1.0, -9.0, -5.0, 0.0, -2.0, 0.0], [-2.0] * 6, np.array([1, 1, 1, 0, 1, 0], bool)
+    )  # ratios 1, -7, -3; 0
+    rejected = responses(
+        [-1.0, -3.0, -6.0, -4.0, 0.0, 0.0], [-2.0] * 6, np.array([1, 1, 1, 1, 0, 0], bool)
+    )  # 1, -1; -4, -2
+    got = metrics.finalize(metrics.preference_metrics(scores_of(chosen, rejected), 0.1, paired=False, prompts=3))
+    # Of the first prompt 1 against 1 and -1, -7 against them; of the second -3 against -4 and -2.
+    expected = {"rewards/accuracies": 2 / 6, "rewards/ties": 1 / 6, "logps/accuracies": 2 / 6}
+    assert {name: pytest.approx(float(got[name])) for name in expected} == expected
+
+
 def test_a_kind_that_is_not_there_has_no_statistics():
     got = metrics.preference_metrics(scores_of(draw()["chosen"]), 0.1, paired=True)
     assert got.keys() == {"rewards/chosen", "logps/chosen"}

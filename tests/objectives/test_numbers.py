@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.objectives import losses
+from rpo_jax.objectives import losses, running
 from rpo_jax.objectives.matrix import WholeMatrix
 from rpo_jax.objectives.methods import OBJECTIVES
 from rpo_jax.objectives.methods.ada_dpo import scale
@@ -62,6 +62,23 @@ def test_bco_pair_without_and_with_its_shift(precision):
         [math.log1p(math.exp(sign * (shift - 0.1 * x))) for x in side] for sign, side in ((1, CHOSEN), (-1, REJECTED))
     )
     np.testing.assert_allclose(value(OBJECTIVES["bco_pair"]), sum(chosen + rejected) / 2, rtol=precision)
+
+
+def test_bco_pair_s_shift_is_the_mean_reward_of_all_batches_so_far(precision):
+    """Two before, of mean reward 0.5; a mean that is fixed does not move. The batch is the one of the numbers."""
+    before, batch = {"mean": jnp.array(0.5), "count": jnp.array(2.0)}, 0.1 * sum(CHOSEN + REJECTED)
+    objective = OBJECTIVES["bco_pair"]
+    scores = laws.scores_of(jnp.array(CHOSEN), jnp.array(REJECTED), jnp.eye(2), jnp.eye(2, dtype=bool))
+    scores = replace(scores, before=before)
+    np.testing.assert_allclose(objective.shift(scores), (1.0 + batch) / 6, rtol=precision)
+    now = running.joined(before, *objective.kept(scores))
+    np.testing.assert_allclose([now["mean"], now["count"]], [(1.0 + batch) / 6, 6], rtol=precision)
+    scores = replace(scores, before=running.fixed(before))
+    assert objective.shift(scores) == 0.5
+    chosen, rejected = (
+        [math.log1p(math.exp(sign * (0.5 - 0.1 * x))) for x in side] for sign, side in ((1, CHOSEN), (-1, REJECTED))
+    )
+    np.testing.assert_allclose(objective.total_loss(scores), sum(chosen + rejected) / 2, rtol=precision)
 
 
 ADA_DPO = [  # log-ratios; tau, loss, its derivative by the chosen one; tau and loss with the quadratic price

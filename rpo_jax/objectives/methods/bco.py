@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rpo_jax.objectives.objective import option
+from rpo_jax.objectives.objective import Term, option
 from rpo_jax.objectives.per_response import ResponseObjective
+from rpo_jax.objectives.running import joined
 from rpo_jax.objectives.scores import Scores, masked_mean
 
 
@@ -19,24 +20,38 @@ class BCOPair(ResponseObjective):
     """Binary cross-entropy of shifted rewards.
 
     L = mean_c(-log sigmoid(beta rho_c - delta)) + mean_r(-log sigmoid(-(beta rho_r - delta))), delta without gradient.
-    Source: Jung et al. 2024, arXiv 2404.04656, as TRL's loss bco_pair. There delta is the mean reward of the batches so
-    far, which estimates the mean under a policy that is no more; here it is that of the whole global batch, of chosen
-    and rejected responses together, so that a step stays a function of its parameters and its batch.
+    Source: Jung et al. 2024, arXiv 2404.04656, as TRL's loss bco_pair: delta is the mean reward of all chosen and
+    rejected responses so far, those of the batch at hand included. It is part of the training state, so a resumed run
+    goes on with it; held-out pairs are shifted by it too and do not change it.
     """
 
     bco_shift: str = option(
-        "batch", "BCO's delta: the mean reward of the global batch, or none (0).", choices=("batch", "none")
+        "running",
+        "BCO's delta: the mean reward of all batches so far, that of the global batch alone, or none (0).",
+        choices=("running", "batch", "none"),
     )
 
-    def shift(self, scores: Scores) -> Float[Array, ""]:
-        """delta, without gradient."""
+    @property
+    def keeps_mean(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.bco_shift == "running"
+
+    def kept(self, scores: Scores) -> Term:
+        """The mean reward of the batch, without gradient."""
         sides = zip(scores.log_ratios(self.average_log_prob), ("chosen", "rejected"), strict=True)
         values, valid = zip(*((x.ravel(), scores[kind].valid.ravel()) for x, kind in sides), strict=True)
-        return jax.lax.stop_gradient(self.beta * masked_mean(jnp.concatenate(values), jnp.concatenate(valid)))
+        mean = self.beta * masked_mean(jnp.concatenate(values), jnp.concatenate(valid))
+        return Term(jax.lax.stop_gradient(mean), jnp.sum(jnp.concatenate(valid)))
+
+    def shift(self, scores: Scores) -> Float[Array, ""] | float:
+        """delta, without gradient."""
+        if self.bco_shift == "none":
+            return 0.0
+        own = self.kept(scores)
+        return own.mean if scores.before is None else joined(scores.before, *own)["mean"]
 
     def losses_of(self, scores: Scores) -> tuple[Float[Array, "*G M"], Float[Array, "*G N"]]:
         chosen, rejected = scores.log_ratios(self.average_log_prob)
-        shift = self.shift(scores) if self.bco_shift == "batch" else 0.0
+        shift = self.shift(scores)
         return jax.nn.softplus(shift - self.beta * chosen), jax.nn.softplus(self.beta * rejected - shift)
 
 
