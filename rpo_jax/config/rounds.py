@@ -15,7 +15,8 @@ class RoundsConfig:
 
     Args:
         score: rule:MODULE.py:FUNCTION, reward:FOLDER or judge:openai:MODEL, as of the command sample.
-        prompts: answered in a round, drawn without replacement until all have had their turn; all where not given.
+        prompts: answered in a round, drawn without replacement until all have had their turn, and none twice in a
+            round; all where not given.
         steps: of a round; where not given, train.epochs passes over its prompts. 1 is the on-policy limit.
         samples: answers to each prompt.
         select: which answers a round trains on: `all` with their scores (data.ranked_rule says which are chosen), or
@@ -35,7 +36,8 @@ class RoundsConfig:
         eval_prompts: held-out prompts (data.eval_rows, data.eval_path) that are answered, for the reward and the KL to
             the start.
         eval_every: rounds between these evaluations.
-        judge: settings of the judge: task, both_orders, price_in, price_out, max_cost, yes, cache, endpoint.
+        judge: settings of the judge: task, both_orders, price_in, price_out, max_cost, yes, cache, endpoint. An endpoint
+            needs `yes: true` or max_cost, the most dollars of all rounds together.
     """
 
     score: str | None = None

@@ -44,7 +44,8 @@ def response_log_probs(
     shards: int = 1,
     constrain: Constrain | None = None,
     softcap: float | None = None,
-) -> tuple[Float[Array, "P"], Int[Array, "P"]]:
+    collides: bool = False,
+) -> tuple[Float[Array, "P"], Int[Array, "P"], Float[Array, "P"] | None]:
     """Summed log-prob (nats, float32) and number of scored tokens of every response of the batch.
 
     log pi(y_p) = sum over scored tokens k of p of log softmax(hidden[r, previous[r, k]] @ head)[tokens[r, k]]
@@ -63,36 +64,17 @@ def response_log_probs(
         shards: number of devices among which the rows are split; divides R.
         constrain: applied to each chunk's logits with the names of their axes, ("rows", "tokens", "vocab").
         softcap: c, where the model's logits are c tanh(hidden @ head / c).
+        collides: give also the sum over a response's tokens of log sum_v p_v^2, nats, without gradient: the log of the
+            probability that two tokens drawn there are the same. None otherwise.
 
     Raises:
         ValueError: chunk_tokens below 1.
     """
-    settings = Settings(chunk_tokens, constrain or _anywhere, softcap)
-    found, _, _, response_ids = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
-    return by_response(found, response_ids, num_responses)
-
-
-def response_log_probs_and_collisions(
-    hidden: Float[Array, "R T D"],
-    head: Float[Array, "D V"],
-    tokens: Int[Array, "R T"],
-    previous: Int[Array, "R T"],
-    response_ids: Int[Array, "R T"],
-    num_responses: int,
-    *,
-    chunk_tokens: int = CHUNK_TOKENS,
-    shards: int = 1,
-    constrain: Constrain | None = None,
-    softcap: float | None = None,
-) -> tuple[Float[Array, "P"], Int[Array, "P"], Float[Array, "P"]]:
-    """As `response_log_probs`, and the sum over a response's tokens of log sum_v p_v^2, nats, without gradient.
-
-    That is the log of the probability that two tokens drawn there are the same.
-    """
-    settings = Settings(chunk_tokens, constrain or _anywhere, softcap, collides=True)
+    settings = Settings(chunk_tokens, constrain or _anywhere, softcap, collides)
     found, collision, _, response_ids = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
-    assert collision is not None, "asked for"
-    return *by_response(found, response_ids, num_responses), by_response(collision, response_ids, num_responses)[0]
+    if collision is not None:
+        collision, _ = by_response(collision, response_ids, num_responses)
+    return *by_response(found, response_ids, num_responses), collision
 
 
 def by_response(

@@ -16,7 +16,6 @@ from rpo_jax.objectives import partition, reward, value
 from rpo_jax.objectives.logprobs import (
     by_response,
     response_log_probs,
-    response_log_probs_and_collisions,
     token_log_probs,
 )
 from rpo_jax.training.micro_batches import Forward, LogProbs, Params, TokenScores
@@ -69,11 +68,9 @@ def make_log_probs(
         if reward_head is not None:
             kernel = placement.gather(reward_head["kernel"], ("embed",))
             return LogProbs(*reward.response_rewards(hidden, kernel, *ids, num_responses, pad_id))
-        if collisions:
-            found, count, collision = response_log_probs_and_collisions(hidden, head, *ids, num_responses, **chunks)
-            return LogProbs(found, count, log_z, collision=collision)
         if not tokens:
-            return LogProbs(*response_log_probs(hidden, head, *ids, num_responses, **chunks), log_z)
+            sums = response_log_probs(hidden, head, *ids, num_responses, collides=collisions, **chunks)
+            return LogProbs(*sums[:2], log_z, collision=sums[2])
         found = token_log_probs(hidden, head, *ids, **chunks)
         values = None
         if value_head is not None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.objectives.logprobs import response_log_probs, response_log_probs_and_collisions, token_log_probs
+from rpo_jax.objectives.logprobs import response_log_probs, token_log_probs
 from tests.objectives import oracle
 
 R, T, D, V, P = 3, 11, 6, 37, 7
@@ -38,7 +38,7 @@ def dense(hidden, head, tokens, previous, response_ids):
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 11, 128])
 def test_log_probs_agree_with_the_oracle_in_any_chunks(chunk_tokens):
     batch = draw()
-    log_prob, num_tokens = response_log_probs(*batch, P, chunk_tokens=chunk_tokens)
+    log_prob, num_tokens, _ = response_log_probs(*batch, P, chunk_tokens=chunk_tokens)
     expected, count = oracle.response_log_probs(*map(np.asarray, batch), P)
     assert (log_prob.dtype, num_tokens.dtype) == (jnp.float32, jnp.int32)
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
@@ -49,7 +49,7 @@ def test_log_probs_agree_with_the_oracle_in_any_chunks(chunk_tokens):
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 128])
 def test_collisions_are_sums_of_squared_probabilities_and_move_no_gradient(chunk_tokens):
     hidden, head, tokens, previous, response_ids = batch = draw(5)
-    found = response_log_probs_and_collisions(*batch, P, chunk_tokens=chunk_tokens)
+    found = response_log_probs(*batch, P, chunk_tokens=chunk_tokens, collides=True)
     np.testing.assert_array_equal(found[0], response_log_probs(*batch, P, chunk_tokens=chunk_tokens)[0])
     logits = np.asarray(jnp.take_along_axis(hidden, previous[..., None], axis=1), np.float64) @ np.asarray(head)
     share = np.exp(logits - logits.max(-1, keepdims=True))
@@ -59,7 +59,7 @@ def test_collisions_are_sums_of_squared_probabilities_and_move_no_gradient(chunk
     np.testing.assert_allclose(found[2], expected, rtol=1e-5, atol=1e-6)
 
     def loss(head, collides):
-        sums = response_log_probs_and_collisions(hidden, head, tokens, previous, response_ids, P, chunk_tokens=4)
+        sums = response_log_probs(hidden, head, tokens, previous, response_ids, P, chunk_tokens=4, collides=True)
         return jnp.sum(jnp.square(sums[0])) + collides * jnp.sum(sums[2])
 
     gradients = [jax.grad(loss)(head, collides) for collides in (0.0, 1.0)]
@@ -68,7 +68,7 @@ def test_collisions_are_sums_of_squared_probabilities_and_move_no_gradient(chunk
 
 def test_bfloat16_hidden_states_lose_nothing_after_the_product():
     hidden, head, *ids = draw(1, jnp.bfloat16)
-    log_prob, _ = response_log_probs(hidden, head, *ids, P, chunk_tokens=4)
+    log_prob, _, _ = response_log_probs(hidden, head, *ids, P, chunk_tokens=4)
     rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
     expected, _ = oracle.response_log_probs(np.asarray(hidden, np.float32), rounded, *map(np.asarray, ids), P)
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
@@ -170,7 +170,7 @@ def test_logits_are_constrained_by_the_names_of_their_axes():
         return logits
 
     batch = draw(6)
-    constrained, _ = response_log_probs(*batch, P, chunk_tokens=4, constrain=constrain)
+    constrained, _, _ = response_log_probs(*batch, P, chunk_tokens=4, constrain=constrain)
     assert set(seen) == {((1, 4, V), ("rows", "tokens", "vocab")), ((1, 1, V), ("rows", "tokens", "vocab"))}
     np.testing.assert_array_equal(constrained, response_log_probs(*batch, P, chunk_tokens=4)[0])
 
