@@ -8,7 +8,6 @@ import signal
 import jax
 import numpy as np
 import pytest
-import yaml
 
 import rpo_jax
 from rpo_jax import doctor, export, models, report, train
@@ -290,9 +289,8 @@ def test_adapters_are_trained_in_rounds(world):
 
 def judged(settings, **endpoint):
     """Rounds with a judge that is not there."""
-    endpoint = {"base_url": "http://127.0.0.1:9/v1", **endpoint}
-    judge = {**yaml.safe_load(settings), "endpoint": endpoint}
-    return {"rounds.score": "judge:openai:judge", "rounds.judge": json.dumps(judge)}
+    endpoint = json.dumps({"base_url": "http://127.0.0.1:9/v1", **endpoint})
+    return {"rounds.score": "judge:openai:judge", "rounds.judge": f"{{endpoint: {endpoint}, {settings}}}"}
 
 
 @pytest.mark.parametrize(
@@ -306,14 +304,14 @@ def judged(settings, **endpoint):
         ({"rounds.score": "rule:nowhere.py:x"}, "there is no file nowhere.py"),
         ({"rounds.score": "rule:nowhere.py:x"}, "error: rounds.score rule:nowhere.py:x: there is no file"),
         ({"rounds.score": "reward:nowhere"}, "reward:nowhere is no model folder"),
-        (judged("{}"), "nobody is here to agree to the cost: give rounds.judge.yes, or rounds.judge.max_cost DOLLARS"),
-        (judged("{max_cost: 1}"), "rounds.judge.max_cost needs a price: give rounds.judge.price_in and rounds.judge"),
-        (judged("{yes: true, price_in: 1}"), "rounds.judge.price_in and rounds.judge.price_out, dollars per million"),
-        (judged("{yes: true, tasks: dialogue}"), "rounds.judge.tasks is unknown; there are task, both_orders,"),
-        (judged("{yes: 1}"), "rounds.judge.yes is 1, and must be true or false"),
-        (judged("{yes: true, task: chat}"), "rounds.judge.task is 'chat', and must be dialogue or summarization"),
-        (judged("{yes: true}", retries="many"), "rounds.judge.endpoint.retries is 'many', and must be a whole number"),
-        (judged("{yes: true}", retries=-1), "rounds.judge.endpoint.retries -1 must not be negative"),
+        (judged(""), "nobody is here to agree to the cost: give rounds.judge.yes, or rounds.judge.max_cost DOLLARS"),
+        (judged("max_cost: 1"), "rounds.judge.max_cost needs a price: give rounds.judge.price_in and rounds.judge"),
+        (judged("yes: true, price_in: 1"), "rounds.judge.price_in and rounds.judge.price_out, dollars per million"),
+        (judged("yes: true, tasks: dialogue"), "rounds.judge.tasks is unknown; there are task, "),
+        (judged("yes: 1"), "rounds.judge.yes is 1, and must be true or false"),
+        (judged("yes: true, task: chat"), "rounds.judge.task is 'chat', and must be dialogue or summarization"),
+        (judged("yes: true", retries="many"), "rounds.judge.endpoint.retries is 'many', and must be a whole number"),
+        (judged("yes: true", retries=-1), "rounds.judge.endpoint.retries -1 must not be negative"),
         ({"rounds.judge": "{yes: true}"}, "rounds.judge would not be read with rounds.score=rule:"),
         ({"rounds.reference": "last", "reference.mode": "live"}, "rounds.reference=last is computed at the start"),
         ({"objective.name": "nca", "data.pairing": "grouped"}, "rounds.select=best_worst makes pairs of them"),

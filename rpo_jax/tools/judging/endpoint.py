@@ -161,6 +161,7 @@ class EndpointJudge:
 
     def verdicts(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
         """Known ones at once, then the others as they come. Raises EndpointError; what was answered is kept."""
+        self._stop.clear()  # of an earlier call
         asked: dict[str, list[int]] = {}
         for index, comparison in enumerate(comparisons):
             answer = self.known(comparison)

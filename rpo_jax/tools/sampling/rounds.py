@@ -53,10 +53,10 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     if not config.train.rounds:
         return training.run(config, hooks)
     rounds, folder = config.rounds, Path(config.run.dir).expanduser() / FOLDER
-    _check_judge(config)
+    given = _judge_settings(config)
     with contextlib.ExitStack() as stack:
         reporter = Reporter(silent=not processes.is_main())
-        judge = {"seed": config.run.seed, **rounds.judge}
+        judge = {"seed": config.run.seed, **given}
         try:
             score = make_scorer(str(rounds.score), judge, reporter, stack, Spending(folder / SPENT))
         except ValueError as error:
@@ -73,13 +73,15 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
         return training.run(config, hooks, AnswerRater(choice, score, reporter))
 
 
-def _check_judge(config: Config) -> None:
-    """ValueError for a setting of the judge that there is none of, or of another type."""
-    judge = config.rounds.judge
+def _judge_settings(config: Config) -> dict[str, Any]:
+    """rounds.judge; ValueError for a setting that there is none of, or of another type."""
+    # In YAML 1.1 the word yes is true, as a key too.
+    judge = {"yes" if str(name).lower() == "true" else name: value for name, value in config.rounds.judge.items()}
     if judge and not str(config.rounds.score).startswith(f"{JUDGE}:"):
         raise ValueError(f"rounds.judge would not be read with rounds.score={config.rounds.score}; leave it out.")
     _check_types(judge, _KEYS, "rounds.judge")
     _check_types(judge.get("endpoint", {}), _ENDPOINT_KEYS, "rounds.judge.endpoint")
+    return judge
 
 
 def _check_types(given: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
