@@ -17,7 +17,7 @@ from rpo_jax.objectives.scores import Scores, masked_mean, zero_where_invalid
 
 KL = "kl"
 _PER_BATCH = ("contrast/uncalibrated_rows", "contrast/tied_rows")  # numbers of rows, not means over rows
-# Two programs round one log-prob differently: without a gap, a policy that is its own reference would have any accuracy.
+# Two programs round a log-prob differently: without a gap, a policy that is its own reference would have any accuracy.
 TIE_NATS = 1e-4
 TIE_SHARE = 1e-6  # of the largest log-prob, where that is more: answers of hundreds of tokens have hundreds of nats
 RELATED_COSINE = 0.5  # the 99th percentile between random prompts of Anthropic-HH under MiniLM is 0.52
