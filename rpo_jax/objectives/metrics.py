@@ -13,13 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rpo_jax.objectives.contrast import ContrastWeights, row_perplexity
 from rpo_jax.objectives.objective import Term
-from rpo_jax.objectives.scores import Scores, masked_mean, zero_where_invalid
+from rpo_jax.objectives.scores import Responses, Scores, masked_mean, zero_where_invalid
 
 KL = "kl"
 _PER_BATCH = ("contrast/uncalibrated_rows", "contrast/tied_rows")  # numbers of rows, not means over rows
-# Two programs round one log-prob to 1e-6 and more of its hundreds of nats: without a gap, a policy that is its own
-# reference would have any accuracy.
+# Two programs round a log-prob differently: without a gap, a policy that is its own reference would have any accuracy.
 TIE_NATS = 1e-4
+TIE_SHARE = 1e-6  # of the largest log-prob, where that is more: answers of hundreds of tokens have hundreds of nats
 RELATED_COSINE = 0.5  # the 99th percentile between random prompts of Anthropic-HH under MiniLM is 0.52
 
 
@@ -69,13 +69,13 @@ def preference_metrics(scores: Scores, beta: float, paired: bool, prompts: int |
 
     rewards/*: beta (log pi_policy - log pi_reference), over summed log-probs. rewards/margins is chosen minus
     rejected over same pairs, or over all couples of a group's chosen and rejected responses if unpaired.
-    rewards/accuracies: share of same pairs whose chosen log-ratio is higher by more than TIE_NATS; logps/accuracies
-    the same of the policy's own log-probs; rewards/ties: share of pairs whose log-ratios differ by no more. Where all
-    responses of so many `prompts` come together, one prompt after another, these three are of all couples of a chosen
-    and a rejected response to one prompt; where they come neither so nor in pairs there are none. logps/*: summed
-    log-probs, nats. kl: KTO's estimate, in nats, where there are mismatched responses; `finalize` holds it above 0.
-    partition/variance: of the learned log Z within a batch, nats^2, over chosen and rejected responses. A kind that
-    the batch does not hold has no statistics.
+    rewards/accuracies: share of same pairs whose chosen log-ratio is higher by more than TIE_NATS, or TIE_SHARE of the
+    pair's largest log-prob; logps/accuracies the same of the policy's own log-probs; rewards/ties: share of pairs whose
+    log-ratios differ by no more. Where all responses of so many `prompts` come together, one prompt after another,
+    these three are of all couples of a chosen and a rejected response to one prompt; where they come neither so nor in
+    pairs there are none. logps/*: summed log-probs, nats. kl: KTO's estimate, in nats, where there are mismatched
+    responses; `finalize` holds it above 0. partition/variance: of the learned log Z within a batch, nats^2, over chosen
+    and rejected responses. A kind that the batch does not hold has no statistics.
     """
     sides = {kind: scores[kind] for kind in ("chosen", "rejected") if kind in scores.responses}
     rewards = {name: beta * side.log_ratio() for name, side in sides.items()}
@@ -99,18 +99,16 @@ def _comparisons(
     if paired:
         both = chosen.valid & rejected.valid
         metrics["rewards/margins"] = masked(rewards["chosen"] - rewards["rejected"], both)
-        margins = (chosen.log_ratio() - rejected.log_ratio(), chosen.log_prob - rejected.log_prob)
-        metrics |= _accuracies(*margins, both)
+        metrics |= _accuracies(chosen, rejected)
     else:
         num_chosen, num_rejected = (jnp.sum(side.valid, axis=-1) for side in sides)
         total = jnp.sum(rewards["chosen"], axis=-1) * num_rejected - jnp.sum(rewards["rejected"], axis=-1) * num_chosen
         metrics["rewards/margins"] = Mean(jnp.sum(total), jnp.sum(num_chosen * num_rejected).astype(jnp.float32))
     if not paired and prompts is not None:
-        ratio, log_prob, valid = (
-            (chosen.reshape(prompts, -1)[:, :, None], rejected.reshape(prompts, -1)[:, None, :])
-            for chosen, rejected in zip(*((side.log_ratio(), side.log_prob, side.valid) for side in sides), strict=True)
+        metrics |= _accuracies(
+            jax.tree.map(lambda x: x.reshape(prompts, -1, 1), chosen),
+            jax.tree.map(lambda x: x.reshape(prompts, 1, -1), rejected),
         )
-        metrics |= _accuracies(ratio[0] - ratio[1], log_prob[0] - log_prob[1], valid[0] & valid[1])
     if chosen.log_partition is not None and rejected.log_partition is not None:
         valid = jnp.concatenate([side.valid.ravel() for side in sides])
         value = jnp.concatenate([chosen.log_partition.ravel(), rejected.log_partition.ravel()])
@@ -118,12 +116,16 @@ def _comparisons(
     return metrics
 
 
-def _accuracies(ratio: Float[Array, "*C"], log_prob: Float[Array, "*C"], valid: Bool[Array, "*C"]) -> dict[str, Mean]:
-    """How often the chosen one of a couple is ahead, by margins of log-ratios and of log-probs."""
+def _accuracies(chosen: Responses, rejected: Responses) -> dict[str, Mean]:
+    """How often the chosen one of a couple is ahead, by log-ratios and by log-probs; their slots make couples."""
+    both = chosen.valid & rejected.valid
+    margin = chosen.log_ratio() - rejected.log_ratio()
+    largest = jnp.maximum(jnp.abs(chosen.log_prob), jnp.abs(rejected.log_prob))
+    tie = jnp.maximum(TIE_NATS, TIE_SHARE * largest)
     return {
-        "rewards/accuracies": masked(ratio > TIE_NATS, valid),
-        "rewards/ties": masked(jnp.abs(ratio) <= TIE_NATS, valid),
-        "logps/accuracies": masked(log_prob > TIE_NATS, valid),
+        "rewards/accuracies": masked(margin > tie, both),
+        "rewards/ties": masked(jnp.abs(margin) <= tie, both),
+        "logps/accuracies": masked(chosen.log_prob - rejected.log_prob > tie, both),
     }
 
 
