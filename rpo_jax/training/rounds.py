@@ -248,12 +248,14 @@ class Rounds(Hook):
         began, name, last = time.perf_counter(), f"{number:04d}", run.step == run.total_steps
         self._folder.mkdir(exist_ok=True)
         done, metrics = self._folder / f"{name}.json", None
+        first = run.step - run.step % self.batches.steps  # the step that the round begins after
         if done.is_file() and (last or (self._folder / f"{name}.jsonl").is_file()):  # else it was the last, and is not
             metrics = read_json(self._folder, done.name)
+            # Made otherwise than this run is to: made anew, where the policy that it is made by is at hand.
             asked = metrics.pop(ASKED, self._asked)
-            if asked != self._asked and not last and run.step % self.batches.steps == 0:
-                metrics = None  # it was made otherwise than this run is to, by the policy that is at hand
-        elif run.step % self.batches.steps:
+            alike = metrics["step"] == first and (last or asked == self._asked)
+            metrics = metrics if alike or run.step != first else None
+        elif run.step != first:
             raise RoundFailed(
                 f"{done} is gone, and this checkpoint is past the policy that made it; resume an earlier one."
             )
