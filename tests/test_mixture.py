@@ -48,7 +48,7 @@ def test_a_batch_of_a_mixture_has_all_responses_of_its_prompts(tmp_path):
         for i in range(10)
     ]
     sources = {write_rows(tmp_path / f"{i}.jsonl", some): 2**i for i, some in enumerate((rows[:4], rows[4:]))}
-    config = mixed(tmp_path, sources, **{"data.pairing": "grouped", "data.train_rows": None, "batch.pairs": 8})
+    config = mixed(tmp_path, sources, **{"data.pairing": "grouped", "batch.pairs": 8})
     prepared = prepare(config, Reporter(silent=True))
     batches = batches_of(config, prepared.train, prepared.responses, 1)
     assert batches.epoch_draws == 4 + 12
