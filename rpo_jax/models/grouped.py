@@ -144,13 +144,13 @@ def _counts(rows: _Span, columns: _Span) -> Array | None:
     return found
 
 
-def _read(matrix: Any, rows: _Span, columns: _Span) -> Array:
+def _read(matrix: Any, rows: _Span, columns: _Span, group: tuple[Any, ...] = ()) -> Array:
     """Zeros where nothing counts."""
-    return kernels.load(matrix.at[rows.slice, columns.slice], _counts(rows, columns))
+    return kernels.load(matrix.at[*group, rows.slice, columns.slice], _counts(rows, columns))
 
 
-def _write(matrix: Any, values: Array, rows: _Span, columns: _Span) -> None:
-    kernels.store(matrix.at[rows.slice, columns.slice], values, _counts(rows, columns))
+def _write(matrix: Any, values: Array, rows: _Span, columns: _Span, group: tuple[Any, ...] = ()) -> None:
+    kernels.store(matrix.at[*group, rows.slice, columns.slice], values, _counts(rows, columns))
 
 
 def _product_kernel(
@@ -170,8 +170,8 @@ def _product_kernel(
             depth = _Span.of(step, inner, inputs)
             left = _read(x, mine, depth)
             if transposed:
-                return total + kernels.dot(left, _read(kernel.at[group], columns, depth), (1, 1), interpret=interpret)
-            return total + kernels.dot(left, _read(kernel.at[group], depth, columns), (1, 0), interpret=interpret)
+                return total + kernels.dot(left, _read(kernel, columns, depth, (group,)), (1, 1), interpret=interpret)
+            return total + kernels.dot(left, _read(kernel, depth, columns, (group,)), (1, 0), interpret=interpret)
 
         total = lax.fori_loop(0, pl.cdiv(inputs, inner), turn, jnp.zeros((rows, columns.size), jnp.float32))
         _write(out, total, mine, columns)
@@ -191,4 +191,4 @@ def _gradient_kernel(x, cotangent, first_of, end_of, out, *, interpret: bool) ->
 
     steps = lax.div(end - first + INNER - 1, INNER)
     total = lax.fori_loop(0, steps, turn, jnp.zeros((above.size, columns.size), jnp.float32))
-    _write(out.at[group], total, above, columns)
+    _write(out, total, above, columns, (group,))
