@@ -156,13 +156,13 @@ def compile_grouped(target: str, dtype: str) -> list[Kernel]:
         return jnp.sum(jnp.square(grouped.grouped_product(x, matrices, rows_of).astype(jnp.float32)))
 
     lowered = jax.jit(jax.grad(total, argnums=(0, 1))).lower(x, matrices, rows_of)
-    rows = grouped.rows_of_tile(ROWS, EXPERTS)
+    rows, (most, inner) = grouped.rows_of_tile(ROWS, EXPERTS, dtype), grouped.sizes(dtype)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         lowered.compile({"xla_dump_to": folder})
         for name, kernel in GROUPED.items():
-            kept = grouped.COLUMNS if name == "grouped_gradient" else rows
-            tiles = fused.Tiles(kept, grouped.INNER, grouped.WARPS, grouped.STAGES)
+            kept = most if name == "grouped_gradient" else rows
+            tiles = fused.Tiles(kept, inner, grouped.WARPS, grouped.STAGES)
             found.append(read_kernel(Path(folder), name, kernel, tiles, target, None, dtype))
     return found
 

@@ -25,9 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from rpo_jax.models import kernels
 
-COLUMNS, INNER = 128, 64  # of a tile of the result, and of what is summed at a time
 WARPS, STAGES = 8, 3  # of a program, 32 threads each; tiles in flight between memory and chip
-LEAST, MOST = 16, 128  # rows of a tile
+LEAST_ROWS = 16  # of a tile
 
 
 class Tiles(NamedTuple):
@@ -68,13 +67,13 @@ def _usual_gradient(x: Array, kernel: Array, rows_of: Array, cotangent: Array) -
 
 def product(x: Array, kernel: Array, rows_of: Array, *, transposed: bool = False, interpret: bool = False) -> Array:
     """grouped_product by a kernel; with `transposed` by [G, O, I] as matrices."""
-    rows = rows_of_tile(len(x), len(rows_of))
+    rows = rows_of_tile(len(x), len(rows_of), x.dtype)
     tiles = _tiles(len(x), rows, rows_of)
     outputs = kernel.shape[1 if transposed else 2]
     return pl.pallas_call(
         partial(_product_kernel, rows=rows, transposed=transposed, interpret=interpret),
         name="grouped_product_transposed" if transposed else "grouped_product",
-        grid=(len(tiles.first), pl.cdiv(outputs, _least(outputs, COLUMNS))),
+        grid=(len(tiles.first), pl.cdiv(outputs, _least(outputs, sizes(x.dtype)[0]))),
         out_shape=jax.ShapeDtypeStruct((len(x), outputs), x.dtype),
         compiler_params=kernels.options(WARPS, STAGES),
         interpret=interpret,
@@ -85,12 +84,12 @@ def gradient(
     x: Array, kernel: Array, rows_of: Array, cotangent: Array, *, interpret: bool = False
 ) -> tuple[Array, Array]:
     """The gradients of `product` by x and kernel; a matrix of a group without rows has zeros."""
-    groups, inputs, outputs = kernel.shape
+    (groups, inputs, outputs), (most, _) = kernel.shape, sizes(x.dtype)
     end = jnp.cumsum(rows_of)
     of_kernel = pl.pallas_call(
         partial(_gradient_kernel, interpret=interpret),
         name="grouped_gradient",
-        grid=(pl.cdiv(inputs, _least(inputs, COLUMNS)), pl.cdiv(outputs, _least(outputs, COLUMNS)), groups),
+        grid=(pl.cdiv(inputs, _least(inputs, most)), pl.cdiv(outputs, _least(outputs, most)), groups),
         out_shape=jax.ShapeDtypeStruct(kernel.shape, kernel.dtype),
         compiler_params=kernels.options(WARPS, STAGES),
         interpret=interpret,
@@ -98,9 +97,17 @@ def gradient(
     return product(cotangent, kernel, rows_of, transposed=True, interpret=interpret), of_kernel
 
 
-def rows_of_tile(total: int, groups: int) -> int:
+def sizes(dtype: Any) -> tuple[int, int]:
+    """The most rows and columns of a tile of the result, and of what is summed at a time.
+
+    What a consumer's card has room for; numbers of 4 bytes are held more than once.
+    """
+    return (64, 32) if jnp.dtype(dtype).itemsize > 2 else (128, 64)
+
+
+def rows_of_tile(total: int, groups: int, dtype: Any) -> int:
     """A half of what a group has on the average, or fewer: its last tile is as long as the others."""
-    return min(MOST, max(LEAST, pl.next_power_of_2(total // (2 * groups) + 1) // 2))
+    return min(sizes(dtype)[0], max(LEAST_ROWS, pl.next_power_of_2(total // (2 * groups) + 1) // 2))
 
 
 def _tiles(total: int, rows: int, rows_of: Array) -> Tiles:
@@ -159,8 +166,8 @@ def _product_kernel(
     """A tile of rows of one group, times some columns of its matrix."""
     number, inputs, outputs = pl.program_id(0), x.shape[1], out.shape[1]
     group, first, end = group_of[number], first_of[number], end_of[number]
-    columns = _Span.of(pl.program_id(1), _least(outputs, COLUMNS), outputs)
-    inner = _least(inputs, INNER)
+    most, inner = (_least(size, most) for size, most in zip((outputs, inputs), sizes(x.dtype), strict=True))
+    columns = _Span.of(pl.program_id(1), most, outputs)
 
     @pl.when(first < end)
     def _() -> None:
@@ -181,14 +188,14 @@ def _gradient_kernel(x, cotangent, first_of, end_of, out, *, interpret: bool) ->
     """A tile of a group's x^T dy, over all of its rows."""
     group = pl.program_id(2)
     first, end = first_of[group], end_of[group]
-    inputs, outputs = out.shape[1:]
-    above = _Span.of(pl.program_id(0), _least(inputs, COLUMNS), inputs)
-    columns = _Span.of(pl.program_id(1), _least(outputs, COLUMNS), outputs)
+    (inputs, outputs), (most, inner) = out.shape[1:], sizes(x.dtype)
+    above = _Span.of(pl.program_id(0), _least(inputs, most), inputs)
+    columns = _Span.of(pl.program_id(1), _least(outputs, most), outputs)
 
     def turn(step: Array, total: Array) -> Array:
-        rows = _Span(first + step * INNER, INNER, end)
+        rows = _Span(first + step * inner, inner, end)
         return total + kernels.dot(_read(x, rows, above), _read(cotangent, rows, columns), (0, 0), interpret=interpret)
 
-    steps = lax.div(end - first + INNER - 1, INNER)
+    steps = lax.div(end - first + inner - 1, inner)
     total = lax.fori_loop(0, steps, turn, jnp.zeros((above.size, columns.size), jnp.float32))
     _write(out, total, above, columns, (group,))
