@@ -62,7 +62,9 @@ grouped_product.defvjp(_forward, _backward)
 
 
 def _usual_gradient(x: Array, kernel: Array, rows_of: Array, cotangent: Array) -> tuple[Array, Array]:
-    return jax.vjp(lambda x, kernel: lax.ragged_dot(x, kernel, rows_of), x, kernel)[1](cotangent)
+    (of_x,) = jax.linear_transpose(lambda x: lax.ragged_dot(x, kernel, rows_of), x)(cotangent)
+    (of_kernel,) = jax.linear_transpose(lambda kernel: lax.ragged_dot(x, kernel, rows_of), kernel)(cotangent)
+    return of_x, of_kernel
 
 
 def product(x: Array, kernel: Array, rows_of: Array, *, transposed: bool = False, interpret: bool = False) -> Array:
