@@ -1,4 +1,4 @@
-"""What NVIDIA's compiler makes of the attention kernels, for GPUs that are not here.
+"""What NVIDIA's compiler makes of our kernels (attention, products by experts), for GPUs that are not here.
 
 PYTHONPATH=.venv-cuda python -m benchmarks.gpu_kernels [--targets h100,b200] [--head-dims 64,128] [--dtypes bfloat16]
 
@@ -9,6 +9,7 @@ arithmetic: what the blocks of a row that the plan lists cost at the makers' pea
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rpo_jax.models import grouped
 from rpo_jax.models.attention import fused
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.masking import TokenIds
@@ -35,6 +37,12 @@ from rpo_jax.tools.planning.targets import target_of
 KERNELS = {"_forward_kernel": "forward", "_queries_kernel": "queries", "_keys_kernel": "keys"}
 # Two products of a block of queries and one of keys forward; what the two of the backward pass do in theirs.
 PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
+GROUPED = {
+    "grouped_product": "product by groups",
+    "grouped_product_transposed": "its gradient by rows",
+    "grouped_gradient": "its gradient by matrices",
+}
+EXPERTS, ROWS, WIDTH = 8, 4096, 1024  # groups, rows of all, inputs and outputs; tiles are those of larger ones
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
 HEADER = (
     "GPU",
@@ -73,7 +81,7 @@ class Kernel:
 
     target: str
     arch: str
-    head_dim: int
+    head_dim: int | None
     dtype: str
     kernel: str
     kept: int
@@ -89,7 +97,7 @@ class Kernel:
         return [
             self.target,
             self.arch,
-            str(self.head_dim),
+            str(self.head_dim or ""),
             self.dtype,
             self.kernel,
             f"{self.kept} x {self.passing}",
@@ -137,24 +145,52 @@ def compile_kernels(
         return read_kernels(Path(folder), target, head_dim, dtype)
 
 
+def compile_grouped(target: str, dtype: str) -> list[Kernel]:
+    """Products by groups, and their gradients, for one GPU of a kind."""
+    place = jax.sharding.SingleDeviceSharding(target_of(f"{target}:1").devices[0])
+    shapes = ((ROWS, WIDTH), (EXPERTS, WIDTH, WIDTH))
+    x, matrices = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes)
+    rows_of = jax.ShapeDtypeStruct((EXPERTS,), jnp.int32, sharding=place)
+
+    def total(x: Any, matrices: Any, rows_of: Any) -> Any:
+        return jnp.sum(jnp.square(grouped.grouped_product(x, matrices, rows_of).astype(jnp.float32)))
+
+    lowered = jax.jit(jax.grad(total, argnums=(0, 1))).lower(x, matrices, rows_of)
+    rows, (most, inner) = grouped.rows_of_tile(ROWS, EXPERTS, dtype), grouped.sizes(dtype)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        lowered.compile({"xla_dump_to": folder})
+        for name, kernel in GROUPED.items():
+            kept = most if name == "grouped_gradient" else rows
+            tiles = fused.Tiles(kept, inner, grouped.WARPS, grouped.STAGES)
+            found.append(read_kernel(Path(folder), name, kernel, tiles, target, None, dtype))
+    return found
+
+
 def read_kernels(folder: Path, target: str, head_dim: int, dtype: str) -> list[Kernel]:
-    """Registers, memory and instructions of the kernels that a compiler's dump in a folder has."""
+    """Those of attention that a compiler's dump in a folder has."""
+    return [
+        read_kernel(folder, name, kernel, fused.tiles(kernel, head_dim, dtype), target, head_dim, dtype)
+        for name, kernel in KERNELS.items()
+    ]
+
+
+def read_kernel(
+    folder: Path, name: str, kernel: str, tiles: fused.Tiles, target: str, head_dim: int | None, dtype: str
+) -> Kernel:
+    """Registers, memory and instructions of a kernel that a compiler's dump in a folder has under a name."""
     launched = next(folder.glob("*.thunk_sequence.txt")).read_text(encoding="utf-8")
     texts = {file: file.read_text(encoding="utf-8") for file in folder.glob("*.ptx")}
-    found = []
-    for name, kernel in KERNELS.items():
-        ((file, text),) = [(file, text) for file, text in texts.items() if f".entry {name}(" in text]
-        (arch,) = re.findall(r"^\.target (\w+)", text, re.MULTILINE)
-        command = [ptxas(), "-v", f"-arch={arch}", str(file), "-o", str(folder / "cubin")]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        registers = int(re.findall(r"Used (\d+) registers", usage)[0])
-        spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", usage))
-        shared = int(re.findall(rf"{name} .*shared_memory: (\d+) bytes", launched)[0])
-        tiles = fused.tiles(kernel, head_dim, dtype)
-        programs = programs_of(target, registers, shared, tiles.warps)
-        place = target, arch, head_dim, dtype, kernel, tiles.kept, tiles.passing, tiles.warps
-        found.append(Kernel(*place, registers, spilled, shared, programs, dict(Counter(TENSOR_CORE.findall(text)))))
-    return found
+    ((file, text),) = [(file, text) for file, text in texts.items() if f".entry {name}(" in text]
+    (arch,) = re.findall(r"^\.target (\w+)", text, re.MULTILINE)
+    command = [ptxas(), "-v", f"-arch={arch}", str(file), "-o", str(folder / "cubin")]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.findall(r"Used (\d+) registers", usage)[0])
+    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", usage))
+    shared = int(re.findall(rf"{name} .*shared_memory: (\d+) bytes", launched)[0])
+    programs = programs_of(target, registers, shared, tiles.warps)
+    place = target, arch, head_dim, dtype, kernel, tiles.kept, tiles.passing, tiles.warps
+    return Kernel(*place, registers, spilled, shared, programs, dict(Counter(TENSOR_CORE.findall(text))))
 
 
 def programs_of(target: str, registers: int, shared: int, warps: int) -> int:
@@ -251,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [(t, int(d), name) for t in options.targets for d in options.head_dims for name in options.dtypes]
     cases = [case for case in cases if Asked(case[2], case[1]).lacks(fused.KIND) is None]
     kernels = (kernel for case in cases for kernel in compile_kernels(*case, softcap=options.softcap))
-    print_table(HEADER, (kernel.cells() for kernel in kernels))
+    of_experts = (kernel for t in options.targets for name in options.dtypes for kernel in compile_grouped(t, name))
+    print_table(HEADER, (kernel.cells() for kernel in itertools.chain(kernels, of_experts)))
     print(f"\nA bound by arithmetic, {HEADS} query and {GROUPS} key-value heads of 128, bfloat16; not measured:\n")
     print_table(ROOF_HEADER, (roof_cells(roof(int(tokens))) for tokens in options.tokens))
     return 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from functools import partial
 
 import jax
@@ -143,6 +144,25 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
     assert not [shape for shape in shapes if shape.dims[-2:] == (tokens, tokens)]
 
 
+def test_experts_multiply_their_own_rows_alone():
+    """No array of all rows for each expert, which ragged_dot comes to there; three products in either pass."""
+    target = target_of("h100:2")
+    config = Config(
+        model=PolicyConfig(compute_dtype="bfloat16", remat="none"),
+        batch=BatchConfig(pairs=2),
+        mesh=MeshConfig(data=1, fsdp=1, expert=2),
+    )
+    model = small_model(**SIZES | {"family": "qwen3_moe", "num_layers": 2})
+    experts = model.parts.experts
+    batch = BatchShape(2, TOKENS, 2 * TOKENS, TOKENS, 2 * TOKENS**2 / 3, "")
+    text = compile_step(config, model, target, batch).text
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3 * 3  # a product and its two gradients, of three
+    of_all_experts = 2 * TOKENS * experts.per_token * experts.count // 2 * min(WIDTH, experts.intermediate_size)
+    assert not [
+        shape for shape in hlo.shapes_in(text) if shape.dtype == "bf16" and math.prod(shape.dims) >= of_all_experts
+    ]
+
+
 @pytest.mark.parametrize(
     ("target", "head_dim", "unit"),
     [
@@ -154,6 +174,10 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
 )
 def test_the_attention_s_kernels_spill_nothing_and_multiply_on_tensor_cores(target, head_dim, unit):
     """The backward pass of the widest heads takes Ampere's instructions everywhere: larger blocks would spill."""
+    for kernel in gpu_kernels.compile_grouped(target, "bfloat16") if head_dim == 128 else []:
+        assert kernel.spilled == 0
+        assert kernel.instructions[unit] > 0
+        assert 0 < kernel.shared <= CHIPS[target].gpu["shared_memory_per_block"]
     for kernel in gpu_kernels.compile_kernels(target, head_dim, "bfloat16"):
         assert kernel.spilled == 0
         older = head_dim > 128 and kernel.kernel != "forward"

@@ -17,6 +17,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int8, UInt8
 
+from rpo_jax.models.grouped import grouped_product
+
 
 class Quantized(NamedTuple):
     """W ~ values * scale: int8, symmetric, one scale per output channel (of each layer, where layers are stacked)."""
@@ -205,7 +207,7 @@ def _product(x: Array, kernel: Array, input_rank: int) -> Array:
 
 def _grouped_product(x: Array, kernel: Array, rows_of: Array) -> Array:
     groups, inputs, *outputs = kernel.shape
-    y = jax.lax.ragged_dot(x, kernel.reshape(groups, inputs, -1), rows_of)
+    y = grouped_product(x, kernel.reshape(groups, inputs, -1), rows_of)
     return y.reshape(len(x), *outputs)
 
 

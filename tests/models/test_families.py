@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -261,6 +262,8 @@ def _products(jaxpr):
             rows, inner = left
             # Of x W by groups: the product, or the gradient of W, whose right side has a row for each of the left.
             total += 2 * rows * inner * right[-1] if len(right) == 2 else 2 * rows * math.prod(right[1:])
+        elif name == "cond":  # by the platform that it is compiled for, the last for all others
+            total += _products(parameters["branches"][-1].jaxpr)
         else:
             inner = [x for value in parameters.values() for x in (value if isinstance(value, tuple) else (value,))]
             inner = [getattr(one, "jaxpr", one) for one in inner if hasattr(getattr(one, "jaxpr", one), "eqns")]
@@ -274,14 +277,17 @@ def test_a_plan_counts_the_operations_of_forward_and_backward(name, hf_folder):
     rows, tokens = 2, 24
     ids = np.zeros((rows, tokens), np.int32)
 
-    def total(params):
-        return jnp.sum(models.hidden_states(model, params, ids, attention="dense"))
+    def total(params, remat):
+        return jnp.sum(models.hidden_states(model, params, ids, attention="dense", remat=remat))
 
-    step = StepSizes(
-        rows=rows, row_tokens=tokens, scored_tokens=0, seen_pairs=rows * tokens**2, micro_batches=1, remat="none",
-        fused_attention=False,
-    )  # fmt: skip
-    counted = _products(jax.make_jaxpr(jax.grad(total))(models.abstract_params(model)).jaxpr)
     experts = model.parts.experts
     routers = 0 if experts is None else 3 * 2 * rows * tokens * model.hidden_size * experts.count * model.num_layers
-    assert counted - routers == pytest.approx(step_flops(model, step), rel=0.01)
+    for remat in ("none",) if experts is None else ("none", "dots"):
+        step = StepSizes(
+            rows=rows, row_tokens=tokens, scored_tokens=0, seen_pairs=rows * tokens**2, micro_batches=1, remat=remat,
+            fused_attention=False,
+        )  # fmt: skip
+        traced = jax.make_jaxpr(jax.grad(partial(total, remat=remat)))(models.abstract_params(model))
+        assert _products(traced.jaxpr) - routers == pytest.approx(
+            step_flops(model, step), rel=0.01 if remat == "none" else 0.02
+        )

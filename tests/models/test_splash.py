@@ -57,13 +57,15 @@ def test_capped_scores_are_those_of_dense_attention():
 def test_bfloat16_is_as_near_to_float32_as_dense_attention_is():
     layout = packed_layout(2, TOKENS, seed=3)
     *qkv, weight = tensors(2, TOKENS)
-    exact = value_and_gradients("dense", layout, qkv, weight, (None,), jnp.array(0))
+    sinks = jnp.array([0.5, -1.0, 3.0, 9.0])
+    exact = value_and_gradients("dense", layout, qkv, weight, (None,), jnp.array(0), sinks=sinks)
     narrow = layout, [x.astype(jnp.bfloat16) for x in qkv], weight, (None,), jnp.array(0)
-    dense, kernel = (value_and_gradients(name, *narrow) for name in ("dense", "splash"))
+    dense, kernel = (value_and_gradients(name, *narrow, sinks=sinks) for name in ("dense", "splash"))
     for right, one, other in zip(exact, dense, kernel, strict=True):
-        assert other.dtype == jnp.bfloat16
+        assert other.dtype == one.dtype
         error = [np.abs(np.asarray(x, np.float32) - right).mean() for x in (one, other)]
         assert error[1] < 1.5 * error[0]
+    assert [x.dtype.name for x in kernel] == [*["bfloat16"] * 4, "float32"]
 
 
 @pytest.mark.usefixtures("interpreted")

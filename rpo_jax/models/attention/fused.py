@@ -29,9 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from rpo_jax.models import kernels
 from rpo_jax.models.attention.kind import (
     ATTENTION_OUTPUT,
     ROW,
@@ -121,18 +121,13 @@ class _How(NamedTuple):
     interpret: bool
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """Triton's blocks are powers of two, and a tensor core's products at least 16 deep; the rest is read as zeros."""
-    return max(16, pl.next_power_of_2(head_dim))
-
-
 def tiles(kernel: str, head_dim: int, dtype: Any) -> Tiles:
     """Sizes for `forward`, `keys` or `queries` (the gradients of either).
 
     Chosen by what the compiler made of them (benchmarks/gpu_kernels.py): no register is spilled on Ampere, Hopper or
     Blackwell, and shared memory is enough on a consumer's card too. None of them was timed.
     """
-    wide = padded_head_dim(head_dim)
+    wide = kernels.padded(head_dim)
     if jnp.dtype(dtype).itemsize > 2:
         return Tiles(32, 32, 8, 1)
     if wide > 128:
@@ -210,11 +205,10 @@ class _Block(NamedTuple):
 
     def read(self, reference: Any) -> Array:
         """A block of [tokens, K], zeros beyond the head dimension."""
-        mask = self.columns(reference)
-        return triton.load(reference, mask=mask, other=None if mask is None else 0.0)
+        return kernels.load(reference, self.columns(reference))
 
     def write(self, reference: Any, values: Array) -> None:
-        triton.store(reference, values.astype(reference.dtype), mask=self.columns(reference))
+        kernels.store(reference, values, self.columns(reference))
 
     def columns(self, reference: Any) -> Array | None:
         """Which columns of a block there are; None for all."""
@@ -223,13 +217,7 @@ class _Block(NamedTuple):
 
     def dot(self, left: Array, right: Array, contract: tuple[int, int] = (1, 0)) -> Array:
         """Product summed in float32, over these axes of the two."""
-        precision: Any = lax.Precision.DEFAULT
-        if left.dtype == jnp.float32:
-            # Three products of tensor cores come as near to float32 as it takes; a CPU has the real one.
-            three = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-            precision = lax.Precision.HIGHEST if self.how.interpret else three
-        dimensions = (((contract[0],), (contract[1],)), ((), ()))
-        return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
+        return kernels.dot(left, right, contract, interpret=self.how.interpret)
 
     def of(self, place: Array | int, tokens: int, axis: int) -> tuple[TokenIds, Array]:
         """Ids and indices of a block of tokens, along an axis of the scores."""
@@ -368,17 +356,17 @@ class _Call(NamedTuple):
 
     def block(self, of_head: Callable[[Any], Any] = lambda head: head) -> pl.BlockSpec:
         """A block of [R, T, heads, K]."""
-        shape = (None, self.tiles.kept, None, padded_head_dim(self.head_dim))
+        shape = (None, self.tiles.kept, None, kernels.padded(self.head_dim))
         return pl.BlockSpec(shape, lambda i, h, r: (r, i, of_head(h), 0))
 
     def row(self, of_head: Callable[[Any], Any] = lambda head: head) -> pl.BlockSpec:
         """A whole row of [R, T, heads, K]."""
-        shape = (None, self.tokens, None, padded_head_dim(self.head_dim))
+        shape = (None, self.tokens, None, kernels.padded(self.head_dim))
         return pl.BlockSpec(shape, lambda i, h, r: (r, 0, of_head(h), 0))
 
     def group_row(self) -> pl.BlockSpec:
         """A whole row of [R, T, H, K] with all heads of a group."""
-        shape = (None, self.tokens, self.group, padded_head_dim(self.head_dim))
+        shape = (None, self.tokens, self.group, kernels.padded(self.head_dim))
         return pl.BlockSpec(shape, lambda i, h, r: (r, 0, h, 0))
 
     def number(self) -> pl.BlockSpec:
@@ -406,7 +394,7 @@ class _Call(NamedTuple):
             in_specs=[*specs, *whole, pl.BlockSpec((1,), lambda i, h, r: (0,))],
             out_specs=outs,
             out_shape=shapes,
-            compiler_params=triton.CompilerParams(num_warps=self.tiles.warps, num_stages=self.tiles.stages),
+            compiler_params=kernels.options(self.tiles.warps, self.tiles.stages),
             interpret=self.how.interpret,
         )(*tensors, *ids, *visits, window)
 

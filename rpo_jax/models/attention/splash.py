@@ -89,7 +89,40 @@ def splash_attention(
     """Grouped-query attention, softmax in float32; T and the masks are those of the kernels."""
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
     by_head = (x.swapaxes(1, 2) for x in (query, key, value))
-    return jax.vmap(lambda kernel, *qkv: kernel(*qkv, sinks=sinks))(kernels, *by_head).swapaxes(1, 2)
+    if sinks is None:
+        return jax.vmap(lambda kernel, *qkv: kernel(*qkv))(kernels, *by_head).swapaxes(1, 2)
+    return jax.vmap(_with_sinks, (0, 0, 0, 0, None))(kernels, *by_head, sinks.astype(jnp.float32)).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _with_sinks(kernel, query, key, value, sinks) -> Array:
+    """The kernel with sinks, whose gradient is a sum in float32: JAX's own multiplies and gives it in query's dtype."""
+    return kernel(query, key, value, sinks=sinks)
+
+
+def _forward(kernel, query, key, value, sinks) -> tuple[Array, tuple[Any, ...]]:
+    infos = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+    keeping = type(kernel)(*infos, **kernel.kwargs | {"save_residuals": True})
+    out, (log_sum,) = keeping(query, key, value, sinks=sinks)
+    return out, (kernel, query, key, value, sinks, out, log_sum)
+
+
+def _backward(saved: tuple[Any, ...], cotangent: Float[Array, "H T K"]) -> tuple[Any, ...]:
+    """A sink z has the weight p_z = exp(z - log_sum) and no value:  dz = -p_z sum(o do)."""
+    kernel, query, key, value, sinks, out, log_sum = saved
+
+    def tiles_in_one(info: Any) -> Any:  # as the kernel's own call has them
+        blocks = info.partial_mask_blocks
+        return info._replace(partial_mask_blocks=blocks.reshape(-1, *blocks.shape[-2:]))
+
+    infos = map(tiles_in_one, (kernel.dq_mask_info, kernel.dkv_mask_info))
+    of_library = query, key, value, None, sinks, out, log_sum, *infos
+    gradients = library._splash_attention_bwd(**kernel.kwargs, res=of_library, do=cotangent)[3:6]
+    inner = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    return None, *gradients, -jnp.sum(jnp.exp(sinks[:, None] - log_sum) * inner, axis=-1)
+
+
+_with_sinks.defvjp(_forward, _backward)
 
 
 def make(

@@ -107,7 +107,7 @@ def step_flops(sizes: Sizes, step: StepSizes) -> float:
 
     Forward 2 N_body R T + 4 L H K pairs, as often as the step has forward passes; backward twice that, without the
     matrices' own gradients where they are frozen, and with the scores again, 2 L H K pairs or more, where attention
-    is fused.
+    is fused. Of what experts multiply `remat: dots` keeps nothing, so their products are computed again.
     The head's logits are computed twice and their gradients once: 8 N_head for each scored token.
     """
     matrices = 2 * body_parameters(sizes) * step.tokens
@@ -115,6 +115,8 @@ def step_flops(sizes: Sizes, step: StepSizes) -> float:
     head = 2 * head_parameters(sizes) * step.scored_tokens
     forward = (step.forward_passes + step.reference_passes) * (matrices + attention)
     forward -= attention * (step.remat == "attention")  # what it gave is kept
+    if step.remat == "dots" and body_parameters(sizes, stored=True) != body_parameters(sizes):
+        forward += 2 * 3 * sizes.num_layers * sizes.hidden_size * sizes.mlp_width * step.tokens
     backward = matrices * (1 if step.frozen else 2) + attention * step.backward_products / 2
     return forward + backward + head * ((3 if step.frozen else 4) + step.reference_passes)
 
