@@ -100,8 +100,10 @@ def make_attention(
     """The attention of a batch, of the kind that attention_name names.
 
     Args:
+        ids: striped where devices share a row's tokens.
         windows: the distinct sliding windows of the layers, None for all positions.
         asked: the row's tokens are those of the ids.
     """
     asked = asked._replace(row_tokens=ids.segment_ids.shape[1])
+    ids = TokenIds(*map(split.share.shards.in_order, ids))
     return attention_kind(name, platform, asked).make(ids, windows, split, asked.softcap)
