@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rpo_jax.config import Config, resolve
+from rpo_jax.core.shards import row_multiple
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives.logprobs import CHUNK_TOKENS, REST_SHARE
@@ -46,7 +47,7 @@ class Estimate:
     """One plan, per device unless said otherwise.
 
     Attributes:
-        mesh: sizes of data, fsdp, tensor, and of expert where there is one.
+        mesh: sizes of data, fsdp, tensor, and of expert and context where there are such.
         fits: whether its peak is within the limit; a TPU's compiler says so itself, a GPU's refuses nothing.
         flops: operations that the step does, padding and recomputation included.
         necessary_flops: those that it cannot do without.
@@ -114,6 +115,8 @@ def shape_of(config: Config, lengths: Lengths, target: Target, fixed: tuple[int,
     multiple = config.batch.micro_rows or sharding.row_shards(mesh)
     if fixed[0] % multiple:
         raise ValueError(f"--rows {fixed[0]} must be a multiple of {multiple}: micro-batches and devices share rows.")
+    if config.mesh.context > 1 and fixed[1] % (multiple := row_multiple(config.mesh.context)):
+        raise ValueError(f"--row-tokens {fixed[1]} must be a multiple of {multiple}: devices share stripes of a row.")
     return replace(shape, rows=fixed[0], row_tokens=fixed[1], source=f"{fixed[0]} rows of {fixed[1]} tokens, as given")
 
 
@@ -129,7 +132,7 @@ def counted(
     config: Config, model: ModelConfig, target: Target, lengths: Lengths, batch: BatchShape, done: Compiled
 ) -> Estimate:
     mesh = sharding.make_mesh(config.mesh, target.devices)
-    fsdp, tensor, shards = mesh.shape["fsdp"], mesh.shape["tensor"], sharding.row_shards(mesh)
+    fsdp, tensor, shards = mesh.shape["fsdp"], mesh.shape["tensor"], sharding.shards_of(mesh)
     step = step_sizes(config, model, batch, target.platform, references_in_step(config))
     flops = step_flops(model, step) / mesh.size
     moved = step_bytes(
@@ -137,12 +140,13 @@ def counted(
         step,
         fsdp=fsdp,
         tensor=tensor,
-        row_shards=shards,
+        row_shards=shards.rows,
         optimizer_slots=round(done.memory.optimizer / max(1, done.memory.params)),
         head_chunk=CHUNK_TOKENS,
         expert=mesh.shape.get(sharding.EXPERT, 1),
+        context=shards.context,
     )
-    local_tokens = batch.rows * batch.row_tokens // shards // step.micro_batches
+    local_tokens = batch.rows * batch.row_tokens // shards.count // step.micro_batches
     chunks = -(-local_tokens // CHUNK_TOKENS) + REST_SHARE
     found = hlo.collectives(done.text, most_trips=chunks)
     sent = sum(exchange.sent * exchange.times for exchange in found)
