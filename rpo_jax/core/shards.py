@@ -49,15 +49,17 @@ class Shards(NamedTuple):
         return parts.swapaxes(1, 2).reshape(shape)
 
     def striped(self, x: Any) -> Any:
-        """[R, T] from the row's order to the devices'."""
+        """[R, T, ...] from the row's order to the devices'."""
         return self._turned(x, (-1, self.context, STRIPE))
 
     def in_order(self, x: Any) -> Any:
-        """[R, T] from the devices' order to the row's."""
+        """[R, T, ...] from the devices' order to the row's."""
         return self._turned(x, (self.context, -1, STRIPE))
 
     def _turned(self, x: Any, shape: tuple[int, ...]) -> Any:
-        return x if self.context == 1 else x.reshape(len(x), *shape).swapaxes(1, 2).reshape(x.shape)
+        if self.context == 1:
+            return x
+        return x.reshape(len(x), *shape, *x.shape[2:]).swapaxes(1, 2).reshape(x.shape)
 
     def place(self, index: Any, tokens: int) -> Any:
         """Where a token is in a striped row, from its index in the row of T tokens."""

@@ -36,16 +36,15 @@ def test_what_devices_that_share_a_row_give_is_one_device_s(name):
     sinks, windows = jnp.array([0.5, -1.0, 3.0, 9.0]), (None, 150)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
     at, shards = Placement(mesh), Shards(rows=2, context=2)
-    striped = [shards.striped(x.reshape(ROWS, TOKENS, -1)).reshape(x.shape) for x in (*qkv, weight)]
+    *striped, striped_weight = map(shards.striped, (*qkv, weight))
     ids = TokenIds(*map(shards.striped, layout))
     split = Split(at.shards, at.per_shard, at.gather, at.mesh_axes)
     for which in range(2):
         right = value_and_gradients("dense", layout, qkv, weight, windows, jnp.array(which), sinks=sinks)
         with jax.set_mesh(mesh):
-            args = ids, striped[:3], striped[3], windows, jnp.array(which)
+            args = ids, striped, striped_weight, windows, jnp.array(which)
             *found, of_sinks = value_and_gradients(name, *args, split, sinks=sinks)
-        found = [shards.in_order(np.asarray(x).reshape(ROWS, TOKENS, -1)).reshape(x.shape) for x in found]
-        assert_same((*found, of_sinks), right, atol=1e-5)
+        assert_same((*map(shards.in_order, found), of_sinks), right, atol=1e-5)
 
 
 def test_stripes_are_dealt_in_turn_and_put_back():

@@ -170,7 +170,7 @@ def counted(
         memory_seconds=moved / chip.memory_rate,
         link_seconds=sum(one.sent * one.times / target.link_rate(one.group) for one in found),
         exchanges=_summed(found),
-        surprises=_surprises(found, done.text, model, tensor, local_tokens),
+        surprises=_surprises(found, done.text, model, tensor, local_tokens, shards.context),
         compile_seconds=done.seconds,
     )
 
@@ -202,14 +202,15 @@ def _summed(found: list[hlo.Collective]) -> tuple[Exchange, ...]:
 
 
 def _surprises(
-    found: list[hlo.Collective], text: str, model: ModelConfig, tensor: int, local_tokens: int
+    found: list[hlo.Collective], text: str, model: ModelConfig, tensor: int, local_tokens: int, context: int
 ) -> tuple[str, ...]:
     """What a sharded step should never do, in words; empty where it does none of it."""
     said = []
     layer, table = body_parameters(model, stored=True) // model.num_layers, head_parameters(model)
+    keys = local_tokens * context * model.num_kv_heads * model.head_dim // tensor  # or values: of rows that are shared
     for one in found:
         numbers = one.shape.bytes // max(1, hlo.Shape(one.shape.dtype, ()).bytes)
-        if one.kind == "all-gather" and numbers > max(layer, table):
+        if one.kind == "all-gather" and numbers > max(layer, table) and (context == 1 or numbers != keys):
             said.append(f"all-gather of {_shape(one)}, more than a layer or the vocabulary's table ({one.where})")
         activations = local_tokens * model.hidden_size  # which devices that share a matrix product add up
         if one.kind == "all-reduce" and numbers >= table // tensor and numbers > 2**20 and numbers != activations:
