@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,11 +11,13 @@ from rpo_jax import models
 from rpo_jax.config import BatchConfig, Config, MeshConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.models import recompute
+from rpo_jax.training.forward import make_log_probs
+from rpo_jax.training.micro_batches import ROW_FIELDS
 from rpo_jax.training.prepare import batches_of, reference_pass
 from rpo_jax.training.step import build_steps, put_batch
 from tests.runs import metric_lines, stopped_and_whole
 from tests.test_packed import data_with_shared_prompts
-from tests.test_step import batches_for, configured
+from tests.test_step import PAIRS, batches_for, configured
 from tests.worlds import random_data, small_model
 
 MODEL = dataclasses.replace(small_model(), sliding_windows=(None, 9))
@@ -45,17 +48,37 @@ def assert_alike(found, right):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.fixture(scope="module")
-def right():
-    return gradient_of(one_device(), attention="dense")
+SHARED = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
 
 
-@pytest.mark.parametrize("attention", ["dense", "blockwise"])
-def test_devices_that_share_rows_give_the_gradient_of_one(attention, right, monkeypatch):
+@pytest.mark.parametrize("attention", ["blockwise", pytest.param("dense", marks=pytest.mark.slow)])
+def test_devices_that_share_rows_give_the_log_probs_and_gradient_of_one(attention, monkeypatch):
     """Prompts shared by many responses, a layer with a window, rows and heads shared too, the MLP in chunks."""
     monkeypatch.setattr(recompute, "MLP_TOKENS", 64)
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
-    assert_alike(gradient_of(mesh, attention=attention, remat="attention"), right)
+
+    def found(mesh, **changes):
+        config, weights = configured(**changes), np.linspace(-1, 1, 2 * PAIRS, dtype=np.float32)
+        batch = batches_for(config, data_with_shared_prompts(4), rows_multiple=4, row_tokens=TOKENS).batch_at(0)
+        forward = make_log_probs(config, MODEL, mesh)
+
+        def total(params, rows):
+            log_prob = forward(params, rows, 2 * PAIRS).log_prob
+            return jnp.sum(log_prob * weights), log_prob
+
+        with jax.set_mesh(mesh):
+            params = models.init_params(MODEL, jax.random.key(0))
+            params = jax.device_put(params, sharding.parameter_shardings(mesh, *models.Policy(MODEL).weights))
+            rows = {name: getattr(put_batch(mesh, batch), name) for name in ROW_FIELDS}
+            return jax.tree.map(np.asarray, jax.jit(jax.grad(total, has_aux=True))(params, rows)[::-1])
+
+    one = found(one_device(), attention="dense")
+    assert_alike(found(sharding.make_mesh(SHARED), attention=attention, remat="attention"), one)
+
+
+@pytest.mark.slow
+def test_the_step_s_gradient_is_that_of_one_device():
+    found = [gradient_of(mesh, attention="dense") for mesh in (one_device(), sharding.make_mesh(SHARED))]
+    assert_alike(found[1], found[0])
 
 
 @pytest.mark.slow

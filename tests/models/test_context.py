@@ -27,9 +27,16 @@ def interpreted(monkeypatch):
         monkeypatch.setitem(ATTENTIONS, name, kind)
 
 
-@pytest.mark.parametrize("name", ["dense", "blockwise", "fused", "splash"])
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        *((name, 1) for name in ("dense", "blockwise", "fused")),
+        pytest.param("splash", 1, marks=pytest.mark.slow),
+        *(pytest.param(name, 0, marks=pytest.mark.slow) for name in ("dense", "blockwise", "fused", "splash")),
+    ],
+)
 @pytest.mark.usefixtures("interpreted")
-def test_what_devices_that_share_a_row_give_is_one_device_s(name):
+def test_what_devices_that_share_a_row_give_is_one_device_s(name, which):
     """Values, and gradients by queries, keys, values and sinks."""
     layout = packed_layout(ROWS, TOKENS, seed=3)
     *qkv, weight = tensors(ROWS, TOKENS)
@@ -39,12 +46,11 @@ def test_what_devices_that_share_a_row_give_is_one_device_s(name):
     *striped, striped_weight = map(shards.striped, (*qkv, weight))
     ids = TokenIds(*map(shards.striped, layout))
     split = Split(at.shards, at.per_shard, at.gather, at.mesh_axes)
-    for which in range(2):
-        right = value_and_gradients("dense", layout, qkv, weight, windows, jnp.array(which), sinks=sinks)
-        with jax.set_mesh(mesh):
-            args = ids, striped, striped_weight, windows, jnp.array(which)
-            *found, of_sinks = value_and_gradients(name, *args, split, sinks=sinks)
-        assert_same((*map(shards.in_order, found), of_sinks), right, atol=1e-5)
+    right = value_and_gradients("dense", layout, qkv, weight, windows, jnp.array(which), sinks=sinks)
+    with jax.set_mesh(mesh):
+        args = ids, striped, striped_weight, windows, jnp.array(which)
+        *found, of_sinks = value_and_gradients(name, *args, split, sinks=sinks)
+    assert_same((*map(shards.in_order, found), of_sinks), right, atol=1e-5)
 
 
 def test_stripes_are_dealt_in_turn_and_put_back():
