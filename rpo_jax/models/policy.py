@@ -180,7 +180,7 @@ class Policy:
 
     def check(self, how: Execution, row_tokens: int | None) -> None:
         """Raise ValueError where the attention that is asked for cannot be had; row_tokens as for check_attention."""
-        asked = Asked.of(self.model_config, how.compute_dtype, row_tokens)
+        asked = Asked.of(self.model_config, how.compute_dtype, row_tokens, how.split.share.context)
         check_attention(how.attention, how.platform or jax.default_backend(), asked)
 
     def outputs(self, params: Params, rows: Mapping[str, Array], how: Execution) -> Outputs:

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.config import MeshConfig
+from rpo_jax.config import Config, MeshConfig, PolicyConfig
 from rpo_jax.core.shards import STRIPE, Shards
 from rpo_jax.hosts.sharding import Placement, make_mesh
 from rpo_jax.models.attention import fused, splash
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import ATTENTIONS
+from rpo_jax.training.step import build_log_probs
 from tests.models.test_blockwise import assert_same, packed_layout, tensors, value_and_gradients
+from tests.worlds import small_model
 
 ROWS, TOKENS = 2, 6 * STRIPE
 
@@ -51,6 +53,13 @@ def test_what_devices_that_share_a_row_give_is_one_device_s(name, which):
         args = ids, striped, striped_weight, windows, jnp.array(which)
         *found, of_sinks = value_and_gradients(name, *args, split, sinks=sinks)
     assert_same((*map(shards.in_order, found), of_sinks), right, atol=1e-5)
+
+
+def test_an_attention_that_cannot_share_a_row_is_refused_before_anything_compiles(monkeypatch):
+    monkeypatch.setitem(ATTENTIONS, "own", ATTENTIONS["dense"]._replace(shares_tokens=False))
+    config = Config(model=PolicyConfig(attention="own"))
+    with pytest.raises(ValueError, match=r"model.attention=own needs mesh.context=1; here"):
+        build_log_probs(config, small_model(), make_mesh(MeshConfig(context=2)))
 
 
 def test_stripes_are_dealt_in_turn_and_put_back():

@@ -284,4 +284,5 @@ KIND = AttentionKind(
     fused=True,
     backward_products=5,
     takes_sinks=True,
+    shares_tokens=True,
 )

@@ -48,4 +48,5 @@ KIND = AttentionKind(
     ),
     stand_in="blockwise",
     caps=False,
+    shares_tokens=True,
 )

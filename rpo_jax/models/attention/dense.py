@@ -72,5 +72,8 @@ def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) 
 
 
 KIND = AttentionKind(
-    _make, "all of a row against all of it: short rows, and where nothing else can be had", takes_sinks=True
+    _make,
+    "all of a row against all of it: short rows, and where nothing else can be had",
+    takes_sinks=True,
+    shares_tokens=True,
 )

@@ -546,6 +546,7 @@ KIND = AttentionKind(
     backward_products=7,  # scores and do v^T in both kernels
     platforms=("gpu",),
     takes_sinks=True,
+    shares_tokens=True,
     needs=(
         (
             f"head dimensions that 16 divides, at most {MOST_HEAD_DIM}, in float32 {MOST_WIDE_HEAD_DIM}",

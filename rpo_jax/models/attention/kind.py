@@ -166,6 +166,7 @@ class AttentionKind(NamedTuple):
         stand_in: the kind whose memory is planned for where this one cannot be compiled; itself where empty.
         caps: whether it can cap scores.
         takes_sinks: whether its function takes sinks.
+        shares_tokens: whether devices can share a row's tokens: it runs by Split.attend, with the mask of Split.share.
     """
 
     make: Callable[[TokenIds, Windows, Split, float | None], Attend]
@@ -180,3 +181,4 @@ class AttentionKind(NamedTuple):
     stand_in: str = ""
     caps: bool = True
     takes_sinks: bool = False
+    shares_tokens: bool = False

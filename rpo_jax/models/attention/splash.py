@@ -142,4 +142,5 @@ KIND = AttentionKind(
     backward_products=7,  # two kernels, as `fused` has; JAX's single one is opt-in
     platforms=("tpu",),
     takes_sinks=True,
+    shares_tokens=True,
 )
