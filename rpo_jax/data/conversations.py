@@ -65,7 +65,9 @@ class Conversation:
             self.text, mark, _ = self.text.partition(_CONTINUED)
             if not mark:
                 raise ValueError("the assistant's turn that a response is to continue is not in the rendered prompt")
-        self._check_nothing_is_left_out()
+        self._check_nothing_is_left_out(self._messages, self.text)
+        for response, own, text in zip(responses, turns, answered, strict=True):
+            self._check_nothing_is_left_out(own, text, response)
         self.answers = tuple(map(self._answer, responses, (own[-1] for own in turns), answered))
 
     def _render(self, wanted: Sequence[Wanted]) -> list[str]:
@@ -86,29 +88,30 @@ class Conversation:
             return (*before, started._replace(content=started.content + last.content))
         return (*self._messages, *turns, last)
 
-    def _check_nothing_is_left_out(self) -> None:
-        """ValueError for turns, tools and calls that condition the answer and are not in the rendered prompt."""
-        dropped = [
-            number
-            for number, message in enumerate(self._messages)
-            if message.role != "assistant" and message.content.strip() not in self.text
-        ]
-        if dropped:  # or written otherwise: as JSON, say
-            marks = {number: f"\ue000turn {number}\ue001" for number in dropped}
-            probe = [
-                message._replace(content=marks.get(number, message.content))
-                for number, message in enumerate(self._messages)
-            ]
-            (text,) = self._render([(probe, not self._continued)])
-            for number, mark in marks.items():
-                if mark not in text:
-                    role = self._messages[number].role
-                    raise ValueError(f"the tokenizer's chat template leaves out turns: those of the role {role!r}")
-        for message in self._messages:
-            for call in _more(message).get("tool_calls") or ():
-                name = call.get("function", call).get("name") if isinstance(call, Mapping) else None
-                if isinstance(name, str) and name not in self.text:
-                    raise ValueError(f"the tokenizer's chat template leaves out tool calls: that of {name!r}")
+    def _check_nothing_is_left_out(self, messages: Sequence[Message], text: str, own: Response | None = None) -> None:
+        """ValueError for turns and calls of the rendered prompt, or those of a response, that are not in its text."""
+        first, whose = (0, "") if own is None else (len(self._messages), f" of the {own.kind} response")
+        marked, marks = list(messages), {}
+        for number, message in enumerate(messages[first:], first):
+            if (
+                message.role != "assistant" and message.content.strip() not in text
+            ):  # or written otherwise: as JSON, say
+                marked[number] = message._replace(content=_mark(number))
+                marks[_mark(number)] = f"turns{whose}: those of the role {message.role!r}"
+            more = _more(message)
+            for place, call in enumerate(more.get("tool_calls") or ()):
+                named = call.get("function", call) if isinstance(call, Mapping) else None
+                if isinstance(named, dict) and isinstance(named.get("name"), str):
+                    marks[_mark(number, place)] = f"tool calls{whose}: that of {named['name']!r}"
+                    named["name"] = _mark(number, place)
+            if more.get("tool_calls"):
+                marked[number] = marked[number]._replace(more=json.dumps(more))
+        if not marks:
+            return
+        (found,) = self._render([(marked, own is None and not self._continued)])
+        for mark, what in marks.items():
+            if mark not in found:
+                raise ValueError(f"the tokenizer's chat template leaves out {what}")
 
     def _answer(self, response: Response, last: Message, whole: str) -> AnswerText:
         """ValueError for a response that the template does not write as it is."""
@@ -159,6 +162,10 @@ def hidden(message: Message, encoder: TextEncoder) -> Message:
     if reasoning is not None:
         more = {"thinking": reasoning, **more, "reasoning_content": reasoning}
     return Message(message.role, encoder.hide(message.content), json.dumps(encoder.hide(more)) if more else "")
+
+
+def _mark(*place: int) -> str:
+    return f"check-{'-'.join(map(str, place))}-mark"  # plain, so that no template's JSON escapes it
 
 
 def _more(message: Message) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from rpo_jax.objectives.scores import Scores, masked_mean, zero_where_invalid
 
 KL = "kl"
 _PER_BATCH = ("contrast/uncalibrated_rows", "contrast/tied_rows")  # numbers of rows, not means over rows
-# Two programs round one log-prob to 1e-6 and more of its hundreds of nats: without a gap, a policy that is its own
-# reference would have any accuracy.
+# Two programs round a log-prob differently: without a gap, a policy that is its own reference would have any accuracy.
 TIE_NATS = 1e-4
+TIE_SHARE = 1e-6  # of the largest log-prob, where that is more: answers of hundreds of tokens have hundreds of nats
 RELATED_COSINE = 0.5  # the 99th percentile between random prompts of Anthropic-HH under MiniLM is 0.52
 
 
@@ -69,9 +69,9 @@ def preference_metrics(scores: Scores, beta: float, paired: bool) -> dict[str, M
 
     rewards/*: beta (log pi_policy - log pi_reference), over summed log-probs. rewards/margins is chosen minus
     rejected over same pairs, or over all couples of a group's chosen and rejected responses if unpaired.
-    rewards/accuracies: share of same pairs whose chosen log-ratio is higher by more than TIE_NATS; logps/accuracies
-    the same of the policy's own log-probs; rewards/ties: share of pairs whose log-ratios differ by no more; all only if
-    paired. logps/*: summed log-probs, nats. kl: KTO's estimate,
+    rewards/accuracies: share of same pairs whose chosen log-ratio is higher by more than TIE_NATS, or TIE_SHARE of the
+    pair's largest log-prob; logps/accuracies the same of the policy's own log-probs; rewards/ties: share of pairs whose
+    log-ratios differ by no more; all only if paired. logps/*: summed log-probs, nats. kl: KTO's estimate,
     in nats, where there are mismatched responses; `finalize` holds it above 0. partition/variance: of the learned log Z
     within a batch, nats^2, over chosen and rejected responses. A kind that the batch does not hold has no statistics.
     """
@@ -96,9 +96,11 @@ def _comparisons(scores: Scores, rewards: dict[str, Float[Array, "*G S"]], paire
         both = chosen.valid & rejected.valid
         margin = chosen.log_ratio() - rejected.log_ratio()
         metrics["rewards/margins"] = masked(rewards["chosen"] - rewards["rejected"], both)
-        metrics["rewards/accuracies"] = masked(margin > TIE_NATS, both)
-        metrics["rewards/ties"] = masked(jnp.abs(margin) <= TIE_NATS, both)
-        metrics["logps/accuracies"] = masked(chosen.log_prob - rejected.log_prob > TIE_NATS, both)
+        largest = jnp.maximum(jnp.abs(chosen.log_prob), jnp.abs(rejected.log_prob))
+        tie = jnp.maximum(TIE_NATS, TIE_SHARE * largest)
+        metrics["rewards/accuracies"] = masked(margin > tie, both)
+        metrics["rewards/ties"] = masked(jnp.abs(margin) <= tie, both)
+        metrics["logps/accuracies"] = masked(chosen.log_prob - rejected.log_prob > tie, both)
     else:
         num_chosen, num_rejected = (jnp.sum(side.valid, axis=-1) for side in sides)
         total = jnp.sum(rewards["chosen"], axis=-1) * num_rejected - jnp.sum(rewards["rejected"], axis=-1) * num_chosen

@@ -212,6 +212,26 @@ def test_what_a_template_would_drop_is_refused(name, prompt, arguments, reason):
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "turns", "reason"),
+    [
+        ("smollm2", (Message("assistant", "", CALL),), "tool calls of the chosen response: that of 'weather'"),
+        (
+            "no system",
+            (Message("assistant", "Wait."), Message("tool", "sunny"), Message("assistant", "Blue.")),
+            "turns of the chosen response: those of the role 'tool'",
+        ),
+    ],
+)
+def test_what_a_template_would_drop_of_a_response_is_refused(name, turns, reason):
+    assert tokenized(tokenizer_of(name), (COLOUR,), turns) == f"the tokenizer's chat template leaves out {reason}"
+
+
+def test_a_call_whose_name_stands_elsewhere_is_missed_all_the_same():
+    call = (Message("assistant", "", CALL.replace('"weather"', '"on"')),)
+    assert "leaves out tool calls" in tokenized(tokenizer_of("smollm2"), (COLOUR, *call, COLOUR))
+
+
 def test_an_argument_that_the_template_does_not_read_is_refused():
     with pytest.raises(ValueError, match=r"data\.template_arguments: .* does not read 'enable_thinkin'"):
         tokenized(tokenizer_of("qwen3"), (COLOUR,), template_arguments={"enable_thinkin": False})

@@ -80,6 +80,13 @@ def test_a_difference_of_rounding_is_a_tie_whatever_beta(difference, accuracy):
         assert got["rewards/ties"] == (abs(difference) < metrics.TIE_NATS)
 
 
+@pytest.mark.parametrize(("difference", "accuracy"), [(2e-4, 0.0), (7e-4, 1.0)])
+def test_long_answers_round_more(difference, accuracy):
+    chosen, rejected = (responses([-600.0 + more], [-600.0], [True]) for more in (difference, 0.0))
+    got = metrics.finalize(metrics.preference_metrics(scores_of(chosen, rejected, chosen), 0.1, paired=True))
+    assert (got["rewards/accuracies"], got["rewards/ties"]) == (accuracy, 1 - accuracy)
+
+
 def test_unpaired_margins_compare_all_couples():
     scores = draw(1)
     got = metrics.finalize(metrics.preference_metrics(scores, 0.1, paired=False))
