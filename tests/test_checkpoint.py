@@ -18,8 +18,8 @@ MODEL = small_model()
 CONFIG = Config(optim=OptimConfig(name="adamw"))
 
 
-def steps_on(data: int, fsdp: int, tensor: int) -> Steps:
-    mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+def steps_on(data: int, fsdp: int, tensor: int, context: int = 1) -> Steps:
+    mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context))
     return build_steps(CONFIG, MODEL, mesh, total_steps=1)
 
 
@@ -50,7 +50,7 @@ def saved(tmp_path_factory):
     return folder, state
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2), (1, 2, 1, 4)])
 def test_a_state_comes_back_bit_for_bit_on_any_mesh(saved, shape):
     folder, state = saved
     steps = steps_on(*shape)

@@ -273,6 +273,22 @@ def test_experts_that_devices_share_are_planned(tmp_path, capsys):
     )
 
 
+@pytest.mark.usefixtures("devices_here")
+def test_rows_that_devices_share_are_planned(tmp_path, capsys):
+    """Every device has a part of each row, and of all parameters; keys are gathered, and nothing larger."""
+    arguments = ["--devices", "8", *SMALL, "--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.context", "4"]
+    rows = ["--rows", "2", "--row-tokens"]
+    assert plan.main([*arguments, *rows, "1024", "--no-largest", "--json", str(tmp_path / "plan.json")]) == 0
+    (found,) = (one["estimate"] for one in json.loads((tmp_path / "plan.json").read_text())["plans"])
+    assert found["mesh"] == {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
+    assert found["surprises"] == []
+    model = models.configured(PolicyConfig(**SIZES), 512, 32)
+    assert found["memory"]["params"] < 1.1 * 4 * models.count_params(model) / 8
+    capsys.readouterr()
+    assert plan.main([*arguments, *rows, "1000"]) == 2
+    assert "--row-tokens 1000 must be a multiple of 512" in capsys.readouterr().err
+
+
 def test_a_kernel_whose_library_is_not_here_is_planned_as_one_that_is_as_sparing(monkeypatch):
     target = targets.Target("h100:1", CHIPS["h100"], tuple(jax.devices()[:1]), 80e9, "gpu")
     monkeypatch.setattr(planner, "target_of", lambda topology, memory: target)
@@ -292,6 +308,8 @@ def test_meshes_divide_what_they_split():
     assert {mesh.data * mesh.fsdp * mesh.tensor for mesh in search.meshes(shared, small_model(), 8)} == {2}
     with pytest.raises(ValueError, match=r"give mesh\.expert a number of its own"):
         search.meshes(replace(config, mesh=MeshConfig(data=1, expert=-1)), small_model(), 8)
+    long = replace(config, mesh=MeshConfig(context=4))
+    assert {mesh.data * mesh.fsdp * mesh.tensor for mesh in search.meshes(long, small_model(), 8)} == {2}
     assert search.micro_sizes(64, 8) == [32, 16, 8]
     assert search.micro_sizes(24, 8) == [16, 8]
 

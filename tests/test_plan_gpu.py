@@ -118,14 +118,18 @@ def test_what_does_not_fit_is_told_with_what_it_takes(capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
-    """Three kernels, forward and backward: what the forward pass gave is kept, not computed again."""
+@pytest.mark.parametrize("context", [1, 4])
+def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all(context):
+    """Three kernels, forward and backward: what the forward pass gave is kept, not computed again.
+
+    Of rows that four devices share each has a quarter of the queries; they gather keys and values, no hidden states.
+    """
     tokens = 4096
     target = target_of("h100:8")
     config = Config(
         model=PolicyConfig(compute_dtype="bfloat16", remat="dots"),
         batch=BatchConfig(pairs=8),
-        mesh=MeshConfig(data=1, fsdp=4, tensor=2),
+        mesh=MeshConfig(data=1, fsdp=4 // context, context=context, tensor=2),
     )
     model = dataclasses.replace(small_model(**SIZES | {"num_layers": 2}), sliding_windows=(None, 1024))
     batch = BatchShape(8, tokens, 8 * tokens, 4 * tokens, 8 * tokens**2 / 3, "")
@@ -140,8 +144,13 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all():
         for instruction in computation.values()
         for shape in hlo.shapes_in(instruction.result)
     ]
-    assert (2, tokens, 512) in {shape.dims for shape in shapes}, "residual streams are"
-    assert not [shape for shape in shapes if shape.dims[-2:] == (tokens, tokens)]
+    rows, own = 8 * context // 4, tokens // context
+    assert (rows, own, 512) in {shape.dims for shape in shapes}, "residual streams are"
+    assert not [shape for shape in shapes if shape.dims[-2:] == (own, tokens)]
+    gathered = [one.shape for one in hlo.collectives(text, most_trips=1) if one.kind == "all-gather"]
+    keys = rows * tokens * (KV_HEADS // 2) * WIDTH // HEADS
+    of_tokens = [shape for shape in gathered if shape.bytes // 2 in (keys, rows * tokens * WIDTH)]
+    assert {shape.bytes // 2 for shape in of_tokens} == ({keys} if context > 1 else set())
 
 
 def test_experts_multiply_their_own_rows_alone():

@@ -10,6 +10,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Literal
 
 from rpo_jax.config.checks import ConfigError
+from rpo_jax.core.shards import STRIPE, row_multiple
 from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.objectives.losses import OBJECTIVES, Objective
 from rpo_jax.objectives.objective import MatrixObjective
@@ -169,6 +170,12 @@ def _check_batch(config: Config) -> None:
     if config.data.mix and config.batch.order == "sequential":
         raise ConfigError(
             "batch.order=sequential goes by the order of one file; with data.mix use shuffled or related."
+        )
+    tokens, context = config.batch.row_tokens, config.mesh.context
+    if tokens is not None and context > 1 and tokens % (multiple := row_multiple(context)):
+        raise ConfigError(
+            f"batch.row_tokens={tokens}: the {context} devices of mesh.context share a row in stripes of {STRIPE} "
+            f"tokens, as many each; use a multiple of {multiple}, as {-(-tokens // multiple) * multiple}."
         )
     group, pairs = config.contrast.group, config.batch.pairs
     if group != "global" and pairs % group:

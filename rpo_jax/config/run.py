@@ -45,23 +45,27 @@ class MeshConfig:
         fsdp: shards of parameters, gradients and optimizer state; rows are split over data, fsdp and expert.
         tensor: shards of heads, MLP and vocabulary.
         expert: shards of a mixture's experts, each of which has whole experts; of other parameters as fsdp.
+        context: shards of a row's tokens, for rows that are too long for one device; of parameters as fsdp. A number.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    context: int = 1
 
     @property
     def described(self) -> str:
-        """The keys with their values; of `expert` only where it is given."""
-        names = ("data", "fsdp", "tensor") + (("expert",) if self.expert != 1 else ())
+        """The keys with their values; of `expert` and `context` only where they are given."""
+        names = ("data", "fsdp", "tensor", *(name for name in ("expert", "context") if getattr(self, name) != 1))
         return ", ".join(f"mesh.{name}={getattr(self, name)}" for name in names)
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor, self.expert)
+        sizes = (self.data, self.fsdp, self.tensor, self.expert, self.context)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ConfigError(f"{self.described}: sizes must be positive, and at most one of them -1.")
+        if self.context == -1:
+            raise ConfigError("mesh.context=-1: the length of rows depends on it; give it a number, as mesh.context=2.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from rpo_jax.core.records import KINDS, REFINED, Batch, PreferenceData
+from rpo_jax.core.shards import ROW_TOKENS_MULTIPLE
 from rpo_jax.data.packing import (
     NO_RESPONSE,
     Draws,
@@ -28,7 +29,6 @@ from rpo_jax.data.packing import (
 from rpo_jax.data.related import Points, related_order, whole_points
 from rpo_jax.data.shapes import PackedShape, choose_shapes, row_lengths
 
-ROW_TOKENS_MULTIPLE = 64
 PAIRINGS = ("paired", "unpaired", "grouped")
 ORDERS = ("shuffled", "related", "sequential")
 
@@ -190,7 +190,8 @@ class PreferenceBatches:
             `pairs`, and all of them where not given.
         weights: of each source of the data, how often an epoch draws each of its examples; not sequential then.
         seed: of the shuffles.
-        row_tokens: length of a row; where not given, multiples of 64, as packs best.
+        row_tokens: length of a row; where not given, multiples of `tokens_multiple`, as packs best.
+        tokens_multiple: 64, or what devices that share a row can divide.
         row_segments: how many of the longest segments the longest of those rows may hold.
         rows_multiple: the number of rows of a batch is a multiple of this.
         once: leave the smaller pool's slots empty when it is used up, so that nothing is served twice; in sequential
@@ -221,6 +222,7 @@ class PreferenceBatches:
         weights: Sequence[float] | None = None,
         seed: int,
         row_tokens: int | None = None,
+        tokens_multiple: int = ROW_TOKENS_MULTIPLE,
         row_segments: int = 1,
         rows_multiple: int = 1,
         once: bool = False,
@@ -245,7 +247,7 @@ class PreferenceBatches:
         self._pools = self._build_pools()
         self.epoch_draws = max(pool.round for pool in self._pools.values())
         self.steps_per_epoch = -(-self.epoch_draws // pairs)
-        self._row_lengths = self._checked_row_lengths(row_tokens, row_segments)
+        self._row_lengths = self._checked_row_lengths(row_tokens, row_segments, tokens_multiple)
         self._rows_multiple = rows_multiple
         self._own_rows = own_rows
         self.plan_at = lru_cache(maxsize=4)(self._new_plan)  # asked for a batch, then for what to log of it
@@ -400,7 +402,7 @@ class PreferenceBatches:
                 fix = f"{KINDS[kind].made_by} before it is loaded"
             raise ValueError(f"{self.data.flat.row_ids[examples[draw]]} has no {kind} response; {fix}.")
 
-    def _checked_row_lengths(self, row_tokens: int | None, row_segments: int) -> tuple[int, ...]:
+    def _checked_row_lengths(self, row_tokens: int | None, row_segments: int, multiple: int) -> tuple[int, ...]:
         pool, tokens = max(
             ((pool, tokens) for pool in self._pools.values() for tokens in pool.tokens),
             key=lambda found: found[1].max(),
@@ -408,7 +410,7 @@ class PreferenceBatches:
         longest = int(tokens.max())
         if row_tokens is None:
             longest = max(pool.longest for pool in self._pools.values())
-            return row_lengths(longest * row_segments, ROW_TOKENS_MULTIPLE)
+            return row_lengths(longest * row_segments, multiple)
         if longest > row_tokens:
             example = pool.examples[int(tokens.argmax())]
             raise ValueError(

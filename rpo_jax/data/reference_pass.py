@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from rpo_jax.core.records import Batch, PreferenceData, Side
+from rpo_jax.core.shards import ROW_TOKENS_MULTIPLE
 from rpo_jax.data.packing import (
     PackingPlan,
     Segment,
@@ -23,7 +24,6 @@ from rpo_jax.data.packing import (
 from rpo_jax.data.shapes import PackedShape
 
 WINDOW = 16_384  # examples packed together: enough for full rows, few enough to pack in no time
-ROW_TOKENS_MULTIPLE = 64
 _PROMPTS = 128  # more than an example has
 _Row = list[tuple[int, ...]]  # of each of its segments the responses, by their numbers in the data
 
@@ -34,7 +34,8 @@ class ReferencePass:
     Args:
         kinds: which of KINDS to reach, where an example has them.
         batch_pairs: a batch has about as many tokens as this many examples, as a batch of training has.
-        row_tokens: length of a row; where not given, the longest segment rounded up to a multiple of 64.
+        row_tokens: length of a row; where not given, the longest segment rounded up to `tokens_multiple`.
+        tokens_multiple: 64, or what devices that share a row can divide.
         rows_multiple: the number of rows of a batch is a multiple of this.
         own_rows: from a number of rows to those that this process fills; all where not given.
         doubling: rows and slots are powers of two (times `rows_multiple`), so that what is compiled for one data set
@@ -50,13 +51,14 @@ class ReferencePass:
         *,
         batch_pairs: int,
         row_tokens: int | None = None,
+        tokens_multiple: int = ROW_TOKENS_MULTIPLE,
         rows_multiple: int = 1,
         own_rows: Callable[[int], Bool[np.ndarray, "R"]] | None = None,
         doubling: bool = False,
     ) -> None:
         self._data, self.num_responses = data, data.num_responses
         numbers = np.sort(np.concatenate([data.of_kind(kind) for kind in kinds]))
-        row_tokens = row_tokens or -(-(_longest(data, numbers) or 1) // ROW_TOKENS_MULTIPLE) * ROW_TOKENS_MULTIPLE
+        row_tokens = row_tokens or -(-(_longest(data, numbers) or 1) // tokens_multiple) * tokens_multiple
         num_segments = tokens = 0
         rows: list[_Row] = []
         for window in _windows(data, numbers):

@@ -13,17 +13,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool
 
 from rpo_jax.config import MeshConfig
+from rpo_jax.core.shards import Shards
 from rpo_jax.hosts.devices import devices as all_devices
 
 MESH_AXES = ("data", "fsdp", "tensor")
-EXPERT = "expert"  # one axis more, before the last one, where experts are shared
+EXPERT, CONTEXT = "expert", "context"  # axes before the last one, where experts, or a row's tokens, are shared
 ROWS = ("data", "fsdp", EXPERT)  # packed rows are split over those that there are
 
 # A parameter is split over fsdp along its embedding dimension and over tensor along heads, MLP or vocabulary; what
-# belongs to no expert over the axis of experts too, as if that were more of fsdp.
+# belongs to no expert over the axis of experts too, as if that were more of fsdp; and all over that of the context.
 PARAMETER_RULES: dict[str, str | tuple[str, ...]] = {
     "experts": EXPERT,
-    "embed": ("fsdp", EXPERT),
+    "embed": ("fsdp", EXPERT, CONTEXT),
     "heads": "tensor",
     "kv_heads": "tensor",
     "fused_heads": "tensor",
@@ -32,6 +33,8 @@ PARAMETER_RULES: dict[str, str | tuple[str, ...]] = {
 }
 ACTIVATION_RULES: dict[str, str | tuple[str, ...]] = {
     "rows": ROWS,
+    "tokens": CONTEXT,
+    "shards": (*ROWS, CONTEXT),
     "experts": EXPERT,
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -41,17 +44,18 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def axis_sizes(config: MeshConfig) -> dict[str, int]:
-    """The axes of a mesh in their order, with the sizes as configured: (data, fsdp, tensor), and expert before tensor
-    where experts are shared."""
-    names = MESH_AXES if config.expert == 1 else (*MESH_AXES[:-1], EXPERT, MESH_AXES[-1])
+    """The axes of a mesh in their order, with the sizes as configured: (data, fsdp, tensor), and before the last one
+    expert and context where experts or tokens of a row are shared."""
+    more = (name for name in (EXPERT, CONTEXT) if getattr(config, name) != 1)
+    names = (*MESH_AXES[:-1], *more, MESH_AXES[-1])
     return {name: getattr(config, name) for name in names}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh (data, fsdp, tensor) over the given devices, or over all; a size of -1 takes what the others leave.
 
-    With experts shared it is (data, fsdp, expert, tensor). Raises ValueError if the sizes do not multiply to the number
-    of devices, or jax has no devices.
+    With experts shared it is (data, fsdp, expert, tensor), with tokens of a row shared there is `context` before the
+    last axis. Raises ValueError if the sizes do not multiply to the number of devices, or jax has no devices.
     """
     devices = all_devices() if devices is None else devices
     named = axis_sizes(config)
@@ -77,6 +81,11 @@ def row_shards(mesh: Mesh) -> int:
     return _size(mesh, row_axes(mesh))
 
 
+def shards_of(mesh: Mesh) -> Shards:
+    """Among how many devices packed rows are split, and the tokens of each."""
+    return Shards(row_shards(mesh), mesh.shape.get(CONTEXT, 1))
+
+
 def check_batch(pairs: int, micro_rows: int | None, mesh: Mesh) -> None:
     """Raise ValueError unless pairs and micro-batch rows divide evenly among the mesh's row shards."""
     shards = row_shards(mesh)
@@ -85,7 +94,7 @@ def check_batch(pairs: int, micro_rows: int | None, mesh: Mesh) -> None:
         if value is not None and value % shards:
             raise ValueError(
                 f"{key}={value} is not divisible by the {shards} shards of {axes}; use a multiple of {shards}, or give "
-                "more devices to mesh.tensor."
+                "more devices to mesh.tensor or mesh.context."
             )
 
 
@@ -168,14 +177,23 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where activations live on a mesh, by the names of their axes."""
+    """Where activations live on a mesh, by the names of their axes.
+
+    Attributes:
+        shares_tokens: whether devices along `context` share a row's tokens; else each of them does the same.
+    """
 
     mesh: Mesh
+    shares_tokens: bool = True
+
+    @property
+    def rules(self) -> dict[str, str | tuple[str, ...]]:
+        return ACTIVATION_RULES if self.shares_tokens else ACTIVATION_RULES | {"tokens": (), "shards": ROWS}
 
     def constrain(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
         """Pin an activation to the mesh."""
         return jax.lax.with_sharding_constraint(
-            x, NamedSharding(self.mesh, _spec(self.mesh, ACTIVATION_RULES, axes, x.shape))
+            x, NamedSharding(self.mesh, _spec(self.mesh, self.rules, axes, x.shape))
         )
 
     def gather(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
@@ -185,11 +203,11 @@ class Placement:
 
     def shards(self, axis: str) -> int:
         """Among how many devices an axis is split."""
-        return _size(self.mesh, ACTIVATION_RULES.get(axis))
+        return _size(self.mesh, self.rules.get(axis))
 
     def mesh_axes(self, axis: str) -> tuple[str, ...]:
         """The mesh axes over which an axis is split: whom a device that runs its own part exchanges with."""
-        return _axes(self.mesh, ACTIVATION_RULES.get(axis))
+        return _axes(self.mesh, self.rules.get(axis))
 
     def per_shard(self, function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
         """The function, run by each device on its own part alone.

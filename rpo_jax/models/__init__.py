@@ -24,13 +24,14 @@ from rpo_jax.models.huggingface.folders import resolve_folder
 from rpo_jax.models.huggingface.loading import check_pretrained, load_pretrained
 from rpo_jax.models.huggingface.saving import RENDERING, RewardHead, classifier_name, save_pretrained
 from rpo_jax.models.lora import load_sharded
-from rpo_jax.models.policy import Execution, Outputs, Parameters, Policy, check_choices
+from rpo_jax.models.policy import ROW_IDS, Execution, Outputs, Parameters, Policy, check_choices
 from rpo_jax.models.rope import Rope
 
 __all__ = [
     "ATTENTIONS",
     "FAMILIES",
     "RENDERING",
+    "ROW_IDS",
     "Asked",
     "Execution",
     "Experts",

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from rpo_jax.core.shards import Shards
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import ONE_DEVICE, Attend, Split, capped
 from rpo_jax.models.attention.masking import TokenIds
@@ -279,7 +280,7 @@ class Layer(nnx.Module):
         for module in (self.mlp_norm, self.mlp, self.mlp_output_norm):
             if module is not None:
                 module.gather(split.gather)
-        x, routing = in_chunks(transform, x, real, split.shards("rows"))
+        x, routing = in_chunks(transform, x, real, Shards(split.shards("rows"), split.shards("tokens")))
         return constrain(x, axes), routing
 
 
@@ -419,7 +420,8 @@ def hidden_states(
         platform: cpu, gpu or tpu, where it is not the default one that this is compiled for.
         constrain: called on activations with their axes' names (rows, tokens, embed, heads, kv_heads, head_dim, mlp),
             returns them, possibly with a sharding constraint.
-        split: how devices share attention and experts.
+        split: how devices share attention and experts; where they share a row's tokens too, all that is given of
+            tokens is striped (core.shards), and so is what comes out.
     """
     arguments = (model_config, params, tokens, positions, segment_ids, branch_ids)
     how = (compute_dtype, remat, attention, platform, constrain, split)

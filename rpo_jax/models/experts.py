@@ -111,9 +111,9 @@ def mixture(
     # Before devices gather them: fewer bytes are sent.
     gate, up, down = (kernel if kernel is None else _narrowed(kernel, x.dtype) for kernel in kernels)
     weights = weights._replace(gate=gate, up=up, down=down)
-    of_tokens, of_rows = ("rows", None, None), ("rows", None)
-    of_routing = Routing(*cast(Any, (of_rows, of_rows, ("rows",))))
-    axes = (weights.axes(split_mlp, experts.joined), of_tokens, of_rows)
+    of_tokens, own = ("rows", "tokens", None), ("shards", None)
+    of_routing = Routing(*cast(Any, (own, own, ("shards",))))
+    axes = (weights.axes(split_mlp, experts.joined), of_tokens, ("rows", "tokens"))
     run = split.per_shard(of_device, axes, (of_tokens, of_routing))
     out, found = run(weights, x, real)
     return out, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), found)

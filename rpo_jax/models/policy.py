@@ -38,6 +38,8 @@ from rpo_jax.models.families import FAMILIES, check_family
 from rpo_jax.models.huggingface.loading import load_pretrained
 from rpo_jax.models.huggingface.saving import save_pretrained
 
+ROW_IDS = ("tokens", "positions", "segment_ids", "branch_ids")  # what a decoder reads of packed rows
+
 
 class Parameters(NamedTuple):
     """Parameters without values, in two trees of one structure.
@@ -178,7 +180,7 @@ class Policy:
 
     def check(self, how: Execution, row_tokens: int | None) -> None:
         """Raise ValueError where the attention that is asked for cannot be had; row_tokens as for check_attention."""
-        asked = Asked.of(self.model_config, how.compute_dtype, row_tokens)
+        asked = Asked.of(self.model_config, how.compute_dtype, row_tokens, how.split.share.context)
         check_attention(how.attention, how.platform or jax.default_backend(), asked)
 
     def outputs(self, params: Params, rows: Mapping[str, Array], how: Execution) -> Outputs:
@@ -186,12 +188,12 @@ class Policy:
 
         Args:
             params: as `combine` gives them, or weights.
-            rows: tokens, positions, segment_ids and branch_ids, each [B, T], as in core.records.Batch.
+            rows: what ROW_IDS names, each [B, T], as in core.records.Batch; striped, as the hidden states are then,
+                where devices share a row's tokens.
         """
-        tokens, positions, segments = rows["tokens"], rows["positions"], rows["segment_ids"]
         settings: Any = how._asdict()
         hidden, routing = hidden_states_and_routing(
-            self.model_config, params, tokens, positions, segments, rows["branch_ids"], **settings
+            self.model_config, params, *(rows[name] for name in ROW_IDS), **settings
         )
         # Whole over fsdp before the chunks of a loss run, or each chunk would gather it again.
         return Outputs(hidden, how.split.gather(output_head(self.model_config, params), ("embed", "vocab")), routing)

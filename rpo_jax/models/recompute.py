@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from rpo_jax.core.shards import Shards
 from rpo_jax.models.attention.kind import ATTENTION_OUTPUT
 
 # Tokens of a shard whose MLP activations exist at once where they are computed again anyway.
@@ -50,7 +51,7 @@ def in_chunks(
     function: Callable[[Float[Array, "S c D"], Bool[Array, "S c"]], tuple[Float[Array, "S c D"], Any]],
     x: Float[Array, "B T D"],
     real: Bool[Array, "B T"],
-    shards: int,
+    shards: Shards,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """function(x, real), which works on each token alone, on about MLP_TOKENS of every shard at a time, in both passes.
 
@@ -58,15 +59,15 @@ def in_chunks(
     number that does; if that is far, all at once.
     """
     rows, tokens, width = x.shape
-    of_shard = rows // shards * tokens
+    of_shard = rows * tokens // shards.count
     fewest = -(-of_shard // MLP_TOKENS)
     count = next((n for n in range(fewest, MOST_CHUNKS * fewest + 1) if of_shard % n == 0), 1)
-    if count == 1 or rows % shards:
+    if count == 1 or rows % shards.rows:
         return function(x, real)
     # Shards stay a dimension: each device has its own part of every chunk.
-    chunks = x.reshape(shards, count, of_shard // count, width).swapaxes(0, 1)
-    which = real.reshape(shards, count, of_shard // count).swapaxes(0, 1)
+    chunks = shards.split(x).reshape(shards.count, count, -1, width).swapaxes(0, 1)
+    which = shards.split(real).reshape(shards.count, count, -1).swapaxes(0, 1)
     # A loop already keeps XLA from merging the recomputation with the forward pass.
     step = jax.checkpoint(function, prevent_cse=False)
     done, more = jax.lax.map(lambda chunk: step(*chunk), (chunks, which))
-    return done.swapaxes(0, 1).reshape(x.shape), jax.tree.map(lambda found: jnp.sum(found, axis=0), more)
+    return shards.join(done.swapaxes(0, 1), x.shape), jax.tree.map(lambda found: jnp.sum(found, axis=0), more)

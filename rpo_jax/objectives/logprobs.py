@@ -1,7 +1,8 @@
 """From hidden states to one log-prob per response, without ever holding all logits.
 
-Letters: R rows and T tokens of a packed batch, D hidden width, V vocabulary, P responses; S shards of the rows, n
-tokens of a shard, c tokens of a chunk.
+Letters: R rows and T tokens of a packed batch, D hidden width, V vocabulary, P responses; S shards, each with so many
+rows or, where devices share these, a part of their tokens; m hidden states of a shard, n tokens of its rows, c tokens
+of a chunk.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from rpo_jax.core.shards import ONE, Shards
 
 Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
 
@@ -41,7 +44,7 @@ def response_log_probs(
     num_responses: int,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
-    shards: int = 1,
+    shards: Shards = ONE,
     constrain: Constrain | None = None,
     softcap: float | None = None,
     collides: bool = False,
@@ -52,17 +55,20 @@ def response_log_probs(
 
     The head runs on scored tokens alone, `chunk_tokens` of every shard at a time, and again in the backward pass, so
     that logits of shards x chunk_tokens x V are the most that exist at once. Shards stay a dimension throughout: they
-    may lie on different devices, and the vocabulary may be split too; the sum by response is then the gather.
+    may lie on different devices, and the vocabulary may be split too; the sum by response is then the gather. A token
+    is scored where its predictor is, so that no hidden state is sent.
 
     Args:
-        hidden: final hidden states; their dtype is that of the head's product, which accumulates in float32.
+        hidden: final hidden states; their dtype is that of the head's product, which accumulates in float32. Striped
+            where devices share a row's tokens, alone of all these arrays.
         head: output projection; give the float32 master, so that its gradient accumulates in float32.
         previous: index in the row of each token's predictor.
         response_ids: 0 to num_responses - 1 for scored tokens, -1 elsewhere.
         num_responses: P, static.
         chunk_tokens: scored tokens of a shard per chunk.
-        shards: number of devices among which the rows are split; divides R.
-        constrain: applied to each chunk's logits with the names of their axes, ("rows", "tokens", "vocab").
+        shards: among how many devices the rows are split, which divides R, and the tokens of each.
+        constrain: applied to each chunk's logits with the names of their axes, ("shards", "chunk", "vocab"), and to
+            what they are made from.
         softcap: c, where the model's logits are c tanh(hidden @ head / c).
         collides: give also the sum over a response's tokens of log sum_v p_v^2, nats, without gradient: the log of the
             probability that two tokens drawn there are the same. None otherwise.
@@ -96,7 +102,7 @@ def token_log_probs(
     response_ids: Int[Array, "R T"],
     *,
     chunk_tokens: int = CHUNK_TOKENS,
-    shards: int = 1,
+    shards: Shards = ONE,
     constrain: Constrain | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "R T"]:
@@ -104,7 +110,9 @@ def token_log_probs(
     settings = Settings(chunk_tokens, constrain or _anywhere, softcap)
     found, _, order, response_ids_first = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
     found = jnp.where(response_ids_first >= 0, found, 0.0)
-    return jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1).reshape(tokens.shape)
+    by_place = jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1)
+    # Every token is scored by one of the devices that share its row.
+    return jnp.sum(by_place.reshape(shards.rows, shards.context, -1), axis=1).reshape(tokens.shape)
 
 
 @jax.named_scope("head")
@@ -115,7 +123,7 @@ def _scored_first(
     previous: Int[Array, "R T"],
     response_ids: Int[Array, "R T"],
     settings: Settings,
-    shards: int,
+    shards: Shards,
 ) -> tuple[Float[Array, "S n"], Float[Array, "S n"] | None, Int[Array, "S n"], Int[Array, "S n"]]:
     """Log-probs of every shard's tokens with its scored ones first, where each of them was, and its response.
 
@@ -125,11 +133,19 @@ def _scored_first(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1.")
     num_rows, num_tokens = tokens.shape
-    assert num_rows % shards == 0
+    assert num_rows % shards.rows == 0
+    own_tokens = num_tokens // shards.context
+    device, previous = jnp.divmod(shards.place(previous, num_tokens), own_tokens)
     # Index of the predictor in the shard, no longer in the row.
-    first = jnp.arange(num_rows)[:, None] % (num_rows // shards) * num_tokens
-    parts = (x.reshape(shards, -1) for x in (tokens, previous + first, response_ids))
-    flat_tokens, predictor, response_ids = parts
+    predictor = previous + jnp.arange(num_rows)[:, None] % (num_rows // shards.rows) * own_tokens
+
+    def of_shards(x: Array) -> Array:
+        """[R, T] to [S, n]: all devices that share a row have all of its tokens' ids."""
+        return settings.constrain(jnp.repeat(x.reshape(shards.rows, -1), shards.context, axis=0), ("shards", "chunk"))
+
+    flat_tokens, predictor, response_ids, device = map(of_shards, (tokens, predictor, response_ids, device))
+    own = device == jnp.arange(shards.count)[:, None] % shards.context
+    response_ids = jnp.where(own, response_ids, -1)
     # Scored tokens first: what lies behind those of the fullest shard costs nothing.
     order = jnp.argsort(response_ids < 0, axis=1, stable=True)
     flat_tokens, predictor, response_ids = (
@@ -138,7 +154,7 @@ def _scored_first(
     scored = response_ids >= 0
     both: Any = _token_log_probs(
         settings._replace(chunk_tokens=min(chunk_tokens, flat_tokens.shape[1])),
-        hidden.reshape(shards, -1, hidden.shape[-1]),
+        settings.constrain(shards.split(hidden), ("shards", "chunk", "hidden")),
         head,
         flat_tokens,
         predictor,
@@ -180,7 +196,7 @@ def _padded(settings: Settings, *arrays: jax.Array) -> list[jax.Array]:
 
 
 def _logits(
-    settings: Settings, hidden: Float[Array, "S n D"], head: Float[Array, "D V"], predictor: Array, scored: Array
+    settings: Settings, hidden: Float[Array, "S m D"], head: Float[Array, "D V"], predictor: Array, scored: Array
 ) -> tuple[Float[Array, "S c D"], Float[Array, "S c V"]]:
     """Hidden states of a chunk's predictors, and their logits in float32."""
     at = jnp.take_along_axis(hidden, predictor[..., None], axis=1)
@@ -189,7 +205,7 @@ def _logits(
     logits = jnp.einsum("scd,dv->scv", at, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     if settings.softcap is not None:
         logits = settings.softcap * jnp.tanh(logits / settings.softcap)
-    return at, settings.constrain(logits, ("rows", "tokens", "vocab"))
+    return at, settings.constrain(logits, ("shards", "chunk", "vocab"))
 
 
 def _is_target(logits: Float[Array, "S c V"], targets: Int[Array, "S c"]) -> Bool[Array, "S c V"]:
@@ -200,7 +216,7 @@ def _is_target(logits: Float[Array, "S c V"], targets: Int[Array, "S c"]) -> Boo
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_log_probs(
     settings: Settings,
-    hidden: Float[Array, "S n D"],
+    hidden: Float[Array, "S m D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "S n"],
     predictor: Int[Array, "S n"],
@@ -252,7 +268,7 @@ def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangents: tupl
         return to_hidden, carry[1] + wide("scd,scv->sdv", at, difference)
 
     # The head's gradient stays apart for each shard, and is summed once: not over all devices for every chunk.
-    of_shards = settings.constrain(jnp.zeros((len(hidden), *head.shape), jnp.float32), ("rows", "hidden", "vocab"))
+    of_shards = settings.constrain(jnp.zeros((len(hidden), *head.shape), jnp.float32), ("shards", "hidden", "vocab"))
     zeros = jnp.zeros(hidden.shape, jnp.float32), of_shards
     to_hidden, to_head = _over_chunks(settings.chunk_tokens, scored, body, zeros)
     return to_hidden.astype(hidden.dtype), jnp.sum(to_head, axis=0).astype(head.dtype), None, None, None

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rpo_jax.core.shards import ONE, Shards
+
 NAME = "partition"  # of the head among the trained parameters
 AXES = {NAME: {"kernel": ("embed",)}}
 
@@ -27,17 +29,19 @@ def log_partition(
     previous: Int[Array, "R T"],
     response_ids: Int[Array, "R T"],
     num_responses: int,
+    shards: Shards = ONE,
 ) -> Float[Array, "P"]:
     """log Z of every response's prompt, nats, float32; 0 for slots that these rows do not hold.
 
     Args:
         previous: index in the row of each token's predictor.
         response_ids: 0 to num_responses - 1 for scored tokens, -1 elsewhere.
+        shards: how devices share rows and their tokens, whose hidden states are then striped.
     """
     scored = response_ids >= 0
     first = scored & ~jnp.take_along_axis(scored, previous, axis=1)
     value = jnp.einsum("rtd,d->rt", jax.lax.stop_gradient(hidden).astype(jnp.float32), head, precision="highest")
-    value = jnp.take_along_axis(value, previous, axis=1)
+    value = jnp.take_along_axis(shards.in_order(value), previous, axis=1)
     slot = jnp.where(first, response_ids, num_responses)  # one slot more, for all other tokens
     return jnp.zeros(num_responses + 1, jnp.float32).at[slot].add(jnp.where(first, value, 0.0))[:num_responses]
 

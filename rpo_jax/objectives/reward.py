@@ -14,6 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rpo_jax.core.shards import ONE, Shards
+
 NAME = "reward"  # of the head among the trained parameters
 AXES: dict[str, Any] = {NAME: {"kernel": ("embed",)}}
 
@@ -26,6 +28,7 @@ def response_rewards(
     response_ids: Int[Array, "R T"],
     num_responses: int,
     pad_id: int | None,
+    shards: Shards = ONE,
 ) -> tuple[Float[Array, "P"], Int[Array, "P"]]:
     """The score of every response, float32, 0 for slots that these rows do not hold; and its scored tokens.
 
@@ -33,6 +36,7 @@ def response_rewards(
         previous: index in the row of the token before each in its own sequence.
         response_ids: 0 to num_responses - 1 for scored tokens, -1 elsewhere.
         pad_id: the tokenizer's padding token; None where it has none.
+        shards: how devices share rows and their tokens, whose hidden states are then striped.
     """
     scored = response_ids >= 0
     slot = jnp.where(scored, response_ids, num_responses)  # one slot more, for all other tokens
@@ -43,5 +47,5 @@ def response_rewards(
     row = jnp.zeros(num_responses + 1, jnp.int32).at[slot].max(jnp.arange(len(tokens))[:, None] * scored)
     count = jnp.zeros(num_responses + 1, jnp.int32).at[slot].add(1)[:num_responses]
     # Of every token, so that of rows that lie on several devices scalars are sent, not hidden states.
-    scores = jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), kernel, precision="highest")
+    scores = shards.in_order(jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), kernel, precision="highest"))
     return jnp.where(count > 0, scores[row[:num_responses], last[:num_responses]], 0.0), count

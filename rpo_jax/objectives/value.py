@@ -13,6 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rpo_jax.core.shards import ONE, Shards
+
 NAME = "value"  # of the head among the trained parameters
 AXES: dict[str, Any] = {NAME: {"kernel": ("embed",), "bias": ()}}
 
@@ -22,12 +24,14 @@ def token_values(
     head: dict[str, Array],
     previous: Int[Array, "R T"],
     response_ids: Int[Array, "R T"],
+    shards: Shards = ONE,
 ) -> Float[Array, "R T"]:
     """The value of every scored token, float32; 0 for other tokens.
 
     Args:
         previous: index in the row of each token's predictor.
         response_ids: 0 or more for scored tokens, -1 elsewhere.
+        shards: how devices share rows and their tokens, whose hidden states are then striped.
     """
     found = jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), head["kernel"], precision="highest") + head["bias"]
-    return jnp.where(response_ids >= 0, jnp.take_along_axis(found, previous, axis=1), 0.0)
+    return jnp.where(response_ids >= 0, jnp.take_along_axis(shards.in_order(found), previous, axis=1), 0.0)

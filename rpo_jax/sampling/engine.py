@@ -242,7 +242,7 @@ class Engine:
     ) -> None:
         self.mesh, self.end_ids = mesh, frozenset(end_ids)
         self._reads = 2 if sampling.principle_weight else 1  # rows of the arrays for each of a batch's
-        placement = sharding.Placement(mesh)
+        placement = sharding.Placement(mesh, shares_tokens=False)  # of answers that grow token by token
         self._placement, self._platform = placement, mesh.devices.flat[0].platform
         self._by_row = sharding.by_rows(mesh)
         constrain = placement.constrain

@@ -47,8 +47,9 @@ def make_log_probs(
         split=models.Split(placement.shards, placement.per_shard, placement.gather, placement.mesh_axes),
     )
     policy.check(how, config.batch.row_tokens)
+    shards = sharding.shards_of(mesh)
     chunks: Any = {
-        "shards": placement.shards("rows"),
+        "shards": shards,
         "constrain": placement.constrain,
         "softcap": model_config.parts.logit_softcap,
     }
@@ -64,10 +65,12 @@ def make_log_probs(
         hidden, head = outputs.hidden, outputs.head
         ids = (rows["tokens"], rows["previous"], rows["response_ids"])
         if log_z is not None:
-            log_z = partition.log_partition(hidden, placement.gather(log_z, ("embed",)), *ids[1:], num_responses)
+            log_z = partition.log_partition(
+                hidden, placement.gather(log_z, ("embed",)), *ids[1:], num_responses, shards
+            )
         if reward_head is not None:
             kernel = placement.gather(reward_head["kernel"], ("embed",))
-            return LogProbs(*reward.response_rewards(hidden, kernel, *ids, num_responses, pad_id))
+            return LogProbs(*reward.response_rewards(hidden, kernel, *ids, num_responses, pad_id, shards))
         if not tokens:
             sums = response_log_probs(hidden, head, *ids, num_responses, collides=collisions, **chunks)
             return LogProbs(*sums[:2], log_z, collision=sums[2])
@@ -75,11 +78,12 @@ def make_log_probs(
         values = None
         if value_head is not None:
             whole = jax.tree.map(placement.gather, value_head, value.AXES[value.NAME])
-            values = value.token_values(hidden, whole, *ids[1:])
+            values = value.token_values(hidden, whole, *ids[1:], shards)
         return LogProbs(*by_response(found, ids[2], num_responses), log_z, TokenScores(found, values))
 
     def log_probs(params: Params, rows: dict[str, Array], num_responses: int, *of_heads: Any) -> LogProbs:
-        outputs = policy.outputs(params, rows, how)
+        read = {name: placement.constrain(shards.striped(rows[name]), ("rows", "tokens")) for name in models.ROW_IDS}
+        outputs = policy.outputs(params, read, how)
         return from_outputs(outputs, rows, num_responses, *of_heads)._replace(routing=outputs.routing)
 
     return log_probs

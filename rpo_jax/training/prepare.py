@@ -23,6 +23,7 @@ from rpo_jax.config import Config, DataConfig, resolve
 from rpo_jax.core.files import writing
 from rpo_jax.core.memory import explaining_memory
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample
+from rpo_jax.core.shards import row_multiple
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.embeddings import embed_texts
 from rpo_jax.data.examples import ExampleSet, embedding_text, make_examples, prompt_text
@@ -149,6 +150,7 @@ def _batch_shape(config: Config, row_shards: int, own_rows: OwnRows | None) -> d
     return {
         "pairs": config.batch.pairs,
         "row_tokens": config.batch.row_tokens,
+        "tokens_multiple": row_multiple(config.mesh.context),
         "row_segments": 2 if skips and config.batch.micro_rows is None else 1,
         "rows_multiple": config.batch.micro_rows or row_shards,
         "own_rows": own_rows,
@@ -170,6 +172,7 @@ def reference_pass(
         responses,
         batch_pairs=config.batch.pairs,
         row_tokens=config.batch.row_tokens,
+        tokens_multiple=row_multiple(config.mesh.context),
         rows_multiple=config.batch.micro_rows or row_shards,
         own_rows=own_rows,
         doubling=doubling,

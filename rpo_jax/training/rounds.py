@@ -26,8 +26,9 @@ from rpo_jax.config import Config, RoundsConfig, resolve
 from rpo_jax.core.files import atomic_write, read_json
 from rpo_jax.core.jsonl import GrowingFile, complete_lines, parse_json, write_jsonl
 from rpo_jax.core.records import Batch, PreferenceData, TokenizedExample, TokenizedResponse
+from rpo_jax.core.shards import row_multiple
 from rpo_jax.data.limited_tokenizer import TokenizerError
-from rpo_jax.data.loader import ROW_TOKENS_MULTIPLE, PreferenceBatches
+from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig, Policy
 from rpo_jax.objectives import heads
@@ -204,7 +205,8 @@ class Rounds(Hook):
         longest, shortest = max(map(len, prompts)), min(map(len, prompts))
         # Of a prompt and an answer with its end token; encoded anew, an answer may have some tokens more, and is cut.
         most = min(self.config.data.max_tokens, longest + settings.max_tokens + 1)
-        row_tokens = -(-(2 * most - shortest) // ROW_TOKENS_MULTIPLE) * ROW_TOKENS_MULTIPLE
+        multiple = row_multiple(self.config.mesh.context)
+        row_tokens = -(-(2 * most - shortest) // multiple) * multiple
         self._trained_as = _of_one_round(self.config, most, self.config.batch.row_tokens or row_tokens)
         self._log_probs = build_log_probs(self._trained_as, model_config, mesh)[0]
         self._needs_reference = resolve(self.config).reference == "cached"

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rpo_jax.core.shards import Shards
 from rpo_jax.models import recompute
 from rpo_jax.models.recompute import in_chunks
 
@@ -29,7 +30,7 @@ def test_chunks_give_the_whole_and_its_gradient(rows, tokens, shards, monkeypatc
         def with_sum(x, real):
             return function(x), jnp.sum(jnp.where(real[..., None], x, 0) ** 2)
 
-        done, squares = in_chunks(with_sum, x, real, shards)
+        done, squares = in_chunks(with_sum, x, real, Shards(shards))
         return jnp.sum(jnp.cos(done)) + squares
 
     expected = jax.value_and_grad(total, argnums=(0, 1))(x, weights, False)
@@ -48,5 +49,5 @@ def test_few_tokens_a_prime_number_of_them_and_rows_that_shards_do_not_divide_ru
     monkeypatch.setattr(recompute, "MLP_TOKENS", 8)
     sizes = []
     whole = lambda x, real: (x, sizes.append(x.shape))  # noqa: E731
-    in_chunks(whole, jnp.ones((rows, tokens, 3)), jnp.ones((rows, tokens), bool), shards)
+    in_chunks(whole, jnp.ones((rows, tokens, 3)), jnp.ones((rows, tokens), bool), Shards(shards))
     assert sizes == [(rows, tokens, 3)]

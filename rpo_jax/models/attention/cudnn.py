@@ -5,12 +5,14 @@ Read in JAX's source and lowered for CUDA in a test, but never run: no GPU was a
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rpo_jax.models.attention.kind import Attend, AttentionKind, Split, Windows
-from rpo_jax.models.attention.masking import TokenIds, visible
+from rpo_jax.models.attention.kind import OWN, TOKEN_IDS_AXES, Attend, AttentionKind, Split, Windows
+from rpo_jax.models.attention.masking import TokenIds
 
 
 def _fused(query: Array, key: Array, value: Array, mask: Array) -> Array:
@@ -19,12 +21,16 @@ def _fused(query: Array, key: Array, value: Array, mask: Array) -> Array:
 
 def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) -> Attend:
     assert softcap is None, "check_attention refuses it"
+
     # One mask for all heads; the scores themselves stay inside the kernel.
-    masks = jnp.stack([visible(*ids, window) for window in windows])[:, :, None]
+    def mask_of(window: int | None) -> Array:
+        return split.per_shard(partial(split.share.visible, window=window), (TOKEN_IDS_AXES,), OWN)(ids)
+
+    masks = jnp.stack([mask_of(window) for window in windows])[:, :, None]
 
     def attend(query: Array, key: Array, value: Array, which: Array, sinks: None = None) -> Array:
         mask = masks[which if len(masks) > 1 else 0]
-        return split.attend(_fused, (query, key, value), (mask,), (("rows", None, None, None),))
+        return split.attend(_fused, (query, key, value), (mask,), (OWN,))
 
     return attend
 
@@ -42,4 +48,5 @@ KIND = AttentionKind(
     ),
     stand_in="blockwise",
     caps=False,
+    shares_tokens=True,
 )

@@ -5,12 +5,23 @@ Letters: B rows, T query tokens, S key tokens, H query heads, G key-value heads,
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from rpo_jax.models.attention.kind import ATTENTION_OUTPUT, Attend, AttentionKind, Split, Windows, capped
+from rpo_jax.models.attention.kind import (
+    ATTENTION_OUTPUT,
+    OWN,
+    TOKEN_IDS_AXES,
+    Attend,
+    AttentionKind,
+    Split,
+    Windows,
+    capped,
+)
 from rpo_jax.models.attention.masking import TokenIds, visible
 
 
@@ -19,8 +30,8 @@ def dense_attention(
     key: Float[Array, "B S G K"],
     value: Float[Array, "B S G K"],
     mask: Bool[Array, "B T S"],
-    softcap: float | None = None,
     sinks: Float[Array, "H"] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H K"]:
     """Grouped-query attention, softmax in float32.  softmax(q k^T / sqrt(K)) v.  Source: arXiv 2305.13245.
 
@@ -44,15 +55,25 @@ def dense_attention(
 
 
 def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) -> Attend:
-    masks = jnp.stack([visible(*ids, window) for window in windows])
+    def mask_of(window: int | None) -> Array:
+        return split.per_shard(partial(split.share.visible, window=window), (TOKEN_IDS_AXES,), OWN)(ids)
+
+    shared, run = split.share.context > 1, partial(dense_attention, softcap=softcap)
+    masks = jnp.stack([mask_of(window) if shared else visible(*ids, window) for window in windows])
 
     def attend(query: Array, key: Array, value: Array, which: Array, sinks: Array | None = None) -> Array:
         # A single mask is indexed statically, so that a scan over layers need not copy it in every one.
-        return dense_attention(query, key, value, masks[which if len(masks) > 1 else 0], softcap, sinks)
+        mask = masks[which if len(masks) > 1 else 0]
+        if shared:
+            return split.attend(run, (query, key, value), (mask,), (OWN,), sinks=sinks)
+        return run(query, key, value, mask, sinks)
 
     return attend
 
 
 KIND = AttentionKind(
-    _make, "all of a row against all of it: short rows, and where nothing else can be had", takes_sinks=True
+    _make,
+    "all of a row against all of it: short rows, and where nothing else can be had",
+    takes_sinks=True,
+    shares_tokens=True,
 )

@@ -14,7 +14,8 @@ What JAX ships did not fit (read in 0.10.2):
 
 Source: arXiv 2205.14135 and 2307.08691 (the algorithm), 2412.05496 (lists of blocks that need a mask or none).
 
-Letters: R rows, T tokens, H query heads, G key-value heads, K head dimension; N LARGE blocks, M SMALL ones.
+Letters: R rows, T tokens, t of them whose queries a device has, H query heads, G key-value heads, K head dimension; N
+LARGE blocks, M SMALL ones.
 """
 
 from __future__ import annotations
@@ -33,16 +34,18 @@ from jaxtyping import Array, Float, Int
 
 from rpo_jax.models import kernels
 from rpo_jax.models.attention.kind import (
+    ALL,
     ATTENTION_OUTPUT,
-    ROW,
+    OWN,
     TOKEN_IDS_AXES,
     Attend,
     AttentionKind,
+    Share,
     Split,
     Windows,
     capped,
 )
-from rpo_jax.models.attention.masking import TokenIds, sees, visible
+from rpo_jax.models.attention.masking import TokenIds, sees
 
 # The plan's blocks: a kernel keeps a LARGE one, or a part of it, and goes through SMALL ones, or parts of them.
 LARGE, SMALL = 128, 64
@@ -90,20 +93,19 @@ class Plan(NamedTuple):
     of_keys: Visits
 
 
-_PLAN_AXES = Plan(Visits(ROW, ROW, ROW), Visits(ROW, ROW, ROW))
+_PLAN_AXES = Plan(Visits(OWN, OWN, OWN), Visits(OWN, OWN, OWN))
 
 
 class _Saved(NamedTuple):
     """What the backward pass needs of the forward pass; log_sum is in units of log 2."""
 
-    query: Float[Array, "R T H K"]
+    query: Float[Array, "R t H K"]
     key: Float[Array, "R T G K"]
     value: Float[Array, "R T G K"]
-    ids: TokenIds
+    sight: _Sight
     plan: Plan
-    window: Int[Array, "1"]
-    out: Float[Array, "R T H K"]
-    log_sum: Float[Array, "R H T"]
+    out: Float[Array, "R t H K"]
+    log_sum: Float[Array, "R H t"]
     sinks: Float[Array, "H"] | None
 
 
@@ -114,11 +116,28 @@ class _How(NamedTuple):
         softcap: c of c tanh(scores / c); None for the scores as they are.
         windowed: whether any layer has a window; else positions are not looked at.
         interpret: run as plain JAX operations, on any backend.
+        share: the device's part of a row.
     """
 
     softcap: float | None
     windowed: bool
     interpret: bool
+    share: Share = ALL
+
+
+class _Sight(NamedTuple):
+    """What decides whether a query sees a key, beside their places: arrays, or references to a row's.
+
+    Attributes:
+        queries, keys: their ids.
+        window: positions that a query sees back, its own included.
+        device: which of the context's this is, which says where in the row its queries are.
+    """
+
+    queries: TokenIds
+    keys: TokenIds
+    window: Any
+    device: Any
 
 
 def tiles(kernel: str, head_dim: int, dtype: Any) -> Tiles:
@@ -135,17 +154,18 @@ def tiles(kernel: str, head_dim: int, dtype: Any) -> Tiles:
     return Tiles(128 if kernel == "forward" else 64, 64, 8, 2)
 
 
-def make_plan(ids: TokenIds, window: Int[Array, ""] | int | None) -> Plan:
+def make_plan(ids: TokenIds, window: Int[Array, ""] | int | None, share: Share = ALL) -> Plan:
     """Which blocks have to do with which.
 
     Args:
         ids: of T tokens, a multiple of LARGE.
         window: positions that a query sees back, its own included.
+        share: the device's part of the queries.
     """
     rows, tokens = ids.segment_ids.shape
-    blocks = (rows, tokens // SMALL, SMALL, tokens // SMALL, SMALL)
+    blocks = (rows, -1, SMALL, tokens // SMALL, SMALL)
     # Reduced where it is made: the mask of all tokens by all is never in memory. Padding needs nothing.
-    mask = (visible(*ids, window) & (ids.segment_ids > 0)[:, :, None]).reshape(blocks)
+    mask = (share.visible(ids, window) & (share.own(ids).segment_ids > 0)[:, :, None]).reshape(blocks)
     some, every = jnp.any(mask, axis=(2, 4)), jnp.all(mask, axis=(2, 4))
     return Plan(_visits(some, every), _visits(some.swapaxes(1, 2), every.swapaxes(1, 2)))
 
@@ -160,7 +180,7 @@ def _visits(some: Array, every: Array) -> Visits:
 
 
 def fused_attention(
-    query: Float[Array, "R T H K"],
+    query: Float[Array, "R t H K"],
     key: Float[Array, "R T G K"],
     value: Float[Array, "R T G K"],
     ids: TokenIds,
@@ -169,7 +189,7 @@ def fused_attention(
     sinks: Float[Array, "H"] | None = None,
     *,
     how: _How,
-) -> Float[Array, "R T H K"]:
+) -> Float[Array, "R t H K"]:
     """Grouped-query attention, softmax in float32; what dense attention gives where there are tokens.
 
     Blocks of padding alone give zeros.
@@ -180,12 +200,13 @@ def fused_attention(
         window: positions that a query sees back, its own included.
         sinks: one more score in every head's softmax, which has no value; None for none.
     """
-    return _attend(how, query, key, value, ids, plan, window[None], sinks)
+    sight = _Sight(how.share.own(ids), ids, window[None], how.share.device()[None])
+    return _attend(how, query, key, value, sight, plan, sinks)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how, query, key, value, ids, plan, window, sinks) -> Array:
-    return _forward(how, query, key, value, ids, plan, window, sinks)[0]
+def _attend(how, query, key, value, sight, plan, sinks) -> Array:
+    return _forward(how, query, key, value, sight, plan, sinks)[0]
 
 
 class _Block(NamedTuple):
@@ -194,9 +215,8 @@ class _Block(NamedTuple):
     how: _How
     tiles: Tiles
     head_dim: int
-    ids: TokenIds  # references to a row's
+    sight: _Sight
     visits: Visits
-    window: Any
     first: Array  # of the tokens whose results this program keeps
 
     @property
@@ -219,11 +239,14 @@ class _Block(NamedTuple):
         """Product summed in float32, over these axes of the two."""
         return kernels.dot(left, right, contract, interpret=self.how.interpret)
 
-    def of(self, place: Array | int, tokens: int, axis: int) -> tuple[TokenIds, Array]:
-        """Ids and indices of a block of tokens, along an axis of the scores."""
-        index = (slice(None), None) if axis == 0 else (None, slice(None))
-        ids = TokenIds(*(reference[pl.ds(place, tokens)][index] for reference in self.ids))
-        return ids, (place + jnp.arange(tokens))[index]
+    def queries(self, place: Array, tokens: int, axis: int) -> tuple[TokenIds, Array]:
+        """Ids and indices in the row of a block of queries, along an axis of the scores."""
+        device = None if self.how.share.context == 1 else self.sight.device[0]
+        return _along(self.sight.queries, place, self.how.share.index(place, device), tokens, axis)
+
+    def keys(self, place: Array, tokens: int, axis: int) -> tuple[TokenIds, Array]:
+        """Those of a block of keys."""
+        return _along(self.sight.keys, place, place, tokens, axis)
 
     def scores(self, products: Array) -> Array:
         """Scores of queries times keys, as they are exponents of 2."""
@@ -238,7 +261,7 @@ class _Block(NamedTuple):
         return 1 - jnp.square(scores / (self.how.softcap * LOG2_E))
 
     def sees(self, queries: tuple[TokenIds, Array], keys: tuple[TokenIds, Array]) -> Array:
-        window = self.window[0] if self.how.windowed else None
+        window = self.sight.window[0] if self.how.windowed else None
         return sees(queries[0], keys[0], queries[1], keys[1], window)
 
     def over(self, turn: Callable[[Array, Any, bool], Any], carry: Any) -> Any:
@@ -259,19 +282,26 @@ class _Block(NamedTuple):
         return lax.fori_loop(masked, seen, partial(one, masked=False), carry)
 
 
+def _along(references: TokenIds, place: Array, index: Array, tokens: int, axis: int) -> tuple[TokenIds, Array]:
+    """A block of them, which is no longer than a stripe, and its indices, from the first one's."""
+    at = (slice(None), None) if axis == 0 else (None, slice(None))
+    ids = TokenIds(*(reference[pl.ds(place, tokens)][at] for reference in references))
+    return ids, (index + jnp.arange(tokens))[at]
+
+
 def _forward_kernel(query, key, value, *more: Any, make_block: Callable[..., _Block]) -> None:
     """One block of queries of one head: o = softmax(q k^T) v, and log2 of the softmax's sum."""
     *shared, out_of, log_sum_of = more
     block = make_block(*shared)
     kept, passing = block.tiles.kept, block.tiles.passing
-    queries = block.of(block.first, kept, 0)
+    queries = block.queries(block.first, kept, 0)
     q = block.read(query)
 
     def turn(place: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
         out, most, total = carry
         here = pl.ds(place, passing)
         scores = block.scores(block.dot(q, block.read(key.at[here, :]), (1, 1)))
-        mask = block.sees(queries, block.of(place, passing, 1)) if masked else None
+        mask = block.sees(queries, block.keys(place, passing, 1)) if masked else None
         if mask is not None:
             scores = jnp.where(mask, scores, UNSEEN)
         now = jnp.maximum(most, jnp.max(scores, axis=1))
@@ -295,7 +325,7 @@ def _queries_kernel(query, key, value, gradient, log_sum, inner, *more: Any, mak
     *shared, out_of = more
     block = make_block(*shared)
     kept, passing = block.tiles.kept, block.tiles.passing
-    queries = block.of(block.first, kept, 0)
+    queries = block.queries(block.first, kept, 0)
     q, do = block.read(query), block.read(gradient)
     log_sums, inners = log_sum[...], inner[...]
 
@@ -305,7 +335,7 @@ def _queries_kernel(query, key, value, gradient, log_sum, inner, *more: Any, mak
         scores = block.scores(block.dot(q, k, (1, 1)))
         weights = jnp.exp2(scores - log_sums[:, None])
         if masked:
-            weights = jnp.where(block.sees(queries, block.of(place, passing, 1)), weights, 0.0)
+            weights = jnp.where(block.sees(queries, block.keys(place, passing, 1)), weights, 0.0)
         through = block.dot(do, block.read(value.at[here, :]), (1, 1)) - inners[:, None]
         through = weights * through * block.through_cap(scores)
         return total + block.dot(through.astype(k.dtype), k)
@@ -321,7 +351,7 @@ def _keys_kernel(query, key, value, gradient, log_sum, inner, *more: Any, make_b
     *shared, key_out, value_out = more
     block = make_block(*shared)
     kept, passing = block.tiles.kept, block.tiles.passing
-    keys = block.of(block.first, kept, 0)
+    keys = block.keys(block.first, kept, 0)
     k, v = block.read(key), block.read(value)
 
     def of_head(head: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -331,7 +361,7 @@ def _keys_kernel(query, key, value, gradient, log_sum, inner, *more: Any, make_b
             scores = block.scores(block.dot(k, q, (1, 1)))
             weights = jnp.exp2(scores - log_sum[head, here][None, :])
             if masked:
-                weights = jnp.where(block.sees(block.of(place, passing, 1), keys), weights, 0.0)
+                weights = jnp.where(block.sees(block.queries(place, passing, 1), keys), weights, 0.0)
             dv = carry[1] + block.dot(weights.astype(do.dtype), do)
             through = block.dot(v, do, (1, 1)) - inner[head, here][None, :]
             through = weights * through * block.through_cap(scores)
@@ -346,11 +376,15 @@ def _keys_kernel(query, key, value, gradient, log_sum, inner, *more: Any, make_b
 
 
 class _Call(NamedTuple):
-    """A kernel's sizes, and which part of each array its programs get: program (i, h, r) block i of head h of row r."""
+    """A kernel's sizes, and which part of each array its programs get: program (i, h, r) block i of head h of row r.
+
+    `tokens` are those of a row whose results are kept, `others` those that its programs go through.
+    """
 
     how: _How
     tiles: Tiles
     tokens: int
+    others: int
     head_dim: int
     group: int  # query heads of a key-value head
 
@@ -361,12 +395,12 @@ class _Call(NamedTuple):
 
     def row(self, of_head: Callable[[Any], Any] = lambda head: head) -> pl.BlockSpec:
         """A whole row of [R, T, heads, K]."""
-        shape = (None, self.tokens, None, kernels.padded(self.head_dim))
+        shape = (None, self.others, None, kernels.padded(self.head_dim))
         return pl.BlockSpec(shape, lambda i, h, r: (r, 0, of_head(h), 0))
 
     def group_row(self) -> pl.BlockSpec:
         """A whole row of [R, T, H, K] with all heads of a group."""
-        shape = (None, self.tokens, self.group, kernels.padded(self.head_dim))
+        shape = (None, self.others, self.group, kernels.padded(self.head_dim))
         return pl.BlockSpec(shape, lambda i, h, r: (r, 0, h, 0))
 
     def number(self) -> pl.BlockSpec:
@@ -374,37 +408,41 @@ class _Call(NamedTuple):
         return pl.BlockSpec((None, None, self.tiles.kept), lambda i, h, r: (r, h, i))
 
     def group_numbers(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, self.group, self.tokens), lambda i, h, r: (r, h, 0))
+        return pl.BlockSpec((None, self.group, self.others), lambda i, h, r: (r, h, 0))
 
     def run(self, kernel: Any, specs: list[Any], outs: list[Any], shapes: list[Any], *arrays: Any) -> list[Array]:
-        *tensors, ids, visits, window = arrays
-        whole = [
-            pl.BlockSpec((None, *x.shape[1:]), lambda i, h, r, rank=x.ndim: (r, *[0] * (rank - 1)))
-            for x in (*ids, *visits)
-        ]
+        *tensors, sight, visits = arrays
+        rest, tree = jax.tree.flatten((sight, visits))
+
+        def whole(x: Array) -> pl.BlockSpec:
+            if x.ndim == 1:
+                return pl.BlockSpec((1,), lambda i, h, r: (0,))
+            return pl.BlockSpec((None, *x.shape[1:]), lambda i, h, r: (r, *[0] * (x.ndim - 1)))
 
         def block(*more: Any) -> _Block:
             first = pl.program_id(0) * self.tiles.kept
-            return _Block(self.how, self.tiles, self.head_dim, TokenIds(*more[:3]), Visits(*more[3:6]), more[6], first)
+            return _Block(self.how, self.tiles, self.head_dim, *jax.tree.unflatten(tree, more), first)
 
         rows, heads = shapes[0].shape[0], shapes[0].shape[2]
         return pl.pallas_call(
             partial(kernel, make_block=block),
             grid=(self.tokens // self.tiles.kept, heads, rows),
-            in_specs=[*specs, *whole, pl.BlockSpec((1,), lambda i, h, r: (0,))],
+            in_specs=[*specs, *map(whole, rest)],
             out_specs=outs,
             out_shape=shapes,
             compiler_params=kernels.options(self.tiles.warps, self.tiles.stages),
             interpret=self.how.interpret,
-        )(*tensors, *ids, *visits, window)
+        )(*tensors, *rest)
 
 
 def _call(kernel: str, how: _How, query: Array, key: Array) -> _Call:
-    tokens, heads, head_dim = query.shape[1:]
-    return _Call(how, tiles(kernel, head_dim, query.dtype), tokens, head_dim, heads // key.shape[2])
+    heads, head_dim = query.shape[2:]
+    kept, others = (key, query) if kernel == "keys" else (query, key)
+    of_heads = head_dim, heads // key.shape[2]
+    return _Call(how, tiles(kernel, head_dim, query.dtype), kept.shape[1], others.shape[1], *of_heads)
 
 
-def _forward(how, query, key, value, ids, plan, window, sinks) -> tuple[Array, _Saved]:
+def _forward(how, query, key, value, sight, plan, sinks) -> tuple[Array, _Saved]:
     call = _call("forward", how, query, key)
     of_keys = call.row(lambda head: lax.div(head, call.group))
     shapes = [
@@ -412,7 +450,7 @@ def _forward(how, query, key, value, ids, plan, window, sinks) -> tuple[Array, _
         jax.ShapeDtypeStruct((query.shape[0], query.shape[2], query.shape[1]), jnp.float32),
     ]
     specs, outs = [call.block(), of_keys, of_keys], [call.block(), call.number()]
-    found = call.run(_forward_kernel, specs, outs, shapes, query, key, value, ids, plan.of_queries, window)
+    found = call.run(_forward_kernel, specs, outs, shapes, query, key, value, sight, plan.of_queries)
     if sinks is not None:
         # A sink adds to a softmax's sum alone: all weights of a query become smaller by one factor.
         out, log_sum = found
@@ -420,7 +458,7 @@ def _forward(how, query, key, value, ids, plan, window, sinks) -> tuple[Array, _
         share = jnp.exp2(log_sum - more).swapaxes(1, 2)[..., None]
         found = [(out * share).astype(out.dtype), more]
     out, log_sum = (checkpoint_name(x, ATTENTION_OUTPUT) for x in found)
-    return out, _Saved(query, key, value, ids, plan, window, out, log_sum, sinks)
+    return out, _Saved(query, key, value, sight, plan, out, log_sum, sinks)
 
 
 def _exponents(sinks: Float[Array, "H"]) -> Float[Array, "H 1"]:
@@ -433,24 +471,24 @@ def _backward(how: _How, saved: _Saved, cotangent: Float[Array, "R T H K"]) -> t
 
     A sink z has the weight p_z = exp(z - log_sum) and no value:  dz = -p_z sum(o do).
     """
-    query, key, value, ids, plan, window, out, log_sum, sinks = saved
+    query, key, value, sight, plan, out, log_sum, sinks = saved
     inner = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    arrays = query, key, value, cotangent.astype(query.dtype), log_sum, inner, ids
+    arrays = query, key, value, cotangent.astype(query.dtype), log_sum, inner, sight
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
 
     call = _call("queries", how, query, key)
     of_keys = call.row(lambda head: lax.div(head, call.group))
     specs = [call.block(), of_keys, of_keys, call.block(), call.number(), call.number()]
-    (dq,) = call.run(_queries_kernel, specs, [call.block()], like[:1], *arrays, plan.of_queries, window)
+    (dq,) = call.run(_queries_kernel, specs, [call.block()], like[:1], *arrays, plan.of_queries)
 
     call = _call("keys", how, query, key)
     specs = [call.group_row(), call.block(), call.block(), call.group_row(), call.group_numbers(), call.group_numbers()]
     outs = [call.block(), call.block()]
-    dk, dv = call.run(_keys_kernel, specs, outs, like[1:], *arrays, plan.of_keys, window)
+    dk, dv = call.run(_keys_kernel, specs, outs, like[1:], *arrays, plan.of_keys)
     of_sinks = None
     if sinks is not None:
         of_sinks = -jnp.sum(jnp.exp2(_exponents(sinks) - log_sum) * inner, axis=(0, 2)).astype(sinks.dtype)
-    return dq, dk, dv, None, None, None, of_sinks
+    return dq, dk, dv, None, None, of_sinks
 
 
 _attend.defvjp(_forward, _backward)
@@ -462,11 +500,12 @@ def make(
     """AttentionKind.make; `interpret`: run as plain JAX operations, on any backend."""
     padding = -ids.segment_ids.shape[1] % LARGE
     ids = ids.padded(padding)
-    how = _How(softcap, any(window is not None for window in windows), interpret)
+    how = _How(softcap, any(window is not None for window in windows), interpret, split.share)
     sizes = jnp.array([EVERYTHING if window is None else window for window in windows], jnp.int32)
     # Once for all layers that share a window; every device plans its own rows.
     plans = [
-        split.per_shard(partial(make_plan, window=window), (TOKEN_IDS_AXES,), _PLAN_AXES)(ids) for window in windows
+        split.per_shard(partial(make_plan, window=window, share=split.share), (TOKEN_IDS_AXES,), _PLAN_AXES)(ids)
+        for window in windows
     ]
     plan = jax.tree.map(lambda *parts: jnp.stack(parts), *plans)
 
@@ -495,6 +534,7 @@ KIND = AttentionKind(
     backward_products=7,  # scores and do v^T in both kernels
     platforms=("gpu",),
     takes_sinks=True,
+    shares_tokens=True,
     needs=(
         (
             f"head dimensions that 16 divides, at most {MOST_HEAD_DIM}, in float32 {MOST_WIDE_HEAD_DIM}",

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax import lax
+from jaxtyping import Array, Bool
 
-from rpo_jax.models.attention.masking import TokenIds
+from rpo_jax.core.shards import STRIPE, Shards
+from rpo_jax.models.attention.masking import TokenIds, visible
 
 SHORT = 128  # tokens; rows up to this are one or two blocks: nothing to skip
 # What a backward pass keeps of attention under the `dots` policy: to run it again would cost more than all the rest.
@@ -21,9 +23,61 @@ Attend = Callable[..., Array]
 Windows = tuple[int | None, ...]
 
 # Names of axes, as Split.per_shard takes them.
-ROW: Any = ("rows",)
+OWN: Any = ("shards",)  # of what every device made for itself
 ROW_TOKENS: Any = ("rows", "tokens")
-TOKEN_IDS_AXES = TokenIds(ROW_TOKENS, ROW_TOKENS, ROW_TOKENS)
+_WHOLE_ROWS: Any = ("rows", None)
+TOKEN_IDS_AXES = TokenIds(_WHOLE_ROWS, _WHOLE_ROWS, _WHOLE_ROWS)  # every device has those of all its rows' tokens
+
+
+class Share(NamedTuple):
+    """A device's part of the tokens of its rows, its stripes: for functions that each device runs on its own part.
+
+    A device has the queries of its own tokens, and the keys that other devices give it. By default all are its own.
+    Letters: t of a row's T tokens.
+
+    Attributes:
+        context: devices among which a row's tokens are split.
+        axes: their axes of the mesh.
+    """
+
+    context: int = 1
+    axes: tuple[str, ...] = ()
+
+    @property
+    def shards(self) -> Shards:
+        return Shards(context=self.context)
+
+    def device(self) -> Array:
+        """Which of the context's devices this is."""
+        return lax.axis_index(self.axes) if self.axes else jnp.zeros((), jnp.int32)
+
+    def index(self, here: Array, device: Array | None = None) -> Array:
+        """Index in the row of a token, from its index among the device's own."""
+        if self.context == 1:
+            return here
+        device = self.device() if device is None else device
+        return here + (lax.div(here, STRIPE) * (self.context - 1) + device) * STRIPE
+
+    def own(self, ids: TokenIds) -> TokenIds:
+        """Those of [R, T] that are of the device's tokens, [R, t]."""
+        if self.context == 1:
+            return ids
+        return TokenIds(*(x[:, self.index(jnp.arange(x.shape[1] // self.context))] for x in ids))
+
+    def visible(self, ids: TokenIds, window: int | Array | None) -> Bool[Array, "R t T"]:
+        """What the device's tokens see of their rows: masking.visible for [R, T] ids."""
+        own = self.own(ids)
+        return visible(*own, window, keys=ids, places=self.index(jnp.arange(own.positions.shape[1])))
+
+    def whole(self, x: Array) -> Array:
+        """From the device's part of the rows, [R, t, ...], to all of them in their order, [R, T, ...]."""
+        if self.context == 1:
+            return x
+        stripes = x.reshape(len(x), -1, STRIPE, *x.shape[2:])
+        return lax.all_gather(stripes, self.axes, axis=2).reshape(len(x), -1, *x.shape[2:])
+
+
+ALL = Share()
 
 
 class Split(NamedTuple):
@@ -35,12 +89,18 @@ class Split(NamedTuple):
             part; axes are tuples of names, one tuple per array.
         gather: (parameter, names of its axes) to the parameter as every device that has rows of its own needs it.
         mesh_axes: names of the mesh's axes over which an axis is split, for what the devices of `per_shard` exchange.
+
+    Where a row's tokens are split, arrays of activations are striped (rpo_jax.core.shards).
     """
 
     shards: Callable[[str], int] = lambda axis: 1
     per_shard: Callable[[Callable[..., Any], Any, Any], Callable[..., Any]] = lambda function, *axes: function
     gather: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x
     mesh_axes: Callable[[str], tuple[str, ...]] = lambda axis: ()
+
+    @property
+    def share(self) -> Share:
+        return Share(self.shards("tokens"), self.mesh_axes("tokens"))
 
     def attend(
         self,
@@ -51,10 +111,10 @@ class Split(NamedTuple):
         padding: int = 0,
         sinks: Array | None = None,
     ) -> Array:
-        """function(query, key, value, *more) by each device on its own rows and heads; [R, T, H, K].
+        """function(query, key, value, *more) by each device on its own rows, queries and heads; [R, T, H, K].
 
         Args:
-            function: grouped-query attention of [R, T, H, K] and two [R, T, G, K].
+            function: grouped-query attention of [R, t, H, K] and two [R, T, G, K], t the device's tokens of a row.
             more: further inputs, a tuple.
             axes: names of their axes.
             padding: tokens that `function` needs at the end of every row; they are cut off again.
@@ -70,7 +130,11 @@ class Split(NamedTuple):
         of_query, of_key = ((*ROW_TOKENS, name if even else None, None) for name in ("heads", "kv_heads"))
         if sinks is not None:
             more, axes = (*more, sinks), (*axes, ("heads" if even else None,))
-        run = self.per_shard(function, (of_query, of_key, of_key, *axes), of_query)
+
+        def of_device(query: Array, key: Array, value: Array, *more: Any) -> Array:
+            return function(query, self.share.whole(key), self.share.whole(value), *more)
+
+        run = self.per_shard(of_device, (of_query, of_key, of_key, *axes), of_query)
         if padding:
             query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
         return run(query, key, value, *more)[:, :tokens]
@@ -88,7 +152,8 @@ class AttentionKind(NamedTuple):
     """One way to compute attention; its module's name is the value of model.attention that asks for it.
 
     Attributes:
-        make: (tokens' ids, distinct windows, split, softcap of the scores) to the attention of a batch.
+        make: (tokens' ids, distinct windows, split, softcap of the scores) to the attention of a batch. The ids are in
+            the rows' order, whatever that of queries, keys and values is.
         why: one line on where it is used.
         auto: platforms on which `auto` picks it.
         beyond: for rows of more than so many tokens; others are dense's.
@@ -101,6 +166,7 @@ class AttentionKind(NamedTuple):
         stand_in: the kind whose memory is planned for where this one cannot be compiled; itself where empty.
         caps: whether it can cap scores.
         takes_sinks: whether its function takes sinks.
+        shares_tokens: whether devices can share a row's tokens: it runs by Split.attend, with the mask of Split.share.
     """
 
     make: Callable[[TokenIds, Windows, Split, float | None], Attend]
@@ -115,3 +181,4 @@ class AttentionKind(NamedTuple):
     stand_in: str = ""
     caps: bool = True
     takes_sinks: bool = False
+    shares_tokens: bool = False

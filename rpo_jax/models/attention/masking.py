@@ -30,7 +30,7 @@ def visible(
     window: int | Int[Array, ""] | None,
     *,
     keys: tuple[Int[Array, "B S"], Int[Array, "B S"], Int[Array, "B S"]] | None = None,
-    offset: int | Int[Array, ""] = 0,
+    places: Int[Array, "T"] | None = None,
 ) -> Bool[Array, "B T S"]:
     """Whether query t sees key s: s <= t, same segment, branch_s in {0, branch_t}, position_t - position_s < window.
 
@@ -39,13 +39,13 @@ def visible(
 
     Args:
         keys: positions, segments and branches of the keys; those of the queries where not given.
-        offset: index of the first query among the keys.
+        places: indices of the queries among the keys; 0, 1, ... where not given.
     """
     queries = TokenIds(positions, segment_ids, branch_ids)
     seen_by = TokenIds(*(ids[:, :, None] for ids in queries))
     seen = TokenIds(*(ids[:, None, :] for ids in keys or queries))
-    places = jnp.arange(positions.shape[1])[:, None] + offset, jnp.arange(seen.positions.shape[2])[None, :]
-    return sees(seen_by, seen, *places, window)
+    places = jnp.arange(positions.shape[1]) if places is None else places
+    return sees(seen_by, seen, places[:, None], jnp.arange(seen.positions.shape[2])[None, :], window)
 
 
 def sees(

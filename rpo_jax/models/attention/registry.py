@@ -24,6 +24,7 @@ class Asked(NamedTuple):
         row_tokens: multiples of 64 where not known.
         softcap: c of c tanh(scores / c); None for the scores as they are.
         sinks: whether every head has a score that has no value.
+        context: devices among which a row's tokens are split.
     """
 
     compute_dtype: str | None = None
@@ -31,17 +32,20 @@ class Asked(NamedTuple):
     row_tokens: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    context: int = 1
 
     @classmethod
-    def of(cls, model: ModelConfig, compute_dtype: DTypeLike, row_tokens: int | None = None) -> Asked:
+    def of(cls, model: ModelConfig, compute_dtype: DTypeLike, row_tokens: int | None = None, context: int = 1) -> Asked:
         """For this model."""
-        parts = model.parts
-        return cls(str(jnp.dtype(compute_dtype)), model.head_dim, row_tokens, parts.attention_softcap, parts.sinks)
+        parts, dtype = model.parts, str(jnp.dtype(compute_dtype))
+        return cls(dtype, model.head_dim, row_tokens, parts.attention_softcap, parts.sinks, context)
 
     def lacks(self, kind: AttentionKind) -> str | None:
         """What a kind of attention needs and does not get here, in words."""
         if self.sinks and not kind.takes_sinks:
             return "a model without attention sinks"
+        if self.context > 1 and not kind.shares_tokens:
+            return "mesh.context=1"
         if self.compute_dtype is None or self.head_dim is None:
             return None
         of = self.compute_dtype, self.head_dim, self.row_tokens
@@ -100,8 +104,10 @@ def make_attention(
     """The attention of a batch, of the kind that attention_name names.
 
     Args:
+        ids: striped where devices share a row's tokens.
         windows: the distinct sliding windows of the layers, None for all positions.
         asked: the row's tokens are those of the ids.
     """
-    asked = asked._replace(row_tokens=ids.segment_ids.shape[1])
+    asked = asked._replace(row_tokens=ids.segment_ids.shape[1], context=split.share.context)
+    ids = TokenIds(*map(split.share.shards.in_order, ids))
     return attention_kind(name, platform, asked).make(ids, windows, split, asked.softcap)

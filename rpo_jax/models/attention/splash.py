@@ -21,16 +21,18 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jaxtyping import Array, Float
 
 from rpo_jax.models.attention.kind import (
+    ALL,
     ATTENTION_OUTPUT,
-    ROW,
+    OWN,
     SHORT,
     TOKEN_IDS_AXES,
     Attend,
     AttentionKind,
+    Share,
     Split,
     Windows,
 )
-from rpo_jax.models.attention.masking import TokenIds, visible
+from rpo_jax.models.attention.masking import TokenIds
 
 LANES = 128  # the kernel's blocks are multiples of a TPU register's width
 MOST_TOKENS = 512  # of a block: large enough that its arithmetic, not the step from block to block, takes the time
@@ -42,13 +44,22 @@ def block_tokens(tokens: int) -> int:
     return -(-tokens // (blocks * LANES)) * LANES
 
 
+def whole_block_tokens(tokens: int) -> int:
+    """Tokens of a block where nothing can be padded: the most that divide so many, which LANES do."""
+    return next(block for block in range(MOST_TOKENS, 0, -LANES) if tokens % block == 0)
+
+
 def padding(tokens: int) -> int:
     """Tokens to add to a row to make it whole blocks."""
     return -tokens % block_tokens(tokens)
 
 
 def make_kernels(
-    ids: TokenIds, window: int | None, softcap: float | None = None, interpret: bool = False
+    ids: TokenIds,
+    window: int | None,
+    softcap: float | None = None,
+    interpret: bool = False,
+    share: Share = ALL,
 ) -> library.SplashAttentionKernel:
     """The kernel with the masks of all rows: a tree of arrays whose first axis is R.
 
@@ -57,10 +68,17 @@ def make_kernels(
         window: positions that a query sees back, its own included; None for all.
         softcap: c of c tanh(scores / c); None for the scores as they are.
         interpret: run as plain JAX operations, on any backend.
+        share: the device's part of a row.
     """
-    block = block_tokens(ids.segment_ids.shape[1])
+    tokens, block = ids.segment_ids.shape[1], block_tokens if share.context == 1 else whole_block_tokens
+    queries, keys = block(tokens // share.context), block(tokens)
     sizes = library.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        block_q=queries,
+        block_kv=keys,
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
+        block_q_dq=queries,
+        block_kv_dq=keys,
     )
 
     def of_row(mask: Array) -> library.SplashAttentionKernel:
@@ -76,7 +94,7 @@ def make_kernels(
         # The flag only names a scope in profiles, and one that is traced cannot be read.
         return type(kernel)(*(info._replace(is_dynamic_mask=None) for info in infos), **kernel.kwargs)
 
-    return jax.vmap(of_row)(visible(*ids, window))
+    return jax.vmap(of_row)(share.visible(ids, window))
 
 
 def splash_attention(
@@ -129,18 +147,18 @@ def make(
     ids: TokenIds, windows: Windows, split: Split, softcap: float | None = None, interpret: bool = False
 ) -> Attend:
     """AttentionKind.make; `interpret` as for make_kernels."""
-    pad = padding(ids.segment_ids.shape[1])
+    pad = 0 if split.share.context > 1 else padding(ids.segment_ids.shape[1])
     ids = ids.padded(pad)
     # Once for all layers that share a window; every device makes the masks of its own rows, and all heads share them.
     made = []
     for window in windows:
-        kernels_of = partial(make_kernels, window=window, softcap=softcap, interpret=interpret)
-        made.append(split.per_shard(kernels_of, (TOKEN_IDS_AXES,), ROW)(ids))
+        kernels_of = partial(make_kernels, window=window, softcap=softcap, interpret=interpret, share=split.share)
+        made.append(split.per_shard(kernels_of, (TOKEN_IDS_AXES,), OWN)(ids))
     kernels = jax.tree.map(lambda *parts: jnp.stack(parts), *made)
 
     def attend(query: Array, key: Array, value: Array, which: Array, sinks: Array | None = None) -> Array:
         kernel = jax.tree.map(lambda x: x[which if len(windows) > 1 else 0], kernels)
-        return split.attend(splash_attention, (query, key, value), (kernel,), (ROW,), pad, sinks)
+        return split.attend(splash_attention, (query, key, value), (kernel,), (OWN,), pad, sinks)
 
     return attend
 
@@ -157,4 +175,5 @@ KIND = AttentionKind(
     backward_products=7,  # two kernels, as `fused` has; JAX's single one is opt-in
     platforms=("tpu",),
     takes_sinks=True,
+    shares_tokens=True,
 )

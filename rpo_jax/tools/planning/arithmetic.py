@@ -131,6 +131,7 @@ def step_bytes(
     optimizer_slots: int,
     head_chunk: int,
     expert: int = 1,
+    context: int = 1,
 ) -> float:
     """Bytes that one device moves between its memory and its arithmetic in a step, roughly.
 
@@ -138,11 +139,12 @@ def step_bytes(
     compute dtype; the backward pass reads it once more and writes a float32 gradient. Activations: what a layer writes
     is read once, and the backward pass moves twice as much. Head: per chunk its matrix, its float32 gradient and the
     chunk's float32 logits. Optimizer: reads parameter, gradient and state, writes parameter and state, all float32.
-    Experts are counted whole, some token of a batch uses each; gathered are those that a device multiplies with.
+    Experts are counted whole, some token of a batch uses each; gathered are those that a device multiplies with. So are
+    keys and values where devices share a row's tokens: every pass writes and reads those of all its tokens.
     """
     number, layers = step.compute_bytes, body_parameters(sizes, stored=True)
     table, has_experts = head_parameters(sizes), layers != body_parameters(sizes)
-    shards = fsdp * expert * tensor
+    shards, token_shards = fsdp * expert * context * tensor, row_shards * context
     share = (layers + 2 * table) / shards
     passes = step.forward_passes + step.reference_passes
     trained = 0 if step.frozen else 1
@@ -155,12 +157,15 @@ def step_bytes(
     width = getattr(sizes, "mlp_width", sizes.intermediate_size)
     inner = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim + 3 * width
     per_token = sizes.num_layers * (4 * sizes.hidden_size + inner / tensor) * number
-    activations = 2 * per_token * step.tokens / row_shards * (passes + 2)
+    activations = 2 * per_token * step.tokens / token_shards * (passes + 2)
+    if context > 1:
+        of_keys = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim / tensor * number
+        activations += 2 * of_keys * step.tokens / row_shards * (passes + 2)
     scores = 0.0
     if not step.fused_attention:
-        scores = 4 * 4 * sizes.num_layers * sizes.num_heads / tensor * step.seen_pairs / row_shards * (passes + 2)
+        scores = 4 * 4 * sizes.num_layers * sizes.num_heads / tensor * step.seen_pairs / token_shards * (passes + 2)
 
-    scored = step.scored_tokens / row_shards
+    scored = step.scored_tokens / token_shards
     chunks = max(1.0, scored / head_chunk)
     head = chunks * table / tensor * (3 * number + trained * 2 * 4) + 6 * 4 * scored * sizes.vocab_size / tensor
     return gathered + gradient + update + activations + scores + head

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rpo_jax.config import Config, resolve
+from rpo_jax.core.shards import row_multiple
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives.logprobs import CHUNK_TOKENS, REST_SHARE
@@ -46,7 +47,7 @@ class Estimate:
     """One plan, per device unless said otherwise.
 
     Attributes:
-        mesh: sizes of data, fsdp, tensor, and of expert where there is one.
+        mesh: sizes of data, fsdp, tensor, and of expert and context where there are such.
         fits: whether its peak is within the limit; a TPU's compiler says so itself, a GPU's refuses nothing.
         flops: operations that the step does, padding and recomputation included.
         necessary_flops: those that it cannot do without.
@@ -114,6 +115,8 @@ def shape_of(config: Config, lengths: Lengths, target: Target, fixed: tuple[int,
     multiple = config.batch.micro_rows or sharding.row_shards(mesh)
     if fixed[0] % multiple:
         raise ValueError(f"--rows {fixed[0]} must be a multiple of {multiple}: micro-batches and devices share rows.")
+    if config.mesh.context > 1 and fixed[1] % (multiple := row_multiple(config.mesh.context)):
+        raise ValueError(f"--row-tokens {fixed[1]} must be a multiple of {multiple}: devices share stripes of a row.")
     return replace(shape, rows=fixed[0], row_tokens=fixed[1], source=f"{fixed[0]} rows of {fixed[1]} tokens, as given")
 
 
@@ -129,7 +132,7 @@ def counted(
     config: Config, model: ModelConfig, target: Target, lengths: Lengths, batch: BatchShape, done: Compiled
 ) -> Estimate:
     mesh = sharding.make_mesh(config.mesh, target.devices)
-    fsdp, tensor, shards = mesh.shape["fsdp"], mesh.shape["tensor"], sharding.row_shards(mesh)
+    fsdp, tensor, shards = mesh.shape["fsdp"], mesh.shape["tensor"], sharding.shards_of(mesh)
     step = step_sizes(config, model, batch, target.platform, references_in_step(config))
     flops = step_flops(model, step) / mesh.size
     moved = step_bytes(
@@ -137,12 +140,13 @@ def counted(
         step,
         fsdp=fsdp,
         tensor=tensor,
-        row_shards=shards,
+        row_shards=shards.rows,
         optimizer_slots=round(done.memory.optimizer / max(1, done.memory.params)),
         head_chunk=CHUNK_TOKENS,
         expert=mesh.shape.get(sharding.EXPERT, 1),
+        context=shards.context,
     )
-    local_tokens = batch.rows * batch.row_tokens // shards // step.micro_batches
+    local_tokens = batch.rows * batch.row_tokens // shards.count // step.micro_batches
     chunks = -(-local_tokens // CHUNK_TOKENS) + REST_SHARE
     found = hlo.collectives(done.text, most_trips=chunks)
     sent = sum(exchange.sent * exchange.times for exchange in found)
@@ -166,7 +170,7 @@ def counted(
         memory_seconds=moved / chip.memory_rate,
         link_seconds=sum(one.sent * one.times / target.link_rate(one.group) for one in found),
         exchanges=_summed(found),
-        surprises=_surprises(found, done.text, model, tensor, local_tokens),
+        surprises=_surprises(found, done.text, model, tensor, local_tokens, shards.context),
         compile_seconds=done.seconds,
     )
 
@@ -198,14 +202,15 @@ def _summed(found: list[hlo.Collective]) -> tuple[Exchange, ...]:
 
 
 def _surprises(
-    found: list[hlo.Collective], text: str, model: ModelConfig, tensor: int, local_tokens: int
+    found: list[hlo.Collective], text: str, model: ModelConfig, tensor: int, local_tokens: int, context: int
 ) -> tuple[str, ...]:
     """What a sharded step should never do, in words; empty where it does none of it."""
     said = []
     layer, table = body_parameters(model, stored=True) // model.num_layers, head_parameters(model)
+    keys = local_tokens * context * model.num_kv_heads * model.head_dim // tensor  # or values: of rows that are shared
     for one in found:
         numbers = one.shape.bytes // max(1, hlo.Shape(one.shape.dtype, ()).bytes)
-        if one.kind == "all-gather" and numbers > max(layer, table):
+        if one.kind == "all-gather" and numbers > max(layer, table) and (context == 1 or numbers != keys):
             said.append(f"all-gather of {_shape(one)}, more than a layer or the vocabulary's table ({one.where})")
         activations = local_tokens * model.hidden_size  # which devices that share a matrix product add up
         if one.kind == "all-reduce" and numbers >= table // tensor and numbers > 2**20 and numbers != activations:

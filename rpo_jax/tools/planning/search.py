@@ -71,27 +71,27 @@ def largest_micro_batch(compile_one: Try, known: Trial, rows: int, shards: int) 
 def meshes(config: Config, model: ModelConfig, devices: int) -> list[MeshConfig]:
     """Meshes whose axes divide what they split, those with most of the model's shards first.
 
-    Experts are shared as the configuration says.
+    Experts and tokens of a row are shared as the configuration says.
     """
-    found, expert = [], config.mesh.expert
+    found, expert, context = [], config.mesh.expert, config.mesh.context
     if expert < 1:
         raise ValueError("--search tries sizes of the other axes: give mesh.expert a number of its own.")
     for tensor in (1, 2, 4, 8):  # beyond, a layer has too little arithmetic for what its devices exchange
-        if devices % (tensor * expert) or model.num_heads % tensor or model.intermediate_size % tensor:
+        if devices % (tensor * expert * context) or model.num_heads % tensor or model.intermediate_size % tensor:
             continue
-        shards = devices // tensor
+        shards = devices // tensor // context
         if config.batch.pairs % shards:
             continue
         for data in (size for size in range(1, shards // expert + 1) if shards // expert % size == 0):
             fsdp = shards // expert // data
-            if model.hidden_size % fsdp == 0:
-                found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, expert=expert))
+            if model.hidden_size % (fsdp * context) == 0:
+                found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, expert=expert, context=context))
     return sorted(found, key=lambda mesh: (-mesh.fsdp * mesh.tensor, mesh.tensor))
 
 
 def least_bytes(model: ModelConfig, mesh: MeshConfig) -> float:
     """Of parameters, a gradient and one slot of optimizer state, float32, on each device."""
-    return 3 * 4 * models.count_params(model) / (mesh.fsdp * mesh.tensor * mesh.expert)
+    return 3 * 4 * models.count_params(model) / (mesh.fsdp * mesh.tensor * mesh.expert * mesh.context)
 
 
 def search(
@@ -105,9 +105,9 @@ def search(
     found = meshes(config, model, len(target.devices))
     if not found:
         raise ValueError(
-            f"No mesh of {len(target.devices)} devices with mesh.expert={config.mesh.expert} divides "
-            f"batch.pairs={config.batch.pairs} and the model's {model.num_heads} heads; give more pairs, or fewer "
-            "devices."
+            f"No mesh of {len(target.devices)} devices with mesh.expert={config.mesh.expert} and mesh.context="
+            f"{config.mesh.context} divides batch.pairs={config.batch.pairs} and the model's {model.num_heads} heads; "
+            "give more pairs, or fewer devices."
         )
     for mesh in found:
         here = with_micro_rows(replace(config, mesh=mesh), None)

@@ -14,6 +14,7 @@ from rpo_jax.config import Config
 from rpo_jax.core.files import refuse_gguf
 from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample, TokenizedResponse
+from rpo_jax.core.shards import row_multiple
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.configuration import described
@@ -147,6 +148,7 @@ def planned_batch(
         responses=responses,
         seed=config.run.seed,
         row_tokens=config.batch.row_tokens,
+        tokens_multiple=row_multiple(config.mesh.context),
         row_segments=2 if skips and config.batch.micro_rows is None else 1,  # as training.prepare chooses
         rows_multiple=config.batch.micro_rows or row_shards,
     )
