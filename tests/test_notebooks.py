@@ -61,7 +61,7 @@ def test_a_notebook_opens_in_colab_where_it_fetches_what_it_needs(path):
     assert f'"https://github.com/{owner}"' in setup.source
     (extras,) = re.findall(r"\.\[{accelerator}([\w,]+)\]", setup.source)
     accelerators = re.findall(r'"(\w+),"', setup.source)
-    assert accelerators == ["cuda", "tpu"]
+    assert accelerators == ["tpu", "cuda", "cuda12"]
     assert set(project["optional-dependencies"]) >= {*extras.split(","), *accelerators}
 
 

@@ -434,6 +434,7 @@ PROBE = """<iframe id="f" src="report.html" style="width:{width}px;height:900px;
 <pre id="found"></pre><script>
 document.getElementById("f").onload = (event) => {{
   const d = event.target.contentDocument, w = event.target.contentWindow, q = (s) => d.querySelectorAll(s).length;
+  const newest = d.querySelector(".tip").textContent;
   const svg = d.querySelector("svg"), box = svg.getBoundingClientRect();
   svg.dispatchEvent(new w.PointerEvent("pointermove", {{clientX: box.right - 12, clientY: box.top + 40}}));
   const tip = svg.closest(".card").querySelector(".tip").textContent;
@@ -454,7 +455,8 @@ document.getElementById("f").onload = (event) => {{
   menu.dispatchEvent(new w.Event("change"));
   document.getElementById("found").textContent = JSON.stringify({{drawn: d.documentElement.dataset.drawn, tip, moved,
     verdict: d.querySelector(".verdict").textContent, panel: d.querySelector(".map .card").textContent,
-    smoothed, linear,
+    smoothed, linear, newest, words: [...accuracy.querySelectorAll("text.word")].map((t) => t.textContent),
+    columns: [...d.querySelectorAll("th.n")].map((t) => t.textContent),
     names: [...accuracy.querySelectorAll("text.name")].map((t) => t.textContent), logarithmic: marks(),
     svgs: q("svg"), sections: [...d.querySelectorAll("h2")].map((h) => h.textContent), before,
     wide: d.documentElement.scrollWidth, title: d.title, other: d.querySelector(".map h3").textContent}});
@@ -487,7 +489,10 @@ def test_the_page_works_in_a_browser(page, width):
     assert found["drawn"] == "yes"
     assert found["wide"] <= width
     assert found["svgs"] >= 15
+    assert found["newest"].startswith("step 3"), "what a card says before it is pointed at"
     assert found["tip"].startswith("step 3")
+    assert found["words"] == ["tied", "tied"], "held-out pairs at step 0, a batch's at step 1: no accuracy of 0"
+    assert found["columns"] == ["dpo, training", "dpo, held-out", "rpo, training", "rpo, held-out"]
     assert found["before"].startswith("Row ")
     assert found["moved"] == "Row 2, column 1"
     assert found["other"].startswith("Row ")
