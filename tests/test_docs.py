@@ -136,7 +136,8 @@ def test_a_command_is_one_that_there_is_with_arguments_that_it_takes(words, whol
         case ["bash", script, *_] if script != "-c":
             assert (ROOT / script).is_file()
         case ["source", file]:
-            assert f"$root/{file.partition('/')[0]}" in (ROOT / "scripts" / "environment.sh").read_text(encoding="utf-8")
+            made = (ROOT / "scripts" / "environment.sh").read_text(encoding="utf-8")
+            assert f"$root/{file.partition('/')[0]}" in made
         case ["pytest", *arguments]:
             assert all((ROOT / word).exists() for word in arguments if word.startswith("tests"))
         case ["lm_eval", *_]:
