@@ -407,8 +407,11 @@ def test_the_verdict_says_what_came_out(world, tmp_path):
     assert verdict([late, good]).endswith(
         "its held-out loss fell from 0.693 to 0.52; that loss was least at step 8 (0.5): `export --step best` takes "
         "the best checkpoint; 2 of the steps were skipped, bad_steps.jsonl says why; by log-probs it is "
-        "ahead of good (78 % against 75 %)."
+        "level with good (78 % against 75 % of 8 pairs)."
     )
+    many = replace(late, held_out=4000)
+    assert verdict([many, good]).endswith("by log-probs it is ahead of good (78 % against 75 %).")
+    assert verdict([replace(good, held_out=4000), late]).endswith("it is behind late (75 % against 78 %).")
     assert "ties on every held-out pair by rewards" in verdict([told(world, tmp_path, "still", [start])])
     lost = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": float("nan")}]
     assert verdict([told(world, tmp_path, "lost", lost)]) == (
