@@ -135,6 +135,9 @@ def test_a_command_is_one_that_there_is_with_arguments_that_it_takes(words, whol
             in_docker(arguments)
         case ["bash", script, *_] if script != "-c":
             assert (ROOT / script).is_file()
+        case ["source", file]:
+            made = (ROOT / "scripts" / "environment.sh").read_text(encoding="utf-8")
+            assert f"$root/{file.partition('/')[0]}" in made
         case ["pytest", *arguments]:
             assert all((ROOT / word).exists() for word in arguments if word.startswith("tests"))
         case ["lm_eval", *_]:
@@ -150,7 +153,7 @@ def test_there_are_commands_of_each_kind():
     used = {words[1] for words in all_words if words[0] == "rpo-jax"}
     used |= {words[2].removeprefix("rpo_jax.") for words in all_words if words[:2] == ["python", "-m"]}
     assert used >= set(cli.COMMANDS) | {"--help", "--version"}
-    assert {words[0] for words in all_words} >= {"pip", "uv", "docker", "bash", "lm_eval"}
+    assert {words[0] for words in all_words} >= {"pip", "uv", "docker", "bash", "source", "lm_eval"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 
 import rpo_jax
 from rpo_jax.export import export
 from rpo_jax.runs.notebook import NotebookProgress, in_notebook
+from rpo_jax.runs.tracking import Reporter
+from rpo_jax.training import prepare
 from tests.runs import configured
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +66,7 @@ def test_a_notebook_opens_in_colab_where_it_fetches_what_it_needs(path):
     assert f'"https://github.com/{owner}"' in setup.source
     (extras,) = re.findall(r"\.\[{accelerator}([\w,]+)\]", setup.source)
     accelerators = re.findall(r'"(\w+),"', setup.source)
-    assert accelerators == ["cuda", "tpu"]
+    assert accelerators == ["tpu", "cuda", "cuda12"]
     assert set(project["optional-dependencies"]) >= {*extras.split(","), *accelerators}
 
 
@@ -104,15 +109,15 @@ def figures(notebook: nbformat.NotebookNode) -> int:
 def test_a_notebook_runs(path, tmp_path, chat_model):
     notebook = executed(path, tmp_path / "runs", chat_model)
     assert figures(notebook) == {"quickstart": 2, "contrast": 3}[path.stem]
-    streams = [
-        output.text
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if output.output_type == "stream"
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    streams = [output for output in outputs if output.output_type == "stream"]
+    assert sum(len(output.text) for output in streams) < MOST_PRINTED
+    assert [output.text for output in streams if output.name == "stderr"] == [], "warnings of libraries"
+    bars = [
+        output.data["text/plain"] for output in outputs if "<progress" in output.get("data", {}).get("text/html", "")
     ]
-    assert sum(map(len, streams)) < MOST_PRINTED
-    assert not [text for text in streams if "absl" in text or "WARNING" in text], "of libraries"
+    assert bars
+    assert [bar for bar in bars if " 0/" in bar] == [], "what was in the cache is done"
     assert json.loads((tmp_path / "runs" / "results.json").read_text(encoding="utf-8"))
     assert (tmp_path / "runs" / "report.html").stat().st_size > 10_000
     # The run's progress is one output each that ends where the run ended, not a line a step.
@@ -125,10 +130,33 @@ def test_a_notebook_runs(path, tmp_path, chat_model):
         assert tables[0].count("<tr>") == 1 + SMALL["ASKED"]
         assert "tied" in tables[0], "three steps change little"
         assert (tmp_path / "runs" / "hf" / "model.safetensors").is_file()
+    else:
+        (table,) = printed(notebook, "accuracies = np.array(")
+        assert table.text.splitlines()[-2].endswith(": tied"), "and so they are said to be"
 
 
 def test_here_is_no_notebook():
     assert not in_notebook()
+
+
+def test_what_was_embedded_before_is_shown_as_done(monkeypatch):
+    told = []
+
+    class Told(Reporter):
+        @contextmanager
+        def progress(self, name, total, start=0):
+            yield lambda done, metrics: told.append((name, done, total))
+
+    config = rpo_jax.load_config(None, ["embedding.encoder=hashed-words"])
+    monkeypatch.setattr(prepare, "embed_texts", lambda texts, *_, **__: np.zeros((len(texts), 4)))  # all from the cache
+    assert len(prepare._embed(config, Told(silent=True), ["a", "b"])) == 2
+    assert told == [("embed", 2, 2)]
+
+
+def test_in_a_notebook_no_library_asks_for_widgets(monkeypatch):
+    monkeypatch.setattr("rpo_jax.runs.tracking.in_notebook", lambda: True)
+    Reporter()
+    warnings.warn("IProgress not found. Please update jupyter and ipywidgets.", stacklevel=1)  # an error otherwise
 
 
 def test_progress_tells_what_is_done_and_how_long_the_rest_takes(monkeypatch):

@@ -20,6 +20,8 @@ pytest.importorskip("hatchling", reason="the build backend is not in this enviro
 
 ROOT = Path(__file__).parents[1]
 WHEEL = f"rpo_jax-{rpo_jax.__version__}"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REPOSITORY = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")  # owner/name
 
 
 def built(target: str, folder: Path) -> Path:
@@ -81,7 +83,7 @@ def test_its_description_has_no_link_that_a_package_index_cannot_follow(wheel):
     assert len(targets) > 5
     assert [target for target in targets if not target.startswith(("https://", "#"))] == []
     # What they lead to is in the repository.
-    own = [re.search(r"/main/([^#]*)", target) for target in targets if "/rpo-jax/rpo-jax/" in target]
+    own = [re.search(r"/main/([^#]*)", target) for target in targets if f"/{REPOSITORY}/" in target]
     assert own
     assert [found[1] for found in own if found and not (ROOT / found[1]).exists()] == []
 
@@ -116,13 +118,47 @@ def test_the_source_distribution_has_all_that_the_repository_has(tmp_path):
     assert tracked - names == set()
 
 
-def test_one_version_and_one_address_everywhere():
+def test_one_version_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == rpo_jax.__version__
     assert f"## {rpo_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    addresses = set(re.findall(r"https://(?:github|raw\.githubusercontent)\.com/([\w-]+/[\w-]+)", project))
-    assert addresses == {"/".join(citation["repository-code"].split("/")[-2:])}
+
+
+# What names a file of ours on the web, and what names the repository for a program.
+NAMED = re.compile(
+    r"(?:github\.com|githubusercontent\.com|google\.com/github)/([\w.-]+/[\w.-]+)/(?:blob/)?main/"
+    r"|(?:repo_url|repository-code|Repository|Issues|source, extras)\W+https://github\.com/([\w.-]+/[\w.-]+?)[\"/\\\s]"
+)
+
+
+def addresses(root: Path) -> dict[str, set[str]]:
+    """The repositories that files name as ours, owner/name, by file."""
+    top = [path for path in root.iterdir() if path.suffix in (".md", ".cff", ".yml", ".toml")]
+    paths = [*top, *root.glob("docs/*.md"), *root.glob("notebooks/*.ipynb")]
+    found = {str(path.relative_to(root)): NAMED.findall(path.read_text(encoding="utf-8")) for path in paths}
+    return {name: {one or other for one, other in pairs} for name, pairs in found.items() if pairs}
+
+
+def test_one_address_everywhere_which_a_release_s_first_command_changes(tmp_path):
+    places = addresses(ROOT)
+    some = {"pyproject.toml", "CITATION.cff", "mkdocs.yml", "notebooks/quickstart.ipynb", "docs/results.md"}
+    assert set(places) > some
+    assert {name: found for name, found in places.items() if found != {REPOSITORY}} == {}
+
+    if shutil.which("git") is None:
+        pytest.skip("the command is for a clone")
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^git grep .*OWNER/NAME.*$", guide, re.MULTILINE)
+    assert REPOSITORY in command
+    for name in (*places, "CONTRIBUTING.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    subprocess.run(["bash", "-c", command.replace("OWNER/NAME", "someone/some-name")], cwd=tmp_path, check=True)
+    assert addresses(tmp_path) == {name: {"someone/some-name"} for name in places}
+    changed = (tmp_path / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert "someone/some-name#OWNER/NAME#" in changed, "it can be changed again"
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
@@ -151,11 +187,10 @@ def test_the_release_workflow_builds_tries_and_then_publishes():
 
 def test_nothing_but_four_extras_asks_for_torch():
     """An index gives its CUDA build to whoever asks: `pip install rpo-jax` alone must not."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     bringing_torch = ("torch", "sentence-transformers", "accelerate", "peft")
     asking = {
         extra
-        for extra, names in {"": project["dependencies"], **project["optional-dependencies"]}.items()
+        for extra, names in {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}.items()
         if any(re.match(r"[\w-]+", name)[0] in bringing_torch for name in names)
     }
     assert asking == {"encoder", "lm-eval", "minilm", "test"}

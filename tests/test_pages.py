@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rpo_jax.core.pages import dot_chart, round_ticks
+from rpo_jax.core.templates import render
 from rpo_jax.tools.comparing import comparison_page
 from rpo_jax.tools.comparing.study import StudyRow, Table
 from rpo_jax.tools.comparing.tables import tried
@@ -91,6 +92,15 @@ def judged() -> str:
     return summary.page(told | {"judge": "gpt-4-0613", "seed": 0}, comparisons, verdicts)
 
 
+def sampled() -> str:
+    facts = {"model": "path/" * 30, "different answers": 2, "mean score": "0.5"}
+    answers = [(None, "x" * 200), (0.5, HOSTILE)]
+    bars = [(1, 0.5), (2, 1.0)] * 10
+    return render(
+        "samples.html", title="x.jsonl", verdict="", plain=facts, bars=bars, ends=("0", "1"), shown=[(HOSTILE, answers)]
+    )
+
+
 def test_the_pages_say_what_they_show():
     page = judged()
     assert HOSTILE not in page
@@ -116,7 +126,7 @@ addEventListener("load", () => {{ document.getElementById("found").textContent =
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the PATH")
 def test_no_page_is_wider_than_a_phone(tmp_path):
-    pages = {"judged.html": judged(), "compared.html": compared()}
+    pages = {"judged.html": judged(), "compared.html": compared(), "sampled.html": sampled()}
     for name, page in pages.items():
         (tmp_path / name).write_text(page, encoding="utf-8")
     frames = "".join(f'<iframe src="{name}" style="width:390px;height:900px;border:0"></iframe>' for name in pages)
@@ -134,4 +144,4 @@ def test_no_page_is_wider_than_a_phone(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     found = re.search(r'<pre id="found">(.+?)</pre>', done.stdout)
     assert found is not None, done.stderr[-2000:]
-    assert json.loads(found[1]) == [0, 0]
+    assert json.loads(found[1]) == [0, 0, 0]

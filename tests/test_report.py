@@ -407,8 +407,11 @@ def test_the_verdict_says_what_came_out(world, tmp_path, monkeypatch):
     late = told(world, tmp_path, "late", [start, better, turned, {"step": 16, "loss": 0.1, "guard/bad_steps": 2}])
     assert verdict([late, good]).endswith(
         "its held-out loss fell from 0.693 to 0.52; that loss was least at step 8 (0.5); 2 of the steps were skipped, "
-        "bad_steps.jsonl says why; by log-probs it is ahead of good (78 % against 75 %)."
+        "bad_steps.jsonl says why; by log-probs it is level with good (78 % against 75 % of 8 pairs)."
     )
+    many = replace(late, held_out=4000)
+    assert verdict([many, good]).endswith("by log-probs it is ahead of good (78 % against 75 %).")
+    assert verdict([replace(good, held_out=4000), late]).endswith("it is behind late (75 % against 78 %).")
     monkeypatch.setattr(Checkpoints, "best_step", lambda self: 8)
     assert "that loss was least at step 8 (0.5): `export --step best` takes the checkpoint of step 8" in verdict([late])
     assert "ties on every held-out pair by rewards" in verdict([told(world, tmp_path, "still", [start])])
@@ -436,6 +439,7 @@ PROBE = """<iframe id="f" src="report.html" style="width:{width}px;height:900px;
 <pre id="found"></pre><script>
 document.getElementById("f").onload = (event) => {{
   const d = event.target.contentDocument, w = event.target.contentWindow, q = (s) => d.querySelectorAll(s).length;
+  const newest = d.querySelector(".tip").textContent;
   const svg = d.querySelector("svg"), box = svg.getBoundingClientRect();
   svg.dispatchEvent(new w.PointerEvent("pointermove", {{clientX: box.right - 12, clientY: box.top + 40}}));
   const tip = svg.closest(".card").querySelector(".tip").textContent;
@@ -456,7 +460,8 @@ document.getElementById("f").onload = (event) => {{
   menu.dispatchEvent(new w.Event("change"));
   document.getElementById("found").textContent = JSON.stringify({{drawn: d.documentElement.dataset.drawn, tip, moved,
     verdict: d.querySelector(".verdict").textContent, panel: d.querySelector(".map .card").textContent,
-    smoothed, linear,
+    smoothed, linear, newest, words: [...accuracy.querySelectorAll("text.word")].map((t) => t.textContent),
+    columns: [...d.querySelectorAll("th.n")].map((t) => t.textContent),
     names: [...accuracy.querySelectorAll("text.name")].map((t) => t.textContent), logarithmic: marks(),
     svgs: q("svg"), sections: [...d.querySelectorAll("h2")].map((h) => h.textContent), before,
     wide: d.documentElement.scrollWidth, title: d.title, other: d.querySelector(".map h3").textContent}});
@@ -489,7 +494,10 @@ def test_the_page_works_in_a_browser(page, width):
     assert found["drawn"] == "yes"
     assert found["wide"] <= width
     assert found["svgs"] >= 15
+    assert found["newest"].startswith("step 3"), "what a card says before it is pointed at"
     assert found["tip"].startswith("step 3")
+    assert found["words"] == ["tied", "tied"], "held-out pairs at step 0, a batch's at step 1: no accuracy of 0"
+    assert found["columns"] == ["dpo, training", "dpo, held-out", "rpo, training", "rpo, held-out"]
     assert found["before"].startswith("Row ")
     assert found["moved"] == "Row 2, column 1"
     assert found["other"].startswith("Row ")

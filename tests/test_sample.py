@@ -1,6 +1,7 @@
 """A model's own answers as preference data: the rules that choose, the command, and what is refused."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -123,6 +124,10 @@ def test_answers_become_pairs_that_training_reads(world, tmp_path, capsys):
     assert statistics["mean_score_chosen"] > statistics["mean_score_rejected"]
     page = (tmp_path / "pairs.html").read_text(encoding="utf-8")
     assert page.count("<rect ") == 20
+    assert "<h1>Samples: pairs.jsonl</h1>" in page
+    (verdict,) = re.findall(r'<p class="verdict">(.*)</p>', page)
+    made = f"{len(rows)} pairs of {statistics['distinct']} different answers to 6 prompts: chosen ones score "
+    assert verdict.startswith(f"{made}{statistics['mean_score_chosen']:.3g} (")
     examples = make_examples(
         (row for row in read_rows(out) if isinstance(row, Row)),
         scores={"chosen": "score_chosen", "rejected": "score_rejected"},

@@ -205,6 +205,13 @@ def data_notes(run_dir: Path, max_tokens: int) -> list[str]:
     return notes
 
 
+def held_out_examples(run_dir: Path) -> int | None:
+    """How many held-out examples a run has; None where it has none, or is older than the file that says so."""
+    counts = read_json(run_dir, DATA_COUNTS) if (run_dir / DATA_COUNTS).is_file() else {}
+    found = counts.get("held_out", {}).get("examples")
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def resume_command(config: Config, started: bool) -> str:
     """The command that goes on with a run: the configuration in its folder, and what else this start was given.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import time
+import warnings
 from typing import Any
 
 REDRAWS_SECONDS = 0.2  # a kernel that sends more often makes a browser wait
@@ -16,6 +17,11 @@ def in_notebook() -> bool:
     except NameError:
         return False
     return shell.has_trait("kernel")
+
+
+def hush_libraries() -> None:
+    """Without tqdm's warning that it would rather draw with widgets: libraries import it, and its bars are not used."""
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 class NotebookProgress:

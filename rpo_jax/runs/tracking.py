@@ -20,7 +20,7 @@ from rpo_jax.core.command import SteadyStream
 from rpo_jax.core.jsonl import GrowingFile, read_jsonl, to_line, write_jsonl
 from rpo_jax.core.text import printable
 from rpo_jax.runs import loggers
-from rpo_jax.runs.notebook import NotebookProgress, clock, in_notebook
+from rpo_jax.runs.notebook import NotebookProgress, clock, hush_libraries, in_notebook
 
 METRICS = "metrics.jsonl"
 TIED = "tied"  # in place of an accuracy
@@ -78,6 +78,8 @@ class Reporter:
         # In a notebook plain lines, which share one output; rich would make an output of each.
         stream: Any = SteadyStream(sys.stdout)
         self._console = Console(file=stream, highlight=False, soft_wrap=True, quiet=silent, force_jupyter=False)
+        if in_notebook():
+            hush_libraries()
         self._notebook = in_notebook() and not silent
         self._live = self._console.is_terminal and not silent
         self.phase_seconds: dict[str, float] = {}

@@ -405,6 +405,7 @@ def _embed(config: Config, reporter: Reporter, texts: Sequence[str]) -> list[np.
             batch_texts=config.embedding.batch_texts,
             on_progress=lambda done, total: update(len(texts) - total + done, {}),
         )
+        update(len(texts), {})  # where all of them came from the cache nothing else has told
     return list(found)
 
 

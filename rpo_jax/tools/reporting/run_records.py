@@ -11,7 +11,7 @@ from rpo_jax.config import Config
 from rpo_jax.config.reading import load_config
 from rpo_jax.core.files import inside
 from rpo_jax.core.jsonl import read_jsonl
-from rpo_jax.runs.folder import data_notes
+from rpo_jax.runs.folder import data_notes, held_out_examples
 from rpo_jax.runs.tracking import METRICS
 from rpo_jax.training.hooks.samples import SAMPLES
 
@@ -27,6 +27,7 @@ class RunRecord:
         metrics: lines of metrics.jsonl, as written.
         samples: lines of samples.jsonl; none where the run did not sample.
         data_notes: what of its data was cut, and what else is worth a word.
+        held_out: its held-out examples, where it says how many.
     """
 
     name: str
@@ -35,6 +36,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     data_notes: list[str]
+    held_out: int | None
 
 
 def read_runs(folders: Sequence[str]) -> list[RunRecord]:
@@ -76,7 +78,8 @@ def _read_run(given: str, folder: Path, name: str) -> RunRecord:
     kinds = {"row_id": str, "prompt": str, "response": str}
     samples = read_jsonl(samples_file, ("step", *kinds))
     _check(samples_file, samples, kinds)
-    return RunRecord(name, folder, config, metrics, samples, data_notes(folder, config.data.max_tokens))
+    notes = data_notes(folder, config.data.max_tokens)  # refuses a damaged file of counts
+    return RunRecord(name, folder, config, metrics, samples, notes, held_out_examples(folder))
 
 
 def _check(file: Path, rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, type]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from rpo_jax.training.hooks.guard import FILE
 
 REWARDS, LOG_PROBS = "eval_rewards/accuracies", "eval_logps/accuracies"
 WORSE = 0.01  # a held-out loss that has risen by more than this share of its least is past its best
-NEAR = 0.005  # accuracies that differ by less are level
+NEAR = 0.005  # accuracies that differ by less are level, where nobody knows of how many pairs they are
 # What decides which rows are held out, and what of them is read.
 HELD_OUT_BY = (
     "path",
@@ -31,7 +32,8 @@ HELD_OUT_BY = (
 def verdict(records: Sequence[RunRecord]) -> str:
     """Of the first of these runs; of several, also which of the others is ahead of it.
 
-    Accuracies are of held-out pairs. Runs are compared by log-probs, and only where they name the same held-out data.
+    Accuracies are of held-out pairs. Runs are compared by log-probs, and only where they name the same held-out data;
+    they are level where chance alone takes two accuracies on as many pairs as far apart in one case of twenty.
     """
     first, others = records[0], records[1:]
     parts = [_outcome(first)]
@@ -114,8 +116,16 @@ def _beside(first: RunRecord, others: Sequence[RunRecord]) -> str:
         return ""
     name = max(rivals, key=rivals.__getitem__)
     gap = mine[-1][1] - rivals[name]
-    place = "level with" if abs(gap) < NEAR else "ahead of" if gap > 0 else "behind"
-    return f"by log-probs it is {place} {name} ({_percent(mine[-1][1])} against {_percent(rivals[name])})"
+    shares = f"{_percent(mine[-1][1])} against {_percent(rivals[name])}"
+    if abs(gap) < _chance(mine[-1][1], rivals[name], first.held_out):
+        of = f" of {first.held_out:,} pairs" if first.held_out else ""
+        return f"by log-probs it is level with {name} ({shares}{of})"
+    return f"by log-probs it is {'ahead of' if gap > 0 else 'behind'} {name} ({shares})"
+
+
+def _chance(one: float, other: float, pairs: int | None) -> float:
+    """What the difference of two shares of as many pairs has to reach to be more than chance, at 95 %."""
+    return 1.96 * math.sqrt((one * (1 - one) + other * (1 - other)) / pairs) if pairs else NEAR
 
 
 def _held_out(record: RunRecord) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ ALL, RSO = "all", "rso"
 SELECTIONS = (ALL, *RULES, RSO)
 BINS = 20  # of the histogram of scores
 SHOWN = 8  # prompts of the page
+NAMED = {"samples": "samples a prompt", "distinct": "different answers", "rows": "rows written"}  # on the page
 
 
 class NoPreferences(ValueError):
@@ -251,6 +252,18 @@ def _statistics(config: SampleConfig, found: Preferences) -> dict[str, Any]:
     return result
 
 
+def _verdict(result: Mapping[str, Any]) -> str:
+    kind = "rows" if result["select"] == ALL else "pairs"
+    made = f"{result['rows']:,} {kind} of {result['distinct']:,} different answers to {result['prompts']:,} prompts"
+    if result["select"] == ALL:
+        return f"{made}, which score {result['mean_score']:.3g} on average."
+    chosen, rejected = (
+        f"{result[f'mean_score_{side}']:.3g} ({result[f'mean_characters_{side}']:.0f} characters)"
+        for side in ("chosen", "rejected")
+    )
+    return f"{made}: chosen ones score {chosen} on average, rejected ones {rejected}."
+
+
 def _page(
     config: SampleConfig,
     asked: Sequence[Asked],
@@ -270,11 +283,12 @@ def _page(
         for one, found in list(zip(asked, scores, strict=True))[::step]
     ]
     plain = {
-        name.replace("_", " "): f"{value:,.4g}" if isinstance(value, float) else value
+        NAMED.get(name, name.replace("_", " ")): f"{value:,.4g}" if isinstance(value, float) else value
         for name, value in result.items()
         if name != "histogram"
     }
     histogram, most = result["histogram"], max(result["histogram"]["counts"])
     bars = [(count, count / most) for count in histogram["counts"]]
     ends = [f"{edge:.4g}" for edge in (histogram["edges"][0], histogram["edges"][-1])]
-    return render("samples.html", title=config.out, plain=plain, bars=bars, ends=ends, shown=shown)
+    title, said = Path(config.out).name, _verdict(result)
+    return render("samples.html", title=title, verdict=said, plain=plain, bars=bars, ends=ends, shown=shown)
