@@ -25,7 +25,7 @@ from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import Asked, make_attention
 from rpo_jax.models.experts import ExpertWeights, Routing, mixture
 from rpo_jax.models.projection import gathered, project
-from rpo_jax.models.recompute import REMATS, in_chunks
+from rpo_jax.models.recompute import REMATS, WHOLE, Axes, in_chunks
 from rpo_jax.models.rope import rotate, rotation
 
 # By transformers' names.
@@ -160,13 +160,13 @@ class GatedMLP(nnx.Module):
         self.down = Linear(make, inner, hidden, config.mlp_bias)
 
     @jax.named_scope("mlp")
-    def __call__(self, x: Float[Array, "B T D"], constrain: Constrain) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], constrain: Constrain, axes: Axes = WHOLE) -> Float[Array, "B T D"]:
         if self.gate_up is None:
             gate, up = self.gate(x), self.up(x)
         else:
             joined = self.gate_up(x)
             gate, up = joined[..., 0, :], joined[..., 1, :]
-        return self.down(constrain(ACTIVATIONS[self.activation](gate) * up, ("rows", "tokens", "mlp")))
+        return self.down(constrain(ACTIVATIONS[self.activation](gate) * up, (*axes, "mlp")))
 
     def gather(self, gather: Constrain) -> None:
         for linear in (self.gate, self.up, self.down) if self.gate_up is None else (self.gate_up, self.down):
@@ -197,7 +197,7 @@ class ExpertMLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], split: Split
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], split: Split, axes: Axes = WHOLE
     ) -> tuple[Float[Array, "B T D"], Routing]:
         def value(param: nnx.Param | None) -> Any:
             return None if param is None else param.get_value()
@@ -209,7 +209,7 @@ class ExpertMLP(nnx.Module):
             value(self.down),
             *map(value, (self.router_bias, self.gate_up_bias, self.down_bias)),
         )
-        return mixture(self.experts, ACTIVATIONS[self.activation], weights, x, real, split)
+        return mixture(self.experts, ACTIVATIONS[self.activation], weights, x, real, split, axes)
 
     def gather(self, gather: Constrain) -> None:
         pair = ("gate_up",) if self.experts.joined else ()
@@ -264,11 +264,11 @@ class Layer(nnx.Module):
         def attention(x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
             return self.attention(x, cos_sin, attend, constrain), None
 
-        def transform(x: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> tuple[Array, Routing | None]:
+        def transform(x: Array, real: Array, axes: Axes = WHOLE) -> tuple[Array, Routing | None]:
             def mlp(x: Array) -> tuple[Array, Routing | None]:
                 if isinstance(self.mlp, ExpertMLP):
-                    return self.mlp(x, real, split)
-                return self.mlp(x, constrain), None
+                    return self.mlp(x, real, split, axes)
+                return self.mlp(x, constrain, axes), None
 
             return added(self.mlp_norm, mlp, self.mlp_output_norm, x)
 

@@ -78,11 +78,13 @@ def mixture(
     x: Float[Array, "R T D"],
     real: Bool[Array, "R T"],
     split: Split,
+    axes: tuple[str, str] = ("rows", "tokens"),
 ) -> tuple[Float[Array, "R T D"], Routing]:
     """What the layer adds, and where its tokens were sent.
 
     Args:
         real: tokens that are no padding.
+        axes: names of theirs.
     """
     # A kernel in few bits is no array whose columns could be divided.
     kernels = (weights.gate, weights.up, weights.down)
@@ -111,10 +113,10 @@ def mixture(
     # Before devices gather them: fewer bytes are sent.
     gate, up, down = (kernel if kernel is None else _narrowed(kernel, x.dtype) for kernel in kernels)
     weights = weights._replace(gate=gate, up=up, down=down)
-    of_tokens, own = ("rows", "tokens", None), ("shards", None)
+    of_tokens, own = (*axes, None), ("shards", None)
     of_routing = Routing(*cast(Any, (own, own, ("shards",))))
-    axes = (weights.axes(split_mlp, experts.joined), of_tokens, ("rows", "tokens"))
-    run = split.per_shard(of_device, axes, (of_tokens, of_routing))
+    given = (weights.axes(split_mlp, experts.joined), of_tokens, axes)
+    run = split.per_shard(of_device, given, (of_tokens, of_routing))
     out, found = run(weights, x, real)
     return out, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), found)
 

@@ -6,6 +6,7 @@ Letters: B rows, T tokens, D hidden; S shards of the rows, n chunks of c tokens 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,10 @@ from rpo_jax.models.attention.kind import ATTENTION_OUTPUT
 # Tokens of a shard whose MLP activations exist at once where they are computed again anyway.
 MLP_TOKENS = 2048
 MOST_CHUNKS = 4  # times as many as needed: smaller chunks than that would waste the machine
+
+
+Axes = tuple[str, str]
+WHOLE, CHUNK = ("rows", "tokens"), ("shards", "chunk")
 
 
 class Remat(NamedTuple):
@@ -48,12 +53,13 @@ REMATS = {
 
 
 def in_chunks(
-    function: Callable[[Float[Array, "S c D"], Bool[Array, "S c"]], tuple[Float[Array, "S c D"], Any]],
+    function: Callable[[Float[Array, "S c D"], Bool[Array, "S c"], Axes], tuple[Float[Array, "S c D"], Any]],
     x: Float[Array, "B T D"],
     real: Bool[Array, "B T"],
     shards: Shards,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """function(x, real), which works on each token alone, on about MLP_TOKENS of every shard at a time, in both passes.
+    """function(x, real, axes), which works on each token alone, on about MLP_TOKENS of every shard at a time, in both
+    passes; `axes` are the names of the first two axes of what it is given.
 
     What it gives besides is summed over the chunks. Where so many chunks do not divide a shard's tokens, the next
     number that does; if that is far, all at once.
@@ -63,11 +69,11 @@ def in_chunks(
     fewest = -(-of_shard // MLP_TOKENS)
     count = next((n for n in range(fewest, MOST_CHUNKS * fewest + 1) if of_shard % n == 0), 1)
     if count == 1 or rows % shards.rows:
-        return function(x, real)
+        return function(x, real, WHOLE)
     # Shards stay a dimension: each device has its own part of every chunk.
     chunks = shards.split(x).reshape(shards.count, count, -1, width).swapaxes(0, 1)
     which = shards.split(real).reshape(shards.count, count, -1).swapaxes(0, 1)
     # A loop already keeps XLA from merging the recomputation with the forward pass.
-    step = jax.checkpoint(function, prevent_cse=False)
+    step = jax.checkpoint(partial(function, axes=CHUNK), prevent_cse=False)
     done, more = jax.lax.map(lambda chunk: step(*chunk), (chunks, which))
     return shards.join(done.swapaxes(0, 1), x.shape), jax.tree.map(lambda found: jnp.sum(found, axis=0), more)

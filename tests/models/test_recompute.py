@@ -27,7 +27,7 @@ def test_chunks_give_the_whole_and_its_gradient(rows, tokens, shards, monkeypatc
             return jnp.sum(jnp.cos(function(x))) + jnp.sum(x[:, ::2] ** 2)
         real = jnp.broadcast_to(jnp.arange(tokens) % 2 == 0, (rows, tokens))
 
-        def with_sum(x, real):
+        def with_sum(x, real, axes):
             return function(x), jnp.sum(jnp.where(real[..., None], x, 0) ** 2)
 
         done, squares = in_chunks(with_sum, x, real, Shards(shards))
@@ -48,6 +48,6 @@ def test_few_tokens_a_prime_number_of_them_and_rows_that_shards_do_not_divide_ru
 ):
     monkeypatch.setattr(recompute, "MLP_TOKENS", 8)
     sizes = []
-    whole = lambda x, real: (x, sizes.append(x.shape))  # noqa: E731
+    whole = lambda x, real, axes: (x, sizes.append(x.shape))  # noqa: E731
     in_chunks(whole, jnp.ones((rows, tokens, 3)), jnp.ones((rows, tokens), bool), Shards(shards))
     assert sizes == [(rows, tokens, 3)]
