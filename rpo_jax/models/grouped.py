@@ -54,8 +54,8 @@ def _forward(x: Array, kernel: Array, rows_of: Array) -> tuple[Array, tuple[Arra
 
 
 def _backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, None]:
-    gradients = lax.platform_dependent(*saved, cotangent, cuda=gradient, default=_usual_gradient)
-    return *gradients, None
+    of_x, of_kernel = lax.platform_dependent(*saved, cotangent, cuda=gradient, default=_usual_gradient)
+    return of_x, of_kernel, None
 
 
 grouped_product.defvjp(_forward, _backward)
@@ -140,7 +140,7 @@ class _Span(NamedTuple):
         return cls(number * size, size, axis if axis % size else None)
 
     @property
-    def slice(self) -> pl.Slice:
+    def slice(self) -> Any:
         return pl.ds(self.first, self.size)
 
 
