@@ -4,8 +4,8 @@
 zeros for all but its own, and multiplies that: so many times the operations and the memory. Later ones choose cuDNN's
 products by groups, but for the gradient of the matrices, which stays as it is (pull request 40189 of openxla/xla).
 
-Pallas kernels, lowered by Triton as `attention/fused.py` is. tokamax has such kernels (read in 0.0.12): the gradient of
-a group without rows is there that of the rows before it, and it brings ten packages.
+Pallas kernels, lowered by Triton as `attention/fused.py` is. tokamax has such kernels (read in 0.0.12) and brings ten
+packages; as we read it, a group without rows gets no gradient of zeros there.
 
 Source: arXiv 2211.15841 (rows sorted by group, in tiles that have rows of one group alone).
 
