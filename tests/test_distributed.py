@@ -185,7 +185,8 @@ def test_kills_at_any_moment_are_named_and_the_run_goes_on(world):
     name, told = "killed again and again", set()
     for attempt, seconds in enumerate((0.5, 2, 3, 4, 5, 6, 8, 10, 12, 14)):
         victim = attempt % 2
-        changes = {**ENDLESS, "run.resume": "auto"}
+        # Who is killed before they met is waited for, as one that may still come.
+        changes = {**ENDLESS, "run.resume": "auto", "distributed.timeout_seconds": 20}
         with world.processes(name, 2, changes=changes) as processes:
             time.sleep(seconds)
             processes.running[victim].kill()
