@@ -181,19 +181,24 @@ def test_a_process_that_is_stopped_is_named_within_a_minute_and_the_run_goes_on(
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_kills_at_any_moment_are_named_and_the_run_goes_on(world):
-    """In preparation, in the meeting of the processes and in collectives: after so many seconds, whatever goes on."""
+    """In preparation and in the meeting of the processes, so many seconds after their start; then in collectives."""
     name, told = "killed again and again", set()
-    for attempt, seconds in enumerate((0.5, 2, 3, 4, 5, 6, 8, 10, 12, 14)):
-        victim = attempt % 2
-        # Who is killed before they met is waited for, as one that may still come.
-        changes = {**ENDLESS, "run.resume": "auto", "distributed.timeout_seconds": 20}
+    metrics = world.folder / name / "metrics.jsonl"
+    # Who is killed before they met is waited for, as one that may still come.
+    changes = {**ENDLESS, "run.resume": "auto", "distributed.timeout_seconds": 30}
+    for attempt, seconds in enumerate((0.5, 2, 4, 6, 8, 0.1, 0.3, 1, 2, 4)):
+        victim, trains = attempt % 2, attempt >= 5
         with world.processes(name, 2, changes=changes) as processes:
+            if trains:
+                before = metrics.read_bytes() if metrics.exists() else b""
+                processes.until(lambda seen=before: metrics.exists() and metrics.read_bytes() != seen)
             time.sleep(seconds)
             processes.running[victim].kill()
             left = processes.wait()[1 - victim]
         assert left.status in (1, 2, -signal.SIGABRT), left.output
         lines = [line for line in left.output.splitlines() if line.startswith("error: ")]
-        told |= {f"{seconds:g} s, process {victim}: {left.status} {lines}"}
+        told |= {f"{'training ' * trains}{seconds:g} s, process {victim}: {left.status} {lines}"}
+        assert not trains or left.status != 2, left.output
         if left.status != 2:  # 2: before they met, "did not reach" or "missing"
             assert any(f"process {victim} ({HOST}) died" in line for line in lines), left.output
     print("\n".join(sorted(told)))

@@ -191,9 +191,10 @@ class Policy:
             rows: what ROW_IDS names, each [B, T], as in core.records.Batch; striped, as the hidden states are then,
                 where devices share a row's tokens.
         """
+        tokens, positions, segments, branches = (rows[name] for name in ROW_IDS)
         settings: Any = how._asdict()
         hidden, routing = hidden_states_and_routing(
-            self.model_config, params, *(rows[name] for name in ROW_IDS), **settings
+            self.model_config, params, tokens, positions, segments, branches, **settings
         )
         # Whole over fsdp before the chunks of a loss run, or each chunk would gather it again.
         return Outputs(hidden, how.split.gather(output_head(self.model_config, params), ("embed", "vocab")), routing)

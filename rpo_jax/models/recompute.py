@@ -6,7 +6,6 @@ Letters: B rows, T tokens, D hidden; S shards of the rows, n chunks of c tokens 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +73,6 @@ def in_chunks(
     chunks = shards.split(x).reshape(shards.count, count, -1, width).swapaxes(0, 1)
     which = shards.split(real).reshape(shards.count, count, -1).swapaxes(0, 1)
     # A loop already keeps XLA from merging the recomputation with the forward pass.
-    step = jax.checkpoint(partial(function, axes=CHUNK), prevent_cse=False)
+    step = jax.checkpoint(lambda part, held: function(part, held, CHUNK), prevent_cse=False)
     done, more = jax.lax.map(lambda chunk: step(*chunk), (chunks, which))
     return shards.join(done.swapaxes(0, 1), x.shape), jax.tree.map(lambda found: jnp.sum(found, axis=0), more)

@@ -421,7 +421,8 @@ class _Call(NamedTuple):
 
         def block(*more: Any) -> _Block:
             first = pl.program_id(0) * self.tiles.kept
-            return _Block(self.how, self.tiles, self.head_dim, *jax.tree.unflatten(tree, more), first)
+            sight, visits = jax.tree.unflatten(tree, more)
+            return _Block(self.how, self.tiles, self.head_dim, sight, visits, first)
 
         rows, heads = shapes[0].shape[0], shapes[0].shape[2]
         return pl.pallas_call(
