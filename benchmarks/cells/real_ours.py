@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import rpo_jax
 from benchmarks.cells.ours import RESPONSES_USED
-from benchmarks.cells.torch_common import BETA, LEARNING_RATE, MAX_GRAD_NORM
+from benchmarks.cells.torch_common import BETA, LEARNING_RATE, MAX_GRAD_NORM, whole_gradient
 from benchmarks.cells.torch_rpo import log_probs, padded_rows
 from benchmarks.real_model import Ids, Plan
 from benchmarks.workloads import Pair
@@ -196,6 +196,7 @@ def run_dpo(plan: Plan, name: str) -> dict[str, Any]:
 def true_gradient_norm(plan: Plan, batch: list[Ids]) -> float:
     """Of DPO's first step on the batch, where policy and reference are the same, from torch's model in float64."""
     model = torch_model(plan, torch.float64)
+    whole_gradient(model)
     for prompt, *responses in batch:
         for response, sign in zip(responses, (-1, 1), strict=True):
             tokens = torch.tensor([prompt + response])

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]  # it is in the peers' environment only
 
-from benchmarks.cells.torch_common import BETA, LEARNING_RATE, MAX_GRAD_NORM, make_reference
+from benchmarks.cells.torch_common import BETA, LEARNING_RATE, MAX_GRAD_NORM, make_reference, whole_gradient
 from benchmarks.real_model import IDS, Ids, Plan
 
 METRICS = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected")
@@ -20,6 +20,7 @@ METRICS = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected")
 def make_trainer(plan: Plan, rows: list[dict[str, Any]], folder: str) -> DPOTrainer:
     """The trainer on the real model, with rows as it reads and tokenises them."""
     policy: Any = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32)
+    whole_gradient(policy)
     arguments = DPOConfig(
         output_dir=folder,
         per_device_train_batch_size=plan.pairs,

@@ -56,6 +56,11 @@ def make_lora(spec: CellSpec) -> LoraConfig:
     return LoraConfig(r=spec.lora_rank, lora_alpha=16, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
 
 
+def whole_gradient(model: Any) -> None:
+    """Let the padding token's embedding have its gradient: torch leaves it out, also where the token ends every turn."""
+    model.get_input_embeddings().padding_idx = None
+
+
 def make_reference(policy: LlamaForCausalLM) -> LlamaForCausalLM:
     """A frozen copy."""
     return copy.deepcopy(policy).eval().requires_grad_(False)
