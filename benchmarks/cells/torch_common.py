@@ -57,7 +57,7 @@ def make_lora(spec: CellSpec) -> LoraConfig:
 
 
 def whole_gradient(model: Any) -> None:
-    """Let the padding token's embedding have its gradient: torch leaves it out, also where the token ends every turn."""
+    """Let the padding token's row have its gradient: torch leaves it out, also of a token that ends every turn."""
     model.get_input_embeddings().padding_idx = None
 
 
