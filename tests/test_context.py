@@ -11,6 +11,7 @@ from rpo_jax import models
 from rpo_jax.config import BatchConfig, Config, MeshConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.models import recompute
+from rpo_jax.objectives import heads
 from rpo_jax.training.forward import make_log_probs
 from rpo_jax.training.micro_batches import ROW_FIELDS
 from rpo_jax.training.prepare import batches_of, reference_pass
@@ -33,7 +34,8 @@ def gradient_of(mesh, model=MODEL, objective="rpo", data=None, **changes):
         built = build_steps(config, model, mesh, total_steps=1)
         init = jax.jit(models.init_params, static_argnums=0, out_shardings=built.model_shardings)
         state = built.init(init(model, jax.random.key(0)))
-        found = jax.jit(built.gradient)(state.params, put_batch(mesh, batch), None)
+        reference = heads.split(state.params)[0] if config.reference.mode == "live" else None
+        found = jax.jit(built.gradient)(state.params, put_batch(mesh, batch), reference)
         return jax.tree.map(np.asarray, (found.loss, found.gradient))
 
 
@@ -85,8 +87,9 @@ def test_the_step_s_gradient_is_that_of_one_device():
 @pytest.mark.parametrize("objective", ["ppo", "f_dpo", "reward", "wpo"])
 def test_what_reads_single_tokens_or_has_a_head_of_its_own_is_the_same_too(objective):
     """Log-probs and values of every token, collisions, and a score of a response's last token, in micro-batches."""
+    reference = "live" if objective == "ppo" else "cached"
     found = [
-        gradient_of(mesh, objective=objective, attention="dense", micro_rows=4)
+        gradient_of(mesh, objective=objective, attention="dense", micro_rows=4, reference=reference)
         for mesh in (one_device(), sharding.make_mesh(MeshConfig(data=1, fsdp=4, context=2)))
     ]
     assert_alike(found[1], found[0])

@@ -18,6 +18,7 @@ from rpo_jax.config import (
     ObjectiveConfig,
     OptimConfig,
     PolicyConfig,
+    ReferenceConfig,
 )
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
@@ -34,12 +35,13 @@ OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=2)
 
 
 def configured(
-    pairing="paired", objective="rpo", micro_rows=None, remat="none", attention="auto", **contrast
+    pairing="paired", objective="rpo", micro_rows=None, remat="none", attention="auto", reference="cached", **contrast
 ) -> Config:
     return Config(
         data=DataConfig(pairing=pairing),
         objective=ObjectiveConfig(name=objective),
         contrast=ContrastConfig(**contrast),
+        reference=ReferenceConfig(mode=reference),
         batch=BatchConfig(pairs=PAIRS, micro_rows=micro_rows),
         model=PolicyConfig(remat=remat, attention=attention),
         optim=OPTIM,
