@@ -61,8 +61,10 @@ def assert_nothing_grows(folder, steps):
         print(f"{key}: {medians(key)}, from {min(s[key] for s in samples)} to {max(s[key] for s in samples)}")
     assert after / before - 1 < MAX_DRIFT, "memory that is given back is no drift"
     assert samples[0]["compilations"] == samples[-1]["compilations"]
+    # A save that is being written holds some for as long as the disk takes: what is kept is there between saves too.
+    half = len(samples) // 2
     for key in ("handles", "threads"):
-        assert medians(key)[0] == medians(key)[1]
+        assert min(s[key] for s in samples[half:]) <= min(s[key] for s in samples[:half])
     assert_pruned(folder / "run", steps)
 
 
