@@ -24,7 +24,6 @@ from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import ONE_DEVICE, Split
 from rpo_jax.models.attention.registry import Asked, check_attention, check_attention_name
 from rpo_jax.models.decoder import (
-    Constrain,
     Params,
     abstract_params,
     count_params,
@@ -37,6 +36,7 @@ from rpo_jax.models.experts import Routing
 from rpo_jax.models.families import FAMILIES, check_family
 from rpo_jax.models.huggingface.loading import load_pretrained
 from rpo_jax.models.huggingface.saving import save_pretrained
+from rpo_jax.models.modules import Constrain
 
 ROW_IDS = ("tokens", "positions", "segment_ids", "branch_ids")  # what a decoder reads of packed rows
 

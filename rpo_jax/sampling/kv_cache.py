@@ -25,7 +25,8 @@ from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import ONE_DEVICE, Split, capped
 from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import Asked, make_attention
-from rpo_jax.models.decoder import Constrain, Decoder, Params, divided, embedded, rotations
+from rpo_jax.models.decoder import Decoder, Params, divided, embedded, rotations
+from rpo_jax.models.modules import Constrain
 from rpo_jax.models.projection import Blockwise, Quantized, Transposed
 
 SLICE = 32  # slots

@@ -1,8 +1,8 @@
 """Attention for GPUs in three kernels of our own: scores stay on the chip, and blocks that see nothing are not visited.
 
 Pallas kernels, lowered by Triton, which compiles for every NVIDIA GPU since Ampere (and for AMD's, which nobody has
-tried). The mask is made from the tokens' ids inside the kernels; a plan, made once a batch, lists which blocks of keys
-each block of queries sees and the other way round, and which of them need no mask at all.
+tried). The mask is made from the tokens' ids inside the kernels; a plan, made once a batch (`visits.py`), lists which
+blocks of keys each block of queries sees and the other way round, and which of them need no mask at all.
 
 What JAX ships did not fit (read in 0.10.2):
 
@@ -12,7 +12,7 @@ What JAX ships did not fit (read in 0.10.2):
 - `jax.nn.dot_product_attention(implementation="cudnn")`: our mask only as a bias of [T, T], that is `cudnn.py`.
 - splash attention: TPUs alone.
 
-Source: arXiv 2205.14135 and 2307.08691 (the algorithm), 2412.05496 (lists of blocks that need a mask or none).
+Source: arXiv 2205.14135 and 2307.08691.
 
 Letters: R rows, T tokens, t of them whose queries a device has, H query heads, G key-value heads, K head dimension; N
 LARGE blocks, M SMALL ones.
@@ -36,7 +36,6 @@ from rpo_jax.models import kernels
 from rpo_jax.models.attention.kind import (
     ALL,
     ATTENTION_OUTPUT,
-    OWN,
     TOKEN_IDS_AXES,
     Attend,
     AttentionKind,
@@ -46,9 +45,8 @@ from rpo_jax.models.attention.kind import (
     capped,
 )
 from rpo_jax.models.attention.masking import TokenIds, sees
+from rpo_jax.models.attention.visits import LARGE, PLAN_AXES, SMALL, Plan, Visits, make_plan
 
-# The plan's blocks: a kernel keeps a LARGE one, or a part of it, and goes through SMALL ones, or parts of them.
-LARGE, SMALL = 128, 64
 EVERYTHING = 2**30  # a window that no position reaches
 UNSEEN = -1e30  # a score that adds nothing; finite, so that a query that sees nothing yet gives no NaN
 LOG2_E = math.log2(math.e)  # a GPU's exponential is of base 2
@@ -70,30 +68,6 @@ class Tiles(NamedTuple):
     passing: int
     warps: int
     stages: int
-
-
-class Visits(NamedTuple):
-    """For each LARGE block the SMALL ones that it has to do with: first those that need a mask, then those that do not.
-
-    Attributes:
-        order: indices of SMALL blocks; what follows the first `seen` of them is not visited.
-        masked: how many need a mask.
-        seen: how many there are.
-    """
-
-    order: Int[Array, "R N M"]
-    masked: Int[Array, "R N"]
-    seen: Int[Array, "R N"]
-
-
-class Plan(NamedTuple):
-    """What blocks of queries see, and by what blocks of keys are seen."""
-
-    of_queries: Visits
-    of_keys: Visits
-
-
-_PLAN_AXES = Plan(Visits(OWN, OWN, OWN), Visits(OWN, OWN, OWN))
 
 
 class _Saved(NamedTuple):
@@ -152,31 +126,6 @@ def tiles(kernel: str, head_dim: int, dtype: Any) -> Tiles:
     if wide > 128:
         return Tiles(64, 64, 8, 1) if kernel == "forward" else Tiles(32, 32, 8, 2)
     return Tiles(128 if kernel == "forward" else 64, 64, 8, 2)
-
-
-def make_plan(ids: TokenIds, window: Int[Array, ""] | int | None, share: Share = ALL) -> Plan:
-    """Which blocks have to do with which.
-
-    Args:
-        ids: of T tokens, a multiple of LARGE.
-        window: positions that a query sees back, its own included.
-        share: the device's part of the queries.
-    """
-    rows, tokens = ids.segment_ids.shape
-    blocks = (rows, -1, SMALL, tokens // SMALL, SMALL)
-    # Reduced where it is made: the mask of all tokens by all is never in memory. Padding needs nothing.
-    mask = (share.visible(ids, window) & (share.own(ids).segment_ids > 0)[:, :, None]).reshape(blocks)
-    some, every = jnp.any(mask, axis=(2, 4)), jnp.all(mask, axis=(2, 4))
-    return Plan(_visits(some, every), _visits(some.swapaxes(1, 2), every.swapaxes(1, 2)))
-
-
-def _visits(some: Array, every: Array) -> Visits:
-    """From whether some and all pairs of two SMALL blocks see each other; [R, M, M]."""
-    joined = (some.shape[0], -1, LARGE // SMALL, some.shape[2])
-    some, every = jnp.any(some.reshape(joined), axis=2), jnp.all(every.reshape(joined), axis=2)
-    rank = jnp.where(every, 1, jnp.where(some, 0, 2))
-    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
-    return Visits(order, *(jnp.sum(x, axis=-1, dtype=jnp.int32) for x in (some & ~every, some)))
 
 
 def fused_attention(
@@ -505,7 +454,7 @@ def make(
     sizes = jnp.array([EVERYTHING if window is None else window for window in windows], jnp.int32)
     # Once for all layers that share a window; every device plans its own rows.
     plans = [
-        split.per_shard(partial(make_plan, window=window, share=split.share), (TOKEN_IDS_AXES,), _PLAN_AXES)(ids)
+        split.per_shard(partial(make_plan, window=window, share=split.share), (TOKEN_IDS_AXES,), PLAN_AXES)(ids)
         for window in windows
     ]
     plan = jax.tree.map(lambda *parts: jnp.stack(parts), *plans)
@@ -514,7 +463,7 @@ def make(
         one = which if len(windows) > 1 else 0
         more = ids, jax.tree.map(lambda x: x[one], plan), sizes[one]
         run = partial(fused_attention, how=how)
-        return split.attend(run, (query, key, value), more, (TOKEN_IDS_AXES, _PLAN_AXES, ()), padding, sinks)
+        return split.attend(run, (query, key, value), more, (TOKEN_IDS_AXES, PLAN_AXES, ()), padding, sinks)
 
     return attend
 

@@ -15,9 +15,9 @@ import numpy as np
 from rpo_jax.config import PolicyConfig
 from rpo_jax.core.files import read_json, refuse_gguf
 from rpo_jax.models.architecture import LLAMA, ModelConfig
-from rpo_jax.models.decoder import ACTIVATIONS
 from rpo_jax.models.families import FAMILIES, check_family
 from rpo_jax.models.families.family import Family
+from rpo_jax.models.modules import ACTIVATIONS
 from rpo_jax.models.rope import ROPE_KINDS, Rope, frequencies
 
 # ModelConfig's name -> transformers' name, where the value is the same.
