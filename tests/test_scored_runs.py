@@ -36,6 +36,19 @@ def test_a_rows_columns_become_its_responses_scores():
     assert make_examples(rows_of(scored_rows())).examples[0].responses[0].score is None
 
 
+def test_a_score_is_a_weighted_sum_of_columns():
+    rows = [{**row, "help": 8, "brief": 0.5} for row in scored_rows()]
+    found = make_examples(rows_of(rows), scores={"chosen": {"help": 0.25, "brief": -1}, "rejected": "brief"}).examples
+    assert [scores_of(example) for example in found[:2]] == [[1.5, 0.5]] * 2
+    with pytest.raises(ValueError, match="column 'gone' is missing"):
+        make_examples(rows_of(rows), scores={"chosen": {"help": 1, "gone": 1}, "rejected": "brief"})
+    config = rpo_jax.load_config(None, ["data.chosen_score={help: 0.25, brief: -1}", "data.rejected_score=brief"])
+    assert (config.data.chosen_score, config.data.rejected_score) == ({"help": 0.25, "brief": -1.0}, "brief")
+    for wrong in ("{}", "{help: .inf}"):
+        with pytest.raises(ValueError, match="chosen_score"):
+            rpo_jax.load_config(None, [f"data.chosen_score={wrong}"])
+
+
 def test_a_response_of_its_own_needs_its_own_score_alone():
     labelled = [
         {"prompt": "a?", "completion": "b", "label": True, "score": 2.5},

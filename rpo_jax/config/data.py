@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,7 +40,8 @@ class DataConfig:
         template: `auto` renders conversations with the tokenizer's chat template and uses string prompts as they
             are; `chat` wraps string prompts into a user turn too.
         template_arguments: what the chat template is given besides the messages, for example enable_thinking: false.
-        chosen_score: column with a number for each chosen response, how good it is; read where the objective needs it.
+        chosen_score: column with a number for each chosen response, how good it is, or columns and their weights in a
+            sum, as in `{helpful: 0.7, brief: 0.3}`; read where the objective needs it.
         rejected_score: the same of rejected responses.
         weight: column with a number for each row, how much its responses count in the contrast matrix, on average 1;
             all alike where not given.
@@ -68,8 +70,8 @@ class DataConfig:
     truncation_side: Literal["auto", "keep_start", "keep_end"] = "auto"
     template: Literal["auto", "chat"] = "auto"
     template_arguments: dict[str, Any] = field(default_factory=dict)
-    chosen_score: str = "score_chosen"
-    rejected_score: str = "score_rejected"
+    chosen_score: dict[str, float] | str = "score_chosen"
+    rejected_score: dict[str, float] | str = "score_rejected"
     weight: str | None = None
     label_smoothing: str | None = None
     margin: str | None = None
@@ -95,6 +97,9 @@ class DataConfig:
             raise ConfigError(f"data.mix names the sources, so data.path={self.path} would not be read; leave it out.")
         if self.mix and self.eval_rows:
             raise ConfigError("data.eval_rows holds out the end of data.path, not of data.mix; give data.eval_path.")
+        for key, columns in (("chosen_score", self.chosen_score), ("rejected_score", self.rejected_score)):
+            if not columns or (isinstance(columns, dict) and not all(map(math.isfinite, columns.values()))):
+                raise ConfigError(f"data.{key}={columns} must name a column, or columns with a finite weight each.")
         for source, weight in self.mix.items():
             if not weight > 0:
                 raise ConfigError(f"data.mix: the weight {weight} of {source} must be greater than 0.")

@@ -19,6 +19,7 @@ from rpo_jax.data.layouts.messages import turns_text
 from rpo_jax.data.layouts.ranked import ABOVE_MEAN, AllEqual, Rule, by_rule
 
 _DETECTION_ROWS = 100  # the layout is a vote, so that a broken first row does not hide it
+ScoreColumns = str | Mapping[str, float]
 _NAMED_COLUMNS, _NAME_CHARACTERS = 200, 100  # so many are reported, and none longer: junk has any number
 
 
@@ -50,7 +51,7 @@ def make_examples(
     rows: Iterable[Row | BadRow],
     layout: str = "auto",
     on_bad_row: Literal["error", "skip"] = "error",
-    scores: Mapping[str, str] | None = None,
+    scores: Mapping[str, ScoreColumns] | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
     rule: Rule = ABOVE_MEAN,
@@ -63,7 +64,8 @@ def make_examples(
         layout: a name in LAYOUTS, or `auto` to go by the columns.
         on_bad_row: `error` raises if any row is unusable, naming the first by file and line, and counting all by
             kind; `skip` leaves them out and returns their counts as `faults`.
-        scores: for each kind of response the column with its score; a row that lacks one that it needs is unusable.
+        scores: for each kind of response the column with its score, or columns and their weights in a sum; a row that
+            lacks one that it needs is unusable.
         columns: what the rows call columns of the layout, where their names differ.
         ignore_columns: columns that are as if they were not there.
         rule: which of a prompt's responses are chosen, where the layout ranks them by scores.
@@ -164,7 +166,7 @@ class _Read:
                 )
 
     def outcomes(
-        self, layout: Layout, rows: Iterable[Row], scores: Mapping[str, str] | None
+        self, layout: Layout, rows: Iterable[Row], scores: Mapping[str, ScoreColumns] | None
     ) -> Iterator[PreferenceExample | BadRow]:
         fields = self._fields(layout, rows)
         scores = None if layout.ranks else scores
@@ -205,10 +207,16 @@ def _ranked(example: PreferenceExample, rule: Rule) -> PreferenceExample | BadRo
         return BadRow(example.row_id, str(reason))
 
 
-def _scored(example: PreferenceExample, row: Row, columns: Mapping[str, str]) -> PreferenceExample | BadRow:
+def _scored(example: PreferenceExample, row: Row, columns: Mapping[str, ScoreColumns]) -> PreferenceExample | BadRow:
     """The example with the scores that its row gives to the responses it has."""
+
+    def score(of: ScoreColumns) -> float:
+        if isinstance(of, str):
+            return number_field(row.values, of)
+        return math.fsum(weight * number_field(row.values, column) for column, weight in of.items())
+
     try:
-        responses = [one._replace(score=number_field(row.values, columns[one.kind])) for one in example.responses]
+        responses = [one._replace(score=score(columns[one.kind])) for one in example.responses]
     except Unusable as reason:
         return BadRow(example.row_id, f"{reason} (data.chosen_score and data.rejected_score name the columns)")
     return replace(example, responses=tuple(responses))
