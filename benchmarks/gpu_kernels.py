@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpo_jax.models import grouped
-from rpo_jax.models.attention import fused
+from rpo_jax.models.attention import fused, visits
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import Asked
@@ -240,12 +240,12 @@ class Roof:
 
 def roof(tokens: int, head_dim: int = 128, number: int = 2) -> Roof:
     """Of a row of one pair; HEADS query heads and GROUPS key-value heads, numbers of so many bytes."""
-    plan = jax.jit(partial(fused.make_plan, window=None))(row_of_a_pair(tokens))
+    plan = jax.jit(partial(visits.make_plan, window=None))(row_of_a_pair(tokens))
     by_queries, by_keys = (int(visits.seen.sum()) for visits in plan)
-    blocks = tokens // fused.LARGE
-    product = 2.0 * fused.LARGE * fused.SMALL * head_dim * HEADS
+    blocks = tokens // visits.LARGE
+    product = 2.0 * visits.LARGE * visits.SMALL * head_dim * HEADS
     row = number * tokens * head_dim
-    read = HEADS * number * head_dim * (2 * tokens + 2 * fused.SMALL * by_queries)
+    read = HEADS * number * head_dim * (2 * tokens + 2 * visits.SMALL * by_queries)
     once = row * (2 * HEADS + 2 * GROUPS), row * (4 * HEADS + 4 * GROUPS)
     flops = PRODUCTS["forward"] * product * by_queries
     backward = product * (PRODUCTS["queries"] * by_queries + PRODUCTS["keys"] * by_keys)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu, gpu_kernels, suite
-from rpo_jax.models.attention.fused import KIND, LARGE, SMALL
+from rpo_jax.models.attention.fused import KIND
+from rpo_jax.models.attention.visits import LARGE, SMALL
 from rpo_jax.models.attention.masking import visible
 
 

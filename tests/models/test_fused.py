@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from benchmarks.gpu_kernels import row_of_a_pair
 from rpo_jax.hosts.sharding import MESH_AXES, Placement
-from rpo_jax.models.attention import fused
+from rpo_jax.models.attention import fused, visits
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.masking import TokenIds, visible
 from rpo_jax.models.attention.registry import ATTENTIONS, Asked, attention_name, check_attention, make_attention
@@ -24,8 +24,9 @@ TOKENS = 3 * LARGE
 def interpreted(request, monkeypatch):
     """On the platform that there is."""
     if "real_blocks" not in request.fixturenames:
-        monkeypatch.setattr(fused, "LARGE", LARGE)
-        monkeypatch.setattr(fused, "SMALL", SMALL)
+        for module in (fused, visits):
+            monkeypatch.setattr(module, "LARGE", LARGE)
+            monkeypatch.setattr(module, "SMALL", SMALL)
     kind = ATTENTIONS["fused"]._replace(make=partial(fused.make, interpret=True), platforms=())
     monkeypatch.setitem(ATTENTIONS, "fused", kind)
 
@@ -87,7 +88,7 @@ def test_the_kernels_give_what_dense_attention_gives(kv_heads, head_dim, windows
 @pytest.mark.usefixtures("real_blocks")
 def test_bfloat16_is_as_near_to_float32_as_dense_attention_is(head_dim):
     """A prompt of more than a block and two answers: some blocks need no mask, some are not visited."""
-    tokens = 3 * fused.LARGE
+    tokens = 3 * visits.LARGE
     layout = row_of_a_pair(tokens)
     *qkv, weight = tensors(1, tokens, 1, 2, head_dim)
     exact = value_and_gradients("dense", layout, qkv, weight, (None,), jnp.array(0))
@@ -104,7 +105,7 @@ def test_the_plan_has_the_blocks_that_see_something_and_no_others(window):
     tokens = 4 * LARGE
     layout = packed_layout(3, tokens, seed=4)
     mask = np.asarray(visible(*layout, window)) & (np.asarray(layout.segment_ids) > 0)[:, :, None]
-    plan = jax.jit(partial(fused.make_plan, window=window))(layout)
+    plan = jax.jit(partial(visits.make_plan, window=window))(layout)
     for visits, seen in ((plan.of_queries, mask), (plan.of_keys, mask.swapaxes(1, 2))):
         order, masked, count = (np.asarray(x) for x in visits)
         assert 0 < count.sum() < 3 * np.tril(np.ones((8, 8))).sum()
