@@ -241,7 +241,7 @@ class Roof:
 def roof(tokens: int, head_dim: int = 128, number: int = 2) -> Roof:
     """Of a row of one pair; HEADS query heads and GROUPS key-value heads, numbers of so many bytes."""
     plan = jax.jit(partial(visits.make_plan, window=None))(row_of_a_pair(tokens))
-    by_queries, by_keys = (int(visits.seen.sum()) for visits in plan)
+    by_queries, by_keys = (int(found.seen.sum()) for found in plan)
     blocks = tokens // visits.LARGE
     product = 2.0 * visits.LARGE * visits.SMALL * head_dim * HEADS
     row = number * tokens * head_dim

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import gpu, gpu_kernels, suite
 from rpo_jax.models.attention.fused import KIND
-from rpo_jax.models.attention.visits import LARGE, SMALL
 from rpo_jax.models.attention.masking import visible
+from rpo_jax.models.attention.visits import LARGE, SMALL
 
 
 @pytest.mark.slow

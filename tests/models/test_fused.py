@@ -106,8 +106,8 @@ def test_the_plan_has_the_blocks_that_see_something_and_no_others(window):
     layout = packed_layout(3, tokens, seed=4)
     mask = np.asarray(visible(*layout, window)) & (np.asarray(layout.segment_ids) > 0)[:, :, None]
     plan = jax.jit(partial(visits.make_plan, window=window))(layout)
-    for visits, seen in ((plan.of_queries, mask), (plan.of_keys, mask.swapaxes(1, 2))):
-        order, masked, count = (np.asarray(x) for x in visits)
+    for found, seen in ((plan.of_queries, mask), (plan.of_keys, mask.swapaxes(1, 2))):
+        order, masked, count = (np.asarray(x) for x in found)
         assert 0 < count.sum() < 3 * np.tril(np.ones((8, 8))).sum()
         blocks = seen.reshape(3, 4, LARGE, 8, SMALL).swapaxes(2, 3)
         for row, block in np.ndindex(count.shape):
