@@ -12,13 +12,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rpo_jax import models, plan
-from rpo_jax.config import BatchConfig, Config, DataConfig, MeshConfig, PolicyConfig
+from rpo_jax.config import BatchConfig, Config, DataConfig, LoraConfig, MeshConfig, PolicyConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.tools.planning import hlo, planner, search, targets, workload
 from rpo_jax.tools.planning.arithmetic import StepSizes, step_flops
 from rpo_jax.tools.planning.chips import CHIPS
 from rpo_jax.tools.planning.compiled import abstract_batch
-from rpo_jax.tools.planning.workload import BatchShape, Lengths, assumed_lengths, planned_batch, step_sizes
+from rpo_jax.tools.planning.workload import BatchShape, Lengths, assumed_lengths, necessary, planned_batch, step_sizes
 from rpo_jax.training.step import build_steps
 from tests.worlds import small_model
 
@@ -190,6 +190,25 @@ def test_attention_is_counted_as_often_as_its_backward_pass_multiplies(attention
     of_attention = step_flops(model, step) - step_flops(model, replace(step, seen_pairs=0))
     forward = 4 * model.num_layers * model.num_heads * model.head_dim * step.seen_pairs
     assert of_attention == pytest.approx((1 + times) * forward)
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_no_more_is_necessary_than_is_done(rank):
+    """Of rows without padding: adapters need no gradients of the matrices below them."""
+    model, path = small_model(hidden_size=256, intermediate_size=512), "base" if rank else None
+    config = Config(
+        model=PolicyConfig(path=path, remat="none"),
+        lora=LoraConfig(rank=rank),
+        data=DataConfig(max_prompt_tokens=16, max_tokens=72),
+        batch=BatchConfig(pairs=8),
+    )
+    lengths = assumed_lengths(config, None, None, None)
+    batch = planned_batch(config, lengths, ("chosen", "rejected"), 1, "cpu")
+    assert batch.filled_tokens == batch.rows * batch.row_tokens
+    share = necessary(model, config, lengths, ("chosen", "rejected")) / step_flops(
+        model, step_sizes(config, model, batch, "cpu", 0)
+    )
+    assert 0.75 < share < 1  # logits are computed twice
 
 
 def test_the_batch_has_the_shape_that_the_loader_gives_it():

@@ -195,7 +195,7 @@ def necessary(model: ModelConfig, config: Config, lengths: Lengths, responses: t
     total = 0
     for example in lengths.tokens:
         for prompt, segment in _segments(config, example, responses):
-            total += necessary_flops(model, prompt, segment)
+            total += necessary_flops(model, prompt, segment, frozen=config.lora.rank > 0)
     return total / len(lengths.tokens) * config.batch.pairs
 
 
