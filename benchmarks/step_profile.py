@@ -6,7 +6,8 @@ The step of benchmarks/cells/ours.py runs under JAX's profiler. Every operation 
 part by the scope that it was traced in and by whether it multiplies matrices. A part's own limit is the greater of two
 times: its multiplications at the rate of the machine's best products, and its arrays, read and written once, at the
 bandwidth of the machine's best sum of two large arrays; both rates are measured first. An operation's time is that of
-the thread it runs on, so that the parts add up to the step where operations follow each other.
+the thread it runs on, so that the parts add up to the step where operations follow each other; products that run beside
+others are counted with those.
 """
 
 from __future__ import annotations
