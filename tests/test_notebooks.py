@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib
+import inspect
 import json
 import re
 import tomllib
@@ -70,6 +74,28 @@ def test_a_notebook_opens_in_colab_where_it_fetches_what_it_needs(path):
     assert set(project["optional-dependencies"]) >= {*extras.split(","), *accelerators}
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_a_notebook_calls_what_there_is_as_it_is_called(path):
+    """Without a run, which takes minutes: every function of ours that a cell calls takes the arguments it is given."""
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    nodes = [node for source in code for node in ast.walk(ast.parse(source))]
+    known = {"rpo_jax": rpo_jax}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("rpo_jax"):
+            known |= {name.name: getattr(importlib.import_module(str(node.module)), name.name) for name in node.names}
+    checked = 0
+    for node in nodes:
+        words = ast.unparse(node.func).split(".") if isinstance(node, ast.Call) else []
+        if not words or words[0] not in known or not all(word.isidentifier() for word in words):
+            continue
+        assert isinstance(node, ast.Call)
+        called = functools.reduce(getattr, words[1:], known[words[0]])
+        given = {keyword.arg: None for keyword in node.keywords if keyword.arg is not None}
+        inspect.signature(called).bind(*node.args, **given)
+        checked += 1
+    assert checked >= 5
+
+
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
     """A small model that answers conversations."""
@@ -89,7 +115,7 @@ def executed(path: Path, runs: Path, model: Path) -> nbformat.NotebookNode:
     }
     assert set(changes) == set(named), "every parameter has a small value here"
     cell.source = "\n".join(f"{name} = {value!r}" for name, value in changes.items())
-    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(notebook, timeout=3000, resources={"metadata": {"path": str(path.parent)}}).execute()
     return notebook
 
 
@@ -105,6 +131,7 @@ def figures(notebook: nbformat.NotebookNode) -> int:
 
 @pytest.mark.filterwarnings("default")  # of the kernel's client: tornado, zmq and asyncio warn of each other
 @pytest.mark.slow  # more than a minute each
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_a_notebook_runs(path, tmp_path, chat_model):
     notebook = executed(path, tmp_path / "runs", chat_model)
