@@ -139,8 +139,9 @@ def write_reports(study: Study, runner: CellRunner, command: str) -> list[Path]:
     results, points = table_results(study, runner), tried(trials(study, runner), tuned_settings(study, runner))
     effort = f"`{command}`: {_effort(study, runner)}"
     tables = [markdown(table.title, *filled(table, results[table.name])) for table in study.tables]
+    tables += [markdown(TRIED, *points)] if points[1] else []
     for name, text in (
-        ("report.md", "\n".join([f"# Comparison\n\n{effort}\n", *tables, markdown(TRIED, *points)])),
+        ("report.md", "\n".join([f"# Comparison\n\n{effort}\n", *tables])),
         ("report.html", make_page(study, results, points, effort)),
     ):
         atomic_write(runner.folder / name, text)
@@ -202,5 +203,5 @@ def _effort(study: Study, runner: CellRunner) -> str:
     hours, worked = (sum(result.get(key, 0) for result in done) / 3600 for key in ("seconds", "cpu_seconds"))
     worked = f" ({worked:.1f} of processors)" if worked else ""
     seeds = ", ".join(map(str, study.seeds))
-    tuned = f", tuned on {study.tuning_seed}" if study.tables else ""
+    tuned = f", tuned on {study.tuning_seed}" if study.tables and trials(study, runner) else ""
     return f"seeds {seeds}{tuned}; {len(done)} of {len(runs)} runs, which took {hours:.1f} hours one by one{worked}."

@@ -55,12 +55,14 @@ class Column:
     Attributes:
         values: from a cell's result to a number, or to one for each prompt; None where the cell has none.
         digits: printed behind the point, after `scale`.
+        varies: whether the seeds' interval says something; not of seconds, which depend on what else runs.
     """
 
     title: str
     values: Callable[[Result], Any]
     digits: int = 1
     scale: float = 1.0
+    varies: bool = True
 
 
 def _metric(name: str) -> Callable[[Result], Any]:
@@ -74,16 +76,18 @@ COLUMNS = (
     Column("reward margin", _metric("eval_rewards/margins"), 2),
     Column("KL to the start, nats", lambda result: result.get("divergence"), 2),
     Column("answer length, tokens", lambda result: result.get("answer_tokens"), 1),
-    Column("training time, s", lambda result: result.get("train_seconds"), 0),
+    Column("training time, s, median", lambda result: result.get("train_seconds"), 0, varies=False),
 )
 
 
 def summarised(column: Column, results: Sequence[Result]) -> Interval | None:
-    """A column's mean and interval over the seeds' results; None where there is nothing to tell."""
+    """A column's mean and interval over the seeds' results, or its median; None where there is nothing to tell."""
     values = [column.values(result) for result in results]
     if not values or any(value is None for value in values):
         return None
     numbers = np.asarray(values, np.float64) * column.scale
+    if not column.varies:
+        return float(np.median(numbers)), float("nan"), float("nan")
     return over_seeds_and_prompts(numbers) if numbers.ndim == 2 else over_seeds(numbers)
 
 
