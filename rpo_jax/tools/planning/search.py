@@ -135,5 +135,14 @@ def _with_remat(config: Config, remat: str) -> Config:
 
 
 def ranked(trials: list[Trial]) -> list[Trial]:
-    """Those that fit, by the time of a step without overlap; then the others."""
-    return sorted(trials, key=lambda trial: (not trial.fits, trial.estimate.seconds_serial if trial.estimate else 0.0))
+    """Those that fit, by the time of a step without overlap and, where three digits of it are equal, by memory."""
+
+    def place(trial: Trial) -> tuple[bool, float, float]:
+        found = trial.estimate
+        return (
+            not trial.fits,
+            float(f"{found.seconds_serial:.3g}") if found else 0.0,
+            found.peak_bytes if found else 0.0,
+        )
+
+    return sorted(trials, key=place)
