@@ -149,8 +149,8 @@ def test_a_notebook_runs(path, tmp_path, chat_model):
     assert (tmp_path / "runs" / "report.html").stat().st_size > 10_000
     # The run's progress is one output each that ends where the run ended, not a line a step.
     outputs = printed(notebook, {"quickstart": "result = rpo_jax.run(", "contrast": "sft = rpo_jax.run("}[path.stem])
-    (bar,) = (output for output in outputs if "train " in output.get("data", {}).get("text/plain", ""))
-    assert re.search(r"train (\d+)/\1\b", bar.data["text/plain"])
+    (bar,) = (output for output in outputs if output.get("data", {}).get("text/plain", "").startswith("train "))
+    assert re.match(r"train (\d+)/\1\b", bar.data["text/plain"])
     assert "<progress" in bar.data["text/html"]
     if path.stem == "quickstart":
         tables = [output.data["text/html"] for output in printed(notebook, "rows.append([*texts, verdict(")]
