@@ -30,6 +30,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Ledger(path))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests may take an hour where none says otherwise: what a machine does besides decides how long they are."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture
 def disk_of(tmp_path_factory):
     """Mounts disks of a size (`6m`), empty ones in memory; skips where that is not allowed."""

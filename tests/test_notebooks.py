@@ -131,7 +131,6 @@ def figures(notebook: nbformat.NotebookNode) -> int:
 
 @pytest.mark.filterwarnings("default")  # of the kernel's client: tornado, zmq and asyncio warn of each other
 @pytest.mark.slow  # more than a minute each
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_a_notebook_runs(path, tmp_path, chat_model):
     notebook = executed(path, tmp_path / "runs", chat_model)
