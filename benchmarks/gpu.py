@@ -233,6 +233,8 @@ def sampling(tiny: bool, rest: Sequence[str]) -> None:
     count, tokens, new = (2, 16, 40) if tiny else (64, 128, 256)
     model, params = make_model("tiny" if tiny else MODEL)
     mesh, rng = sharding.make_mesh(MeshConfig()), np.random.default_rng(0)
+    shards = sharding.row_shards(mesh)
+    count = -(-count // shards) * shards  # as many on every device
     prompts = [rng.integers(FIRST_WORD, model.vocab_size, tokens).astype(np.int32) for _ in range(count)]
     engine = Engine(model, mesh, sampling=Sampling(), end_ids=(), compute_dtype="bfloat16")
     with jax.set_mesh(mesh):
