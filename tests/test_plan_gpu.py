@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_told_with_what_it_takes(capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-RESHARDED = "where weights are small beside a row XLA moves hidden states instead of gathering weights"
+RESHARDED = "XLA moves hidden states between devices here instead of gathering weights; why is not known"
 
 
 @pytest.mark.parametrize("context", [1, pytest.param(4, marks=pytest.mark.xfail(reason=RESHARDED, strict=True))])
@@ -152,7 +152,7 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all(cont
     assert not [shape for shape in shapes if shape.dims[-2:] == (own, tokens)]
     gathered = [one.shape for one in hlo.collectives(text, most_trips=1) if one.kind == "all-gather"]
     keys = rows * tokens * (KV_HEADS // 2) * WIDTH // HEADS
-    of_tokens = [shape for shape in gathered if tokens in shape.dims]
+    of_tokens = [shape for shape in gathered if shape.bytes // 2 in (keys, rows * tokens * WIDTH)]
     assert {shape.bytes // 2 for shape in of_tokens} == ({keys} if context > 1 else set())
 
 
