@@ -38,6 +38,7 @@ SYSTEMS = {  # system -> the environment that it needs, and the module that meas
 CEILINGS = tuple(name for name in SYSTEMS if name.startswith("ceiling-"))
 MEASURED = tuple(name for name in SYSTEMS if name not in CEILINGS)
 
+VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 SMALL_BATCH = 16  # pairs up to which a step is short enough to afford a whole one as warm-up, and three timed
 INTERPRETERS = ("--dev-python", "--peers-python")
 POLL_SECONDS = 0.1
@@ -174,11 +175,14 @@ def run_cell(spec: CellSpec, python: str, log: Path, limits: Limits) -> dict[str
 
 def describe_machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = values.get("flags", "").split()
+    # One name may stand for several generations: their vectors tell those apart whose products are not alike.
+    vectors = [name for flag, name in VECTORS.items() if flag in flags][:1]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "processor": models[0] if models else platform.processor(),
+        "processor": ", ".join([values.get("model name", platform.processor()), *vectors]),
         "cores": os.cpu_count(),
         "memory_gib": round(total_memory() / GIB, 1),
         "commit": commit.stdout.strip() + ("+" if changes.stdout.strip() else ""),
