@@ -24,15 +24,36 @@ Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
 # should be large; the rest of the tokens goes into smaller ones, so that little is computed for nothing.
 CHUNK_TOKENS = 1024
 REST_SHARE = 8
+HALVES = (1, 2, 4, 8)  # shares of a chunk in fewer turns, each of which is one more loop to compile
 
 
 class Settings(NamedTuple):
-    """How the head runs: tokens of a chunk, where logits go, their softcap, whether collisions are asked for."""
+    """How the head runs.
+
+    Attributes:
+        chunk_tokens: of a shard, at a time.
+        constrain: where logits go.
+        softcap: of the logits.
+        collides: whether collisions are asked for.
+        keeps: whether the first chunk's logits are kept for the backward pass, which computes the others again.
+    """
 
     chunk_tokens: int
     constrain: Constrain
     softcap: float | None = None
     collides: bool = False
+    keeps: bool = False
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        return HALVES if self.keeps else (1, REST_SHARE)
+
+
+class Kept(NamedTuple):
+    """What the backward pass finds of the first chunk."""
+
+    logits: Float[Array, "S c V"]
+    normaliser: Float[Array, "S c"]  # log of the sum of their exponentials
 
 
 def response_log_probs(
@@ -48,6 +69,7 @@ def response_log_probs(
     constrain: Constrain | None = None,
     softcap: float | None = None,
     collides: bool = False,
+    keeps: bool = False,
 ) -> tuple[Float[Array, "P"], Int[Array, "P"], Float[Array, "P"] | None]:
     """Summed log-prob (nats, float32) and number of scored tokens of every response of the batch.
 
@@ -72,11 +94,12 @@ def response_log_probs(
         softcap: c, where the model's logits are c tanh(hidden @ head / c).
         collides: give also the sum over a response's tokens of log sum_v p_v^2, nats, without gradient: the log of the
             probability that two tokens drawn there are the same. None otherwise.
+        keeps: keep the first chunk's logits for the backward pass, which then does not multiply them again.
 
     Raises:
         ValueError: chunk_tokens below 1.
     """
-    settings = Settings(chunk_tokens, constrain or _anywhere, softcap, collides)
+    settings = Settings(chunk_tokens, constrain or _anywhere, softcap, collides, keeps)
     found, collision, _, response_ids = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
     if collision is not None:
         collision, _ = by_response(collision, response_ids, num_responses)
@@ -105,9 +128,10 @@ def token_log_probs(
     shards: Shards = ONE,
     constrain: Constrain | None = None,
     softcap: float | None = None,
+    keeps: bool = False,
 ) -> Float[Array, "R T"]:
     """Log-prob of every scored token (nats, float32) at its place, 0 elsewhere; as `response_log_probs`."""
-    settings = Settings(chunk_tokens, constrain or _anywhere, softcap)
+    settings = Settings(chunk_tokens, constrain or _anywhere, softcap, keeps=keeps)
     found, _, order, response_ids_first = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
     found = jnp.where(response_ids_first >= 0, found, 0.0)
     by_place = jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1)
@@ -171,23 +195,25 @@ Chunk = Callable[[jax.Array], jax.Array]  # [S, n, ...] to the chunk's [S, c, ..
 
 
 def _over_chunks(
-    chunk_tokens: int, scored: Bool[Array, "S n"], body: Callable[[Chunk, jax.Array, Any], Any], carry: Any
+    settings: Settings, begin: Any, end: jax.Array, body: Callable[[Chunk, jax.Array, Any], Any], carry: Any
 ) -> Any:
-    """Run body(chunk, its first token, carry) over all scored tokens: large chunks, then small ones for the rest."""
-    most = jnp.max(jnp.sum(scored, axis=1))
-    rest_tokens = -(-chunk_tokens // REST_SHARE)
-    full = most // chunk_tokens * chunk_tokens
-    for size, begin, count in (
-        (chunk_tokens, 0, most // chunk_tokens),
-        (rest_tokens, full, (most - full + rest_tokens - 1) // rest_tokens),
-    ):
+    """Run body(chunk, its first token, carry) over the tokens from `begin` on: large chunks, then smaller ones."""
+    for share in settings.shares:
+        size = -(-settings.chunk_tokens // share)
+        left = jnp.maximum(end - begin, 0)
+        count = (left + size - 1) // size if share == settings.shares[-1] else left // size
 
         def turn(number: jax.Array, carry: Any, size: int = size, begin: Any = begin) -> Any:
             start = begin + number * size
             return body(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=1), start, carry)
 
         carry = lax.fori_loop(0, count, turn, carry)
+        begin += count * size
     return carry
+
+
+def _most(scored: Bool[Array, "S n"]) -> Int[Array, ""]:
+    return jnp.max(jnp.sum(scored, axis=1))
 
 
 def _padded(settings: Settings, *arrays: jax.Array) -> list[jax.Array]:
@@ -195,17 +221,19 @@ def _padded(settings: Settings, *arrays: jax.Array) -> list[jax.Array]:
     return [jnp.pad(x, ((0, 0), (0, settings.chunk_tokens))) for x in arrays]
 
 
-def _logits(
-    settings: Settings, hidden: Float[Array, "S m D"], head: Float[Array, "D V"], predictor: Array, scored: Array
-) -> tuple[Float[Array, "S c D"], Float[Array, "S c V"]]:
-    """Hidden states of a chunk's predictors, and their logits in float32."""
+def _read(hidden: Float[Array, "S m D"], predictor: Array, scored: Array) -> Float[Array, "S c D"]:
+    """Hidden states of a chunk's predictors."""
     at = jnp.take_along_axis(hidden, predictor[..., None], axis=1)
     # Garbage at unscored positions must not reach a gradient through 0 * nan.
-    at = jnp.where(scored[..., None], at, 0)
-    logits = jnp.einsum("scd,dv->scv", at, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return jnp.where(scored[..., None], at, 0)
+
+
+def _logits(settings: Settings, at: Float[Array, "S c D"], head: Float[Array, "D V"]) -> Float[Array, "S c V"]:
+    """In float32."""
+    logits = jnp.einsum("scd,dv->scv", at, head.astype(at.dtype), preferred_element_type=jnp.float32)
     if settings.softcap is not None:
         logits = settings.softcap * jnp.tanh(logits / settings.softcap)
-    return at, settings.constrain(logits, ("shards", "chunk", "vocab"))
+    return settings.constrain(logits, ("shards", "chunk", "vocab"))
 
 
 def _is_target(logits: Float[Array, "S c V"], targets: Int[Array, "S c"]) -> Bool[Array, "S c V"]:
@@ -214,50 +242,76 @@ def _is_target(logits: Float[Array, "S c V"], targets: Int[Array, "S c"]) -> Boo
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_log_probs(
+def _token_log_probs(settings: Settings, *inputs: jax.Array) -> tuple[Any, Any]:
+    """log softmax(hidden[s, predictor] @ head)[target] where scored, which comes first in every shard.
+
+    And where it is asked for, log sum_v softmax_v^2, which has no gradient.
+    """
+    return _run(settings, *inputs)[0]
+
+
+def _run(
     settings: Settings,
     hidden: Float[Array, "S m D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "S n"],
     predictor: Int[Array, "S n"],
     scored: Bool[Array, "S n"],
-) -> tuple[Any, Any]:
-    """log softmax(hidden[s, predictor] @ head)[target] where scored, which comes first in every shard.
-
-    And where it is asked for, log sum_v softmax_v^2, which has no gradient.
-    """
+    keeps: bool = False,
+) -> tuple[tuple[Any, Any], Kept | None]:
     ids = _padded(settings, targets, predictor, scored)
+    shape, most = ids[0].shape, _most(scored)
 
-    def body(chunk: Chunk, start: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def body(chunk: Chunk, start: jax.Array, found: tuple[Any, Kept | None]) -> tuple[Any, Kept | None]:
         targets, predictor, scored = map(chunk, ids)
-        _, logits = _logits(settings, hidden, head, predictor, scored)
+        logits = _logits(settings, _read(hidden, predictor, scored), head)
         target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
-        new = [target - normaliser]
+        new: Any = [target - normaliser]
         if settings.collides:
             new.append(jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normaliser)
-        return tuple(lax.dynamic_update_slice_in_dim(of, x, start, axis=1) for of, x in zip(found, new, strict=True))
+        kept = None if found[1] is None else Kept(logits, normaliser)
+        return jax.tree.map(lambda of, x: lax.dynamic_update_slice_in_dim(of, x, start, axis=1), found, (new, kept))
 
-    empty = (jnp.zeros(ids[0].shape, jnp.float32),) * (2 if settings.collides else 1)
-    found, *collision = (x[:, : targets.shape[1]] for x in _over_chunks(settings.chunk_tokens, scored, body, empty))
-    return found, collision[0] if collision else None
+    empty: Any = [jnp.zeros(shape, jnp.float32)] * (1 + settings.collides)
+    kept, begin = None, 0
+    if keeps:
+        begin = settings.chunk_tokens
+        # The last and smallest turn may reach past the chunk's end.
+        room = begin + -(-begin // settings.shares[-1])
+        first = jnp.zeros((len(hidden), room, head.shape[-1]), jnp.float32)
+        kept = Kept(first, jnp.zeros(first.shape[:2], jnp.float32))
+        empty, kept = _over_chunks(settings, 0, jnp.minimum(most, begin), body, (empty, kept))
+    found, _ = _over_chunks(settings, begin, most, body, (empty, None))
+    log_probs, *collision = (x[:, : targets.shape[1]] for x in found)
+    return (log_probs, collision[0] if collision else None), kept
 
 
-def _forward(settings: Settings, *inputs: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
-    # Nothing of the forward pass is kept: where only the gradient is asked for, it need not run at all.
-    return _token_log_probs(settings, *inputs), inputs
+def _forward(settings: Settings, *inputs: jax.Array) -> tuple[Any, tuple[Any, ...]]:
+    # Without `keeps` nothing of the forward pass is kept: where only the gradient is asked for, it need not run at all.
+    found, kept = _run(settings, *inputs, keeps=settings.keeps)
+    return found, (*inputs, kept)
 
 
-def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+def _backward(settings: Settings, saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     """d log p[target] / d logits = onehot(target) - softmax(logits); a cap c multiplies by 1 - (logits / c)^2."""
     cotangent, _ = cotangents
-    hidden, head, targets, predictor, scored = saved
+    hidden, head, targets, predictor, scored, kept = saved
     ids = _padded(settings, targets, predictor, scored, jnp.where(scored, cotangent, 0.0))
+    most = _most(scored)
 
-    def body(chunk: Chunk, _: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def body(
+        kept: Kept | None, chunk: Chunk, _: jax.Array, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         targets, predictor, scored, weight = map(chunk, ids)
-        at, logits = _logits(settings, hidden, head, predictor, scored)
-        difference = _is_target(logits, targets) - jax.nn.softmax(logits, axis=-1)
+        at = _read(hidden, predictor, scored)
+        if kept is None:
+            logits = _logits(settings, at, head)
+            share = jax.nn.softmax(logits, axis=-1)
+        else:
+            logits, normaliser = map(chunk, kept)
+            share = jnp.exp(logits - normaliser[..., None])
+        difference = _is_target(logits, targets) - share
         if settings.softcap is not None:
             difference *= 1 - jnp.square(logits / settings.softcap)
         difference = (weight[..., None] * difference).astype(hidden.dtype)
@@ -269,8 +323,11 @@ def _backward(settings: Settings, saved: tuple[jax.Array, ...], cotangents: tupl
 
     # The head's gradient stays apart for each shard, and is summed once: not over all devices for every chunk.
     of_shards = settings.constrain(jnp.zeros((len(hidden), *head.shape), jnp.float32), ("shards", "hidden", "vocab"))
-    zeros = jnp.zeros(hidden.shape, jnp.float32), of_shards
-    to_hidden, to_head = _over_chunks(settings.chunk_tokens, scored, body, zeros)
+    carry, begin = (jnp.zeros(hidden.shape, jnp.float32), of_shards), 0
+    if kept is not None:
+        begin = settings.chunk_tokens
+        carry = _over_chunks(settings, 0, jnp.minimum(most, begin), partial(body, kept), carry)
+    to_hidden, to_head = _over_chunks(settings, begin, most, partial(body, None), carry)
     return to_hidden.astype(hidden.dtype), jnp.sum(to_head, axis=0).astype(head.dtype), None, None, None
 
 

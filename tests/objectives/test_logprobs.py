@@ -75,13 +75,15 @@ def test_bfloat16_hidden_states_lose_nothing_after_the_product():
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("chunk_tokens", "keeps"), [(4, False), *((chunk, True) for chunk in (1, 4, 13, 22, 128))])
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_gradients_are_those_of_all_logits_at_once(dtype, rtol):
+def test_gradients_are_those_of_all_logits_at_once(dtype, rtol, chunk_tokens, keeps):
+    """Of 20 scored tokens: in chunks, of which the first may be kept."""
     hidden, head, *ids = draw(2, dtype)
-    coefficients = jnp.arange(1.0, P + 1)
+    coefficients, how = jnp.arange(1.0, P + 1), {"chunk_tokens": chunk_tokens, "keeps": keeps}
 
     def chunked(hidden, head):
-        return jnp.sum(coefficients * response_log_probs(hidden, head, *ids, P, chunk_tokens=4)[0])
+        return jnp.sum(coefficients * response_log_probs(hidden, head, *ids, P, **how)[0])
 
     got = jax.jit(jax.grad(chunked, (0, 1)))(hidden, head)
     expected = jax.grad(lambda *x: jnp.sum(coefficients * dense(*x, *ids)), (0, 1))(hidden, head)
@@ -91,17 +93,18 @@ def test_gradients_are_those_of_all_logits_at_once(dtype, rtol):
         np.testing.assert_allclose(ours, reference, rtol=rtol, atol=rtol * np.abs(reference).max())
 
 
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("name", ["response_log_probs", "token_log_probs"])
-def test_capped_logits_are_exact_in_values_and_gradients(name):
+def test_capped_logits_are_exact_in_values_and_gradients(name, keeps):
     """Gemma 2's head: logits c tanh(z / c)."""
     hidden, head, *ids = draw(2)
     coefficients, cap = jnp.arange(1.0, P + 1), 1.5
 
     def chunked(hidden, head):
         if name == "response_log_probs":
-            found = response_log_probs(hidden, head, *ids, P, chunk_tokens=4, softcap=cap)[0]
+            found = response_log_probs(hidden, head, *ids, P, chunk_tokens=4, softcap=cap, keeps=keeps)[0]
             return jnp.sum(coefficients * found)
-        found = token_log_probs(hidden, head, *ids, chunk_tokens=4, softcap=cap)
+        found = token_log_probs(hidden, head, *ids, chunk_tokens=4, softcap=cap, keeps=keeps)
         return jnp.sum(jnp.where(ids[2] >= 0, coefficients[ids[2]], 0) * found)
 
     def at_once(hidden, head):
