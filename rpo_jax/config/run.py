@@ -46,6 +46,8 @@ class MeshConfig:
         tensor: shards of heads, MLP and vocabulary.
         expert: shards of a mixture's experts, each of which has whole experts; of other parameters as fsdp.
         context: shards of a row's tokens, for rows that are too long for one device; of parameters as fsdp. A number.
+        reduce_dtype: what devices add the gradients of the layers' matrices in: `compute` is `model.compute_dtype`,
+            `float32` sends twice as much for them where that is bfloat16, and loses nothing along long axes.
     """
 
     data: int = -1
@@ -53,6 +55,7 @@ class MeshConfig:
     tensor: int = 1
     expert: int = 1
     context: int = 1
+    reduce_dtype: Literal["compute", "float32"] = "compute"
 
     @property
     def described(self) -> str:

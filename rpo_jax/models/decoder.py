@@ -79,6 +79,11 @@ class Layer(nnx.Module):
 
             return added(self.mlp_norm, mlp, self.mlp_output_norm, x)
 
+        if split.shards("tokens") > 1:
+            # Or XLA may gather hidden states instead, which are more where devices share rows.
+            self.attention.gather(split.gather, x.dtype)
+            if isinstance(self.mlp, GatedMLP) and not chunked:
+                self.mlp.gather(split.gather, x.dtype)
         x = constrain(added(self.attention_norm, attention, self.attention_output_norm, x)[0], axes)
         if not chunked:
             x, routing = transform(x, real)
@@ -86,7 +91,7 @@ class Layer(nnx.Module):
         # Before the loop over chunks, or each of them would gather the weights again.
         for module in (self.mlp_norm, self.mlp, self.mlp_output_norm):
             if module is not None:
-                module.gather(split.gather)
+                module.gather(split.gather, x.dtype)
         x, routing = in_chunks(transform, x, real, Shards(split.shards("rows"), split.shards("tokens")))
         return constrain(x, axes), routing
 

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rpo_jax.models.architecture import Experts
 from rpo_jax.models.attention.kind import Split
-from rpo_jax.models.projection import Adapted, Kernel, gathered, project_grouped
+from rpo_jax.models.projection import Adapted, Kernel, WideGradient, gathered, narrowed, project_grouped
 
 
 class Routing(NamedTuple):
@@ -111,7 +110,7 @@ def mixture(
         return out.reshape(x.shape), jax.tree.map(lambda total: total[None], found)
 
     # Before devices gather them: fewer bytes are sent.
-    gate, up, down = (kernel if kernel is None else _narrowed(kernel, x.dtype) for kernel in kernels)
+    gate, up, down = (kernel if kernel is None else narrowed(kernel, x.dtype) for kernel in kernels)
     weights = weights._replace(gate=gate, up=up, down=down)
     of_tokens, own = (*axes, None), ("shards", None)
     of_routing = Routing(*cast(Any, (own, own, ("shards",))))
@@ -135,20 +134,9 @@ def route(
     return share, chosen, probability
 
 
-def _narrowed(kernel: Kernel, dtype: DTypeLike) -> Kernel:
-    """Its float arrays in this dtype, where that is no wider than theirs."""
-
-    def narrow(x: Array) -> Array:
-        narrower = jnp.issubdtype(x.dtype, jnp.floating) and jnp.dtype(dtype).itemsize < x.dtype.itemsize
-        return x.astype(dtype) if narrower else x
-
-    if isinstance(kernel, Adapted):
-        return kernel._replace(kernel=_narrowed(kernel.kernel, dtype), a=narrow(kernel.a), b=narrow(kernel.b))
-    return narrow(kernel) if isinstance(kernel, jax.Array) else kernel
-
-
 def _is_divisible(kernel: Kernel | None) -> bool:
-    return kernel is None or isinstance(kernel.kernel if isinstance(kernel, Adapted) else kernel, jax.Array)
+    whole = kernel.kernel if isinstance(kernel, Adapted) else kernel
+    return isinstance(whole, jax.Array | WideGradient | None)
 
 
 def _mixed(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.experts import ExpertWeights, Routing, mixture
-from rpo_jax.models.projection import gathered, project
+from rpo_jax.models.projection import project, whole
 from rpo_jax.models.recompute import WHOLE, Axes
 from rpo_jax.models.rope import rotate
 
@@ -61,11 +61,15 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = project(x, self.kernel.get_value(), self.input_rank)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if self.bias is None:
+            return y
+        # Added in float32, which rounds to the same, so that its gradient is summed in float32.
+        bias = self.bias[...].astype(x.dtype).astype(jnp.float32)
+        return (y.astype(jnp.float32) + bias).astype(x.dtype)
 
-    def gather(self, gather: Constrain) -> None:
-        """Have the kernel whole over the devices that share rows."""
-        self.kernel.set_value(gathered(self.kernel.get_value(), self.axes, self.input_rank, gather))
+    def gather(self, gather: Constrain, dtype: DTypeLike) -> None:
+        """Have the kernel whole over the devices that share rows, sent in this dtype if that is narrower."""
+        self.kernel.set_value(whole(self.kernel.get_value(), self.axes, self.input_rank, gather, dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -87,8 +91,8 @@ class RMSNorm(nnx.Module):
         scale = self.scale[...].astype(jnp.float32)
         return (wide * inverse * (1 + scale if self.centred else scale)).astype(x.dtype)
 
-    def gather(self, gather: Constrain) -> None:
-        """Have the scale whole over the devices that share rows."""
+    def gather(self, gather: Constrain, dtype: DTypeLike) -> None:
+        """Have the scale whole over the devices that share rows; it is used as it is."""
         self.scale.set_value(gather(self.scale.get_value(), self.axes))
 
 
@@ -138,6 +142,12 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks[...]
         return self.output(constrain(attend(query, key, value, sinks), ("rows", "tokens", "heads", "head_dim")))
 
+    def gather(self, gather: Constrain, dtype: DTypeLike) -> None:
+        apart = self.query_key_value is None
+        for linear in (self.query, self.key, self.value) if apart else (self.query_key_value,):
+            linear.gather(gather, dtype)
+        self.output.gather(gather, dtype)
+
 
 class GatedMLP(nnx.Module):
     """down(activation(gate(x)) * up(x)).  Source: arXiv 2002.05202 (SwiGLU, GeGLU)."""
@@ -162,9 +172,9 @@ class GatedMLP(nnx.Module):
             gate, up = joined[..., 0, :], joined[..., 1, :]
         return self.down(constrain(ACTIVATIONS[self.activation](gate) * up, (*axes, "mlp")))
 
-    def gather(self, gather: Constrain) -> None:
+    def gather(self, gather: Constrain, dtype: DTypeLike) -> None:
         for linear in (self.gate, self.up, self.down) if self.gate_up is None else (self.gate_up, self.down):
-            linear.gather(gather)
+            linear.gather(gather, dtype)
 
 
 class ExpertMLP(nnx.Module):
@@ -205,12 +215,12 @@ class ExpertMLP(nnx.Module):
         )
         return mixture(self.experts, ACTIVATIONS[self.activation], weights, x, real, split, axes)
 
-    def gather(self, gather: Constrain) -> None:
+    def gather(self, gather: Constrain, dtype: DTypeLike) -> None:
         pair = ("gate_up",) if self.experts.joined else ()
         kernels = ((self.gate, ("embed", "mlp")), (self.up, ("embed", "mlp")), (self.down, ("mlp", "embed")))
         for kernel, axes in (*kernels, (self.gate_up, ("embed", "mlp", *pair))):
             if kernel is not None:
-                kernel.set_value(gathered(kernel.get_value(), ("experts", *axes), 1, gather, groups=1))
+                kernel.set_value(whole(kernel.get_value(), ("experts", *axes), 1, gather, dtype, groups=1))
         vectors = ((self.router_bias, ("routed",)), (self.gate_up_bias, ("experts", "mlp", *pair)))
         vectors += ((self.down_bias, ("experts", "embed")), (self.router, ("embed", "routed")))
         for param, axes in vectors:

@@ -37,6 +37,7 @@ from rpo_jax.models.families import FAMILIES, check_family
 from rpo_jax.models.huggingface.loading import load_pretrained
 from rpo_jax.models.huggingface.saving import save_pretrained
 from rpo_jax.models.modules import Constrain
+from rpo_jax.models.projection import Adapted, with_wide_gradient
 
 ROW_IDS = ("tokens", "positions", "segment_ids", "branch_ids")  # what a decoder reads of packed rows
 
@@ -177,6 +178,17 @@ class Policy:
     def combine(self, trained: Params, frozen: Params) -> Params:
         """The parameters that the decoder reads."""
         return adapters.combine(frozen, trained, self.lora) if self.trains_adapters else trained
+
+    def with_wide_gradients(self, params: Params) -> Params:
+        """The parameters that the decoder reads, with the gradients of the layers' matrices in float32.
+
+        In a narrower compute dtype products give them in that, and devices add them so. Where there are adapters it is
+        theirs: what lies beside them is frozen.
+        """
+        flat, matrices = flatten_dict(params), adapters.matrices(self.model_config)
+        adapted = {path for path, kernel in flat.items() if isinstance(kernel, Adapted)}
+        trained = adapted or matrices
+        return unflatten_dict({path: with_wide_gradient(x) if path in trained else x for path, x in flat.items()})
 
     def check(self, how: Execution, row_tokens: int | None) -> None:
         """Raise ValueError where the attention that is asked for cannot be had; row_tokens as for check_attention."""

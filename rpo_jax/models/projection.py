@@ -1,7 +1,7 @@
 """What the weights of a linear layer may be: an array, one in 8 or 4 bits, or any of these with an adapter beside it.
 
-The parameter tree itself says which: a kernel's place holds an array, a Quantized, an NF4, an Int4 or an Adapted.
-How weights get there is in rpo_jax.models.quantization.
+The parameter tree itself says which: a kernel's place holds an array, a Quantized, an NF4, an Int4 or an Adapted, and
+where gradients are to be in float32 a WideGradient. How weights get there is in rpo_jax.models.quantization.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -96,12 +96,22 @@ def _scale_levels() -> np.ndarray:
 SCALE_LEVELS = _scale_levels()
 
 
+class WideGradient(NamedTuple):
+    """W, whose gradient a product gives in float32, whatever dtype it multiplies in: so devices add it in float32 too.
+
+    Of a mixture's experts the gradient is what their products give, in x's dtype; as W itself is cast where it is used,
+    devices add that in float32.
+    """
+
+    kernel: Float[Array, "..."]
+
+
 class Adapted(NamedTuple):
     """W + a b, never added up."""
 
     kernel: Float[Array, "..."] | Quantized | Blockwise
-    a: Float[Array, "..."]  # [*inputs, rank]
-    b: Float[Array, "..."]  # [rank, *outputs]
+    a: Float[Array, "..."] | WideGradient  # [*inputs, rank]
+    b: Float[Array, "..."] | WideGradient  # [rank, *outputs]
 
 
 class Transposed(NamedTuple):
@@ -110,16 +120,17 @@ class Transposed(NamedTuple):
     kernel: Float[Array, "..."]  # [*outputs, *inputs]
 
 
-Kernel: TypeAlias = Array | Quantized | Blockwise | Adapted | Transposed
+Kernel: TypeAlias = Array | Quantized | Blockwise | Adapted | Transposed | WideGradient
 FEW_ROWS = 128
 
 
 def project(x: Float[Array, "..."], kernel: Kernel, input_rank: int) -> Float[Array, "..."]:
     """x W, contracting the last `input_rank` axes of x with the first ones of W, in x's dtype."""
     if isinstance(kernel, Adapted):
-        inner = _product(x, kernel.a.astype(x.dtype), input_rank)
-        delta = _product(inner, kernel.b.astype(x.dtype), 1)
+        delta = project(project(x, kernel.a, input_rank), kernel.b, 1)
         return project(x, kernel.kernel, input_rank) + delta
+    if isinstance(kernel, WideGradient):
+        return _product_of_wide_gradient(x, kernel.kernel, input_rank)
     if isinstance(kernel, Quantized):
         return _project_quantized(x, kernel, input_rank)
     if isinstance(kernel, Transposed):
@@ -138,9 +149,18 @@ def project_grouped(x: Float[Array, "N I"], kernel: Kernel, rows_of: Int[Array, 
         inner = project_grouped(x, kernel.a, rows_of)
         return project_grouped(x, kernel.kernel, rows_of) + project_grouped(inner, kernel.b, rows_of)
     assert not isinstance(kernel, Transposed)
+    if isinstance(kernel, WideGradient):
+        kernel = kernel.kernel
     if isinstance(kernel, Quantized | Blockwise) or _is_narrow(kernel, x):
         return _project_grouped_widened(x, kernel, rows_of)
     return _grouped_product(x, kernel.astype(x.dtype), rows_of)
+
+
+def with_wide_gradient(kernel: Kernel) -> Kernel:
+    """The kernel with the gradients of what is trained of it in float32: of adapters if there are any."""
+    if isinstance(kernel, Adapted):
+        return kernel._replace(a=WideGradient(cast(Array, kernel.a)), b=WideGradient(cast(Array, kernel.b)))
+    return WideGradient(kernel) if isinstance(kernel, jax.Array) else kernel
 
 
 def _is_narrow(kernel: Array, x: Array) -> bool:
@@ -163,6 +183,16 @@ def _widened(kernel: Array | Quantized | Blockwise, dtype: DTypeLike, inputs: tu
     return wide.astype(dtype).reshape(*inputs, *outputs)
 
 
+def narrowed(kernel: Kernel, dtype: DTypeLike) -> Kernel:
+    """Its float arrays in this dtype, where that is no wider than theirs; but a WideGradient as it is."""
+    if isinstance(kernel, Adapted):
+        return Adapted(*cast(Any, (narrowed(part, dtype) for part in kernel)))
+    if not isinstance(kernel, jax.Array):
+        return kernel
+    narrower = jnp.issubdtype(kernel.dtype, jnp.floating) and jnp.dtype(dtype).itemsize < kernel.dtype.itemsize
+    return kernel.astype(dtype) if narrower else kernel
+
+
 def gathered(
     kernel: Kernel,
     axes: tuple[str, ...],
@@ -180,18 +210,33 @@ def gathered(
     lead, inputs, outputs = axes[:groups], axes[groups : groups + input_rank], axes[groups + input_rank :]
     if isinstance(kernel, Adapted):
         inner = gathered(kernel.kernel, axes, input_rank, gather, groups)
-        assert not isinstance(inner, Adapted | Transposed)
-        return Adapted(
-            inner,
-            gather(kernel.a, (*lead, *inputs, None)),
-            gather(kernel.b, (*lead, None, *outputs)),
-        )
+        a = gathered(kernel.a, (*lead, *inputs, None), input_rank, gather, groups)
+        b = gathered(kernel.b, (*lead, None, *outputs), 1, gather, groups)
+        return Adapted(*cast(Any, (inner, a, b)))
+    if isinstance(kernel, WideGradient):
+        return WideGradient(gather(kernel.kernel, axes))
     if isinstance(kernel, Quantized):
         return Quantized(gather(kernel.values, axes), gather(kernel.scale, (*lead, *outputs)))
     if isinstance(kernel, Blockwise):  # steps and offset are whole everywhere
         values = gather(kernel.values, (*lead, inputs[0], None, *outputs))
         return kernel._replace(values=values, scales=gather(kernel.scales, (*lead, inputs[0], *outputs)))
     return gather(kernel, axes)
+
+
+def whole(
+    kernel: Kernel,
+    axes: tuple[str, ...],
+    input_rank: int,
+    gather: Callable[[Array, tuple[str | None, ...]], Array],
+    dtype: DTypeLike,
+    groups: int = 0,
+) -> Kernel:
+    """The kernel gathered in the dtype in which it is used, which takes fewer bytes, and then in its own again.
+
+    So a loop that uses it adds its gradients in its own, and devices add these sums in that dtype.
+    """
+    found = gathered(narrowed(kernel, dtype), axes, input_rank, gather, groups)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), found, kernel)
 
 
 def _product(x: Array, kernel: Array, input_rank: int) -> Array:
@@ -203,6 +248,27 @@ def _product(x: Array, kernel: Array, input_rank: int) -> Array:
     lead, inputs = x.shape[: x.ndim - input_rank], math.prod(kernel.shape[:input_rank])
     y = jnp.matmul(x.reshape(-1, inputs), kernel.reshape(inputs, -1))
     return y.reshape(*lead, *kernel.shape[input_rank:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_of_wide_gradient(x: Array, kernel: Array, input_rank: int) -> Array:
+    return _product(x, kernel.astype(x.dtype), input_rank)
+
+
+def _wide_forward(x: Array, kernel: Array, input_rank: int) -> tuple[Array, tuple[Array, Array]]:
+    return _product_of_wide_gradient(x, kernel, input_rank), (x, kernel)
+
+
+def _wide_backward(input_rank: int, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    inputs = math.prod(kernel.shape[:input_rank])
+    rows, outputs = x.reshape(-1, inputs), cotangent.reshape(-1, kernel.size // inputs)
+    of_x = jnp.matmul(outputs, kernel.astype(x.dtype).reshape(inputs, -1).T)
+    of_kernel = jnp.matmul(rows.T, outputs, preferred_element_type=kernel.dtype)
+    return of_x.reshape(x.shape), of_kernel.reshape(kernel.shape)
+
+
+_product_of_wide_gradient.defvjp(_wide_forward, _wide_backward)
 
 
 def _grouped_product(x: Array, kernel: Array, rows_of: Array) -> Array:

@@ -48,10 +48,14 @@ def make_log_probs(
     )
     policy.check(how, config.batch.row_tokens)
     shards = sharding.shards_of(mesh)
+    # On CPUs, where the head is much of a small model and nothing else is in memory just then. In micro-batches the
+    # pass that keeps is a second one, which would multiply for it.
+    keeps = how.platform == "cpu" and config.batch.micro_rows is None and config.model.remat in ("none", "dots")
     chunks: Any = {
         "shards": shards,
         "constrain": placement.constrain,
         "softcap": model_config.parts.logit_softcap,
+        "keeps": keeps,
     }
 
     def from_outputs(
@@ -83,6 +87,8 @@ def make_log_probs(
 
     def log_probs(params: Params, rows: dict[str, Array], num_responses: int, *of_heads: Any) -> LogProbs:
         read = {name: placement.constrain(shards.striped(rows[name]), ("rows", "tokens")) for name in models.ROW_IDS}
+        if config.mesh.reduce_dtype == "float32":
+            params = policy.with_wide_gradients(params)
         outputs = policy.outputs(params, read, how)
         return from_outputs(outputs, rows, num_responses, *of_heads)._replace(routing=outputs.routing)
 
