@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rpo_jax.config import BatchConfig, Config, ContrastConfig, MeshConfig, ObjectiveConfig, PolicyConfig
+from rpo_jax.config import BatchConfig, Config, ContrastConfig, LoraConfig, MeshConfig, ObjectiveConfig, PolicyConfig
 from rpo_jax.core.records import Batch, Side
 from rpo_jax.hosts import memory, sharding
-from rpo_jax.models import count_params
+from rpo_jax.models import Policy, count_params
 from rpo_jax.objectives.logprobs import response_log_probs
 from rpo_jax.training.step import build_steps
 from tests.worlds import small_model
 
 MODEL = small_model(hidden_size=64, intermediate_size=160, num_layers=4)
 ROW_TOKENS = 64  # one row a pair
+ALL_WEIGHTS = LoraConfig()
 
 
 def abstract_batch(pairs: int) -> Batch:
@@ -31,18 +32,20 @@ def abstract_batch(pairs: int) -> Batch:
     return Batch(rows, rows, rows, rows, rows, rows, {"chosen": side(pairs), "rejected": side(pairs)})
 
 
-def step_bytes(pairs: int, micro_rows: int | None, **contrast) -> int:
+def step_bytes(pairs: int, micro_rows: int | None, lora: LoraConfig = ALL_WEIGHTS, **contrast) -> int:
     """Temporary memory of one training step, its arguments and results apart."""
     config = Config(
-        model=PolicyConfig(remat="dots"),
+        model=PolicyConfig(path="a-model" if lora.rank else None, remat="dots"),
         objective=ObjectiveConfig(name="rpo"),
         contrast=ContrastConfig(**contrast),
         batch=BatchConfig(pairs=pairs, micro_rows=micro_rows),
+        lora=lora,
     )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         built = build_steps(config, MODEL, mesh, total_steps=1)
-        lowered = built.train.lower(built.abstract_state, abstract_batch(pairs), None)
+        frozen = Policy(MODEL, lora).frozen.shapes
+        lowered = built.train.lower(built.abstract_state, abstract_batch(pairs), None, frozen)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
@@ -56,6 +59,14 @@ def test_4096_pairs_train_in_the_memory_of_their_micro_batch():
     activations = 4 * MODEL.num_layers * MODEL.hidden_size * tokens  # of the layers' inputs alone
     assert whole < activations / 4
     assert step_bytes(64, None, group=16) - step_bytes(16, None, group=16) > 48 * activations / 4096
+
+
+def test_adapters_keep_no_second_product_of_every_projection():
+    """What they add to a projection's outputs is computed again: kept are their inner products, of `rank` numbers."""
+    rank, pairs = 2, 256
+    whole, adapted = (step_bytes(pairs, None, lora, group=16) for lora in (ALL_WEIGHTS, LoraConfig(rank=rank)))
+    inner = 4 * MODEL.num_layers * 7 * rank * pairs * ROW_TOKENS
+    assert adapted < whole + 2 * inner
 
 
 @pytest.mark.parametrize("pairs", [256, 1024])

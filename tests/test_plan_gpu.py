@@ -31,10 +31,11 @@ SIZES = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_layers": LAYERS,
 SIZES |= {"num_kv_heads": KV_HEADS, "vocab_size": VOCABULARY}
 TOKENS = 1024
 KINDS = ("all-gather", "reduce-scatter")
+ALL_WEIGHTS = LoraConfig()
 PAIR = [TOKENS // 2, TOKENS // 4, TOKENS // 4]  # one row
 
 
-def compiled(topology, mesh, *, micro_rows=None, rows_each=2, attention="auto", lora=LoraConfig()):
+def compiled(topology, mesh, *, micro_rows=None, rows_each=2, attention="auto", lora=ALL_WEIGHTS):
     """The plan of a packed step of a small model."""
     target = target_of(topology)
     rows = rows_each * mesh.data * mesh.fsdp

@@ -5,6 +5,7 @@ Letters: B rows, T tokens, D hidden; S shards of the rows, n chunks of c tokens 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from rpo_jax.models.attention.kind import ATTENTION_OUTPUT
 
 # Tokens of a shard whose MLP activations exist at once where they are computed again anyway.
 MLP_TOKENS = 2048
+FEW_INPUTS = 16  # times as many outputs: matrices of models have fewer, adapters' second ones more
 MOST_CHUNKS = 4  # times as many as needed: smaller chunks than that would waste the machine
 
 
@@ -37,15 +39,24 @@ class Remat(NamedTuple):
     chunks: bool = False
 
 
+def _products(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """Matrix products, but for those of so few inputs that they are cheaper computed again: an adapter's second one.
+
+    To keep these would take as much memory again as what they are added to.
+    """
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters):
+        return False
+    left, right = operands[:2]
+    (axes, _), _ = parameters["dimension_numbers"]
+    inputs = math.prod(left.shape[axis] for axis in axes)
+    return right.size < FEW_INPUTS * inputs**2  # outputs < FEW_INPUTS * inputs
+
+
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
 
 REMATS = {
     "none": Remat(None),
-    "dots": Remat(
-        jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
-        )
-    ),
+    "dots": Remat(jax.checkpoint_policies.save_from_both_policies(_products, _ATTENTION)),
     "attention": Remat(_ATTENTION, chunks=True),
     "full": Remat(jax.checkpoint_policies.nothing_saveable, chunks=True),
 }
