@@ -39,8 +39,9 @@ def compiled(topology, mesh, *, micro_rows=None, rows_each=2, attention="auto", 
     """The plan of a packed step of a small model."""
     target = target_of(topology)
     rows = rows_each * mesh.data * mesh.fsdp
+    of_model = {"path": "a-model"} if lora.rank else {}  # which adapters ask for, and nothing reads
     config = Config(
-        model=PolicyConfig(compute_dtype="bfloat16", remat="dots", attention=attention),
+        model=PolicyConfig(**of_model, compute_dtype="bfloat16", remat="dots", attention=attention),
         batch=BatchConfig(pairs=rows, micro_rows=micro_rows),
         mesh=mesh,
         lora=lora,

@@ -10,6 +10,7 @@ Letters: R rows of T tokens, C devices of a context, S shards in all, n tokens o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 # No block of queries that an attention works on is longer, but for splash's, which need no order.
@@ -47,6 +48,22 @@ class Shards(NamedTuple):
         rows, tokens, *rest = shape
         parts = x.reshape(self.rows, self.context, rows // self.rows, tokens // self.context, *rest)
         return parts.swapaxes(1, 2).reshape(shape)
+
+    @property
+    def divides_tokens(self) -> bool:
+        """Whether what works on each token alone has to have shards as an axis, as `split` makes it.
+
+        A matrix product merges the axes before the last one. Those of rows and of tokens that devices share would then
+        be one that cannot be split as they are, and XLA gathers it.
+        """
+        return self.context > 1
+
+    def each(self, function: Callable[[Any], Any], x: Any) -> Any:
+        """function(x), which works on each token of [R, T, ...] alone."""
+        if not self.divides_tokens:
+            return function(x)
+        done = function(self.split(x))
+        return self.join(done, (*x.shape[:2], *done.shape[2:]))
 
     def striped(self, x: Any) -> Any:
         """[R, T, ...] from the row's order to the devices'."""

@@ -25,7 +25,7 @@ from rpo_jax.models.attention.masking import TokenIds
 from rpo_jax.models.attention.registry import Asked, make_attention
 from rpo_jax.models.experts import Routing
 from rpo_jax.models.modules import Attention, Constrain, ExpertMLP, GatedMLP, Maker, RMSNorm
-from rpo_jax.models.recompute import REMATS, WHOLE, Axes, in_chunks
+from rpo_jax.models.recompute import REMATS, WHOLE, Axes, at_once, in_chunks
 from rpo_jax.models.rope import rotation
 
 Params = dict[str, Any]
@@ -62,6 +62,7 @@ class Layer(nnx.Module):
         """
         axes = ("rows", "tokens", "embed")
         real = jnp.ones(x.shape[:2], bool) if real is None else real
+        shards = Shards(split.shards("rows"), split.shards("tokens"))
 
         def added(before: RMSNorm | None, block: Callable[[Array], Any], after: RMSNorm | None, x: Array) -> Any:
             change, more = block(x if before is None else before(x))
@@ -69,7 +70,7 @@ class Layer(nnx.Module):
             return x + (change if self.residual_scale == 1.0 else change * self.residual_scale), more
 
         def attention(x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
-            return self.attention(x, cos_sin, attend, constrain), None
+            return self.attention(x, cos_sin, attend, constrain, shards), None
 
         def transform(x: Array, real: Array, axes: Axes = WHOLE) -> tuple[Array, Routing | None]:
             def mlp(x: Array) -> tuple[Array, Routing | None]:
@@ -79,20 +80,15 @@ class Layer(nnx.Module):
 
             return added(self.mlp_norm, mlp, self.mlp_output_norm, x)
 
-        if split.shards("tokens") > 1:
-            # Or XLA may gather hidden states instead, which are more where devices share rows.
-            self.attention.gather(split.gather, x.dtype)
-            if isinstance(self.mlp, GatedMLP) and not chunked:
-                self.mlp.gather(split.gather, x.dtype)
         x = constrain(added(self.attention_norm, attention, self.attention_output_norm, x)[0], axes)
         if not chunked:
-            x, routing = transform(x, real)
+            x, routing = at_once(transform, x, real, shards)
             return constrain(x, axes), routing
         # Before the loop over chunks, or each of them would gather the weights again.
         for module in (self.mlp_norm, self.mlp, self.mlp_output_norm):
             if module is not None:
                 module.gather(split.gather, x.dtype)
-        x, routing = in_chunks(transform, x, real, Shards(split.shards("rows"), split.shards("tokens")))
+        x, routing = in_chunks(transform, x, real, shards)
         return constrain(x, axes), routing
 
 

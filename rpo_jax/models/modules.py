@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from rpo_jax.core.shards import ONE, Shards
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.experts import ExpertWeights, Routing, mixture
@@ -129,24 +130,20 @@ class Attention(nnx.Module):
         cos_sin: tuple[Float[Array, "B T P"], Float[Array, "B T P"]],
         attend: Callable[..., Array],
         constrain: Constrain,
+        shards: Shards = ONE,
     ) -> Float[Array, "B T D"]:
         if self.query_key_value is None:
-            query, key, value = self.query(x), self.key(x), self.value(x)
+            query, key, value = (shards.each(linear, x) for linear in (self.query, self.key, self.value))
         else:
-            query, key, value = jnp.split(self.query_key_value(x), self.ends, axis=-2)
+            query, key, value = jnp.split(shards.each(self.query_key_value, x), self.ends, axis=-2)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query = constrain(rotate(query, *cos_sin, self.query_scale), ("rows", "tokens", "heads", "head_dim"))
         key = constrain(rotate(key, *cos_sin), ("rows", "tokens", "kv_heads", "head_dim"))
         value = constrain(value, ("rows", "tokens", "kv_heads", "head_dim"))
         sinks = None if self.sinks is None else self.sinks[...]
-        return self.output(constrain(attend(query, key, value, sinks), ("rows", "tokens", "heads", "head_dim")))
-
-    def gather(self, gather: Constrain, dtype: DTypeLike) -> None:
-        apart = self.query_key_value is None
-        for linear in (self.query, self.key, self.value) if apart else (self.query_key_value,):
-            linear.gather(gather, dtype)
-        self.output.gather(gather, dtype)
+        attended = constrain(attend(query, key, value, sinks), ("rows", "tokens", "heads", "head_dim"))
+        return shards.each(self.output, attended)
 
 
 class GatedMLP(nnx.Module):

@@ -256,15 +256,16 @@ def _product_of_wide_gradient(x: Array, kernel: Array, input_rank: int) -> Array
 
 
 def _wide_forward(x: Array, kernel: Array, input_rank: int) -> tuple[Array, tuple[Array, Array]]:
-    return _product_of_wide_gradient(x, kernel, input_rank), (x, kernel)
+    narrow = kernel.astype(x.dtype)  # what devices gather for the backward pass too
+    return _product(x, narrow, input_rank), (x, narrow)
 
 
 def _wide_backward(input_rank: int, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     x, kernel = saved
     inputs = math.prod(kernel.shape[:input_rank])
     rows, outputs = x.reshape(-1, inputs), cotangent.reshape(-1, kernel.size // inputs)
-    of_x = jnp.matmul(outputs, kernel.astype(x.dtype).reshape(inputs, -1).T)
-    of_kernel = jnp.matmul(rows.T, outputs, preferred_element_type=kernel.dtype)
+    of_x = jnp.matmul(outputs, kernel.reshape(inputs, -1).T)
+    of_kernel = jnp.matmul(rows.T, outputs, preferred_element_type=jnp.float32)
     return of_x.reshape(x.shape), of_kernel.reshape(kernel.shape)
 
 

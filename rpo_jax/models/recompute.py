@@ -62,8 +62,21 @@ REMATS = {
 }
 
 
+ByToken = Callable[[Float[Array, "S c D"], Bool[Array, "S c"], Axes], tuple[Float[Array, "S c D"], Any]]
+
+
+def at_once(
+    function: ByToken, x: Float[Array, "B T D"], real: Bool[Array, "B T"], shards: Shards
+) -> tuple[Float[Array, "B T D"], Any]:
+    """function(x, real, axes), which works on each token alone, on all of them."""
+    if not shards.divides_tokens:
+        return function(x, real, WHOLE)
+    done, more = function(shards.split(x), shards.split(real), CHUNK)
+    return shards.join(done, x.shape), more
+
+
 def in_chunks(
-    function: Callable[[Float[Array, "S c D"], Bool[Array, "S c"], Axes], tuple[Float[Array, "S c D"], Any]],
+    function: ByToken,
     x: Float[Array, "B T D"],
     real: Bool[Array, "B T"],
     shards: Shards,
@@ -79,7 +92,7 @@ def in_chunks(
     fewest = -(-of_shard // MLP_TOKENS)
     count = next((n for n in range(fewest, MOST_CHUNKS * fewest + 1) if of_shard % n == 0), 1)
     if count == 1 or rows % shards.rows:
-        return function(x, real, WHOLE)
+        return at_once(function, x, real, shards)
     # Shards stay a dimension: each device has its own part of every chunk.
     chunks = shards.split(x).reshape(shards.count, count, -1, width).swapaxes(0, 1)
     which = shards.split(real).reshape(shards.count, count, -1).swapaxes(0, 1)
