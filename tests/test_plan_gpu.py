@@ -76,15 +76,18 @@ def test_a_mesh_of_two_by_two_by_two():
     assert scattered.sent == pytest.approx(2 * LAYERS * LAYER / 2 * 1 / 2, rel=0.01)  # a half of each half
 
 
-@pytest.mark.parametrize("attention", [name for name, kind in ATTENTIONS.items() if "tpu" not in kind.platforms])
+# All but cuDNN's, which asks for its library.
+@pytest.mark.parametrize(
+    "attention", [name for name, kind in ATTENTIONS.items() if not kind.stand_in and kind.platforms != ("tpu",)]
+)
 def test_one_gpu_trains_adapters_with_every_attention(attention):
     """In micro-batches of two rows, beside a base of bfloat16, of which no gradient is made."""
     lora = LoraConfig(rank=8, base_dtype="bfloat16")
     found = compiled("h100:1", MeshConfig(data=1), micro_rows=2, rows_each=4, attention=attention, lora=lora)
     assert found.surprises == ()
     assert found.exchanges == ()
-    assert found.memory.frozen == pytest.approx(2 * models.count_params(small_model(**SIZES)), rel=0.01)
-    assert found.memory.params < 0.1 * found.memory.frozen
+    assert found.memory["frozen"] == pytest.approx(2 * models.count_params(small_model(**SIZES)), rel=0.01)
+    assert found.memory["params"] < 0.1 * found.memory["frozen"]
 
 
 def test_the_sampler_gathers_no_more_than_a_layer():
