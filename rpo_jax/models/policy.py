@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +188,7 @@ class Policy:
         flat, matrices = flatten_dict(params), adapters.matrices(self.model_config)
         adapted = {path for path, kernel in flat.items() if isinstance(kernel, Adapted)}
         trained = adapted or matrices
-        return unflatten_dict({path: with_wide_gradient(x) if path in trained else x for path, x in flat.items()})
+        return unflatten_dict(flat | {path: with_wide_gradient(cast(Any, flat[path])) for path in trained})
 
     def check(self, how: Execution, row_tokens: int | None) -> None:
         """Raise ValueError where the attention that is asked for cannot be had; row_tokens as for check_attention."""

@@ -195,7 +195,7 @@ def narrowed(kernel: Kernel, dtype: DTypeLike) -> Kernel:
 
 def gathered(
     kernel: Kernel,
-    axes: tuple[str, ...],
+    axes: tuple[str | None, ...],
     input_rank: int,
     gather: Callable[[Array, tuple[str | None, ...]], Array],
     groups: int = 0,
@@ -225,7 +225,7 @@ def gathered(
 
 def whole(
     kernel: Kernel,
-    axes: tuple[str, ...],
+    axes: tuple[str | None, ...],
     input_rank: int,
     gather: Callable[[Array, tuple[str | None, ...]], Array],
     dtype: DTypeLike,

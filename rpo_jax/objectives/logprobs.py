@@ -247,17 +247,17 @@ def _token_log_probs(settings: Settings, *inputs: jax.Array) -> tuple[Any, Any]:
 
     And where it is asked for, log sum_v softmax_v^2, which has no gradient.
     """
-    return _run(settings, *inputs)[0]
+    return _run(settings, False, *inputs)[0]
 
 
 def _run(
     settings: Settings,
+    keeps: bool,
     hidden: Float[Array, "S m D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "S n"],
     predictor: Int[Array, "S n"],
     scored: Bool[Array, "S n"],
-    keeps: bool = False,
 ) -> tuple[tuple[Any, Any], Kept | None]:
     ids = _padded(settings, targets, predictor, scored)
     shape, most = ids[0].shape, _most(scored)
@@ -289,7 +289,7 @@ def _run(
 
 def _forward(settings: Settings, *inputs: jax.Array) -> tuple[Any, tuple[Any, ...]]:
     # Without `keeps` nothing of the forward pass is kept: where only the gradient is asked for, it need not run at all.
-    found, kept = _run(settings, *inputs, keeps=settings.keeps)
+    found, kept = _run(settings, settings.keeps, *inputs)
     return found, (*inputs, kept)
 
 
