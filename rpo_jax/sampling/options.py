@@ -14,7 +14,7 @@ from rpo_jax.sampling.policy import DTYPES
 
 PRINCIPLE_WEIGHT = 2.0
 _CHOOSING = ("temperature", "top_k", "top_p", "principle_weight")
-_MESH = tuple(entry.name for entry in dataclasses.fields(MeshConfig))
+_MESH = tuple(entry.name for entry in dataclasses.fields(MeshConfig) if entry.name != "reduce_dtype")  # axes
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float) -> None:

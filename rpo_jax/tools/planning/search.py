@@ -85,7 +85,7 @@ def meshes(config: Config, model: ModelConfig, devices: int) -> list[MeshConfig]
         for data in (size for size in range(1, shards // expert + 1) if shards // expert % size == 0):
             fsdp = shards // expert // data
             if model.hidden_size % (fsdp * context) == 0:
-                found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, expert=expert, context=context))
+                found.append(replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor))
     return sorted(found, key=lambda mesh: (-mesh.fsdp * mesh.tensor, mesh.tensor))
 
 
