@@ -8,8 +8,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Bool
 
 from rpo_jax.config import MeshConfig
@@ -159,16 +161,18 @@ _GATHERED = (ACTIVATION_RULES, PARAMETER_RULES)  # of a parameter where it is us
 
 
 # The gradient of a sharding constraint is pinned to the same sharding: every device would sum all of it.
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gathered(whole: NamedSharding, split: NamedSharding, x: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, whole)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gathered(whole: NamedSharding, split: NamedSharding, sent: DTypeLike, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x.astype(sent), whole).astype(x.dtype)
 
 
-def _gathered_forward(whole: NamedSharding, split: NamedSharding, x: jax.Array) -> tuple[jax.Array, None]:
-    return _gathered(whole, split, x), None
+def _gathered_forward(*arguments: Any) -> tuple[jax.Array, None]:
+    return _gathered(*arguments), None
 
 
-def _gathered_backward(whole: NamedSharding, split: NamedSharding, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _gathered_backward(
+    whole: NamedSharding, split: NamedSharding, sent: DTypeLike, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
     return (jax.lax.with_sharding_constraint(gradient, split),)
 
 
@@ -196,10 +200,17 @@ class Placement:
             x, NamedSharding(self.mesh, _spec(self.mesh, self.rules, axes, x.shape))
         )
 
-    def gather(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-        """A parameter whole over the devices that share rows; its gradient is split as the parameter is."""
-        shardings = (NamedSharding(self.mesh, _spec(self.mesh, rules, axes, x.shape)) for rules in _GATHERED)
-        return _gathered(*shardings, x)
+    def gather(self, x: jax.Array, axes: Sequence[str | None], used_in: DTypeLike | None = None) -> jax.Array:
+        """A parameter whole over the devices that share rows; its gradient is split as the parameter is.
+
+        Args:
+            used_in: the dtype that it is cast to where it is used, in which it is sent if that is narrower; its
+                gradient is added in its own.
+        """
+        whole, split = (NamedSharding(self.mesh, _spec(self.mesh, rules, axes, x.shape)) for rules in _GATHERED)
+        narrower = used_in is not None and jnp.dtype(used_in).itemsize < x.dtype.itemsize
+        is_sent = whole.shard_shape(x.shape) != split.shard_shape(x.shape)
+        return _gathered(whole, split, used_in if narrower and is_sent else x.dtype, x)
 
     def shards(self, axis: str) -> int:
         """Among how many devices an axis is split."""

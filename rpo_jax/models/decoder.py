@@ -266,7 +266,7 @@ def hidden_states_and_routing(
     cos_sin, rope_of_layer = rotations(model_config, positions), jnp.array(model_config.rope_of_layer)
     model = nnx.merge(_abstract(model_config)[0], params)
     # Whole over fsdp before rows are taken from it: a lookup in a table split both ways would be repeated everywhere.
-    table = split.gather(model.embed[...], ("vocab", "embed"))
+    table = split.gather(model.embed[...], ("vocab", "embed"), compute_dtype)
     x = constrain(embedded(model_config, table, tokens, compute_dtype), ("rows", "tokens", "embed"))
     of_layer = (window_of_layer, rope_of_layer)
     return model(x, cos_sin, attend, of_layer, segment_ids > 0, remat, constrain, split)

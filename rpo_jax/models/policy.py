@@ -70,7 +70,8 @@ class Outputs(NamedTuple):
 
     Attributes:
         hidden: of every token, in the compute dtype.
-        head: float32, whole over the devices that share rows; hidden times head gives the logits, before their cap.
+        head: float32, whole over the devices that share rows, rounded to the compute dtype where these send it;
+            hidden times head gives the logits, before their cap.
         routing: where the experts of every layer have their tokens from; None without experts.
     """
 
@@ -209,7 +210,8 @@ class Policy:
             self.model_config, params, tokens, positions, segments, branches, **settings
         )
         # Whole over fsdp before the chunks of a loss run, or each chunk would gather it again.
-        return Outputs(hidden, how.split.gather(output_head(self.model_config, params), ("embed", "vocab")), routing)
+        head = how.split.gather(output_head(self.model_config, params), ("embed", "vocab"), how.compute_dtype)
+        return Outputs(hidden, head, routing)
 
     def merged(self, trained: Params, folder: str | Path) -> Params:
         """All parameters in float32, adapters added to the weights of the folder; what is trained, without adapters."""

@@ -227,14 +227,17 @@ def whole(
     kernel: Kernel,
     axes: tuple[str | None, ...],
     input_rank: int,
-    gather: Callable[[Array, tuple[str | None, ...]], Array],
+    gather: Callable[..., Array],
     dtype: DTypeLike,
     groups: int = 0,
 ) -> Kernel:
     """The kernel gathered in the dtype in which it is used, which takes fewer bytes, and then in its own again.
 
-    So a loop that uses it adds its gradients in its own, and devices add these sums in that dtype.
+    So a loop that uses it adds its gradients in its own, and devices add these sums in that dtype; of a
+    WideGradient they are added in float32 throughout.
     """
+    if isinstance(kernel, WideGradient):
+        return WideGradient(gather(kernel.kernel, axes, dtype))
     found = gathered(narrowed(kernel, dtype), axes, input_rank, gather, groups)
     return jax.tree.map(lambda new, old: new.astype(old.dtype), found, kernel)
 

@@ -87,7 +87,8 @@ class Split(NamedTuple):
         shards: number of devices among which an axis is split, by its name.
         per_shard: (function, axes of its inputs, axes of its outputs) to the function that each device runs on its own
             part; axes are tuples of names, one tuple per array.
-        gather: (parameter, names of its axes) to the parameter as every device that has rows of its own needs it.
+        gather: (parameter, names of its axes, dtype that it is used in or nothing) to the parameter as every device
+            that has rows of its own needs it.
         mesh_axes: names of the mesh's axes over which an axis is split, for what the devices of `per_shard` exchange.
 
     Where a row's tokens are split, arrays of activations are striped (rpo_jax.core.shards).
@@ -95,7 +96,7 @@ class Split(NamedTuple):
 
     shards: Callable[[str], int] = lambda axis: 1
     per_shard: Callable[[Callable[..., Any], Any, Any], Callable[..., Any]] = lambda function, *axes: function
-    gather: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x
+    gather: Callable[..., Array] = lambda x, axes, used_in=None: x
     mesh_axes: Callable[[str], tuple[str, ...]] = lambda axis: ()
 
     @property
