@@ -19,6 +19,7 @@ from rpo_jax.tools.planning.arithmetic import StepSizes, step_flops
 from rpo_jax.tools.planning.chips import CHIPS
 from rpo_jax.tools.planning.compiled import abstract_batch
 from rpo_jax.tools.planning.workload import BatchShape, Lengths, assumed_lengths, necessary, planned_batch, step_sizes
+from rpo_jax.training import forward
 from rpo_jax.training.step import build_steps
 from tests.worlds import small_model
 
@@ -145,6 +146,7 @@ def test_a_sum_of_which_a_slice_is_kept_is_told_from_one_that_is_kept_whole():
 def test_operations_are_those_that_xla_counts_in_an_unrolled_model(monkeypatch, remat, micro_rows):
     """XLA takes every loop's body once, so layers and micro-batches are unrolled here; the head's chunks cannot be."""
     monkeypatch.setattr(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
+    monkeypatch.setattr(forward, "keeps_logits", lambda *_: False)  # as on the accelerators that plans are for
     rows, tokens, pairs = 4, 128, 4
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
     model = small_model(**sizes, vocab_size=640)

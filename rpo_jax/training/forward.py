@@ -21,6 +21,14 @@ from rpo_jax.objectives.logprobs import (
 from rpo_jax.training.micro_batches import Forward, LogProbs, Params, TokenScores
 
 
+def keeps_logits(config: Config, platform: str | None) -> bool:
+    """Whether the backward pass finds the first logits of the head: on CPUs, where the head is much of a small model.
+
+    Not in micro-batches, whose forward pass with a backward one is their second: it has no other need of logits.
+    """
+    return platform == "cpu" and config.batch.micro_rows is None and config.model.remat in ("none", "dots")
+
+
 def make_log_probs(
     config: Config,
     model_config: ModelConfig,
@@ -48,14 +56,11 @@ def make_log_probs(
     )
     policy.check(how, config.batch.row_tokens)
     shards = sharding.shards_of(mesh)
-    # On CPUs, where the head is much of a small model and nothing else is in memory just then. In micro-batches the
-    # pass that keeps is a second one, which would multiply for it.
-    keeps = how.platform == "cpu" and config.batch.micro_rows is None and config.model.remat in ("none", "dots")
     chunks: Any = {
         "shards": shards,
         "constrain": placement.constrain,
         "softcap": model_config.parts.logit_softcap,
-        "keeps": keeps,
+        "keeps": keeps_logits(config, how.platform),
     }
 
     def from_outputs(
