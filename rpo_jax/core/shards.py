@@ -50,7 +50,7 @@ class Shards(NamedTuple):
         return parts.swapaxes(1, 2).reshape(shape)
 
     @property
-    def divides_tokens(self) -> bool:
+    def shares_tokens(self) -> bool:
         """Whether what works on each token alone has to have shards as an axis, as `split` makes it.
 
         A matrix product merges the axes before the last one. Those of rows and of tokens that devices share would then
@@ -60,7 +60,7 @@ class Shards(NamedTuple):
 
     def each(self, function: Callable[[Any], Any], x: Any) -> Any:
         """function(x), which works on each token of [R, T, ...] alone."""
-        if not self.divides_tokens:
+        if not self.shares_tokens:
             return function(x)
         done = function(self.split(x))
         return self.join(done, (*x.shape[:2], *done.shape[2:]))

@@ -69,7 +69,7 @@ def at_once(
     function: ByToken, x: Float[Array, "B T D"], real: Bool[Array, "B T"], shards: Shards
 ) -> tuple[Float[Array, "B T D"], Any]:
     """function(x, real, axes), which works on each token alone, on all of them."""
-    if not shards.divides_tokens:
+    if not shards.shares_tokens:
         return function(x, real, WHOLE)
     done, more = function(shards.split(x), shards.split(real), CHUNK)
     return shards.join(done, x.shape), more
