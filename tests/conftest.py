@@ -8,12 +8,7 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Hundreds of tiny programs: compiling them costs far more than running them, and unoptimised code compiles in a third.
-# Collectives that wait for nothing but each other run one after another: at once, eight devices on two cores may each
-# begin another one, and wait until XLA gives up.
-_FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-)
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

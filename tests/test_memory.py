@@ -62,11 +62,9 @@ def test_4096_pairs_train_in_the_memory_of_their_micro_batch():
 
 
 def test_adapters_keep_no_second_product_of_every_projection():
-    """What they add to a projection's outputs is computed again: kept are their inner products, of `rank` numbers."""
-    rank, pairs = 2, 256
-    whole, adapted = (step_bytes(pairs, None, lora, group=16) for lora in (ALL_WEIGHTS, LoraConfig(rank=rank)))
-    inner = 4 * MODEL.num_layers * 7 * rank * pairs * ROW_TOKENS
-    assert adapted < whole + 2 * inner
+    """What they add to a projection's outputs is computed again: kept are their inner products, of few numbers."""
+    whole, adapted = (step_bytes(256, None, lora, group=16) for lora in (ALL_WEIGHTS, LoraConfig(rank=2)))
+    assert adapted < 1.2 * whole  # 1.5 times as much with them
 
 
 @pytest.mark.parametrize("pairs", [256, 1024])
