@@ -21,6 +21,7 @@ from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.registry import ATTENTIONS, make_attention
 from rpo_jax.runs import loggers
 from rpo_jax.runs.tracking import MetricsLog
+from tests.judge_server import completion, serving
 from tests.models.test_blockwise import packed_layout, tensors
 from tests.objectives import laws
 from tests.runs import SMALL, configured, preference_rows, write_rows
@@ -276,38 +277,88 @@ def test_the_dashboard_that_is_shown_takes_what_is_logged(tmp_path, monkeypatch)
     assert (tmp_path / "metrics.csv").read_text() == "1,loss,0.5\n"
 
 
-# The first page, from its first command to its last, in few steps.
+# The pages' commands, one after another as a reader would give them, in few steps.
+
+# What is left out here, and who runs it: the words that the command has, joined by spaces.
+ELSEWHERE = {
+    r"(bash|source) ": "a machine that has nothing yet: these make the environment that this test needs",
+    r"(pip|uv|docker) ": "a machine that reaches an index, or has Docker",
+    r"lm_eval ": "tests/test_lm_eval.py",
+    r".*plan --": "tests/test_plan_gpu.py",
+    r".*compare --": "tests/test_frontier.py, with a small model",
+    r".* --distributed": "tests/test_distributed.py, with two processes of this machine",
+}
+DASHBOARDS = re.compile(r"tracking\.(\w+)")
+
+
+def runs_here(words: list[str]) -> bool:
+    line = " ".join(words)
+    needed = DASHBOARDS.search(line)
+    if needed is not None and importlib.util.find_spec(needed[1]) is None:
+        return False
+    return not any(re.match(elsewhere, line) for elsewhere in ELSEWHERE)
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """A folder with what a reader of the first page has: a model, preferences and prompts."""
+    """A folder with what a reader of the pages has: models, preferences, prompts, a rule, our configurations."""
     folder = tmp_path_factory.mktemp("reader")
     rows = preference_rows(48)
-    for name in ("pairs.jsonl", "other.jsonl"):
+    for name in ("pairs.jsonl", "other.jsonl", "my_preferences.jsonl", "test.jsonl"):
         write_rows(folder / name, rows)
-    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows[:4]])
+    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows[:32]])
+    (folder / "rules.py").write_text("def score(prompt, answer):\n    return float(len(answer))\n")
+    (folder / "FILE").write_text("data: {path: pairs.jsonl}\nmodel: {path: my-sft}\n")
+    (folder / "configs").symlink_to(ROOT / "configs")
     changes = {"train.steps": 1, "data.eval_rows": 0, "objective.name": "sft"}
     run = rpo_jax.run(configured(folder / "pairs.jsonl", folder / "start", folder / "cache", changes)).run_dir
+    export(run, folder / "my-sft")
     (folder / "path" / "to").mkdir(parents=True)
-    export(run, folder / "path" / "to" / "model")
+    for name in ("model", "llama-or-mistral-folder"):
+        (folder / "path" / "to" / name).symlink_to(folder / "my-sft")
     return folder
 
 
-FEW = ["--train.steps", "2", "--batch.pairs", "8", "--data.max_tokens", "256", "--run.cache_dir", "cache"]
+FEW = ["--train.steps", "2", "--batch.pairs", "8", "--data.max_prompt_tokens", "48", "--data.max_tokens", "112"]
+FEW += ["--run.cache_dir", "cache", "--run.overwrite", "true"]
+# The paper's runs with what a reader of this folder has in place of its data and its model.
+PAPER = [*FEW, "--model.path", "my-sft", "--data.path", "pairs.jsonl", "--data.eval_path", "pairs.jsonl"]
+PAPER += ["--data.layout", "auto", "--data.eval_split", "train", "--batch.micro_rows", "8"]
+LOOP = [*FEW[2:], "--train.rounds", "2", "--rounds.prompts", "8", "--data.eval_rows", "8", "--rounds.max_tokens", "8"]
+LOOP += ["--rounds.keep_unfinished", "true"]  # the model has learnt nothing
+
+
+def in_few_steps(command: str, arguments: list[str]) -> list[str]:
+    if command == "train":
+        more = LOOP if "--train.rounds" in arguments else FEW
+        return [*arguments, *(PAPER if any(word.startswith("paper_") for word in arguments) else more)]
+    if command == "doctor":
+        return [*arguments, *FEW[:-2]]
+    # Two pages write to one folder here.
+    more = {"generate": ["--max-tokens", "8", "--overwrite"], "export": ["--overwrite"]}
+    return [*arguments, *more.get(command, [])]
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_first_page_run_one_after_another(reader, monkeypatch, capsys):
+def test_the_commands_of_the_pages_run_one_after_another(reader, monkeypatch, capsys):
     monkeypatch.chdir(reader)
-    words = list(map(words_of, shell_lines(DOCS / "index.md")))
-    assert len(words) >= 9
-    for number, (program, command, *arguments) in enumerate(words):
-        assert program == "rpo-jax"
-        more = FEW if command in ("train", "doctor") else []
-        if command == "train" and number == len(words) - 1:
-            more = [*more, "--run.dir", "runs/mixture"]
-        assert cli.main([command, *arguments, *more]) == 0, (command, arguments, capsys.readouterr().err)
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI", "TRACKIO_DIR"):
+        monkeypatch.setenv(name, {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}.get(name, "t"))
+    pages = [DOCS / "index.md", *(page for page in PAGES if page.name != "index.md")]  # its models come first
+    run, failed = 0, []
+    with serving(lambda *_: completion("Response 1 is more helpful.")) as judge:
+        monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
+        for words in filter(runs_here, (words_of(line) for page in pages for line in shell_lines(page))):
+            command, *arguments = words[1:] if words[0] == "rpo-jax" else words[2:]
+            command = command.removeprefix("rpo_jax.")
+            given = [command, *in_few_steps(command, arguments)]
+            run += 1
+            if cli.main(given) != 0:
+                failed.append(f"{shlex.join(given)}: {capsys.readouterr().err}")
+    assert "\n".join(failed) == ""
+    assert run > 20
+    assert judge.requests
     assert (reader / "answers.jsonl").is_file()
     assert (reader / "report.html").is_file()
 

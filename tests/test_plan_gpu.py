@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 from functools import partial
 
 import jax
@@ -21,6 +22,8 @@ from rpo_jax.tools.planning.compiled import compile_step
 from rpo_jax.tools.planning.estimate import counted
 from rpo_jax.tools.planning.targets import target_of
 from rpo_jax.tools.planning.workload import BatchShape, Lengths
+from tests.models.test_splash import CUDNN
+from tests.test_docs import PAGES, ROOT, shell_lines, words_of
 from tests.worlds import small_model
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="only JAX's CUDA plugin compiles for GPUs: scripts/test.sh cuda")
@@ -76,12 +79,13 @@ def test_a_mesh_of_two_by_two_by_two():
     assert scattered.sent == pytest.approx(2 * LAYERS * LAYER / 2 * 1 / 2, rel=0.01)  # a half of each half
 
 
-# All but cuDNN's, which asks for its library.
-@pytest.mark.parametrize(
-    "attention", [name for name, kind in ATTENTIONS.items() if not kind.stand_in and kind.platforms != ("tpu",)]
-)
-def test_one_gpu_trains_adapters_with_every_attention(attention):
-    """In micro-batches of two rows, beside a base of bfloat16, of which no gradient is made."""
+@pytest.mark.parametrize("attention", [name for name, kind in ATTENTIONS.items() if kind.platforms != ("tpu",)])
+def test_one_gpu_trains_adapters_with_every_attention(attention, monkeypatch):
+    """In micro-batches of two rows, beside a base of bfloat16, of which no gradient is made.
+
+    Of cuDNN's, whose library is not here, the compiler plans no work space.
+    """
+    monkeypatch.setattr(CUDNN, lambda: 91000)
     lora = LoraConfig(rank=8, base_dtype="bfloat16")
     found = compiled("h100:1", MeshConfig(data=1), micro_rows=2, rows_each=4, attention=attention, lora=lora)
     assert found.surprises == ()
@@ -212,3 +216,15 @@ def test_the_attention_s_kernels_spill_nothing_and_multiply_on_tensor_cores(targ
         older = head_dim > 128 and kernel.kernel != "forward"
         assert kernel.instructions["mma.sync" if older else unit] > 0
         assert 0 < kernel.shared <= CHIPS[target].gpu["shared_memory_per_block"]
+
+
+COMMANDS = [words_of(line) for page in PAGES for line in shell_lines(page)]
+PLANS = [words[words.index(name) + 1 :] for words in COMMANDS for name in ("plan", "rpo_jax.plan") if name in words]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", PLANS, ids=shlex.join)
+def test_the_plans_that_the_documentation_shows_are_made(arguments, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert plan.main(["quickstart_sft" if word == "FILE" else word for word in arguments]) == 0
+    assert "Compiled for h100:8" in " ".join(capsys.readouterr().out.split())

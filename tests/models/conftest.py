@@ -146,6 +146,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "seed_oss": ("SeedOss", {"head_dim": 24, "attention_bias": True, "attention_out_bias": False, "pad_token_id": 0}),
 }
+# One case of each of transformers' classes: the first.
+OF_FAMILY = {prefix: name for name, (prefix, _) in reversed(CASES.items())}
 
 
 @functools.cache

@@ -12,13 +12,12 @@ from rpo_jax.training.step import build_steps, put_batch
 from tests.test_step import batches_for, configured, make_mesh
 from tests.worlds import VOCAB
 
-from .conftest import CASES, SIZES
+from .conftest import OF_FAMILY, SIZES
 
 STEPS = 2
 # Caps and norms on both sides; fused matrices and part of a head rotated. The others take minutes; mixtures of experts
 # are on a mesh in test_experts.py too.
 QUICK = ("gemma2", "phi4 mini")
-OF_FAMILY = {prefix: name for name, (prefix, _) in reversed(CASES.items())}
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OF_FAMILY.values() if name not in QUICK]
 
 

@@ -5,13 +5,18 @@ import re
 
 import jax
 import pytest
+import transformers
 
+from rpo_jax import models
 from rpo_jax.config import BatchConfig, Config, MeshConfig, PolicyConfig
 from rpo_jax.core.records import Batch
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
+from rpo_jax.tools.planning import hlo
 from rpo_jax.training.step import build_steps
 from tests.worlds import random_data, small_model
+
+from .conftest import CASES, OF_FAMILY, SIZES
 
 libtpu = pytest.importorskip("libtpu", reason="only libtpu compiles for TPUs: pip install libtpu")
 
@@ -85,3 +90,23 @@ def test_the_embedding_s_and_the_head_s_gradients_are_summed_into_their_shards(c
         name, shape = re.match(r"\s*(?:ROOT )?(%\S+) = (.*?) (?:all-reduce|reduce-scatter)", line).groups()
         if any(array in shape for array in whole):
             assert f"dynamic-slice({name}," in program, line[:200]
+
+
+# What a kernel takes of head dimensions, and layers that are worth a shard.
+WIDE = {"hidden_size": 512, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_FAMILY.values())
+def test_the_step_of_every_family_compiles_without_scores_of_all_tokens_by_all(name, chips, tmp_path):
+    prefix, changes = CASES[name]
+    config_class = getattr(transformers, f"{prefix}ForCausalLM").config_class
+    config_class(**(SIZES | changes | WIDE | {"head_dim": 128})).save_pretrained(tmp_path)
+    model = models.read_config(tmp_path)
+    config = Config(batch=BatchConfig(pairs=16), model=PolicyConfig(compute_dtype="bfloat16", remat="dots"))
+    expert = 2 if model.parts.experts is not None and model.parts.experts.count % 2 == 0 else 1
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4 // expert, tensor=2, expert=expert), chips)
+    steps = build_steps(config, model, mesh, total_steps=10)
+    program = steps.train.lower(steps.abstract_state, abstract_batch(mesh), None).compile().as_text()
+    squares = {shape.dtype for shape in hlo.buffers(program) if shape.dims.count(TOKENS) > 1}
+    assert squares <= {"pred", "s8", "s32"}  # the kernel's mask, and what it is made from
