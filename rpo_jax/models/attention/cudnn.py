@@ -1,6 +1,6 @@
 """Attention by cuDNN's fused kernel, with the packed, branched mask as a bias.
 
-Read in JAX's source and lowered for CUDA in a test, but never run: no GPU was at hand.
+Read in JAX's source and compiled for CUDA in a test, without its library, but never run: no GPU was at hand.
 """
 
 from __future__ import annotations
