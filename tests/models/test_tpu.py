@@ -1,6 +1,5 @@
 """The training step compiled for eight TPU chips that are not there: libtpu, where installed, is a compiler too."""
 
-import os
 import re
 
 import jax
@@ -13,6 +12,7 @@ from rpo_jax.core.records import Batch
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.hosts import sharding
 from rpo_jax.tools.planning import hlo
+from rpo_jax.tools.planning.targets import target_of
 from rpo_jax.training.step import build_steps
 from tests.worlds import random_data, small_model
 
@@ -21,23 +21,11 @@ from .conftest import CASES, OF_FAMILY, SIZES
 libtpu = pytest.importorskip("libtpu", reason="only libtpu compiles for TPUs: pip install libtpu")
 
 ROWS, TOKENS, HEADS = 8, 2048, 8
-# Who the machine is, where there is none to ask.
-NOWHERE = {
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_SKIP_MDS_QUERY": "1",
-}
 
 
 @pytest.fixture(scope="module")
 def chips():
-    from jax.experimental import topologies
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in NOWHERE.items():
-            if name not in os.environ:
-                patch.setenv(name, value)
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    return target_of("v5e:2x4").devices
 
 
 def abstract_batch(mesh) -> Batch:
