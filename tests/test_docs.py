@@ -343,8 +343,9 @@ def in_few_steps(command: str, arguments: list[str]) -> list[str]:
 def test_the_commands_of_the_pages_run_one_after_another(reader, monkeypatch, capsys):
     monkeypatch.chdir(reader)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
-    for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI", "TRACKIO_DIR"):
-        monkeypatch.setenv(name, {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}.get(name, "t"))
+    nearby = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db", "TRACKIO_DIR": "trackio"}
+    for name, value in nearby.items():
+        monkeypatch.setenv(name, value)
     pages = [DOCS / "index.md", *(page for page in PAGES if page.name != "index.md")]  # its models come first
     run, failed = 0, []
     with serving(lambda *_: completion("Response 1 is more helpful.")) as judge:
