@@ -2,8 +2,11 @@
 
 import importlib
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,7 +285,8 @@ def test_the_dashboard_that_is_shown_takes_what_is_logged(tmp_path, monkeypatch)
 # What is left out here, and who runs it: the words that the command has, joined by spaces.
 ELSEWHERE = {
     r"(bash|source) ": "a machine that has nothing yet: these make the environment that this test needs",
-    r"(pip|uv|docker) ": "a machine that reaches an index, or has Docker",
+    r"pip ": "test_the_pages_install_what_they_say, in an environment of its own",
+    r"(uv|docker) ": "a machine that reaches PyTorch's own index, or has Docker",
     r"lm_eval ": "tests/test_lm_eval.py",
     r".*plan --": "tests/test_plan_gpu.py",
     r".*compare --": "tests/test_frontier.py, with a small model",
@@ -340,6 +344,7 @@ def in_few_steps(command: str, arguments: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's database library
 def test_the_commands_of_the_pages_run_one_after_another(reader, monkeypatch, capsys):
     monkeypatch.chdir(reader)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
@@ -376,3 +381,37 @@ def test_the_python_of_a_page_runs(page, reader, monkeypatch):
     monkeypatch.setattr(rpo_jax, "load_config", lambda name, changes: read(name, [*changes, *small]), raising=False)
     exec(block, {})
     assert (reader / "runs" / "python" / "checkpoints" / "1").is_dir()
+
+
+@pytest.mark.slow
+def test_the_pages_install_what_they_say(tmp_path):
+    """In an empty environment, with this repository's wheel in place of the index's, and torch as a clone gets it."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")], cwd=ROOT, check=True
+    )
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "empty")], check=True)
+    programs = tmp_path / "empty" / "bin"
+    links = f"{tmp_path / 'dist'} {os.environ.get('PIP_FIND_LINKS', '')}"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PIP_FIND_LINKS": links}
+
+    def given(*words: str, at: Path = ROOT) -> str:
+        command = [str(programs / words[0]), *words[1:]]
+        done = subprocess.run(command, cwd=at, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr}"
+        return done.stdout
+
+    pages = [DOCS / "install.md", *PAGES]
+    told = [words_of(line) for page in pages for line in (*shell_lines(page), *spans_of(page))]
+    lines = list(dict.fromkeys(tuple(words) for words in told if words[0] == "pip"))
+    assert lines[0] == ("pip", "install", "rpo-jax")
+    assert len(lines) > 4
+    given(*lines[0])
+    assert given("rpo-jax", "--version", at=tmp_path) == f"rpo-jax {rpo_jax.__version__}\n"
+    given("rpo-jax", "doctor", "--config", "quickstart_sft", at=tmp_path)
+    given("python", "-c", "import importlib.util; assert importlib.util.find_spec('torch') is None")
+    given("pip", "install", "-c", "constraints.txt", "torch")
+    for words in lines[1:]:
+        given(*words)
+    # An environment that has torch's CPU build keeps it, whatever is asked for.
+    assert given("python", "-c", "import torch; print(torch.version.cuda)") == "None\n"
+    assert given("rpo-jax", "--version", at=tmp_path) == f"rpo-jax {rpo_jax.__version__}\n"
