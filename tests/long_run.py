@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -16,6 +17,21 @@ from rpo_jax.runs.tracking import MetricsLog
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+PARTS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+
+class Mallinfo(ctypes.Structure):
+    """As malloc.h has it; in bytes or pieces."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in PARTS.split()]
+
+
+def in_use() -> int:
+    """Bytes that malloc has given out, of all threads. What it keeps for later is in the resident memory too."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Mallinfo
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
 
 
 def main(arguments: list[str]) -> None:
@@ -36,6 +52,8 @@ def main(arguments: list[str]) -> None:
             {
                 "step": metrics["step"],
                 "resident_mib": resident / 2**20,
+                "in_use_mib": in_use() / 2**20,
+                "python_blocks": sys.getallocatedblocks(),
                 "handles": len(os.listdir("/proc/self/fd")),
                 "threads": threading.active_count(),
                 "compilations": len(compiled),

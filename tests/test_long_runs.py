@@ -3,9 +3,10 @@
 `pytest tests/test_long_runs.py -m slow -s` takes 5,000 steps and prints what it measured.
 """
 
+import ctypes
 import json
+import math
 import os
-import statistics
 import subprocess
 import sys
 
@@ -15,11 +16,15 @@ from rpo_jax.runs.checkpoints import Checkpoints
 from tests.processes import REPOSITORY
 from tests.runs import metric_lines, preference_rows, settings, write_rows
 
-pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
+pytestmark = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc what it has given out, and Linux's /proc"
+)
 
 PERIODS = 10  # of evaluations and saves
 WARM = 2 / PERIODS  # part of the run until everything has happened twice
-MAX_DRIFT = 0.02
+# Of the least that is held between saves, which one array of the model's size more or less may change by 2 %. Of the
+# resident memory nothing is asked: by what malloc keeps for later, it may grow by a twentieth without a leak.
+MAX_DRIFT = {"in_use_mib": 0.025, "python_blocks": 0.02, "handles": 0.0, "threads": 0.0}
 
 
 def long_run(folder, steps):
@@ -46,25 +51,14 @@ def long_run(folder, steps):
 
 def assert_nothing_grows(folder, steps):
     samples = long_run(folder, steps)
-    tenth = len(samples) // 10
-    early, late = samples[:tenth], samples[-tenth:]
-
-    def medians(key):
-        return [statistics.median(sample[key] for sample in part) for part in (early, late)]
-
-    before, after = medians("resident_mib")
-    print(
-        f"\n{steps} steps: resident {before:.1f} MiB after warm-up, {after:.1f} at the end ({after / before - 1:+.2%}),"
-    )
-    print(f"at most {max(sample['resident_mib'] for sample in samples):.1f}")
-    for key in ("handles", "threads", "compilations"):
-        print(f"{key}: {medians(key)}, from {min(s[key] for s in samples)} to {max(s[key] for s in samples)}")
-    assert after / before - 1 < MAX_DRIFT, "memory that is given back is no drift"
-    assert samples[0]["compilations"] == samples[-1]["compilations"]
-    # A save that is being written holds some for as long as the disk takes: what is kept is there between saves too.
     half = len(samples) // 2
-    for key in ("handles", "threads"):
-        assert min(s[key] for s in samples[half:]) <= min(s[key] for s in samples[:half])
+    print()
+    for key in samples[0].keys() - {"step"}:
+        values = [sample[key] for sample in samples]
+        before, after = min(values[:half]), min(values[half:])
+        print(f"{steps} steps: {key} at least {before:.1f} in the first half and {after:.1f} in the second")
+        assert after <= before * (1 + MAX_DRIFT.get(key, math.inf)), key
+    assert samples[0]["compilations"] == samples[-1]["compilations"]
     assert_pruned(folder / "run", steps)
 
 
