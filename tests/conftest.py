@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import quick_xla
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Hundreds of tiny programs: compiling them costs far more than running them, and unoptimised code compiles in a third.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 # Devices that meet late on a busy machine are slow, not lost: XLA gives up after forty seconds where nothing is said.
-_FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["XLA_FLAGS"] = f"{quick_xla.flags(devices=8)} {_PATIENCE} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Workers and the processes that they start compile many programs alike: each is compiled once, and kept.

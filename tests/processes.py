@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import quick_xla
+
 REPOSITORY = Path(__file__).parent.parent
 LIMIT_SECONDS = 500
 
@@ -53,8 +55,12 @@ def start(
     variables: Mapping[str, str] | None = None,
 ) -> subprocess.Popen:
     """One process with so many virtual devices; what it says goes to a file."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "HF_HUB_OFFLINE": "1", **(variables or {})}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": quick_xla.flags(devices),
+        "HF_HUB_OFFLINE": "1",
+        **(variables or {}),
+    }
     with output.open("wb") as file:
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT)

@@ -10,11 +10,12 @@ import sys
 
 import pytest
 
+from tests import quick_xla
 from tests.processes import REPOSITORY
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": quick_xla.FLAGS,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # a start compiles nothing that an earlier one has compiled
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -16,6 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests import quick_xla
 from tests.processes import free_port
 from tests.runs import metric_lines, settings, write_rows
 
@@ -259,8 +260,7 @@ def test_an_interrupted_launcher_leaves_no_process_behind(tmp_path):
 def test_the_launcher_trains_with_two_processes_and_goes_on_where_they_stopped(tmp_path):
     data, run_dir, cache = write_rows(tmp_path / "pairs.jsonl"), tmp_path / "run", tmp_path / "cache"
     changes = {"train.save_every": 2, "contrast.weights": "uniform", "tracking.tensorboard": False}
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    variables = {"VENV": sys.prefix, "CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    variables = {"VENV": sys.prefix, "CACHE": str(cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_xla.flags(2)}
     for steps in (2, 4):
         chosen = settings(data, run_dir, cache, {**changes, "train.steps": steps})
         options = [f"--{one}" for one in chosen if not one.startswith("run.cache_dir")]

@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from rpo_jax.runs.checkpoints import Checkpoints
+from tests import quick_xla
 from tests.processes import REPOSITORY
 from tests.runs import metric_lines, preference_rows, settings, write_rows
 
@@ -41,7 +42,7 @@ def long_run(folder, steps):
     data = write_rows(folder / "pairs.jsonl", preference_rows(72))
     arguments = [f"--{setting}" for setting in settings(data, folder / "run", folder / "cache", changes)]
     command = [sys.executable, "-m", "tests.long_run", *arguments]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": quick_xla.FLAGS}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     samples = json.loads(done.stdout.splitlines()[-1])

@@ -23,6 +23,7 @@ from rpo_jax.data.chat_template import TemplateError, render_messages
 from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import TokenLimits, tokenize_examples
 from rpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from tests import quick_xla
 from tests.fuzz_files import run
 from tests.worlds import small_model
 
@@ -311,7 +312,7 @@ def test_no_setting_can_hold_a_secret_and_none_reaches_what_a_run_writes(tmp_pat
         "model.num_kv_heads": 2,
     }
     command = [sys.executable, "-m", "rpo_jax.train"] + [f"--{key}={value}" for key, value in settings.items()]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | secrets
+    environment = os.environ | {"XLA_FLAGS": quick_xla.FLAGS} | secrets
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     export = [sys.executable, "-m", "rpo_jax.export", "--run", tmp_path / "run", "--out", tmp_path / "out"]
