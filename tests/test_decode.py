@@ -122,7 +122,7 @@ def test_the_seed_and_nothing_else_tells_answers_to_a_prompt_apart():
     assert first == again != second
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2), (1, 2, 4)])
 def test_any_mesh_samples_the_tokens_of_one_device(shape):
     prompts, seeds = ragged(range(20, 28)), range(8)
     base = LoraConfig(rank=4, alpha=16.0)

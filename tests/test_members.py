@@ -78,7 +78,11 @@ def errors(output):
     return [line for line in output.splitlines() if not line.replace(" ", "").isdigit()]
 
 
-@pytest.mark.parametrize(("victim", "size"), [(0, 1), (1, 1), (1, 5_000_000)], ids=["main", "other", "full buffers"])
+@pytest.mark.parametrize(
+    ("victim", "size"),
+    [(0, 1), pytest.param(1, 1, marks=pytest.mark.slow), (1, 5_000_000)],
+    ids=["main", "other", "full buffers"],
+)
 def test_who_is_stopped_for_ever_ends_the_run_by_its_name(tmp_path, victim, size):
     expected = (
         f"error: process {victim} ({HOST}) has not answered for {SILENT} seconds: it is stopped, or its host hangs."
@@ -96,7 +100,7 @@ def test_who_is_stopped_for_ever_ends_the_run_by_its_name(tmp_path, victim, size
         assert errors(late.output)[0].startswith("error: process "), late.output
 
 
-@pytest.mark.parametrize("victims", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("victims", [pytest.param((0,), marks=pytest.mark.slow), (1,), (0, 1)])
 def test_a_pause_changes_nothing(tmp_path, victims):
     """Of one process while the others have patience, and of all of them however long: a suspended machine."""
     seconds = 1 if len(victims) == 1 else SILENT + 2

@@ -55,7 +55,7 @@ def compiled(topology, mesh, *, micro_rows=None, rows_each=2, attention="auto", 
     return counted(config, model, target, Lengths([PAIR], ""), batch, done)
 
 
-@pytest.mark.parametrize(("reduce_dtype", "wide"), [("compute", 1), ("float32", 2)])
+@pytest.mark.parametrize(("reduce_dtype", "wide"), [("compute", 1), pytest.param("float32", 2, marks=pytest.mark.slow)])
 def test_eight_gpus_gather_a_layer_at_a_time_and_scatter_its_gradient_in_every_micro_batch(reduce_dtype, wide):
     mesh = MeshConfig(data=1, fsdp=8, reduce_dtype=reduce_dtype)
     found = compiled("h100:8", mesh, micro_rows=16, rows_each=4)
@@ -79,7 +79,14 @@ def test_a_mesh_of_two_by_two_by_two():
     assert scattered.sent == pytest.approx(2 * LAYERS * LAYER / 2 * 1 / 2, rel=0.01)  # a half of each half
 
 
-@pytest.mark.parametrize("attention", [name for name, kind in ATTENTIONS.items() if kind.platforms != ("tpu",)])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        pytest.param(name, marks=[] if name in ("fused", "cudnn") else [pytest.mark.slow])
+        for name, kind in ATTENTIONS.items()
+        if kind.platforms != ("tpu",)
+    ],
+)
 def test_one_gpu_trains_adapters_with_every_attention(attention, monkeypatch):
     """In micro-batches of two rows, beside a base of bfloat16, of which no gradient is made.
 
@@ -142,7 +149,7 @@ def test_what_does_not_fit_is_told_with_what_it_takes(capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("context", [1, 4])
+@pytest.mark.parametrize("context", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all(context):
     """Three kernels, forward and backward: what the forward pass gave is kept, not computed again.
 

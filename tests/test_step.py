@@ -96,7 +96,7 @@ def test_any_mesh_gives_the_losses_of_one_device(shape, pairing, on_one_device):
     assert len({report["loss"] for report in reports}) == STEPS, "training must change the loss"
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
 def test_attention_by_blocks_gives_the_losses_of_dense_attention(shape, on_one_device):
     """Rows of three blocks, recomputed, in micro-batches: what `auto` does on a CPU where rows are long."""
     config = configured(attention="blockwise", remat="dots", micro_rows=8)
@@ -107,7 +107,7 @@ def test_attention_by_blocks_gives_the_losses_of_dense_attention(shape, on_one_d
 
 
 @pytest.mark.parametrize("remat", ["attention", "full"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2), (1, 8, 1)])
 def test_an_mlp_in_chunks_gives_the_losses_of_a_whole_one(shape, remat, on_one_device, monkeypatch):
     monkeypatch.setattr(recompute, "MLP_TOKENS", 16)
     config = configured(remat=remat)
@@ -293,7 +293,10 @@ def test_a_live_reference_equals_its_cached_log_probs():
     np.testing.assert_allclose(live[0]["rewards/margins"], 0.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "ipo", "cdpo", "slic", "kto"])
+@pytest.mark.parametrize(
+    "objective",
+    ["sft", "dpo", "kto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ipo", "cdpo", "slic"))],
+)
 def test_every_objective_learns(objective):
     data = random_data(PAIRS, mismatched=objective == "kto")
     responses = {"sft": ("chosen",), "kto": RESPONSES}.get(objective, ("chosen", "rejected"))

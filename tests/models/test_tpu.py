@@ -47,7 +47,7 @@ def abstract_batch(mesh) -> Batch:
     return jax.tree.map(abstract, batches.batch_at(0))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_the_step_runs_the_kernel_without_scores_of_all_tokens_by_all(chips, shape, head_dim):
     """Three kernels, forward and backward: what the forward pass gave is kept, not computed again."""

@@ -61,7 +61,7 @@ def share_in_bfloat16(x):
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "phi3"])
 def test_a_product_s_gradient_is_not_rounded(family, adapters):
     narrow, wide = (gradients(family, ONE, kind, adapters) for kind in ("compute", "float32"))
     assert narrow.keys() == wide.keys()
