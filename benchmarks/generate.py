@@ -2,6 +2,7 @@
 
     python -m benchmarks.generate [--batch 32] [--prompt-tokens 128] [--new-tokens 256] [--rounds 3]
     python -m benchmarks.generate --prompts 128 --prompt-tokens 32-256 --new-tokens 16-256   # of many lengths
+    python -m benchmarks.generate --parts    # what a token of rpo_jax is made of, and what memory alone would allow
 
 Both sample greedily and no answer ends early; the systems take turns, so that noise meets both alike. Prompts and
 answers of many lengths are given to transformers sorted by prompt and padded on the left, and a batch ends with its
@@ -22,14 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks.spec import MAX_POSITIONS, MODELS
 from benchmarks.workloads import BOS, EOS, FIRST_WORD, PAD
 from rpo_jax import models
 from rpo_jax.config import MeshConfig
 from rpo_jax.hosts import sharding
-from rpo_jax.sampling.engine import Engine, Sampling
+from rpo_jax.models.attention.kind import ONE_DEVICE
+from rpo_jax.models.decoder import rotations
+from rpo_jax.sampling import kv_cache
+from rpo_jax.sampling.engine import Engine, Sampling, choose
 from rpo_jax.sampling.kv_cache import to_decode_layout
 
 RESULTS = Path(__file__).with_name("results") / "generate.jsonl"
@@ -149,6 +155,59 @@ def measure(systems: dict[str, System], limits: Sequence[int], rounds: int, thre
     }
 
 
+def without_attention(model_config: models.ModelConfig, params: Any, rows: int, steps: int = 32) -> Callable[[], Any]:
+    """So many tokens in which no cache is looked at: products, norms, rotations and the choice of the next token."""
+    graph, _ = kv_cache._graphs(model_config)
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, sinks: jax.Array | None) -> jax.Array:
+        return query + jnp.mean(key) + jnp.mean(value)  # or XLA would leave their products out
+
+    def step(_: int, last: jax.Array) -> jax.Array:
+        x = kv_cache._embedded(model_config, params, last[:, None], jnp.float32, lambda x, axes: x)
+        cos_sin = rotations(model_config, jnp.full((rows, 1), 100))
+        for layer, rope in zip(params["layers"], model_config.rope_of_layer, strict=True):
+            angles = tuple(angles[rope] for angles in cos_sin)
+            x, _ = nnx.merge(graph, layer)(x, angles, attend, lambda x, axes: x, ONE_DEVICE)
+        logits = kv_cache.next_token_logits(model_config, params, kv_cache._normed(model_config, params, x))
+        return choose(logits, jnp.zeros(rows, jnp.uint32), jnp.zeros(rows, jnp.int32), Sampling())
+
+    run = jax.jit(lambda: jax.lax.fori_loop(0, steps, step, jnp.zeros(rows, jnp.int32)))
+    return lambda: jax.block_until_ready(run())
+
+
+def median_seconds(run: Callable[[], Any], rounds: int) -> float:
+    """Of a call, after one that compiles."""
+    run()
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds))
+
+
+def print_parts(model_config: models.ModelConfig, params: Any, run: System, limits: Sequence[int], prompt: int) -> None:
+    """Milliseconds of a token, prompts spread over all of them, and of reading its cache once at memory's speed."""
+    rows, steps, new = len(limits), 32, max(limits)
+    placed = jax.jit(to_decode_layout, static_argnums=(1, 2))(params, "float32", "cpu")
+    whole = median_seconds(lambda: run(limits), 3) / new
+    prompts = median_seconds(lambda: run([1] * rows), 3) / new
+    products = median_seconds(without_attention(model_config, placed, rows, steps), 5) / steps
+    numbers = jnp.ones(2**26)
+    total = jax.jit(jnp.sum)
+    bandwidth = numbers.nbytes / median_seconds(lambda: jax.block_until_ready(total(numbers)), 5)
+    slots = prompt + new / 2
+    cache = 2 * 4 * model_config.num_layers * rows * slots * model_config.num_kv_heads * model_config.head_dim
+    for what, seconds in (
+        ("all", whole),
+        ("prompts", prompts),
+        ("a token but for attention", products),
+        ("attention", whole - prompts - products),
+        (f"its cache, {cache / 1e6:.3g} MB at {bandwidth / 1e9:.0f} GB/s", cache / bandwidth),
+    ):
+        print(f"{1e3 * seconds:8.1f} ms  {what}")
+
+
 def lengths_of(text: str, count: int, rng: np.random.Generator) -> list[int]:
     """`count` times a number, or as many drawn between two, as in 32-256."""
     low, _, high = text.partition("-")
@@ -164,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", default="256", help="a number, or two with a hyphen between them")
     parser.add_argument("--rounds", type=int, default=3, help="0 measures processor time only")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch; JAX takes all processors")
+    parser.add_argument("--parts", action="store_true", help="print what a token is made of, without transformers")
     parser.add_argument("--top-p", type=float, help="sample at temperature 1 from this share, instead of greedily")
     return parser
 
@@ -178,6 +238,10 @@ def main() -> None:
     lengths = lengths_of(options.prompt_tokens, count, rng)
     limits = lengths_of(options.new_tokens, count, rng)
     prompts = [rng.integers(FIRST_WORD, model_config.vocab_size, length).astype(np.int32) for length in lengths]
+    if options.parts:
+        run = ours(model_config, params, prompts, sampling, options.batch)
+        print_parts(model_config, params, run, limits, max(lengths))
+        return
     with tempfile.TemporaryDirectory() as folder:
         given = (model_config, params, prompts, sampling, options.batch)
         systems = {"rpo_jax": ours(*given), "transformers": theirs(*given, Path(folder) / "model")}

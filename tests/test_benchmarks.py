@@ -1,6 +1,7 @@
 """The benchmark's pure parts: the arithmetic it counts, the data it serves, the table it makes. Nothing is timed."""
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -20,6 +21,8 @@ from benchmarks.workloads import BOS, EOS, NUM_EXAMPLES, WORKLOADS, batch_of, ma
 from rpo_jax import models
 from rpo_jax.objectives import contrast, losses
 from rpo_jax.tools.planning import arithmetic
+from tests import quick_xla
+from tests.processes import REPOSITORY
 
 TINY = CellSpec(
     system="ours-cached", workload="A", pairs=4, micro=2, warmup=1, steps=2, model="tiny", shrink=8, settings=()
@@ -315,3 +318,17 @@ def test_a_step_s_parts_are_told_by_their_scopes():
     assert found["mlp products, forward"].operations in (3 * product, 6 * product)  # again in the backward pass
     assert found["optimizer"].operations == 0
     assert found["optimizer"].bytes >= 3 * weights.nbytes
+
+
+@pytest.mark.slow
+def test_parts_of_a_token_are_printed():
+    command = [sys.executable, "-m", "benchmarks.generate", "--parts", "--model", "tiny", "--batch", "2"]
+    command += ["--prompt-tokens", "8", "--new-tokens", "4"]
+    environment = os.environ | {"XLA_FLAGS": quick_xla.FLAGS}  # on one device
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5
+    whole, *parts, _ = (float(line.split()[0]) for line in lines)
+    assert sum(parts) == pytest.approx(whole, abs=0.2)
+    cache = 2 * 4 * 2 * 2 * (8 + 4 / 2) * 2 * 16  # keys and values, bytes, layers, rows, slots, heads, their dimension
+    assert f"its cache, {cache / 1e6:.3g} MB at " in lines[-1]
