@@ -275,6 +275,9 @@ def test_one_seed_has_a_mean_and_no_interval():
     ("changes", "message"),
     [
         ({"seeds": []}, "seeds: give a list of numbers"),
+        ({"seeds": [0, 1, 0]}, "seeds: each may be given once, got [0, 1, 0]"),
+        ({"tuning": {**STUDY["tuning"], "seed": "x"}}, "tuning: seed: give a number of at least 0, got 'x'"),
+        ({"tuning": {"grid": {"objective.beta": [0.1, 0.1]}}}, "beta: each value may be given once, got [0.1, 0.1]"),
         ({"sedes": [1]}, "unknown key 'sedes'"),
         ({"base": {**BASE, "objective.bta": 1}}, "did you mean objective.beta?"),
         ({"task": {"noise": 2}}, "noise=2 from 0 to 1"),

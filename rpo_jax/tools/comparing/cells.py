@@ -87,7 +87,7 @@ class CellRunner:
             try:
                 result = self._trained_and_judged(cell)
             except (Exception, KeyboardInterrupt) as error:
-                error.add_note(f"cell {cell.name}: {cell.settings or cell.start}; its log: {place / LOG}")
+                error.add_note(f"cell {cell.name}; its log: {place / LOG}")
                 raise
         result["seconds"] = round(time.perf_counter() - began, 1)
         result["cpu_seconds"] = round(time.process_time() - worked, 1)  # the same beside other work

@@ -40,8 +40,8 @@ def compare(config: Path, out: Path, cache_dir: Path, *, report_only: bool = Fal
             task.scorer()
             task.asked(packaged)
     runner = CellRunner(out, cache_dir.expanduser(), study.max_tokens)
-    out.mkdir(parents=True, exist_ok=True)
     check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
     if not report_only:
         work(study, runner)
     return write_reports(study, runner, f"python -m rpo_jax.compare --config {config} --out {out}")

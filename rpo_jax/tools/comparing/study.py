@@ -280,6 +280,11 @@ def _read(content: Any) -> Study:
     seeds = content.get("seeds", [])
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise ValueError(f"seeds: give a list of numbers, got {seeds!r}.")
+    if len(set(seeds)) < len(seeds):  # intervals over seeds would take one run for several
+        raise ValueError(f"seeds: each may be given once, got {seeds!r}.")
+    tuning_seed = tuning.get("seed", 1000)
+    if not isinstance(tuning_seed, int) or tuning_seed < 0:
+        raise ValueError(f"tuning: seed: give a number of at least 0, got {reprlib.repr(tuning_seed)}.")
     max_tokens = content.get("max_tokens", 64)
     if not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"max_tokens: {max_tokens!r} must be a positive number.")
@@ -291,7 +296,7 @@ def _read(content: Any) -> Study:
         raise ValueError("tables: a task of scores has no pairs to judge and tune by; give these rows as frontiers.")
     return Study(
         seeds=tuple(seeds),
-        tuning_seed=tuning.get("seed", 1000),
+        tuning_seed=tuning_seed,
         task=_task(kind, task),
         base=base,
         start=start,
@@ -322,6 +327,10 @@ def _grid(grid: Any, method: str) -> dict[str, list[Any]]:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"methods: {method}: grid: {key} needs a list of values, got {reprlib.repr(values)}.")
+        if any(value in values[:number] for number, value in enumerate(values)):
+            raise ValueError(
+                f"methods: {method}: grid: {key}: each value may be given once, got {reprlib.repr(values)}."
+            )
     return grid
 
 
