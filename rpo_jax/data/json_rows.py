@@ -116,6 +116,10 @@ def _read_document(path: Path) -> list[Any]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is broken JSON: {error}; fix the file.") from None
+    if isinstance(content, dict) and _is_by_columns(content):
+        raise ValueError(
+            f"{path} is a table column by column; write it by rows, as pandas' to_json(orient='records', lines=True)."
+        )
     if isinstance(content, dict) and "data" in content:
         content = content["data"]
     elif isinstance(content, dict | _Repeated) and b"\n" not in raw.strip():  # JSON Lines of one line
@@ -125,6 +129,15 @@ def _read_document(path: Path) -> list[Any]:
             f'{path} holds neither a list of objects nor {{"data": [...]}}; make it one of them, or JSON Lines.'
         )
     return [_first_repeat(value) or value for value in content] if repeats else content
+
+
+def _is_by_columns(content: dict[str, Any]) -> bool:
+    """Whether it is what pandas writes unless told otherwise, or columns as lists: of texts, which no prompt is."""
+    columns = list(content.values())
+    if columns and all(isinstance(column, dict) and "0" in column for column in columns):
+        return True
+    prompts = content.get("prompt", content.get("chosen"))
+    return isinstance(prompts, list) and bool(prompts) and all(isinstance(text, str) for text in prompts)
 
 
 def _first_repeat(value: Any) -> _Repeated | None:

@@ -182,6 +182,16 @@ def test_an_element_that_is_no_object_is_a_bad_row(tmp_path):
         ("rows.json", b'{"rows": [\n]}', r"neither a list of objects nor"),
         ("rows.json", b'{"data": {"a": 1}}', r"neither a list of objects nor"),
         ("rows.json", b"3", r"neither a list of objects nor"),
+        (
+            "rows.json",
+            b'{"prompt": {"0": "a", "1": "b"}, "chosen": {"0": "c", "1": "d"}}',
+            r"is a table column by column",
+        ),
+        (
+            "rows.json",
+            b'{"prompt": ["a", "b"],\n"chosen": ["c", "d"]}',
+            r"column by column; .* to_json\(orient='records'",
+        ),
         ("rows.xlsx", b"a,b\n", r"unknown suffix '.xlsx'; rows are read from .jsonl, .jsonl.gz, .json"),
         ("rows.pkl", b"\x80\x04N.", r"unknown suffix '.pkl'"),
         ("rows", b"{}", r"unknown suffix ''"),
