@@ -205,7 +205,7 @@ def print_parts(model_config: models.ModelConfig, params: Any, run: System, limi
         ("attention", whole - prompts - products),
         (f"its cache, {cache / 1e6:.3g} MB at {bandwidth / 1e9:.0f} GB/s", cache / bandwidth),
     ):
-        print(f"{1e3 * seconds:8.1f} ms  {what}")
+        print(f"{1e3 * seconds:8.2f} ms  {what}")
 
 
 def lengths_of(text: str, count: int, rng: np.random.Generator) -> list[int]:
