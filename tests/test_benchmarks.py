@@ -332,3 +332,18 @@ def test_parts_of_a_token_are_printed():
     assert min(whole, prompts, products) > 0
     cache = 2 * 4 * 2 * 2 * (8 + 4 / 2) * 2 * 16  # keys and values, bytes, layers, rows, slots, heads, their dimension
     assert f"its cache, {cache / 1e6:.3g} MB at " in lines[-1]
+
+
+@pytest.mark.slow
+def test_the_suite_times_systems_side_by_side(tmp_path):
+    """`benchmarks/run.sh` with the peer that needs no environment of its own; what is measured is not looked at."""
+    command = ["bash", "benchmarks/run.sh", "--tiny", "--systems", "ours-cached,torch-rpo", "--workloads", "A"]
+    command += ["--pairs", "8", "--steps", "1", "--warmup", "0", "--repeats", "1", "--name", str(tmp_path / "results")]
+    environment = os.environ | {"DEV_PYTHON": sys.executable, "PEERS_PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, *cells = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [cell["status"] for cell in cells] == ["ok"] * 4
+    timed = [cell for cell in cells if "step_seconds" in cell["measured"]]
+    assert [cell["spec"]["system"] for cell in timed] == ["ours-cached", "torch-rpo"]
+    assert timed[0]["measured"]["necessary_flops"] == timed[1]["measured"]["necessary_flops"] != [0]

@@ -5,9 +5,11 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,12 +286,16 @@ def test_the_dashboard_that_is_shown_takes_what_is_logged(tmp_path, monkeypatch)
 
 # What is left out here, and who runs it: the words that the command has, joined by spaces.
 ELSEWHERE = {
-    r"(bash|source) ": "a machine that has nothing yet: these make the environment that this test needs",
-    r"pip ": "test_the_pages_install_what_they_say, in an environment of its own",
-    r"(uv|docker) ": "a machine that reaches PyTorch's own index, or has Docker",
+    r"bash scripts/quickstart": "tests/test_smollm2.py",
+    r"bash scripts/": "scripts/test.sh itself, which runs docs.sh too",
+    r"bash benchmarks/": "tests/test_benchmarks.py, with a tiny model",
+    r"(pip|uv) ": "test_the_pages_install_what_they_say, in an environment of its own",
+    r"source ": "test_the_environment_of_a_clone_is_activated",
+    r"docker ": "test_the_images_are_built_and_train, where there is Docker",
     r"lm_eval ": "tests/test_lm_eval.py",
     r".*plan --": "tests/test_plan_gpu.py",
-    r".*compare --": "tests/test_frontier.py, with a small model",
+    r".*compare --config configs/frontier": "tests/test_frontier.py, with a small model",
+    r".*compare --": "test_the_studies_of_the_pages_come_to_their_end, with a small model",
     r".* --distributed": "tests/test_distributed.py, with two processes of this machine",
 }
 DASHBOARDS = re.compile(r"tracking\.(\w+)")
@@ -303,6 +309,9 @@ def runs_here(words: list[str]) -> bool:
     return not any(re.match(elsewhere, line) for elsewhere in ELSEWHERE)
 
 
+RULE = "def score(prompt, answer):\n    return float(len(answer))\n"
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
     """A folder with what a reader of the pages has: models, preferences, prompts, a rule, our configurations."""
@@ -311,7 +320,7 @@ def reader(tmp_path_factory):
     for name in ("pairs.jsonl", "other.jsonl", "my_preferences.jsonl", "test.jsonl"):
         write_rows(folder / name, rows)
     write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows[:32]])
-    (folder / "rules.py").write_text("def score(prompt, answer):\n    return float(len(answer))\n")
+    (folder / "rules.py").write_text(RULE)
     (folder / "FILE").write_text("data: {path: pairs.jsonl}\nmodel: {path: my-sft}\n")
     (folder / "configs").symlink_to(ROOT / "configs")
     changes = {"train.steps": 1, "data.eval_rows": 0, "objective.name": "sft"}
@@ -383,9 +392,23 @@ def test_the_python_of_a_page_runs(page, reader, monkeypatch):
     assert (reader / "runs" / "python" / "checkpoints" / "1").is_dir()
 
 
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=10):
+            return True
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_the_pages_install_what_they_say(tmp_path):
-    """In an empty environment, with this repository's wheel in place of the index's, and torch as a clone gets it."""
+    """In an empty environment, with this repository's wheel in place of the index's.
+
+    Where PyTorch's own index is not reachable, torch comes as a clone gets it.
+    """
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")], cwd=ROOT, check=True
     )
@@ -393,6 +416,7 @@ def test_the_pages_install_what_they_say(tmp_path):
     programs = tmp_path / "empty" / "bin"
     links = f"{tmp_path / 'dist'} {os.environ.get('PIP_FIND_LINKS', '')}"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PIP_FIND_LINKS": links}
+    environment["VIRTUAL_ENV"] = str(tmp_path / "empty")  # what uv installs into
 
     def given(*words: str, at: Path = ROOT) -> str:
         command = [str(programs / words[0]), *words[1:]]
@@ -402,16 +426,81 @@ def test_the_pages_install_what_they_say(tmp_path):
 
     pages = [DOCS / "install.md", *PAGES]
     told = [words_of(line) for page in pages for line in (*shell_lines(page), *spans_of(page))]
-    lines = list(dict.fromkeys(tuple(words) for words in told if words[0] == "pip"))
-    assert lines[0] == ("pip", "install", "rpo-jax")
-    assert len(lines) > 4
+    lines = list(dict.fromkeys(tuple(words) for words in told if words[0] in ("pip", "uv")))
+    for_torch = [("pip", "install", "uv"), ("uv", "pip", "install", "--torch-backend", "cpu", "torch")]
+    assert lines[:3] == [("pip", "install", "rpo-jax"), *for_torch]
+    assert len(lines) > 6
     given(*lines[0])
     assert given("rpo-jax", "--version", at=tmp_path) == f"rpo-jax {rpo_jax.__version__}\n"
     given("rpo-jax", "doctor", "--config", "quickstart_sft", at=tmp_path)
     given("python", "-c", "import importlib.util; assert importlib.util.find_spec('torch') is None")
-    given("pip", "install", "-c", "constraints.txt", "torch")
-    for words in lines[1:]:
+    given(*for_torch[0])
+    given(*(for_torch[1] if answers(TORCH_INDEX) else ("pip", "install", "-c", "constraints.txt", "torch")))
+    for words in lines[3:]:
         given(*words)
     # An environment that has torch's CPU build keeps it, whatever is asked for.
     assert given("python", "-c", "import torch; print(torch.version.cuda)") == "None\n"
     assert given("rpo-jax", "--version", at=tmp_path) == f"rpo-jax {rpo_jax.__version__}\n"
+
+
+@pytest.mark.skipif(not (ROOT / ".venv").is_dir(), reason="the tests run in another environment than scripts/test.sh's")
+def test_the_environment_of_a_clone_is_activated():
+    (line,) = (line for line in shell_lines(ROOT / "README.md") if line.startswith("source "))
+    done = subprocess.run(["bash", "-ec", f"{line}\ncommand -v rpo-jax"], cwd=ROOT, capture_output=True, text=True)
+    assert Path(done.stdout.strip()).resolve() == (ROOT / ".venv" / "bin" / "rpo-jax").resolve(), done.stderr
+
+
+@pytest.mark.slow
+def test_the_images_are_built_and_train(tmp_path):
+    """Each `docker` line of the pages; without a GPU its image trains on the CPU."""
+    if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True).returncode != 0:
+        pytest.skip("no Docker engine answers")
+    lines = [line for line in shell_lines(DOCS / "install.md") if line.startswith("docker ")]
+    assert [line.split()[1] for line in lines] == ["build", "run", "build", "run"]
+    for number, line in enumerate(lines):
+        folder, few = ROOT, ""
+        if "docker run" in line:
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            few = " --train.steps 2 --batch.pairs 8"
+        given = line if shutil.which("nvidia-smi") else line.replace("--gpus all ", "")
+        done = subprocess.run(["bash", "-c", given + few], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, f"{given}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        if folder != ROOT:
+            assert (folder / "runs" / "quickstart" / "sft" / "checkpoints" / "2").is_dir()
+
+
+TINY = {"model.hidden_size": 16, "model.intermediate_size": 16, "model.num_layers": 1, "model.num_heads": 2}
+TINY |= {"model.num_kv_heads": 1}
+FEWER = {"train.epochs": 1, "data.train_rows": 32, "train.rounds": 2, "rounds.prompts": 32, "rounds.eval_prompts": 4}
+FEWER |= {"rounds.max_tokens": 4, "batch.micro_rows": 16}  # of the tests' eight devices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compare_small", "compare_rounds"])
+def test_the_studies_of_the_pages_come_to_their_end(name, tmp_path, monkeypatch):
+    """The first table of each, with one seed, a tiny model and few rows."""
+    told = {tuple(words_of(line)) for page in PAGES for line in (*shell_lines(page), *spans_of(page))}
+    (words,) = (words for words in told if f"configs/{name}.yaml" in words)
+    study = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    study["seeds"] = study["seeds"][:1]
+    study["tables"] = dict(list(study["tables"].items())[:1])
+    study["task"] |= {"train_pairs": 1, "held_out_pairs": 1}
+    study["max_tokens"] = 4
+    study["base"] |= TINY
+    for changes in (study["start"], *study["methods"].values()):
+        changes.update({key: value for key, value in FEWER.items() if key in changes})
+        if "train.rounds" in changes:
+            # The model has learnt nothing: none of its answers ends, and all are as bad by the true rule.
+            changes |= {"rounds.keep_unfinished": True, "rounds.score": "rule:rules.py:score"}
+    if "tuning" in study:
+        study["tuning"]["grid"] = {"objective.beta": [0.1]}
+        study["methods"]["PPO"]["grid"] = {"objective.ppo_kl_weight": [0.1]}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "rules.py").write_text(RULE, encoding="utf-8")
+    (tmp_path / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    assert cli.main([words[2].removeprefix("rpo_jax."), *words[3:]]) == 0
+    table = (tmp_path / "runs" / name / "report.md").read_text(encoding="utf-8")
+    for row in next(iter(study["tables"].values()))["rows"]:
+        assert f"| {row} |" in table

@@ -4,6 +4,8 @@ import importlib
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,11 +224,13 @@ def test_quickstart_refuses_what_it_does_not_know():
     assert done.stderr == "unknown argument '--big'; usage: bash scripts/quickstart.sh [--small]\n"
 
 
-@pytest.mark.slow
-def test_the_quickstart_itself(tmp_path):
-    """With this environment in place of one that the script makes."""
-    files = [ROOT / "pyproject.toml", ROOT / "constraints.txt", SCRIPTS / "environment.sh"]
-    content = b"".join(path.read_bytes() for path in files)
+@pytest.fixture
+def quickstart(tmp_path):
+    """Runs the script of a copy of this project, with this environment in place of one that the script makes."""
+    for name in ("scripts", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    files = [shutil.copy(ROOT / name, tmp_path) for name in ("pyproject.toml", "constraints.txt")]
+    content = b"".join(Path(file).read_bytes() for file in (*files, SCRIPTS / "environment.sh"))
     made_from = subprocess.run("cksum", input=content, capture_output=True, check=True).stdout.decode()
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -236,8 +240,19 @@ def test_the_quickstart_itself(tmp_path):
     hidden = ("XLA_FLAGS", "HF_HUB_OFFLINE")  # of these tests
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"VENV": str(tmp_path / "venv"), "RUNS": str(tmp_path / "runs"), "PYTHON": sys.executable}
-    done = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def run(*arguments: str) -> str:
+        command = ["bash", "scripts/quickstart.sh", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_quickstart_itself(quickstart, tmp_path):
+    shown = quickstart()
     answers = {
         name: [json.loads(line) for line in (tmp_path / "runs" / f"{name}.jsonl").read_text("utf-8").splitlines()]
         for name in ("before", "after")
@@ -248,4 +263,14 @@ def test_the_quickstart_itself(tmp_path):
     assert after.mean() - before.mean() > 0.1
     assert (tmp_path / "runs" / "rpo" / "hf" / "model.safetensors").is_file()
     for part in ("KL to the start", "after RPO", "transformers"):
-        assert part in done.stdout
+        assert part in shown
+
+
+@pytest.mark.slow
+def test_the_small_quickstart(quickstart, tmp_path):
+    shown = quickstart("--small")
+    for part in ("sft", "rpo"):
+        assert (tmp_path / "runs" / "quickstart" / part / "hf" / "model.safetensors").is_file()
+    line = next(line for line in shown.splitlines() if "gold score of greedy answers" in line)
+    before, after = map(float, re.findall(r"\d\.\d{3}", line))
+    assert after - before > 0.1
