@@ -76,6 +76,16 @@ if [ $# -eq 0 ]; then
   bash scripts/docs.sh || status=$?
   [ "$status" = 0 ] || [ "$status" = 75 ] # 75: its generator could not be installed, which it has told
 fi
-# Two at a time: most of a test is one thread's compiling.
-"$python" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
-[ $# -gt 0 ] || { tpu_tests tests/models/test_tpu.py && cuda_tests "$cuda_file"; }
+# Most of a test is one thread's compiling, some of it waiting.
+"$python" -m pytest -n "${TEST_WORKERS:-3}" --dist loadfile "$@"
+if [ $# -eq 0 ]; then
+  # Compilers of one thread each, beside each other.
+  mkdir -p "$root/.cache"
+  tpu_tests tests/models/test_tpu.py > "$root/.cache/tpu_tests.log" 2>&1 &
+  tpu=$!
+  status=0
+  cuda_tests "$cuda_file" || status=$?
+  wait "$tpu" || status=$?
+  cat "$root/.cache/tpu_tests.log"
+  exit "$status"
+fi

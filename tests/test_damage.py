@@ -255,7 +255,9 @@ def largest(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage", [pytest.param(name, marks=[] if name == "truncated" else [pytest.mark.slow]) for name in DAMAGES]
+)
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(world, damage, capsys):
     world.run(damage, train__steps=4)
     folder = world.folder / damage / CHECKPOINTS

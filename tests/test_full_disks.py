@@ -252,6 +252,7 @@ def test_lines_that_the_disk_never_took_are_in_the_checkpoint(tmp_path, capsys):
     assert [step for step, trained in written if trained] == list(range(1, 7)), "without a gap"
 
 
+@pytest.mark.slow
 def test_a_cache_folder_that_is_deleted_in_mid_run_costs_nothing(tmp_path, capsys):
     class Deleting(rpo_jax.Hook):
         def after_step(self, run, finished):

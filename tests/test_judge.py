@@ -316,7 +316,7 @@ def test_a_reward_model_scores_as_transformers_does(reward_model, tmp_path, caps
 HOSTILE = {
     "reaches for Python's own": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     "takes all memory": ("{{ 'a' * 10**11 }}", "MemoryError"),
-    "never ends": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s"),
+    "never ends": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 0.5 s"),
     "does not parse": ("{% for x", "TemplateSyntaxError"),
     "reads a file": ("{% include '/etc/passwd' %}", "no loader"),
 }
@@ -331,7 +331,7 @@ def test_a_reward_model_s_hostile_template_does_no_harm(case, reward_model, file
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     text = json.dumps(settings | {"chat_template": template})
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 2.0 if "more than" in told else 60.0)
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.5 if "more than" in told else 60.0)
     bad(capsys, files, "--judge", f"reward:{folder}", "--out", tmp_path / "out", told=told)
     assert not (tmp_path / "out").exists()
 

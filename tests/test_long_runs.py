@@ -78,6 +78,7 @@ def assert_pruned(run_dir, steps):
     assert not list((run_dir / "checkpoints").glob("removed/*"))
 
 
+@pytest.mark.slow
 def test_a_run_of_three_hundred_steps_holds_no_more_at_its_end(tmp_path):
     assert_nothing_grows(tmp_path, 300)
 

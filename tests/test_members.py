@@ -80,7 +80,7 @@ def errors(output):
 
 @pytest.mark.parametrize(
     ("victim", "size"),
-    [(0, 1), pytest.param(1, 1, marks=pytest.mark.slow), (1, 5_000_000)],
+    [(0, 1), *(pytest.param(1, size, marks=pytest.mark.slow) for size in (1, 5_000_000))],
     ids=["main", "other", "full buffers"],
 )
 def test_who_is_stopped_for_ever_ends_the_run_by_its_name(tmp_path, victim, size):
@@ -100,7 +100,7 @@ def test_who_is_stopped_for_ever_ends_the_run_by_its_name(tmp_path, victim, size
         assert errors(late.output)[0].startswith("error: process "), late.output
 
 
-@pytest.mark.parametrize("victims", [pytest.param((0,), marks=pytest.mark.slow), (1,), (0, 1)])
+@pytest.mark.parametrize("victims", [*(pytest.param((victim,), marks=pytest.mark.slow) for victim in (0, 1)), (0, 1)])
 def test_a_pause_changes_nothing(tmp_path, victims):
     """Of one process while the others have patience, and of all of them however long: a suspended machine."""
     seconds = 1 if len(victims) == 1 else SILENT + 2

@@ -72,6 +72,7 @@ def test_eight_gpus_gather_a_layer_at_a_time_and_scatter_its_gradient_in_every_m
     assert sent["reduce-scatter"] == pytest.approx(micro_batches * (wide * layers + 2 * table), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_two_by_two_by_two():
     found = compiled("h100:8", MeshConfig(data=2, fsdp=2, tensor=2))
     assert not [line for line in found.surprises if "all-gather" in line or "logits" in line]
@@ -82,7 +83,7 @@ def test_a_mesh_of_two_by_two_by_two():
 @pytest.mark.parametrize(
     "attention",
     [
-        pytest.param(name, marks=[] if name in ("fused", "cudnn") else [pytest.mark.slow])
+        pytest.param(name, marks=[] if name == "fused" else [pytest.mark.slow])
         for name, kind in ATTENTIONS.items()
         if kind.platforms != ("tpu",)
     ],

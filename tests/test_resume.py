@@ -139,9 +139,10 @@ KINDS_OF_RUN = {
         "train.log_every": 3,
     },
 }
+FIRST, *OTHERS = KINDS_OF_RUN
 
 
-@pytest.mark.parametrize("kind", KINDS_OF_RUN)
+@pytest.mark.parametrize("kind", [FIRST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
 def test_every_kind_of_run_goes_on_bit_for_bit(world, kind):
     class Stop(rpo_jax.Hook):
         def after_step(self, run, finished):
@@ -247,6 +248,7 @@ def test_before_the_first_step_there_is_nothing_to_save(world, monkeypatch, caps
     world.assert_as_never_stopped("replaced")
 
 
+@pytest.mark.slow
 def test_a_time_limit_leaves_time_for_the_save(world, capsys):
     prepared = world.run("timed", {"train.steps": 1}).phase_seconds["first step"]
     seconds = 3 * prepared + 5

@@ -165,7 +165,11 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(MetricsLog, "write", stopping)
 
 
-@pytest.mark.parametrize("step", [2, 6], ids=["before its first checkpoint", "after a checkpoint"])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(2, marks=pytest.mark.slow), 6],
+    ids=["before its first checkpoint", "after a checkpoint"],
+)
 def test_stopped_and_resumed_equals_never_stopped(world, finished, monkeypatch, step):
     name = f"stopped at {step}"
     with monkeypatch.context() as patch:
@@ -272,9 +276,12 @@ RECOMPUTED = {
     "the data": {"data.train_rows": 20},
     "the tokenizer": {"model.path": "the folder with a longer vocabulary"},
 }
+QUICK = ("the weights", "the tokenizer")
 
 
-@pytest.mark.parametrize("words", RECOMPUTED)
+@pytest.mark.parametrize(
+    "words", [pytest.param(words, marks=[] if words in QUICK else [pytest.mark.slow]) for words in RECOMPUTED]
+)
 def test_another_reference_is_computed_and_the_run_says_why(world, exported, started, words, capsys):
     changes = {**SHORT, "train.steps": 1, "model.path": exported, **RECOMPUTED[words]}
     if words == "the weights":

@@ -184,7 +184,8 @@ def test_a_base_that_is_not_finite_cannot_be_rounded(tmp_path, dtype):
         models.load_sharded(tmp_path / "model", shardings, dtype)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_host_holds_a_small_part_beyond_what_its_devices_hold(processes, tmp_path):
     """Measured, in processes of their own: a load of the whole model first would show as its size."""
     command = [sys.executable, "-m", "benchmarks.load_memory", "--megabytes", "160", "--processes", str(processes)]

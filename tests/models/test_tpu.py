@@ -48,7 +48,7 @@ def abstract_batch(mesh) -> Batch:
 
 
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_the_step_runs_the_kernel_without_scores_of_all_tokens_by_all(chips, shape, head_dim):
     """Three kernels, forward and backward: what the forward pass gave is kept, not computed again."""
     mesh = sharding.make_mesh(MeshConfig(**dict(zip(sharding.MESH_AXES, shape, strict=True))), chips)
