@@ -71,21 +71,24 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$(dirname "$python")/basedpyright" --pythonpath "$python"
-if [ $# -eq 0 ]; then
-  status=0
-  bash scripts/docs.sh || status=$?
-  [ "$status" = 0 ] || [ "$status" = 75 ] # 75: its generator could not be installed, which it has told
+if [ $# -gt 0 ]; then
+  "$python" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
+  exit
 fi
-# Most of a test is one thread's compiling, some of it waiting.
-"$python" -m pytest -n "${TEST_WORKERS:-3}" --dist loadfile "$@"
-if [ $# -eq 0 ]; then
-  # Compilers of one thread each, beside each other.
-  mkdir -p "$root/.cache"
-  tpu_tests tests/models/test_tpu.py > "$root/.cache/tpu_tests.log" 2>&1 &
-  tpu=$!
-  status=0
-  cuda_tests "$cuda_file" || status=$?
-  wait "$tpu" || status=$?
-  cat "$root/.cache/tpu_tests.log"
-  exit "$status"
-fi
+
+# What needs an environment of its own runs beside the tests, which now and then wait for something.
+beside() {
+  local docs=0
+  bash scripts/docs.sh || docs=$?
+  [ "$docs" = 0 ] || [ "$docs" = 75 ] || return 1 # 75: its generator could not be installed, which it has told
+  tpu_tests tests/models/test_tpu.py && cuda_tests "$cuda_file"
+}
+
+mkdir -p "$root/.cache"
+beside > "$root/.cache/beside.log" 2>&1 &
+other=$! status=0
+# Two at a time: most of a test is one thread's compiling.
+"$python" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile || status=$?
+wait "$other" || status=$?
+cat "$root/.cache/beside.log"
+exit "$status"

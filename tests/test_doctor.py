@@ -304,6 +304,7 @@ def test_run_needs_a_folder(capsys):
     assert "--run needs a run folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_itself(place):
     root = Path(doctor.__file__).parents[1]
     environment_variables = {**os.environ, "PYTHONWARNINGS": "default"}

@@ -219,6 +219,7 @@ class Killed(BaseException):
     """Stands for the signal that ends a run between two lines of its metrics."""
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_never_stopped(world, finished, monkeypatch):
     write = MetricsLog.write
 

@@ -61,6 +61,7 @@ def test_4096_pairs_train_in_the_memory_of_their_micro_batch():
     assert step_bytes(64, None, group=16) - step_bytes(16, None, group=16) > 48 * activations / 4096
 
 
+@pytest.mark.slow
 def test_adapters_keep_no_second_product_of_every_projection():
     """What they add to a projection's outputs is computed again: kept are their inner products, of few numbers."""
     whole, adapted = (step_bytes(256, None, lora, group=16) for lora in (ALL_WEIGHTS, LoraConfig(rank=2)))

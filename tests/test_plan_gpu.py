@@ -127,6 +127,7 @@ def test_the_sampler_gathers_no_more_than_a_layer():
     assert all(one.shape.bytes <= 2 * WIDTH * VOCABULARY for one in gathers)
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_it_was_compiled_for(tmp_path, capsys):
     file = tmp_path / "plan.json"
     sizes = [word for name, size in SIZES.items() for word in (f"--model.{name}", str(size))]
@@ -144,13 +145,15 @@ def test_a_plan_says_what_it_was_compiled_for(tmp_path, capsys):
     assert found["link_seconds"] == pytest.approx(found["sent_bytes"] / (4 * 25e9), rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_with_what_it_takes(capsys):
     large = [*("--topology", "rtx4090:1", "--model", "llama2-7b", "--rows", "1", "--row-tokens", "128")]
     assert plan.main([*large, "--batch.pairs", "1", "--no-largest"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("context", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("context", [1, 4])
 def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all(context):
     """Three kernels, forward and backward: what the forward pass gave is kept, not computed again.
 

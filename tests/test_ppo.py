@@ -159,6 +159,7 @@ def test_it_trains_next_to_adapters_with_the_base_for_reference():
     assert trained[value.NAME]["kernel"].any()
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_it_and_exports_without(tmp_path):
     changes = {"objective.name": "ppo", "reference.mode": "live", "batch.micro_rows": 8}
     run, lines = stopped_and_whole(tmp_path, changes)

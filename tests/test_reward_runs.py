@@ -107,6 +107,7 @@ def policy(world):
     return world.run("sft", {"objective.name": "sft", "train.steps": 2, "model.vocab_size": 280})
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_below_the_head(world, policy):
     base = policy[1]
     run, folder = world.run("adapters", {"model.path": base, "lora.rank": 2, "reference.mode": "none"})

@@ -205,6 +205,7 @@ def whole(world):
     return hook.params
 
 
+@pytest.mark.slow
 def test_a_round_but_the_last_is_taken_further_by_its_way_since_the_one_before(world, whole):
     expected = jax.tree.map(lambda now, before: now + 0.3 * (now - before), whole[4], whole[2])
     found = world.params("whole", 4)
@@ -327,6 +328,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_is_sampled(world,
     assert not (world.folder / "refused").exists()
 
 
+@pytest.mark.slow
 def test_a_judge_may_cost_so_much_in_all_rounds_together(world, capsys, monkeypatch):
     """A dollar a verdict: the first round's are within the limit, the second's would not be, at any resume."""
     once = {"train.rounds": 2, "rounds.steps": 1, "rounds.select": "first_round", "rounds.prompts": 2}
@@ -363,6 +365,7 @@ def test_a_fault_of_ours_in_a_round_is_not_told_as_the_user_s(world, monkeypatch
     assert isinstance(found.value.__cause__, ValueError)
 
 
+@pytest.mark.slow
 def test_a_round_that_is_made_but_not_begun_is_made_anew_by_other_settings(world, monkeypatch):
     """Killed after the round's rows were chosen and before a checkpoint was saved on them."""
     with monkeypatch.context() as patch:

@@ -165,11 +165,8 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(MetricsLog, "write", stopping)
 
 
-@pytest.mark.parametrize(
-    "step",
-    [pytest.param(2, marks=pytest.mark.slow), 6],
-    ids=["before its first checkpoint", "after a checkpoint"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 6], ids=["before its first checkpoint", "after a checkpoint"])
 def test_stopped_and_resumed_equals_never_stopped(world, finished, monkeypatch, step):
     name = f"stopped at {step}"
     with monkeypatch.context() as patch:
@@ -458,6 +455,7 @@ def test_a_reference_of_its_own(world, exported):
     assert without_timings([live]) == [pytest.approx(without_timings([cached])[0], rel=1e-4, abs=1e-5)]
 
 
+@pytest.mark.slow
 def test_a_live_reference_equals_the_cached_one(world):
     world.run("cached", SHORT)
     world.run("live", {**SHORT, "reference.mode": "live"})

@@ -29,9 +29,12 @@ def case(window):
     return model, params, tokens, np.concatenate([x[:, -1] for x in alone])
 
 
+MORE = [(None, 4, False), (None, 0, False), (40, 4, True), (40, 0, True)]
+
+
 @pytest.mark.parametrize(
     ("window", "apart", "all_blocks"),
-    [(None, 4, False), (40, 2, False), (None, 0, False), (40, 4, True), (None, 1, True), (40, 0, True)],
+    [(40, 2, False), (None, 1, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
 )
 def test_blocks_may_lie_in_any_parts(window, apart, all_blocks):
     model, params, tokens, expected = case(window)

@@ -61,6 +61,7 @@ def test_the_step_runs_the_kernel_without_scores_of_all_tokens_by_all(chips, sha
     assert compiled.memory_analysis().temp_size_in_bytes < scores
 
 
+@pytest.mark.slow
 def test_the_embedding_s_and_the_head_s_gradients_are_summed_into_their_shards(chips):
     """No device gets either whole: a TPU's reduce-scatter is an all-reduce with the slice that is kept of it."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), chips)
