@@ -105,7 +105,6 @@ def test_stopped_again_and_again_by_signals_equals_never_stopped(world, monkeypa
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-@pytest.mark.slow
 def test_an_evaluation_that_was_cut_short_is_made_up_for(world, monkeypatch):
     name = "cut short"
     with monkeypatch.context() as patch:
@@ -227,7 +226,6 @@ def test_a_run_in_another_thread_leaves_signals_alone(world):
     assert results[0].stopped is None
 
 
-@pytest.mark.slow
 def test_before_the_first_step_there_is_nothing_to_save(world, monkeypatch, capsys):
     """Also where another run is to be replaced: its folder stays, and the command still replaces it."""
     world.run("replaced", {"train.steps": 1})

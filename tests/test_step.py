@@ -82,10 +82,10 @@ def on_one_device():
     }
 
 
-LONGER_SHAPES = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (4, 2, 1), (1, 4, 2))]
+LONGER_SHAPES = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((4, 2, 1), (1, 4, 2))]
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), *LONGER_SHAPES])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), *LONGER_SHAPES])
 @pytest.mark.parametrize("pairing", ["paired", "unpaired"])
 def test_any_mesh_gives_the_losses_of_one_device(shape, pairing, on_one_device):
     config = configured(pairing)

@@ -22,7 +22,6 @@ raise SystemExit(status)
 """
 
 
-@pytest.mark.slow
 def test_rpo_is_trained_without_torch_by_words_and_told_what_an_encoder_needs(tmp_path):
     data = write_rows(tmp_path / "pairs.jsonl")
     changes = {"train.steps": 2, "tracking.tensorboard": False}
