@@ -175,7 +175,7 @@ def test_what_was_embedded_before_is_shown_as_done(monkeypatch):
 
     config = rpo_jax.load_config(None, ["embedding.encoder=hashed-words"])
     monkeypatch.setattr(prepare, "embed_texts", lambda texts, *_, **__: np.zeros((len(texts), 4)))  # all from the cache
-    assert len(prepare._embed(config, Told(silent=True), ["a", "b"])) == 2
+    assert len(prepare._embed(config.embedding, "cache", Told(silent=True), ["a", "b"])) == 2
     assert told == [("embed", 2, 2)]
 
 

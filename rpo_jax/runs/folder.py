@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpo_jax import models
-from rpo_jax.config import Config, DistributedConfig, with_defaults_taken
+from rpo_jax.config import Config, DistributedConfig, PolicyConfig, with_defaults_taken
 from rpo_jax.config.reading import dump_config, load_config
 from rpo_jax.core.files import atomic_directory, check_writable, read_json, recover
 from rpo_jax.core.locks import one_writer
@@ -167,7 +167,7 @@ def make_run_folder(
     if not processes.is_main():
         return
     with atomic_directory(folder, overwrite=True, locked=True) as new:
-        _describe_model(config, model_config, tokenizer, new / MODEL)
+        _describe_model(config.model, model_config, tokenizer, new / MODEL)
         # What was asked of this start only would, read back from here, ask it again of the next.
         lasting = dataclasses.replace(config.run, resume="never", overwrite=False, force=False)
         lasting = dataclasses.replace(config, run=lasting, distributed=DistributedConfig())
@@ -176,15 +176,15 @@ def make_run_folder(
 
 
 def _describe_model(
-    config: Config, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+    asked: PolicyConfig, model_config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """All of a Hugging Face folder but the weights, the files of the folder that the run starts from as they are."""
     folder.mkdir()
-    base = None if config.model.path is None else models.resolve_folder(config.model.path)
+    base = None if asked.path is None else models.resolve_folder(asked.path)
     write_config(folder, model_config, model_config.dtype, base)
     if base is not None and (base / GENERATION_CONFIG).is_file():
         shutil.copyfile(base / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-    source = config.model.path or config.model.tokenizer
+    source = asked.path or asked.tokenizer
     copy_tokenizer(tokenizer if source == "train" else tokenizer_folder(source), folder)
     if load_tokenizer(folder).chat_template != tokenizer.chat_template:  # one that the run gave it
         (folder / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")

@@ -21,12 +21,12 @@ from rpo_jax.objectives.logprobs import (
 from rpo_jax.training.micro_batches import Forward, LogProbs, Params, TokenScores
 
 
-def keeps_logits(config: Config, platform: str | None) -> bool:
+def keeps_logits(micro_rows: int | None, remat: str, platform: str | None) -> bool:
     """Whether the backward pass finds the first logits of the head: on CPUs, where the head is much of a small model.
 
     Not in micro-batches, whose forward pass with a backward one is their second: it has no other need of logits.
     """
-    return platform == "cpu" and config.batch.micro_rows is None and config.model.remat in ("none", "dots")
+    return platform == "cpu" and micro_rows is None and remat in ("none", "dots")
 
 
 def make_log_probs(
@@ -60,7 +60,7 @@ def make_log_probs(
         "shards": shards,
         "constrain": placement.constrain,
         "softcap": model_config.parts.logit_softcap,
-        "keeps": keeps_logits(config, how.platform),
+        "keeps": keeps_logits(config.batch.micro_rows, config.model.remat, how.platform),
     }
 
     def from_outputs(

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from rpo_jax import models
-from rpo_jax.config import Config, DataConfig, resolve
+from rpo_jax.config import Config, DataConfig, EmbeddingConfig, PolicyConfig, TrainConfig, resolve
 from rpo_jax.core.files import writing
 from rpo_jax.core.memory import explaining_memory
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample
@@ -88,9 +88,9 @@ def is_paired(data: PreferenceData) -> bool:
     return all(np.isin(everyone, data.example_index[data.of_kind(kind)]).all() for kind in ("chosen", "rejected"))
 
 
-def eval_pairing(config: Config, data: PreferenceData) -> Literal["paired", "unpaired", "grouped"]:
+def eval_pairing(pairing: str, data: PreferenceData) -> Literal["paired", "unpaired", "grouped"]:
     """How held-out responses come together: as in training where that groups them, else as pairs where they are."""
-    return "grouped" if config.data.pairing == "grouped" else "paired" if is_paired(data) else "unpaired"
+    return "grouped" if pairing == "grouped" else "paired" if is_paired(data) else "unpaired"
 
 
 def batches_of(
@@ -128,7 +128,7 @@ def sweep_of(
     """Batches of every response once, in order: for evaluation."""
     return PreferenceBatches(
         data,
-        pairing=eval_pairing(config, data),
+        pairing=eval_pairing(config.data.pairing, data),
         responses=responses,
         order="sequential",
         once=True,
@@ -137,9 +137,9 @@ def sweep_of(
     )
 
 
-def total_steps(config: Config, steps_per_epoch: int) -> int:
+def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of a run, or of one of its rounds."""
-    return config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
+    return train.steps or max(1, round(train.epochs * steps_per_epoch))
 
 
 def _batch_shape(config: Config, row_shards: int, own_rows: OwnRows | None) -> dict[str, Any]:
@@ -283,22 +283,22 @@ def _joined(data: DataConfig, read: Sequence[ExampleSet]) -> ExampleSet:
     return replace(first, examples=examples, layout=", ".join(layouts))
 
 
-def _tokenizer(config: Config, part: _Part, trained: Path | None, reporter: Reporter) -> PreTrainedTokenizerBase:
+def _tokenizer(model: PolicyConfig, part: _Part, trained: Path | None, reporter: Reporter) -> PreTrainedTokenizerBase:
     """The policy's tokenizer; for a new model one that is learnt from the training texts.
 
     Where it has no chat template but conversations are rendered, it takes the default one along into the run folder
     and the exported model: whoever serves it renders prompts as they were in training.
     """
-    examples, source = part.found.examples, trained or config.model.path or config.model.tokenizer
+    examples, source = part.found.examples, trained or model.path or model.tokenizer
     if source != "train":
-        return _existing_tokenizer(config, source, _is_rendered(config, part), reporter)
+        return _existing_tokenizer(source, _is_rendered(part), part.limits.template_arguments, reporter)
     texts = [text for e in examples for text in (prompt_text(e), *(response.text for response in e.responses))]
     with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
-        return train_tokenizer(texts, config.model.vocab_size, Path(folder) / "tokenizer")
+        return train_tokenizer(texts, model.vocab_size, Path(folder) / "tokenizer")
 
 
 def _existing_tokenizer(
-    config: Config, source: str | Path, rendered: bool, reporter: Reporter
+    source: str | Path, rendered: bool, template_arguments: Mapping[str, Any], reporter: Reporter
 ) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(source)
     if rendered:
@@ -306,7 +306,7 @@ def _existing_tokenizer(
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
             tags = "<|system|>, <|user|> and <|assistant|> tags"
             reporter.say(f"{source}: no chat template; {tags} are used, and come with the exported model")
-        elif ChatTemplate(tokenizer, config.data.template_arguments).writes_the_date:
+        elif ChatTemplate(tokenizer, template_arguments).writes_the_date:
             reporter.say(
                 f"{source}: the chat template writes today's date, so that another day gives other tokens; "
                 'data.template_arguments, such as {date_string: "26 Jul 2024"}, fixes it'
@@ -314,9 +314,9 @@ def _existing_tokenizer(
     return tokenizer
 
 
-def _is_rendered(config: Config, part: _Part) -> bool:
+def _is_rendered(part: _Part) -> bool:
     """Whether the chat template makes prompts of these examples."""
-    return config.data.template == "chat" or any(not isinstance(e.prompt, str) for e in part.found.examples)
+    return part.limits.template == "chat" or any(not isinstance(e.prompt, str) for e in part.found.examples)
 
 
 def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -391,18 +391,18 @@ def _with_facts(
         columns = {name: np.array([of[name] for of in values], np.float32) for name in wanted}
         data = replace(data, row_values=columns)
     if embedded:
-        vectors = list(shared(texts, partial(_embed, config, reporter)))
+        vectors = list(shared(texts, partial(_embed, config.embedding, config.run.cache_dir, reporter)))
         data = replace(data, embeddings=np.stack(vectors), embedding_row=np.array(rows, np.int64))
     return data
 
 
-def _embed(config: Config, reporter: Reporter, texts: Sequence[str]) -> list[np.ndarray]:
+def _embed(embedding: EmbeddingConfig, cache_dir: str, reporter: Reporter, texts: Sequence[str]) -> list[np.ndarray]:
     with reporter.progress("embed", len(texts)) as update:
         found = embed_texts(
             texts,
-            config.embedding.encoder,
-            config.run.cache_dir,
-            batch_texts=config.embedding.batch_texts,
+            embedding.encoder,
+            cache_dir,
+            batch_texts=embedding.batch_texts,
             on_progress=lambda done, total: update(len(texts) - total + done, {}),
         )
         update(len(texts), {})  # where all of them came from the cache nothing else has told
@@ -430,7 +430,7 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
         notes.append(f"{sizes['train']:,} training and {sizes.get('held_out', 0):,} held-out ")
         notes.append(f"examples, layout {parts['train'].found.layout}")
     with reporter.phase("tokenise") as notes:
-        tokenizer = _tokenizer(config, parts["train"], trained_tokenizer, reporter)
+        tokenizer = _tokenizer(config.model, parts["train"], trained_tokenizer, reporter)
         tokenized, counts = {}, {}
         for name, part in parts.items():
             tokenized[name], counts[name] = _tokenized(config, part, tokenizer, responses, reporter)
@@ -447,22 +447,24 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
             name: _with_facts(config, part, tokenized[name], name in embedded, reporter) for name, part in parts.items()
         }
         notes.append(config.embedding.encoder if embedded else "not needed")
-    rendered = _is_rendered(config, parts["train"])
+    rendered = _is_rendered(parts["train"])
     return Prepared(tokenizer, data["train"], data.get("held_out"), responses, origins, counts, rendered)
 
 
 def _prepare_prompts(config: Config, reporter: Reporter, trained_tokenizer: Path | None) -> Prepared:
     """The prompts that rounds are to answer, and the held-out ones; of rows of preferences the prompts alone."""
     with reporter.phase("read") as notes:
-        parts = read_parts(config)
+        parts = read_parts(config.data)
         notes.append(", ".join(f"{len(asked.rows):,} prompts ({name})" for name, (_, asked) in parts.items()))
     with reporter.phase("tokenise") as notes:
         rows = parts["train"][1].rows
         rendered = config.data.template == "chat" or any(not isinstance(row.prompt, str) for row in rows)
         assert config.model.path is not None, "checked with the configuration"
-        tokenizer = _existing_tokenizer(config, trained_tokenizer or config.model.path, rendered, reporter)
+        source = trained_tokenizer or config.model.path
+        tokenizer = _existing_tokenizer(source, rendered, config.data.template_arguments, reporter)
         prompts = {
-            name: encoded_prompts(config, path, asked, tokenizer, reporter.say) for name, (path, asked) in parts.items()
+            name: encoded_prompts(config.data, path, asked, tokenizer, reporter.say)
+            for name, (path, asked) in parts.items()
         }
         origins = {
             name: {"data": hashlib.sha256(repr([row.prompt for row in found.rows]).encode()).hexdigest()}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpo_jax.config import Config
+from rpo_jax.config import DataConfig
 from rpo_jax.core.records import PreferenceData, TokenizedExample
 from rpo_jax.data.prompts import PromptRow, PromptSet, read_prompts
 from rpo_jax.data.tokenize import PromptEncoder
@@ -22,18 +22,17 @@ class RoundPrompts(NamedTuple):
     data: PreferenceData
 
 
-def read_parts(config: Config) -> dict[str, tuple[str, PromptSet]]:
+def read_parts(data: DataConfig) -> dict[str, tuple[str, PromptSet]]:
     """The prompts of `train` and, where there are any, `held_out`, each with where they come from.
 
     Raises ValueError for files without prompts, and where data.eval_rows leaves none to train on.
     """
-    data = config.data
     if data.path is None:
         raise ValueError("data.path is not set; give a file, a folder or a hub data set with prompts.")
-    path, asked = data.path, _read_prompts(config, data.path, data.split)
+    path, asked = data.path, _read_prompts(data, data.path, data.split)
     held_out: dict[str, tuple[str, PromptSet]] = {}
     if data.eval_path is not None:
-        held_out["held_out"] = data.eval_path, _read_prompts(config, data.eval_path, data.eval_split)
+        held_out["held_out"] = data.eval_path, _read_prompts(data, data.eval_path, data.eval_split)
     elif data.eval_rows:
         if data.eval_rows >= len(asked.rows):
             raise ValueError(
@@ -44,22 +43,20 @@ def read_parts(config: Config) -> dict[str, tuple[str, PromptSet]]:
     return {"train": (path, replace(asked, rows=asked.rows[: data.train_rows])), **held_out}
 
 
-def _read_prompts(config: Config, path: str, split: str) -> PromptSet:
-    data = config.data
+def _read_prompts(data: DataConfig, path: str, split: str) -> PromptSet:
     return read_prompts(
         path, split=split, layout=data.layout, columns=data.columns or None, ignore_columns=data.ignore_columns
     )
 
 
 def encoded_prompts(
-    config: Config, path: str, asked: PromptSet, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+    data: DataConfig, path: str, asked: PromptSet, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
 ) -> RoundPrompts:
     """The prompts that can be answered, each text once, and their token ids.
 
     Those that are too long are left out and told: what is answered and what is trained on would be cut otherwise.
     Raises ValueError, with the row, for a prompt that cannot be encoded, and where none is left.
     """
-    data = config.data
     encoder = PromptEncoder(tokenizer, data.template, data.template_arguments, None, asked.truncation_side)
     kept: list[PromptRow] = []
     examples: list[TokenizedExample] = []

@@ -74,7 +74,7 @@ class Rater(Protocol):
 def round_steps(config: Config, num_prompts: int) -> int:
     """Optimizer steps of a round."""
     prompts = min(config.rounds.prompts or num_prompts, num_prompts)
-    return config.rounds.steps or total_steps(config, -(-prompts // config.batch.pairs))
+    return config.rounds.steps or total_steps(config.train, -(-prompts // config.batch.pairs))
 
 
 def drawn(seed: int, number: int, count: int, size: int) -> list[int]:
@@ -186,7 +186,7 @@ class Rounds(Hook):
         settings, model_config, mesh = self._settings, self.models.config, self.models.mesh
         self._folder = Path(self.config.run.dir).expanduser() / FOLDER
         self._policy = Policy(model_config, self.config.lora)
-        self._readable = make_readable(self.config, model_config, mesh)
+        self._readable = make_readable(self._policy, self.config.model.compute_dtype, mesh)
         sampling = Sampling(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
         # At temperature 1 and of all tokens: only so are log-ratios of its answers an estimate of the KL.
         ways = {"train": sampling, "held_out": Sampling(temperature=1.0)}

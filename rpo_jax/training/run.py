@@ -147,14 +147,15 @@ def _run(asked: _Asked) -> RunResult:
     if taken := options_taken(config):
         reporter.say(f"objective {config.objective.name}: {taken}")
     loaded = None if config.model.path is None else models.check_pretrained(config.model.path)
-    check_policy(config, loaded or smallest_model(config), mesh)
+    planned = loaded or smallest_model(config.model, config.data.max_tokens)
+    check_policy(config.model.router_aux_loss_coef, planned, mesh)
     for path in (config.reference.path, *config.reference.others):
         if path is not None and resolve(config).reference is not None:
             # Before anything is computed: the hub may not give it.
             check_experts(models.check_pretrained(path), mesh, needed=False)
-    check_room(config, loaded or smallest_model(config), run_dir, resuming=resuming)
+    check_room(config, planned, run_dir, resuming=resuming)
     prepared = prepare(config, reporter, run_dir / MODEL if resuming else None)
-    model_config = policy_config(config, prepared, loaded, reporter)
+    model_config = policy_config(config.model, config.data.max_tokens, prepared.tokenizer, loaded, reporter)
     steps, draws = total_steps_of(config, prepared, mesh), len(prepared.train.examples)
     if not config.train.rounds:
         draws = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh)).epoch_draws

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpo_jax import models
-from rpo_jax.config import Config, resolve
+from rpo_jax.config import Config, PolicyConfig, resolve
 from rpo_jax.core.records import PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.tokenizer import VOCABULARY_FILES, load_tokenizer, padding_id
@@ -73,22 +73,27 @@ class TrainingSetup:
     rounds: Callable[[Rater, Saving, MetricsLog], Rounds] | None = None
 
 
-def policy_config(config: Config, prepared: Prepared, loaded: ModelConfig | None, reporter: Reporter) -> ModelConfig:
+def policy_config(
+    size: PolicyConfig,
+    max_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    loaded: ModelConfig | None,
+    reporter: Reporter,
+) -> ModelConfig:
     """Architecture of the policy: that of its folder, or one of the configured sizes for the tokenizer at hand.
 
     Raises ValueError for a tokenizer that is not the folder's model's.
     """
-    tokenizer, size = prepared.tokenizer, config.model
     if loaded is not None:
         models.check_tokenizer(tokenizer, loaded, str(size.path))
-        if config.data.max_tokens > loaded.positions:
+        if max_tokens > loaded.positions:
             reporter.say(
-                f"data.max_tokens={config.data.max_tokens} is more than the {loaded.positions} positions "
+                f"data.max_tokens={max_tokens} is more than the {loaded.positions} positions "
                 f"that {size.path} was made for"
             )
         return loaded
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return models.configured(size, len(tokenizer), config.data.max_tokens, **ids)
+    return models.configured(size, len(tokenizer), max_tokens, **ids)
 
 
 def _reference_config(path: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
@@ -111,15 +116,15 @@ def _reference_config(path: str, tokenizer: PreTrainedTokenizerBase) -> ModelCon
     return reference_config
 
 
-def _load_weights(policy: models.Policy, config: Config, mesh: Mesh, reporter: Reporter) -> Params:
+def _load_weights(policy: models.Policy, path: str | None, seed: int, mesh: Mesh, reporter: Reporter) -> Params:
     """The policy's weights before training, on the mesh: those of its folder, or new ones."""
     with reporter.phase("load model") as notes:
         shardings = sharding.parameter_shardings(mesh, *policy.weights)
-        if config.model.path is not None:
-            weights = policy.load(config.model.path, shardings)
+        if path is not None:
+            weights = policy.load(path, shardings)
         else:
             # Compiled with its output's shardings: each device makes only its own part.
-            weights = jax.jit(policy.init, out_shardings=shardings)(jax.random.key(config.run.seed))
+            weights = jax.jit(policy.init, out_shardings=shardings)(jax.random.key(seed))
         notes.append(policy.summary)
         return jax.block_until_ready(weights)
 
@@ -265,7 +270,7 @@ def total_steps_of(config: Config, prepared: Prepared, mesh: Mesh) -> int:
     if config.train.rounds:
         return config.train.rounds * round_steps(config, len(prepared.train.examples))
     batches = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh))
-    return total_steps(config, batches.steps_per_epoch)
+    return total_steps(config.train, batches.steps_per_epoch)
 
 
 def make_setup(
@@ -304,14 +309,16 @@ def make_setup(
         model_config,
         mesh,
         total_steps,
-        eval_paired=prepared.held_out is not None and eval_pairing(config, prepared.held_out) == "paired",
+        eval_paired=prepared.held_out is not None and eval_pairing(config.data.pairing, prepared.held_out) == "paired",
         reference_config=architecture,
         pad_id=padding_id(prepared.tokenizer),
     )
 
     # Loaded at once for a new run; a resumed one needs them only if the reference is made of them, or if they are
     # frozen.
-    weights = functools.cache(functools.partial(_load_weights, policy, config, mesh, reporter))
+    weights = functools.cache(
+        functools.partial(_load_weights, policy, config.model.path, config.run.seed, mesh, reporter)
+    )
     frozen = weights() if policy.trains_adapters else {}
     diagnosis = Diagnosis(config, model_config, mesh, steps, frozen)
     if not resuming:

@@ -111,14 +111,13 @@ def check_experts(model_config: ModelConfig, mesh: Mesh, needed: bool = True) ->
     sharding.check_experts(experts and experts.count, mesh, f"the {model_config.family} model", needed=needed)
 
 
-def check_policy(config: Config, model_config: ModelConfig, mesh: Mesh) -> None:
+def check_policy(router_aux_loss_coef: float, model_config: ModelConfig, mesh: Mesh) -> None:
     """Raise ValueError for keys that a policy of this architecture does not go with."""
     check_experts(model_config, mesh)
-    coefficient = config.model.router_aux_loss_coef
-    if coefficient and model_config.parts.experts is None:
+    if router_aux_loss_coef and model_config.parts.experts is None:
         raise ValueError(
-            f"model.router_aux_loss_coef={coefficient} weighs the load-balancing loss of a mixture of experts, and the "
-            f"{model_config.family} model has no experts; leave it out."
+            f"model.router_aux_loss_coef={router_aux_loss_coef} weighs the load-balancing loss of a mixture of "
+            f"experts, and the {model_config.family} model has no experts; leave it out."
         )
 
 
@@ -158,7 +157,7 @@ def build_steps(
 
     Raises ValueError for what the architecture, or its experts on this mesh, do not go with.
     """
-    check_policy(config, model_config, mesh)
+    check_policy(config.model.router_aux_loss_coef, model_config, mesh)
     if reference_config is not None:
         check_experts(reference_config, mesh, needed=False)
     method, policy = resolve(config), models.Policy(model_config, config.lora)

@@ -180,12 +180,12 @@ def test_what_does_not_go_with_experts_is_refused_by_name():
     with pytest.raises(
         ValueError, match=r"mesh.expert=8 does not divide the 60 experts of the olmoe model; use one of 1"
     ):
-        check_policy(Config(), replace(olmoe, variant=parts), mesh)
+        check_policy(0.0, replace(olmoe, variant=parts), mesh)
     with pytest.raises(ValueError, match=r"mesh.expert=8 shares the experts of a layer, and the llama model has none"):
         build_steps(Config(), small_model(), mesh, total_steps=1)
     one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0.1 weighs .* and the llama model has no experts"):
-        check_policy(Config(model=PolicyConfig(router_aux_loss_coef=0.1)), small_model(), one)
+        check_policy(0.1, small_model(), one)
     with pytest.raises(ValueError, match=r"model.router_aux_loss_coef=-1.0 must be a number of at least 0"):
         PolicyConfig(router_aux_loss_coef=-1.0)
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rpo_jax.core.discovery import discovered
 from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.attention.kind import Attend, AttentionKind, Split, Windows
 from rpo_jax.models.attention.masking import TokenIds
-from rpo_jax.models.discovery import discovered
 
 ATTENTIONS: dict[str, AttentionKind] = discovered("rpo_jax.models.attention", "KIND")
 USUAL = 1024  # tokens of rows whose length is not known: those of the paper's pairs are no longer

@@ -7,7 +7,7 @@ the recipe.
 
 from __future__ import annotations
 
-from rpo_jax.models.discovery import discovered
+from rpo_jax.core.discovery import discovered
 from rpo_jax.models.families.family import Family
 
 FAMILIES: dict[str, Family] = discovered(__name__, "FAMILY")

@@ -47,7 +47,7 @@ def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
     of_models, model_config = inputs.check_models(config)
     found += of_models
     found += inputs.check_data(config, model_config)
-    found += stored.check_caches(config)
+    found += stored.check_caches(config.run.cache_dir)
     of_checkpoints, existing = stored.check_checkpoints(config, folder)
     found += of_checkpoints
     if model_config is not None:

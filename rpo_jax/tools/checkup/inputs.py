@@ -118,7 +118,7 @@ def _check_training(config: Config, examples: Sequence[PreferenceExample], polic
     if config.data.pairing == "unpaired":
         kinds = Counter(response.kind for example in examples for response in example.responses)
         draws = max(kinds[kind] for kind in resolve(config).objective.responses)
-    steps = total_steps(config, -(-draws // config.batch.pairs))
+    steps = total_steps(config.train, -(-draws // config.batch.pairs))
     return [warning("training", *advice) for advice in advise(config, draws, steps, policy.initializer_range)]
 
 

@@ -45,7 +45,7 @@ def check_experts(config: Config, model_config: ModelConfig) -> list[Finding]:
     if config.distributed.num_processes not in (None, 1):
         return []  # the mesh spans all processes
     try:
-        check_policy(config, model_config, sharding.make_mesh(config.mesh))
+        check_policy(config.model.router_aux_loss_coef, model_config, sharding.make_mesh(config.mesh))
     except ValueError as error:
         return [failed("experts", error)]
     return [

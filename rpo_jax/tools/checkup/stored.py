@@ -31,9 +31,9 @@ MODEL_SIZES = (
 )
 
 
-def check_caches(config: Config) -> list[Finding]:
+def check_caches(cache_dir: str) -> list[Finding]:
     """Every file of embeddings and of reference log-probs: is it whole, and what its name and header say?"""
-    cache = Path(config.run.cache_dir).expanduser()
+    cache = Path(cache_dir).expanduser()
     return [
         _check_cache("embeddings", sorted((cache / "embeddings").glob("*/*.safetensors")), embedding_file_fault),
         _check_cache("reference cache", sorted((cache / REFERENCE_FOLDER).glob("*.safetensors")), cache_file_fault),

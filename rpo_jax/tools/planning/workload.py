@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rpo_jax import models
-from rpo_jax.config import Config
+from rpo_jax.config import Config, DataConfig
 from rpo_jax.core.files import refuse_gguf
 from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample, TokenizedResponse
@@ -135,7 +135,10 @@ def planned_batch(
     examples = []
     for number, example in enumerate(lengths.tokens):
         prompts = tuple(np.full(example[0] + more, number, np.int32) for more in (0, REFINING_TOKENS))
-        of = {name: np.zeros(tokens, np.int32) for name, tokens in _response_tokens(config, example).items()}
+        of = {
+            name: np.zeros(tokens, np.int32)
+            for name, tokens in _response_tokens(config.data.max_tokens, example).items()
+        }
         present = dict.fromkeys(("chosen", "rejected", *responses))  # unpaired pools are as large as they will be
         kinds = [TokenizedResponse(name, of[name], prompt=int(name in REFINED)) for name in KINDS if name in present]
         examples.append(TokenizedExample(f"assumed {number}", number, prompts, tuple(kinds)))
@@ -162,29 +165,29 @@ def _contents(config: Config, lengths: Lengths, responses: tuple[str, ...]) -> t
     """Tokens, scored tokens and visible pairs of an average batch."""
     totals = np.zeros(3)
     for example in lengths.tokens:
-        for prompt, segment in _segments(config, example, responses):
+        for prompt, segment in _segments(config.data, example, responses):
             totals += prompt + sum(segment), sum(segment), visible_pairs(prompt, segment)
     tokens, scored, visible = totals / len(lengths.tokens) * config.batch.pairs
     return float(tokens), float(scored), float(visible)
 
 
-def _room(config: Config, prompt: int) -> int:
+def _room(max_tokens: int, prompt: int) -> int:
     """Tokens of a response that fit after a refined prompt."""
-    return max(1, config.data.max_tokens - prompt - REFINING_TOKENS)
+    return max(1, max_tokens - prompt - REFINING_TOKENS)
 
 
-def _response_tokens(config: Config, example: Sequence[int]) -> dict[str, int]:
+def _response_tokens(max_tokens: int, example: Sequence[int]) -> dict[str, int]:
     """Tokens of an example's response of each kind."""
     prompt, chosen, rejected = example
-    room = _room(config, prompt)
+    room = _room(max_tokens, prompt)
     plain = {"chosen": chosen, "rejected": rejected, "mismatched": rejected}
     return {**plain, "refined_chosen": min(chosen, room), "refined_rejected": min(rejected, room)}
 
 
-def _segments(config: Config, example: Sequence[int], responses: tuple[str, ...]) -> list[tuple[int, list[int]]]:
+def _segments(data: DataConfig, example: Sequence[int], responses: tuple[str, ...]) -> list[tuple[int, list[int]]]:
     """Tokens of the prompt and of its responses, for each segment that an example has in a batch."""
-    prompt, of = example[0], _response_tokens(config, example)
-    if config.data.pairing != "paired":
+    prompt, of = example[0], _response_tokens(data.max_tokens, example)
+    if data.pairing != "paired":
         return [(prompt + REFINING_TOKENS * (name in REFINED), [of[name]]) for name in responses]
     plain, refined = ([of[name] for name in responses if (name in REFINED) == kind] for kind in (False, True))
     return [(prompt, plain), (prompt + REFINING_TOKENS, refined)] if refined else [(prompt, plain)]
@@ -194,7 +197,7 @@ def necessary(model: ModelConfig, config: Config, lengths: Lengths, responses: t
     """Operations that a step cannot do without, on average over batches; see necessary_flops."""
     total = 0
     for example in lengths.tokens:
-        for prompt, segment in _segments(config, example, responses):
+        for prompt, segment in _segments(config.data, example, responses):
             total += necessary_flops(model, prompt, segment, frozen=config.lora.rank > 0)
     return total / len(lengths.tokens) * config.batch.pairs
 

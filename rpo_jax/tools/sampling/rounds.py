@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import numpy as np
 
-from rpo_jax.config import Config
+from rpo_jax.config import Config, RoundsConfig
 from rpo_jax.config.reading import in_words
 from rpo_jax.hosts import processes
 from rpo_jax.runs.tracking import Reporter
@@ -53,7 +53,7 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     if not config.train.rounds:
         return training.run(config, hooks)
     rounds, folder = config.rounds, Path(config.run.dir).expanduser() / FOLDER
-    given = _judge_settings(config)
+    given = _judge_settings(config.rounds)
     with contextlib.ExitStack() as stack:
         reporter = Reporter(silent=not processes.is_main())
         judge = {"seed": config.run.seed, **given}
@@ -73,12 +73,12 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
         return training.run(config, hooks, AnswerRater(choice, score, reporter))
 
 
-def _judge_settings(config: Config) -> dict[str, Any]:
+def _judge_settings(rounds: RoundsConfig) -> dict[str, Any]:
     """rounds.judge; ValueError for a setting that there is none of, or of another type."""
     # In YAML 1.1 the word yes is true, as a key too.
-    judge = {"yes" if str(name).lower() == "true" else name: value for name, value in config.rounds.judge.items()}
-    if judge and not str(config.rounds.score).startswith(f"{JUDGE}:"):
-        raise ValueError(f"rounds.judge would not be read with rounds.score={config.rounds.score}; leave it out.")
+    judge = {"yes" if str(name).lower() == "true" else name: value for name, value in rounds.judge.items()}
+    if judge and not str(rounds.score).startswith(f"{JUDGE}:"):
+        raise ValueError(f"rounds.judge would not be read with rounds.score={rounds.score}; leave it out.")
     _check_types(judge, _KEYS, "rounds.judge")
     _check_types(judge.get("endpoint", {}), _ENDPOINT_KEYS, "rounds.judge.endpoint")
     return judge

@@ -35,9 +35,8 @@ SAMPLES = "samples.jsonl"
 BATCH_PROMPTS = 32
 
 
-def make_readable(config: Config, model_config: ModelConfig, mesh: Mesh) -> Callable[[Params, Params], Params]:
+def make_readable(policy: models.Policy, dtype: str, mesh: Mesh) -> Callable[[Params, Params], Params]:
     """Compiled function from what is trained and what is frozen to the parameters that sampling reads."""
-    policy, dtype = models.Policy(model_config, config.lora), config.model.compute_dtype
 
     def readable(trained: Params, frozen: Params) -> Params:
         return to_decode_layout(policy.combine(heads.split(trained)[0], frozen), dtype, mesh.devices.flat[0].platform)
@@ -83,7 +82,8 @@ class Sampler(Hook):
         dtype = config.model.compute_dtype
         self._engine = Engine(model_config, mesh, sampling=Sampling(), end_ids=sorted(end_ids), compute_dtype=dtype)
         self._rows = batch_rows(BATCH_PROMPTS, len(self._prompts), sharding.row_shards(mesh))
-        self._frozen, self._readable = frozen, make_readable(config, model_config, mesh)
+        self._frozen = frozen
+        self._readable = make_readable(models.Policy(model_config, config.lora), dtype, mesh)
 
     def before_evaluation(self, run: Training) -> None:
         """Sample, and write the rows in place of those that an earlier part of the run wrote from this step on."""
