@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from rpo_jax import judge
 from rpo_jax.core.locks import one_writer
 from rpo_jax.data import chat_template
+from rpo_jax.tools.judging.pairs import read_chosen
 from tests.runs import preference_rows, write_rows
 
 GOOD = "def length(prompt, response):\n    return len(response)\n"
@@ -358,3 +359,10 @@ def test_a_folder_that_is_no_reward_model_is_refused(reward_model, files, tmp_pa
     bad(capsys, files, "--judge", f"reward:{folder}", told="has 2 labels")
     (folder / "model.safetensors").write_bytes(b"broken")
     bad(capsys, files, "--judge", f"reward:{folder}", told="cannot be loaded")
+
+
+def test_a_row_of_chosen_responses_that_is_of_no_use_is_named(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": 3, "rejected": "c"}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: column 'chosen' .*; mend the row, or leave it out"):
+        read_chosen(str(file), split="train", layout="auto")

@@ -133,11 +133,12 @@ def _check_found(rows: Collection[Row], columns: Mapping[str, str]) -> None:
         if rows and not any(column in row.values for row in rows):
             raise ValueError(
                 f"{next(iter(rows)).file}: data.columns.{name} is '{plain(column)}', but the columns are "
-                f"{_listed(rows)}; name one of them."
+                f"{columns_of(rows)}; name one of them."
             )
 
 
-def _listed(rows: Iterable[Row]) -> str:
+def columns_of(rows: Iterable[Row]) -> str:
+    """The names of all columns of the rows, for a message."""
     return plain(", ".join(dict.fromkeys(str(name) for row in rows for name in row.values))) or "none"
 
 
@@ -251,7 +252,7 @@ def detect_layout(
     Raises ValueError, listing the columns found and those each layout needs, where none fits or two fit equally.
     """
     rows = list(islice(rows, _DETECTION_ROWS))
-    votes = Counter(tuple(_fitting(row, columns, ignore_columns)) for row in rows)
+    votes = Counter(tuple(fitting_layouts(row, columns, ignore_columns)) for row in rows)
     votes.pop((), None)
     if votes:
         names = votes.most_common(1)[0][0]
@@ -263,12 +264,13 @@ def detect_layout(
     needs = "; ".join(f"{name}: {', '.join(layout.columns)}" for name, layout in LAYOUTS.items())
     where = f"{rows[0].file}: " if rows else ""
     raise ValueError(
-        f"{where}the columns ({_listed(rows)}) {problem}; set data.layout, or say with data.columns what they are. "
+        f"{where}the columns ({columns_of(rows)}) {problem}; set data.layout, or say with data.columns what they are. "
         f"Layouts and the columns they need: {needs}."
     )
 
 
-def _fitting(row: Row, columns: Mapping[str, str] | None, ignore_columns: Collection[str]) -> list[str]:
+def fitting_layouts(row: Row, columns: Mapping[str, str] | None, ignore_columns: Collection[str]) -> list[str]:
+    """The layouts that a row may be of, most of all by its columns: without those that ask for less than another."""
     fits = {}
     for name, layout in LAYOUTS.items():
         values = layout.fields(row.values, columns, ignore_columns)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rpo_jax.core.records import Message, PreferenceExample, Response, Row
-from rpo_jax.data.examples import make_examples
-from rpo_jax.data.faults import BadRow
+from rpo_jax.data.examples import columns_of, fitting_layouts, make_examples
+from rpo_jax.data.faults import BadRow, plain
 from rpo_jax.data.layouts.conditions import ASKED, PROMPT, prompt_field
 from rpo_jax.data.layouts.fields import Fields, field
 from rpo_jax.data.layouts.layout import Layout, per_row
@@ -73,7 +74,20 @@ def read_prompts(
     if _holds_prompt(fields[0]):
         found = _PROMPTS.read(row._replace(values=values) for row, values in zip(rows, fields, strict=True))
         return PromptSet(tuple(map(_prompt_row, found, rows)), _PROMPTS.truncation_side)
-    pairs = make_examples(rows, layout, columns=columns, ignore_columns=ignore_columns)
+    if (
+        layout == "auto"
+        and PROMPT not in columns
+        and not any(fitting_layouts(row, columns, ignore_columns) for row in rows)
+    ):
+        names = [name for row in rows for name in row.values]
+        column = plain(json.dumps(names[0] if names else "question"))
+        raise ValueError(
+            f"{rows[0].file}: no column is known to hold a prompt (the columns are {columns_of(rows)}); say which one "
+            f"does: --columns '{{\"prompt\": {column}}}', in a configuration data.columns: {{prompt: {column}}}."
+        )
+    pairs = make_examples(rows, layout, "skip", columns=columns, ignore_columns=ignore_columns)
+    if pairs.faults:
+        raise ValueError(f"{pairs.faults.first.row_id}: {pairs.faults.first.reason}; mend the row, or leave it out.")
     by_id = {row.row_id: row for row in rows}
     examples = (_prompt_row(example, by_id[example.row_id]) for example in pairs.examples)
     return PromptSet(tuple(examples), pairs.truncation_side)

@@ -84,7 +84,12 @@ def test_the_prompts_of_preferences_stay_in_order(tmp_path):
         ("rows.jsonl", '{"prompt": "Why?"}\n{"words": "Why?"}\n', "rows.jsonl:2: column 'prompt' is missing"),
         ("rows.jsonl", '{"messages": []}\n', "rows.jsonl:1: prompt does not end with a user turn"),
         ("rows.jsonl", '{"prompt": "Why?"}\n{"prompt\n', "rows.jsonl:2: broken JSON"),
-        ("rows.jsonl", '{"words": "Why?"}\n', "fit no layout"),
+        ("rows.jsonl", '{"words": "Why?"}\n', r'say which one does: --columns \'{"prompt": "words"}\', in a config'),
+        (
+            "rows.jsonl",
+            '{"chosen": "a", "rejected": "b", "prompt": "c"}\n{"prompt": "d"}\n',
+            r"rows.jsonl:2: column 'chosen' is missing: the row has prompt; mend the row",
+        ),
         ("rows.jsonl", "", "is empty"),
         ("rows.txt", "\n \n", "is empty"),
         ("rows.xlsx", "prompt\n", "unknown suffix"),
