@@ -40,6 +40,6 @@ def explaining_memory(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OutOfMemory) or (told := shortage(error)) is None:
+        if isinstance(error, OutOfMemory) or (reason := shortage(error)) is None:
             raise
-        raise OutOfMemory(f"out of memory: {told}; {advice()}") from error
+        raise OutOfMemory(f"out of memory: {reason}; {advice()}") from error

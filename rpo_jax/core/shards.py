@@ -82,8 +82,8 @@ class Shards(NamedTuple):
         """Where a token is in a striped row, from its index in the row of T tokens."""
         if self.context == 1:
             return index
-        device, here = index // STRIPE % self.context, index // (STRIPE * self.context) * STRIPE + index % STRIPE
-        return device * (tokens // self.context) + here
+        device, place = index // STRIPE % self.context, index // (STRIPE * self.context) * STRIPE + index % STRIPE
+        return device * (tokens // self.context) + place
 
 
 ONE = Shards()

@@ -107,11 +107,11 @@ class _Pool:
             return places
         index, start = np.empty(len(places), np.int64), 0
         for which, (first, size, held) in enumerate(self.sources):
-            here = np.flatnonzero((places >= start) & (places < start + held))
-            rounds, own = np.divmod(number * held + places[here] - start, size)
+            slots = np.flatnonzero((places >= start) & (places < start + held))
+            rounds, own = np.divmod(number * held + places[slots] - start, size)
             for again in np.unique(rounds):
                 now = rounds == again
-                index[here[now]] = first + permutation(which, int(again), size)[own[now]]
+                index[slots[now]] = first + permutation(which, int(again), size)[own[now]]
             start += held
         return index
 
@@ -314,9 +314,11 @@ class PreferenceBatches:
         for name, pool in self._pools.items():
             index = np.full(self.pairs, NO_RESPONSE, np.int64)
             if self.order == "sequential":
-                here = first + np.arange(count)
+                positions = first + np.arange(count)
                 # Training compares something in every step; evaluation must not count a response twice.
-                index[:count] = np.where(here < pool.size, here, NO_RESPONSE) if self.once else here % pool.size
+                index[:count] = (
+                    np.where(positions < pool.size, positions, NO_RESPONSE) if self.once else positions % pool.size
+                )
             elif self.order == "related":
                 index[:count] = self._related(epoch)[name][first : first + count]
             else:
@@ -331,9 +333,9 @@ class PreferenceBatches:
         rounds, places = np.divmod(epoch * self.epoch_draws + places, pool.round)
         index = np.empty(len(places), np.int64)
         for number in np.unique(rounds).tolist():
-            here = np.flatnonzero(rounds == number)
-            shuffled = self._permutation(name, pool.round, number)[places[here]]
-            index[here] = pool.at(
+            slots = np.flatnonzero(rounds == number)
+            shuffled = self._permutation(name, pool.round, number)[places[slots]]
+            index[slots] = pool.at(
                 number, shuffled, lambda source, again, size: self._permutation(name, size, again, source)
             )
         return index

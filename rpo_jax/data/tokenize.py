@@ -487,6 +487,6 @@ def _next_other_prompt(prompt_of: Sequence[int]) -> list[int]:
         )
     following = [0] * count
     for step in reversed(range(2 * count)):  # the second time round knows what follows the last example
-        here, after = step % count, (step + 1) % count
-        following[here] = after if prompt_of[after] != prompt_of[here] else following[after]
+        before, after = step % count, (step + 1) % count
+        following[before] = after if prompt_of[after] != prompt_of[before] else following[after]
     return following

@@ -187,10 +187,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # Beside first, the vocabulary last: a folder that has it is complete, whenever the run is stopped.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        tokenizer.save_pretrained(beside)
-        make_portable(Path(beside))
-        for file in sorted(Path(beside).iterdir(), key=lambda path: path.name == "tokenizer.json"):
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as new:
+        tokenizer.save_pretrained(new)
+        make_portable(Path(new))
+        for file in sorted(Path(new).iterdir(), key=lambda path: path.name == "tokenizer.json"):
             os.replace(file, folder / file.name)
 
 

@@ -32,7 +32,7 @@ def keeping_compiled(folder: Path, say: Callable[[str], None]) -> Iterator[None]
         folder = Path(os.environ[_SETTING])
     else:
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    told: set[str] = set()
+    warned: set[str] = set()
     since, show = time.time(), warnings.showwarning
 
     def shown(message: Warning | str, *rest: Any, **named: Any) -> None:
@@ -46,8 +46,8 @@ def keeping_compiled(folder: Path, say: Callable[[str], None]) -> Iterator[None]
             # One that was read is not what it should be, unless the disk is at fault; one that was written is new.
             if refused is None if what == "reading" else entry.stat().st_mtime >= since:
                 discard(entry)
-        if what not in told:
-            told.add(what)
+        if what not in warned:
+            warned.add(what)
             if what == "reading":
                 say(f"compiled programs in {folder} are compiled again: {reason}")
             else:

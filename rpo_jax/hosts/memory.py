@@ -22,8 +22,8 @@ def peak_memory() -> dict[str, float]:
     Devices that do not tell, as CPUs, are left out.
     """
     peaks = {"memory/host_gib": _peak_bytes() / 2**30}
-    told = [device.memory_stats() or {} for device in jax.local_devices()]
-    if of_devices := [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]:
+    all_stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if of_devices := [stats["peak_bytes_in_use"] for stats in all_stats if "peak_bytes_in_use" in stats]:
         peaks["memory/device_gib"] = max(of_devices) / 2**30
     return peaks
 

@@ -365,9 +365,9 @@ def set_aside_damaged(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _none_left(folder: Path, reasons: dict[int, str]) -> str:
-    told = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items()) or "all were set aside before"
+    why = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items()) or "all were set aside before"
     return (
-        f"No checkpoint in {folder} can be used ({told}); put a copy of one there, or train again from the start with "
+        f"No checkpoint in {folder} can be used ({why}); put a copy of one there, or train again from the start with "
         "--overwrite."
     )
 

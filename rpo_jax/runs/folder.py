@@ -221,14 +221,14 @@ def resume_command(config: Config, started: bool) -> str:
     file = Path(config.run.dir).expanduser() / "config.yaml"
     before = to_json_dict(load_config(file) if started else Config())
     asked = ("run.resume", "run.overwrite", "run.force")
-    told = {
+    changed = {
         f"{section}.{key}": value
         for section, values in to_json_dict(config).items()
         for key, value in values.items()
         if value != before[section][key] and not (started and f"{section}.{key}" in asked)
     }
     words = ["python", "-m", "rpo_jax.train", *(["--config", str(file), "--resume", "auto"] if started else [])]
-    words += [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in told.items()]
+    words += [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
     return shlex.join(words)
 
 

@@ -279,21 +279,21 @@ class Engine:
                 return (carried.number < SLICE_TOKENS) & ~jnp.all(carried.done)
 
             def step(carried: _Slice) -> _Slice:
-                recent, last, count, done, told, number = carried
+                recent, last, count, done, emitted, number = carried
                 hidden, recent = kv_cache.extend(
                     model_config, params, state.cache, recent, last, number, looked_at, **settings
                 )
                 last = sample(params, hidden, state.seeds, count)
-                told = told.at[:, number].set(jnp.where(done, NOTHING, last))
+                emitted = emitted.at[:, number].set(jnp.where(done, NOTHING, last))
                 done = done | jnp.isin(last, ends) | (count + 1 >= state.limits)
-                return _Slice(recent, last, count + 1, done, told, number + 1)
+                return _Slice(recent, last, count + 1, done, emitted, number + 1)
 
-            told = jnp.full((len(state.last), SLICE_TOKENS), NOTHING, jnp.int32)
+            emitted = jnp.full((len(state.last), SLICE_TOKENS), NOTHING, jnp.int32)
             recent = kv_cache.no_tokens(model_config, state.cache)
-            begun = _Slice(recent, state.last, state.count, state.done, told, jnp.zeros((), jnp.int32))
+            begun = _Slice(recent, state.last, state.count, state.done, emitted, jnp.zeros((), jnp.int32))
             ended = jax.lax.while_loop(going, step, begun)
             cache = kv_cache.placed(state.cache.followed_by(ended.recent), constrain)
-            return State(cache, ended.last, ended.count, ended.done, state.limits, state.seeds), ended.told
+            return State(cache, ended.last, ended.count, ended.done, state.limits, state.seeds), ended.emitted
 
         def grow(state: State, blocks: int) -> State:
             return state._replace(cache=kv_cache.placed(state.cache.grown(blocks, apart), constrain))
@@ -353,8 +353,8 @@ class Engine:
             if not (ended := batch.ended(over)):
                 used = max(batch.filled[row] for row in batch.taken)
                 state = self._with_room(state, used + 1)
-                state, told = self.go_on(params, state, np.int32(-(-used // kv_cache.BLOCK_SLICES)))
-                batch.add(np.asarray(told)[:rows])
+                state, emitted = self.go_on(params, state, np.int32(-(-used // kv_cache.BLOCK_SLICES)))
+                batch.add(np.asarray(emitted)[:rows])
                 ended = batch.ended(over)
             if ended:
                 yield ended
@@ -386,7 +386,7 @@ class _Slice(NamedTuple):
     last: Int[Array, "B"]
     count: Int[Array, "B"]
     done: Bool[Array, "B"]
-    told: Int[Array, "B S"]
+    emitted: Int[Array, "B S"]
     number: Int[Array, ""]
 
 
@@ -414,9 +414,9 @@ class _Rows:
             self._of[row], self._found[row], self.filled[row] = number, [token], slices
             self._fresh.add(row)
 
-    def add(self, told: Int[np.ndarray, "B S"]) -> None:
+    def add(self, emitted: Int[np.ndarray, "B S"]) -> None:
         """The tokens of a slice."""
-        for row, tokens in enumerate(told.tolist()):
+        for row, tokens in enumerate(emitted.tolist()):
             self.filled[row] += 1
             if row in self._of:
                 self._found[row] += [token for token in tokens if token != NOTHING]

@@ -90,8 +90,8 @@ class Cache(NamedTuple):
         def put(parts: tuple[Array, ...], new: Array, slots: tuple[Any, ...]) -> tuple[Array, ...]:
             found, first = [], 0
             for part in parts:
-                here = jnp.where(block >= first, block - first, len(part))  # a negative index would count from the end
-                found.append(part.at[here, rows, :, *slots].set(new, mode="drop"))
+                slot = jnp.where(block >= first, block - first, len(part))  # a negative index would count from the end
+                found.append(part.at[slot, rows, :, *slots].set(new, mode="drop"))
                 first += len(part)
             return tuple(found)
 
@@ -105,8 +105,8 @@ class Cache(NamedTuple):
         def put(parts: tuple[Array, ...], others: tuple[Array, ...]) -> tuple[Array, ...]:
             found, first = [], 0
             for part in parts:
-                here = others[0][first : first + len(part)]
-                found.append(part.at[: len(here), rows].set(here, mode="drop"))
+                own_part = others[0][first : first + len(part)]
+                found.append(part.at[: len(own_part), rows].set(own_part, mode="drop"))
                 first += len(part)
             return tuple(found)
 

@@ -53,5 +53,5 @@ def generate_settings(options: dict[str, Any]) -> dict[str, Any]:
     sampling = Sampling(**{name: options.pop(name) for name in _CHOOSING})
     mesh = MeshConfig(**{axis: options.pop(f"mesh.{axis}") for axis in _MESH})
     ignored = options["ignore_columns"]
-    told = {"stop": tuple(options["stop"]), "ignore_columns": None if ignored is None else tuple(ignored)}
-    return {**options, **told, "sampling": sampling, "mesh": mesh}
+    listed = {"stop": tuple(options["stop"]), "ignore_columns": None if ignored is None else tuple(ignored)}
+    return {**options, **listed, "sampling": sampling, "mesh": mesh}

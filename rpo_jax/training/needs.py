@@ -62,8 +62,8 @@ def held_bytes(state: Any, others: Any) -> str:
     """What a device holds while it trains: the state, and frozen weights or a reference that runs beside."""
     parts = {"parameters": state.params, "the optimizer": state.opt_state, "frozen weights and reference": others}
     sizes = {name: device_bytes(tree) for name, tree in parts.items()}
-    told = ", ".join(f"{size(count)} of {name}" for name, count in sizes.items() if count)
-    return f"a device holds {told}, and a gradient and activations besides"
+    parts_held = ", ".join(f"{size(count)} of {name}" for name, count in sizes.items() if count)
+    return f"a device holds {parts_held}, and a gradient and activations besides"
 
 
 def less_memory(config: Config, mesh: Mesh) -> str:

@@ -218,8 +218,8 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
             "host the same files."
         )
     if found.left_out:
-        told = f"{path}: {found.left_out.total} rows left out by data.ranked_rule={data.ranked_rule}"
-        reporter.say(f"{told}\n{found.left_out.report()}")
+        summary = f"{path}: {found.left_out.total} rows left out by data.ranked_rule={data.ranked_rule}"
+        reporter.say(f"{summary}\n{found.left_out.report()}")
     if found.faults:
         reporter.say(f"{path}: {found.faults.total} unusable rows skipped\n{found.faults.report()}")
     return found

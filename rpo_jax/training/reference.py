@@ -114,8 +114,8 @@ def _header(path: Path) -> dict[str, str]:
 
 def _checksum(parts: Mapping[str, str], values: np.ndarray) -> str:
     """SHA-256 over the values and what the file says of them."""
-    said = json.dumps({name: part for name, part in parts.items() if name != "sha256"}, sort_keys=True)
-    return hashlib.sha256(said.encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+    header = json.dumps({name: part for name, part in parts.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(header.encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, str], Float[np.ndarray, "k"]]:

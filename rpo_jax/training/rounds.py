@@ -348,8 +348,8 @@ class Rounds(Hook):
     def _as_row(self, part: str, number: int, answer: Answer) -> AnswerRow:
         row = self.prepared.prompts[part].rows[number]
         prompt = row.prompt if isinstance(row.prompt, str) else [turn.to_dict() for turn in row.prompt]
-        said = {"response": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens}
-        return {"row_id": row.row_id, "prompt": prompt, **said}
+        answered = {"response": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens}
+        return {"row_id": row.row_id, "prompt": prompt, **answered}
 
     def _evaluated(self, run: Training, params: Params, number: int) -> dict[str, float] | None:
         """The held-out reward, and the KL to the start in nats an answer, of one sampled answer to each prompt.
@@ -444,8 +444,8 @@ def _of_one_round(config: Config, max_tokens: int, row_tokens: int) -> Config:
 
 
 def _saved(answer: Answer, asked: Sequence[list[Any]]) -> dict[str, Any]:
-    said = {"index": answer.index, "text": answer.text, "finish_reason": answer.finish_reason}
-    return {**said, "tokens": answer.tokens, "ids": list(map(int, answer.ids)), "asked": asked[answer.index]}
+    answered = {"index": answer.index, "text": answer.text, "finish_reason": answer.finish_reason}
+    return {**answered, "tokens": answer.tokens, "ids": list(map(int, answer.ids)), "asked": asked[answer.index]}
 
 
 def _told(metrics: Mapping[str, float]) -> str:

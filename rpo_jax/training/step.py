@@ -188,8 +188,8 @@ def build_steps(
         def of_trained(trained: Params, rows: dict[str, Array], num_responses: int) -> LogProbs:
             params, of_heads = heads.split(trained)
             log_z = of_heads[partition.NAME]["kernel"] if partition.NAME in of_heads else None
-            beside = of_heads.get(value.NAME), of_heads.get(reward.NAME)
-            return forward(policy.combine(params, frozen), rows, num_responses, log_z, *beside)
+            other_heads = of_heads.get(value.NAME), of_heads.get(reward.NAME)
+            return forward(policy.combine(params, frozen), rows, num_responses, log_z, *other_heads)
 
         return of_trained
 

@@ -64,8 +64,8 @@ def prompt_field(values: Fields) -> Prompt | None:
 
 def _check_repeats(prompt: Prompt, source: str, other: str, value: Any) -> None:
     """Unusable where another column of a prompt says what the prompt from `source` does not."""
-    said = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
-    if not stand_in(texts_in(value), said):
+    texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+    if not stand_in(texts_in(value), texts):
         raise Unusable(
             f"column '{other}' may belong to the prompt: that is taken from {source}; say which it is with "
             f"data.columns.prompt, or leave '{other}' out with data.ignore_columns"
@@ -77,9 +77,9 @@ def states(prompt: Prompt | None, parts: Parts, values: Fields) -> Parts:
     if prompt is None:
         return parts
     shared, asked = parts.prompt, prompt if isinstance(prompt, str) else prompt[-1].content
-    said = [message.content for message in shared if isinstance(message, Message)]
+    contents = [message.content for message in shared if isinstance(message, Message)]
     is_turn = isinstance(prompt, str) or len(prompt) == 1
-    repeats = prompt == shared[: len(prompt)] or (is_turn and asked in said)
+    repeats = prompt == shared[: len(prompt)] or (is_turn and asked in contents)
     if not repeats:
         column = next(name for name in (PROMPT, *ASKED) if not is_blank(values.get(name)))
         raise Unusable(f"no shared prompt: the column '{column}' is not what both conversations begin with")
@@ -107,9 +107,9 @@ def conditioned(parts: Parts, values: Fields) -> Parts:
     arguments = _template_arguments(values, found) if found else ""
     if isinstance(prompt, str) and (system is not None or earlier or arguments):
         if parts.implicit:
-            beside = next((name for name in USED if not is_blank(values.get(name))), "system")
+            column = next((name for name in USED if not is_blank(values.get(name))), "system")
             raise Unusable(
-                f"column '{beside}' stands beside answers without a prompt: name its column with data.columns.prompt"
+                f"column '{column}' stands beside answers without a prompt: name its column with data.columns.prompt"
             )
         prompt = (Message("user", prompt),)
     if earlier and isinstance(prompt, tuple):
@@ -169,7 +169,7 @@ def _template_arguments(values: Fields, names: Collection[str]) -> str:
     return json_text(found | own, "chat_template_kwargs") if found or own else ""
 
 
-def check_rest(values: Fields, said: Sequence[str], is_text: bool) -> None:
+def check_rest(values: Fields, texts: Sequence[str], is_text: bool) -> None:
     """Unusable where a column that no one has read may be the prompt that the answers are thought to begin with.
 
     Args:
@@ -178,7 +178,7 @@ def check_rest(values: Fields, said: Sequence[str], is_text: bool) -> None:
     """
     for column, value in values.rest().items():
         known = column in _KNOWN or is_metadata(column, value, 1 if is_text else math.inf)
-        if not known and not stand_in(texts_in(value), said):
+        if not known and not stand_in(texts_in(value), texts):
             raise Unusable(
                 f"column '{column}' may belong to the prompt: that is taken from what the answers begin with; name its "
                 f"column with data.columns.prompt, or leave '{column}' out with data.ignore_columns"

@@ -248,8 +248,8 @@ def _forward_kernel(query, key, value, *more: Any, make_block: Callable[..., _Bl
 
     def turn(place: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
         out, most, total = carry
-        here = pl.ds(place, passing)
-        scores = block.scores(block.dot(q, block.read(key.at[here, :]), (1, 1)))
+        block_slice = pl.ds(place, passing)
+        scores = block.scores(block.dot(q, block.read(key.at[block_slice, :]), (1, 1)))
         mask = block.sees(queries, block.keys(place, passing, 1)) if masked else None
         if mask is not None:
             scores = jnp.where(mask, scores, UNSEEN)
@@ -258,7 +258,7 @@ def _forward_kernel(query, key, value, *more: Any, make_block: Callable[..., _Bl
         if mask is not None:
             weights = jnp.where(mask, weights, 0.0)
         before = jnp.exp2(most - now)
-        v = block.read(value.at[here, :])
+        v = block.read(value.at[block_slice, :])
         out = out * before[:, None] + block.dot(weights.astype(v.dtype), v)
         return out, now, total * before + jnp.sum(weights, axis=1)
 
@@ -279,13 +279,13 @@ def _queries_kernel(query, key, value, gradient, log_sum, inner, *more: Any, mak
     log_sums, inners = log_sum[...], inner[...]
 
     def turn(place: Array, total: Array, masked: bool) -> Array:
-        here = pl.ds(place, passing)
-        k = block.read(key.at[here, :])
+        block_slice = pl.ds(place, passing)
+        k = block.read(key.at[block_slice, :])
         scores = block.scores(block.dot(q, k, (1, 1)))
         weights = jnp.exp2(scores - log_sums[:, None])
         if masked:
             weights = jnp.where(block.sees(queries, block.keys(place, passing, 1)), weights, 0.0)
-        through = block.dot(do, block.read(value.at[here, :]), (1, 1)) - inners[:, None]
+        through = block.dot(do, block.read(value.at[block_slice, :]), (1, 1)) - inners[:, None]
         through = weights * through * block.through_cap(scores)
         return total + block.dot(through.astype(k.dtype), k)
 
@@ -305,14 +305,14 @@ def _keys_kernel(query, key, value, gradient, log_sum, inner, *more: Any, make_b
 
     def of_head(head: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         def turn(place: Array, carry: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
-            here = pl.ds(place, passing)
-            q, do = block.read(query.at[here, head, :]), block.read(gradient.at[here, head, :])
+            block_slice = pl.ds(place, passing)
+            q, do = block.read(query.at[block_slice, head, :]), block.read(gradient.at[block_slice, head, :])
             scores = block.scores(block.dot(k, q, (1, 1)))
-            weights = jnp.exp2(scores - log_sum[head, here][None, :])
+            weights = jnp.exp2(scores - log_sum[head, block_slice][None, :])
             if masked:
                 weights = jnp.where(block.sees(block.queries(place, passing, 1), keys), weights, 0.0)
             dv = carry[1] + block.dot(weights.astype(do.dtype), do)
-            through = block.dot(v, do, (1, 1)) - inner[head, here][None, :]
+            through = block.dot(v, do, (1, 1)) - inner[head, block_slice][None, :]
             through = weights * through * block.through_cap(scores)
             return carry[0] + block.dot(through.astype(q.dtype), q), dv
 

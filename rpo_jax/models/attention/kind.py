@@ -51,12 +51,12 @@ class Share(NamedTuple):
         """Which of the context's devices this is."""
         return lax.axis_index(self.axes) if self.axes else jnp.zeros((), jnp.int32)
 
-    def index(self, here: Array, device: Array | None = None) -> Array:
+    def index(self, place: Array, device: Array | None = None) -> Array:
         """Index in the row of a token, from its index among the device's own."""
         if self.context == 1:
-            return here
+            return place
         device = self.device() if device is None else device
-        return here + (lax.div(here, STRIPE) * (self.context - 1) + device) * STRIPE
+        return place + (lax.div(place, STRIPE) * (self.context - 1) + device) * STRIPE
 
     def own(self, ids: TokenIds) -> TokenIds:
         """Those of [R, T] that are of the device's tokens, [R, t]."""

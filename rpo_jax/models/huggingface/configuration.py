@@ -144,8 +144,8 @@ def text_part(values: Mapping[str, Any]) -> dict[str, Any]:
     # What the whole folder says of tokens and of its tensors holds for the part.
     outer = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
     outer += ("dtype", "torch_dtype", "quantization_config")
-    told = {name: values[name] for name in outer if values.get(name) is not None}
-    return {**text, **told, "model_type": text.get("model_type") or family, "architectures": architectures}
+    given_outside = {name: values[name] for name in outer if values.get(name) is not None}
+    return {**text, **given_outside, "model_type": text.get("model_type") or family, "architectures": architectures}
 
 
 def is_text_part(folder: Path, model: ModelConfig) -> bool:

@@ -134,9 +134,9 @@ def _write_generation_config(folder: Path, model_config: ModelConfig, given: Any
     else:
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         values = {key: getattr(model_config, key) for key in special} | dict(given or {})
-    told = _token_ids(values.get("eos_token_id"), source and source / name)
-    further = sorted({*_token_ids(model_config.eos_token_id), *end_ids} - {*told})
-    ends = told + further
+    listed = _token_ids(values.get("eos_token_id"), source and source / name)
+    further = sorted({*_token_ids(model_config.eos_token_id), *end_ids} - {*listed})
+    ends = listed + further
     values["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
     if source is None:
         GenerationConfig(**values).save_pretrained(folder)

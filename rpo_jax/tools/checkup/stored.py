@@ -101,8 +101,8 @@ def _check_settings(config: Config, record: dict[str, Any]) -> list[Finding]:
         ([key for key in changed if key not in decisive], warning, "a resumed run goes on with the new setting"),
     ):
         if keys:
-            told = ", ".join(f"{key} {changed[key][0]} -> {changed[key][1]}" for key in keys)
-            found.append(make("settings", f"checkpoint -> configuration: {told}", fix))
+            changes = ", ".join(f"{key} {changed[key][0]} -> {changed[key][1]}" for key in keys)
+            found.append(make("settings", f"checkpoint -> configuration: {changes}", fix))
     return found or [ok("settings", "the checkpoint's own")]
 
 

@@ -42,12 +42,12 @@ def _sentence(table: Table, results: Mapping[str, Sequence[Mapping[str, Any]]]) 
     if not means:
         return "Nothing is done yet."
     best = max(means, key=means.__getitem__)
-    told = f"{table.title}: {best} has the highest {column.title.rstrip(', %')}, {means[best]:.1f} %"
+    sentence = f"{table.title}: {best} has the highest {column.title.rstrip(', %')}, {means[best]:.1f} %"
     gap = None if best == table.against else difference(results[best], results.get(table.against, ()))
     if gap is None:
-        return f"{told}."
+        return f"{sentence}."
     chance = ", which chance alone may bring" if not gap[1] > 0 else ""
-    return f"{told}; its difference to {table.against} is {shown(gap, 1, signed=True)} points{chance}."
+    return f"{sentence}; its difference to {table.against} is {shown(gap, 1, signed=True)} points{chance}."
 
 
 def _chart(table: Table, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

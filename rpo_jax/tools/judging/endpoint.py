@@ -220,11 +220,11 @@ class EndpointJudge:
                 answered = self._answered
                 # A server that was never reached is not there; do not keep a user waiting for minutes.
                 if failures >= (attempts if error.reached or answered else min(attempts, _FIRST_CONTACT_ATTEMPTS)):
-                    told = f"failed {failures} times in a row: {error}"
+                    problem = f"failed {failures} times in a row: {error}"
                     if answered > answered_before:  # others were answered meanwhile: it is this question
-                        raise _Refused(told) from None
+                        raise _Refused(problem) from None
                     raise EndpointError(
-                        f"{self.endpoint} {told}. Answers so far are kept: the same command goes on from here."
+                        f"{self.endpoint} {problem}. Answers so far are kept: the same command goes on from here."
                     ) from None
                 self._delay(failures, error)
             else:
@@ -292,8 +292,8 @@ class EndpointJudge:
             message = reply["choices"][0]["message"]
             text = message["content"]
         except (LookupError, TypeError):
-            told = body[:80].decode("utf-8", "replace")
-            raise _Transient(self._clean(f"the answer is no chat completion: {told!r}")) from None
+            excerpt = body[:80].decode("utf-8", "replace")
+            raise _Transient(self._clean(f"the answer is no chat completion: {excerpt!r}")) from None
         # With a text it is an answer and was paid for, whatever else is wrong with it.
         usage = reply.get("usage")
         tokens = [_count(usage, name) for name in ("prompt_tokens", "completion_tokens")]
@@ -307,21 +307,21 @@ class EndpointJudge:
         if "location" in reply.headers and 300 <= status < 400:
             fields["message"] = f"redirects to {reply.headers['location']}, which is not followed"
         message = fields.get("message") or reply.body.decode("utf-8", "replace")
-        told = self._clean(f"HTTP {status}: {_first_line(message)}")
+        problem = self._clean(f"HTTP {status}: {_first_line(message)}")
         if status in (401, 403) and not self._has_key:
-            told += f" (the environment variable {self.settings.key_variable} is not set)"
+            problem += f" (the environment variable {self.settings.key_variable} is not set)"
         if status in _FATAL or fields.get("code") == "insufficient_quota":
-            return EndpointError(f"{self.endpoint} refuses the requests for {self.name}: {told}.")
+            return EndpointError(f"{self.endpoint} refuses the requests for {self.name}: {problem}.")
         if status in _RETRIED or status >= 500:
-            return _Transient(told, _retry_after(reply.headers.get("retry-after")), limited=status == 429)
+            return _Transient(problem, _retry_after(reply.headers.get("retry-after")), limited=status == 429)
         with self._lock:
             self._refused += 1
             if not self._answered and self._refused >= _REFUSALS_IN_A_ROW:
                 return EndpointError(
-                    f"{self.endpoint} refused the first {self._refused} requests and answered none: {told}. --request "
-                    "changes what is sent."
+                    f"{self.endpoint} refused the first {self._refused} requests and answered none: {problem}. "
+                    "--request changes what is sent."
                 )
-        return _Refused(told)
+        return _Refused(problem)
 
     def _clean(self, text: str) -> str:
         """Without the key, in case that a server sends it back."""

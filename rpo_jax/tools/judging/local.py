@@ -56,8 +56,8 @@ class RewardJudge:
                 path, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
         except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
-            told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"--judge reward:{folder} cannot be loaded: {told}") from None
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"--judge reward:{folder} cannot be loaded: {reason}") from None
         if loading["missing_keys"]:
             # transformers would fill these at random, and the rewards with them.
             missing = ", ".join(sorted(loading["missing_keys"])[:3])
@@ -163,10 +163,10 @@ def _trained_limits(folder: Path) -> TokenLimits | None:
     """How texts become tokens for a reward model that this package exported; None for others."""
     if not (folder / RENDERING).is_file():
         return None
-    told = read_json(folder, RENDERING)
+    rendering = read_json(folder, RENDERING)
     try:
-        side = "keep_end" if told["truncation_side"] == "auto" else told["truncation_side"]
-        return TokenLimits(**{**told, "truncation_side": side})
+        side = "keep_end" if rendering["truncation_side"] == "auto" else rendering["truncation_side"]
+        return TokenLimits(**{**rendering, "truncation_side": side})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / RENDERING} is damaged ({error}); export the model again.") from None
 

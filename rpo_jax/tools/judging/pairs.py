@@ -65,9 +65,9 @@ def prompt_of(values: Mapping[str, Any], place: str) -> Prompt:
         ]
         if len(messages) == len(prompt):
             return tuple(messages)
-    told = "empty" if prompt in ("", []) or isinstance(prompt, str) else _told(values, "prompt")
+    problem = "empty" if prompt in ("", []) or isinstance(prompt, str) else _told(values, "prompt")
     raise ValueError(
-        f"{place}: 'prompt' is {told}; give a string that is not empty, or messages with role and content."
+        f"{place}: 'prompt' is {problem}; give a string that is not empty, or messages with role and content."
     )
 
 
@@ -100,9 +100,9 @@ def make_pairs(
     keys = _keys(a)
     for position, (key, response) in enumerate(zip(keys, a, strict=True)):
         if key not in of_b:
-            beside = "" if position >= len(b) or b_may_have_more else f", where there is {_shown(b[position])}"
+            other = "" if position >= len(b) or b_may_have_more else f", where there is {_shown(b[position])}"
             raise ValueError(
-                f"the prompts do not line up: the first without a partner is {_shown(response)}{beside}; judge files "
+                f"the prompts do not line up: the first without a partner is {_shown(response)}{other}; judge files "
                 "that were generated from the same prompts."
             )
     if len(keys) < len(of_b) and not b_may_have_more:

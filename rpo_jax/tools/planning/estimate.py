@@ -205,16 +205,16 @@ def _surprises(
     found: list[hlo.Collective], text: str, model: ModelConfig, tensor: int, local_tokens: int, context: int
 ) -> tuple[str, ...]:
     """What a sharded step should never do, in words; empty where it does none of it."""
-    said = []
+    surprises = []
     layer, table = body_parameters(model, stored=True) // model.num_layers, head_parameters(model)
     keys = local_tokens * context * model.num_kv_heads * model.head_dim // tensor  # or values: of rows that are shared
     for one in found:
         numbers = one.shape.bytes // max(1, hlo.Shape(one.shape.dtype, ()).bytes)
         if one.kind == "all-gather" and numbers > max(layer, table) and (context == 1 or numbers != keys):
-            said.append(f"all-gather of {_shape(one)}, more than a layer or the vocabulary's table ({one.where})")
+            surprises.append(f"all-gather of {_shape(one)}, more than a layer or the vocabulary's table ({one.where})")
         activations = local_tokens * model.hidden_size  # which devices that share a matrix product add up
         if one.kind == "all-reduce" and numbers >= table // tensor and numbers > 2**20 and numbers != activations:
-            said.append(f"all-reduce of {_shape(one)}, whole on every device ({one.where})")
+            surprises.append(f"all-reduce of {_shape(one)}, whole on every device ({one.where})")
     least = 2 * CHUNK_TOKENS  # a chunk of logits is meant to be there
     if local_tokens >= least:
         logits = {
@@ -225,8 +225,8 @@ def _surprises(
             and math.prod(shape.dims[:-1]) >= local_tokens
             and shape.dims[-2:-1] != (model.hidden_size,)
         }
-        said += [f"a buffer of {shape.dtype}{list(shape.dims)}: logits of all tokens" for shape in sorted(logits)]
-    return tuple(dict.fromkeys(said))
+        surprises += [f"a buffer of {shape.dtype}{list(shape.dims)}: logits of all tokens" for shape in sorted(logits)]
+    return tuple(dict.fromkeys(surprises))
 
 
 def _shape(one: hlo.Collective) -> str:

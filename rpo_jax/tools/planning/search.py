@@ -110,21 +110,21 @@ def search(
             "give more pairs, or fewer devices."
         )
     for mesh in found:
-        here = with_micro_rows(replace(config, mesh=mesh), None)
+        meshed = with_micro_rows(replace(config, mesh=mesh), None)
         if config.lora.rank == 0 and least_bytes(model, mesh) > target.memory:
-            yield Trial(here, None, f"its state alone takes {least_bytes(model, mesh) / 2**30:.1f} GiB")
+            yield Trial(meshed, None, f"its state alone takes {least_bytes(model, mesh) / 2**30:.1f} GiB")
             continue
-        whole = attempt(compile_one, _with_remat(here, "dots"))
+        whole = attempt(compile_one, _with_remat(meshed, "dots"))
         yield whole
         if whole.fits:
-            yield attempt(compile_one, _with_remat(here, "none"))
+            yield attempt(compile_one, _with_remat(meshed, "none"))
             continue
-        kept = attempt(compile_one, _with_remat(here, "attention"))
+        kept = attempt(compile_one, _with_remat(meshed, "attention"))
         yield kept
         if not kept.fits:
-            yield attempt(compile_one, _with_remat(here, "full"))
-        for micro_rows in micro_sizes(*rows_of(here)):
-            smaller = attempt(compile_one, with_micro_rows(_with_remat(here, "dots"), micro_rows))
+            yield attempt(compile_one, _with_remat(meshed, "full"))
+        for micro_rows in micro_sizes(*rows_of(meshed)):
+            smaller = attempt(compile_one, with_micro_rows(_with_remat(meshed, "dots"), micro_rows))
             yield smaller
             if smaller.fits:
                 break

@@ -98,9 +98,9 @@ def _past_its_best(record: RunRecord) -> str:
     risen = losses[-1][1] > least + WORSE * abs(least)
     if not risen or step == losses[0][0]:
         return ""
-    told = f"that loss was least at step {step:,} ({least:.3g})"
+    sentence = f"that loss was least at step {step:,} ({least:.3g})"
     best, newest = ranked_steps(record.folder)
-    return told if best == newest else f"{told}: `export --step best` takes the checkpoint of step {best:,}"
+    return sentence if best == newest else f"{sentence}: `export --step best` takes the checkpoint of step {best:,}"
 
 
 def _skipped(record: RunRecord) -> str:

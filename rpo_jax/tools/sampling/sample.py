@@ -290,5 +290,5 @@ def _page(
     histogram, most = result["histogram"], max(result["histogram"]["counts"])
     bars = [(count, count / most) for count in histogram["counts"]]
     ends = [f"{edge:.4g}" for edge in (histogram["edges"][0], histogram["edges"][-1])]
-    title, said = Path(config.out).name, _verdict(result)
-    return render("samples.html", title=title, verdict=said, plain=plain, bars=bars, ends=ends, shown=shown)
+    title, verdict = Path(config.out).name, _verdict(result)
+    return render("samples.html", title=title, verdict=verdict, plain=plain, bars=bars, ends=ends, shown=shown)
