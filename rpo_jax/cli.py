@@ -21,15 +21,15 @@ def summary(command: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that is named first; without one, or with --help, list them; --version tells that."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in COMMANDS:
-        return importlib.import_module(f"rpo_jax.{given[0]}").main(given[1:])
-    if given and given[0] in ("-V", "--version"):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in COMMANDS:
+        return importlib.import_module(f"rpo_jax.{words[0]}").main(words[1:])
+    if words and words[0] in ("-V", "--version"):
         print(f"rpo-jax {__version__}")
         return 0
-    helped = bool(given) and given[0] in ("-h", "--help")
-    if given and not helped:
-        print(f"error: there is no command {given[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+    helped = bool(words) and words[0] in ("-h", "--help")
+    if words and not helped:
+        print(f"error: there is no command {words[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     print("usage: rpo-jax COMMAND [ARGUMENTS]; rpo-jax COMMAND --help tells what a command takes\n")
     for command in COMMANDS:

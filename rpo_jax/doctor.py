@@ -36,13 +36,13 @@ _OPTIONS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
         _parser().print_usage()
         return 2
-    if (topic := help_topic(given)) is not None:
+    if (topic := help_topic(words)) is not None:
         return run_command(lambda: print_text(help_text("doctor", __doc__ or "", topic, _OPTIONS)))
-    options, of_configuration = _parser().parse_known_args(given)
+    options, of_configuration = _parser().parse_known_args(words)
     return run_command(lambda: _examine(options, of_configuration))
 
 

@@ -59,18 +59,18 @@ class _SharedOptions:
             )
         own = OBJECTIVES[name].options()
         defaults = {key: entry.default for key, entry in type(self).__dataclass_fields__.items()}
-        given = {key: getattr(self, key) for key in defaults if getattr(self, key) != defaults[key]}
-        smoothing = given.pop("label_smoothing", None)
-        for key in (key for key in given if key not in (*own, "name", "partition")):
+        settings = {key: getattr(self, key) for key in defaults if getattr(self, key) != defaults[key]}
+        smoothing = settings.pop("label_smoothing", None)
+        for key in (key for key in settings if key not in (*own, "name", "partition")):
             usable = [other for other, objective in OBJECTIVES.items() if key in objective.options()]
             if key != "link":
-                raise _means_nothing(name, key, given[key], usable)
+                raise _means_nothing(name, key, settings[key], usable)
             raise ConfigError(
                 f"objective {name!r} takes no link, but got link={self.link!r}; leave it out, or use one of the "
                 f"objectives {', '.join(usable)}."
             )
         try:
-            objective = replace(OBJECTIVES[name], **{key: given[key] for key in own if key in given})
+            objective = replace(OBJECTIVES[name], **{key: settings[key] for key in own if key in settings})
             if smoothing is not None and "label_smoothing" in objective.options_in_use():
                 return replace(objective, label_smoothing=smoothing)
         except ValueError as error:

@@ -88,20 +88,20 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
 
 def _value(text: str) -> Any:
     """A file, or a value of the command line, as jsonargparse wants it: `{a, b}` and `a:` may be texts."""
-    found = parse_yaml(text)
-    bare = isinstance(found, dict) and found and all(value is None for value in found.values())
-    return text if bare and ":" not in text.strip().removesuffix(":") else found
+    parsed = parse_yaml(text)
+    bare = isinstance(parsed, dict) and parsed and all(value is None for value in parsed.values())
+    return text if bare and ":" not in text.strip().removesuffix(":") else parsed
 
 
 def _check_value(name: str, text: str) -> None:
     """ValueError for a value of the command line beyond any bound; what is no YAML may be a text."""
     try:
-        found = parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
-        found = text
+        value = text
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    _check_text(name.removeprefix("--"), found, "command line")
+    _check_text(name.removeprefix("--"), value, "command line")
 
 
 @functools.cache
@@ -163,7 +163,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
     file that it stands in.
     """
     expanded: list[str] = []
-    given: dict[str, _Given] = {}
+    origins: dict[str, _Given] = {}
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if not name.startswith("--"):
@@ -172,7 +172,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
                 raise ValueError(f"unexpected argument '{argument}'; options are written --section.key value.")
             if previous != "--config":
                 _check_value(previous, argument)
-                given[previous.removeprefix("--")] = _Given("command line", argument)
+                origins[previous.removeprefix("--")] = _Given("command line", argument)
                 expanded.append(argument)
             continue
         name = _FLAGS.get(name, name)
@@ -182,12 +182,12 @@ def parse_config(arguments: Sequence[str]) -> Config:
                 raise ValueError("--config needs a file after it, or a preset's name, such as quickstart.")
             file = config_file(value if equals else following)
             for section, values in _read_yaml(file).items():
-                given |= {f"{section}.{key}": _Given(str(file), one) for key, one in values.items()}
+                origins |= {f"{section}.{key}": _Given(str(file), one) for key, one in values.items()}
             value, equals = str(file), "="
         else:
             _reject_unknown([name.removeprefix("--")], "command line")
             _check_value(name, value)
-            given[name.removeprefix("--")] = _Given("command line", value)
+            origins[name.removeprefix("--")] = _Given("command line", value)
         if name in ("--run.overwrite", "--run.force") and not equals and following.startswith("--"):
             value, equals = "true", "="
         expanded.append(name + equals + value)
@@ -198,9 +198,9 @@ def parse_config(arguments: Sequence[str]) -> Config:
         parsed = parser.instantiate(read)
         config = Config(**{section.name: parsed[section.name] for section in fields(Config)})
     except ConfigError as error:
-        raise ValueError(_with_its_file(str(error), given)) from None
+        raise ValueError(_with_its_file(str(error), origins)) from None
     except ArgumentError as error:
-        raise ValueError(_readable(error, given)) from None
+        raise ValueError(_readable(error, origins)) from None
     return _with_packaged_data(config)
 
 
@@ -234,24 +234,24 @@ class _Given(NamedTuple):
     value: Any
 
 
-def _readable(error: Exception, given: Mapping[str, _Given]) -> str:
+def _readable(error: Exception, origins: Mapping[str, _Given]) -> str:
     """A section's own reason where there is one: jsonargparse wraps it in a report of every type it tried."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConfigError):
-            return _with_its_file(str(cause), given)
+            return _with_its_file(str(cause), origins)
         cause = cause.__cause__ or cause.__context__
     named = re.match(r'(?:Parser )?key "([\w.]+)"', str(error), re.IGNORECASE)
     key = named[1] if named else ""
-    if key in given and key in _known():
-        where, value = given[key]
+    if key in origins and key in _known():
+        where, value = origins[key]
         return f"{where}: {key} is {reprlib.repr(value)}, and must be {in_words(_types()[key])}."
     return " ".join(str(error).removeprefix("Parser ").split())
 
 
-def _with_its_file(reason: str, given: Mapping[str, _Given]) -> str:
+def _with_its_file(reason: str, origins: Mapping[str, _Given]) -> str:
     """A section's reason, after the file that the first key in it stands in."""
-    named = next((given[key] for key in re.findall(r"[a-z_]+\.\w+", reason) if key in given), None)
+    named = next((origins[key] for key in re.findall(r"[a-z_]+\.\w+", reason) if key in origins), None)
     return reason if named is None or named.where == "command line" else f"{named.where}: {reason}"
 
 

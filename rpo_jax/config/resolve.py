@@ -105,9 +105,9 @@ def resolve(config: Config) -> Method:
 
 def options_taken(config: Config) -> str:
     """The objective's options that the configuration leaves to it, with their values; those that are off left out."""
-    given, default = config.objective, type(config.objective)()
-    options = given.build().options_in_use()
-    taken = {key: value for key, value in options.items() if value and getattr(given, key) == getattr(default, key)}
+    section, default = config.objective, type(config.objective)()
+    options = section.build().options_in_use()
+    taken = {key: value for key, value in options.items() if value and getattr(section, key) == getattr(default, key)}
     return ", ".join(f"{key} {shorten(str(value), 40)}" for key, value in taken.items())
 
 

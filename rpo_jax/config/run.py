@@ -155,9 +155,9 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         positive("distributed", num_processes=self.num_processes, timeout_seconds=self.timeout_seconds)
-        given = {"coordinator": self.coordinator, "num_processes": self.num_processes, "process_id": self.process_id}
-        absent = [f"distributed.{name}" for name, value in given.items() if value is None]
-        if absent and len(absent) < len(given):
+        settings = {"coordinator": self.coordinator, "num_processes": self.num_processes, "process_id": self.process_id}
+        absent = [f"distributed.{name}" for name, value in settings.items() if value is None]
+        if absent and len(absent) < len(settings):
             raise ConfigError(
                 f"{' and '.join(absent)} must be given too: distributed.coordinator, num_processes and process_id go "
                 "together, or none of them is given."

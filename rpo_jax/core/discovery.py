@@ -10,5 +10,5 @@ from typing import Any
 def discovered(package: str, attribute: str) -> dict[str, Any]:
     """What every module of a package that declares `attribute` has there, by the module's name, in order of names."""
     path = importlib.import_module(package).__path__
-    modules = {found.name: importlib.import_module(f"{package}.{found.name}") for found in pkgutil.iter_modules(path)}
+    modules = {entry.name: importlib.import_module(f"{package}.{entry.name}") for entry in pkgutil.iter_modules(path)}
     return {name: getattr(module, attribute) for name, module in modules.items() if hasattr(module, attribute)}

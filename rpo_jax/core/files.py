@@ -50,8 +50,8 @@ def refusal(path: str | Path, error: BaseException) -> str | None:
     """
     # Only an OSError's text is taken at Python's own form of it: others may tell of a connection that failed.
     forms = r"os[ _]error(?:_code)?\W{1,2}(\d+)" + (r"|\[Errno (\d+)\]" if isinstance(error, OSError) else "")
-    found = re.search(forms, str(error))
-    number = getattr(error, "errno", None) or (int(found[1] or found[2]) if found else None)
+    match = re.search(forms, str(error))
+    number = getattr(error, "errno", None) or (int(match[1] or match[2]) if match else None)
     connection = ConnectionRefusedError, ConnectionResetError, ConnectionAbortedError
     if number is None or number < 1 or isinstance(error, connection):  # below 1 is a server's name that nobody knows
         return None
@@ -115,8 +115,8 @@ def inside(folder: Path, name: str) -> Path:
 
 def refuse_gguf(path: Path) -> None:
     """ValueError for a GGUF file, or a folder of nothing else that a model could be read from."""
-    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    files = [file for file in found if file.suffix.lower() == ".gguf" or _first_bytes(file) == b"GGUF"]
+    candidates = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    files = [file for file in candidates if file.suffix.lower() == ".gguf" or _first_bytes(file) == b"GGUF"]
     if not files:
         return
     folder, name = files[0].parent, files[0].name
@@ -206,8 +206,8 @@ def has_moved(identity: tuple[int, int] | None, source: Path, target: Path) -> b
 def file_identity(path: Path) -> tuple[int, int] | None:
     """Device and inode, which a rename does not change; None where there is nothing."""
     with contextlib.suppress(OSError):
-        found = path.lstat()
-        return found.st_dev, found.st_ino
+        status = path.lstat()
+        return status.st_dev, status.st_ino
     return None
 
 
@@ -223,8 +223,8 @@ def remove_folder(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Have a file, or all of a folder, on disk when this returns."""
-    for found in [*sorted(path.rglob("*")), path] if path.is_dir() else [path]:
-        sync_folder(found) if found.is_dir() else _sync(found)
+    for entry in [*sorted(path.rglob("*")), path] if path.is_dir() else [path]:
+        sync_folder(entry) if entry.is_dir() else _sync(entry)
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ THREADS = 8  # hashing lets other threads of Python go on
 
 def write_manifest(folder: Path) -> None:
     """Record all files that the folder holds now; whole or not at all."""
-    found = _files(folder)
+    names = _files(folder)
     with ThreadPoolExecutor(THREADS) as pool:
-        content = dict(zip(found, pool.map(lambda name: _describe(folder / name), found), strict=True))
+        content = dict(zip(names, pool.map(lambda name: _describe(folder / name), names), strict=True))
     atomic_write(folder / NAME, json.dumps({"files": content}, indent=1) + "\n")
 
 

@@ -31,7 +31,7 @@ def shortage(error: BaseException) -> str | None:
         return None
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no more could be had")
     line = re.sub(r"^([A-Z_]+: )+", "", line)[:300].rstrip(".:")
-    return re.sub(r"\b(\d{4,}) ?bytes", lambda found: size(int(found[1])), line)
+    return re.sub(r"\b(\d{4,}) ?bytes", lambda match: size(int(match[1])), line)
 
 
 @contextlib.contextmanager

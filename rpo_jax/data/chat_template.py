@@ -54,7 +54,7 @@ def _render_all(
     wanted: Sequence[Wanted], tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
 ) -> list[str | ValueError]:
     """The text of each, or why the template refuses it; in one request, for each takes two changes of process."""
-    given = [([message.to_dict() for message in messages], opened) for messages, opened in wanted]
+    conversations = [([message.to_dict() for message in messages], opened) for messages, opened in wanted]
     if (tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE) == DEFAULT_CHAT_TEMPLATE:
         return [
             str(
@@ -62,11 +62,11 @@ def _render_all(
                     messages, chat_template=DEFAULT_CHAT_TEMPLATE, tokenize=False, add_generation_prompt=opened
                 )
             )
-            for messages, opened in given
+            for messages, opened in conversations
         ]
     template = tokenizer.get_chat_template(tools=arguments.get("tools"))
     worker = _worker_for(json.dumps([template, dict(tokenizer.special_tokens_map)]))
-    outcomes = worker.ask([[messages, opened, arguments] for messages, opened in given])
+    outcomes = worker.ask([[messages, opened, arguments] for messages, opened in conversations])
     return [text if outcome == "ok" else ValueError(text) for outcome, text in outcomes]
 
 

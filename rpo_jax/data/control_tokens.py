@@ -58,7 +58,7 @@ class TextEncoder:
         lengths: defaultdict[str, set[int]] = defaultdict(set)
         for name in names:
             lengths[name[0]].add(len(name))
-        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._lengths = {first: sorted(sizes, reverse=True) for first, sizes in lengths.items()}
         self._first = re.compile(f"[{''.join(map(re.escape, lengths))}]" if lengths else "(?!)")
 
     @cached_property

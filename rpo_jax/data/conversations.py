@@ -50,9 +50,9 @@ class Conversation:
         responses: Sequence[Response] = (),
     ) -> None:
         self._template, self._encoder = template, template.encoder
-        given: dict[str, Any] = json.loads(arguments) if arguments else {}
-        template.check_arguments(given, "template arguments of the row")
-        self._more = self._encoder.hide(given)
+        parsed: dict[str, Any] = json.loads(arguments) if arguments else {}
+        template.check_arguments(parsed, "template arguments of the row")
+        self._more = self._encoder.hide(parsed)
         self._messages = tuple(hidden(message, self._encoder) for message in messages)
         self._continued = messages[-1].role == "assistant"  # the responses go on with that turn
         asked = (self._messages, True)
@@ -108,9 +108,9 @@ class Conversation:
                 marked[number] = marked[number]._replace(more=json.dumps(more))
         if not marks:
             return
-        (found,) = self._render([(marked, own is None and not self._continued)])
+        (rendered,) = self._render([(marked, own is None and not self._continued)])
         for mark, what in marks.items():
-            if mark not in found:
+            if mark not in rendered:
                 raise ValueError(f"the tokenizer's chat template leaves out {what}")
 
     def _answer(self, response: Response, last: Message, whole: str) -> AnswerText:
@@ -127,7 +127,7 @@ class Conversation:
             raise ValueError(f"<think> is left open: the {response.kind} response never closes it")
         end, ended = len(whole), False
         if ending is None or ending.token is not None:
-            tokens = [found for found in encoder.find(whole) if ending is None or found.name == ending.token]
+            tokens = [token for token in encoder.find(whole) if ending is None or token.name == ending.token]
             if tokens:
                 end, ended = tokens[-1].end, True
         elif whole.endswith(ending.text):
@@ -146,13 +146,13 @@ class Conversation:
 
 def without_end(text: str, ends: Sequence[str]) -> tuple[str, str | None]:
     """A text without end tokens, and white space after them, at its end; and the first of these tokens."""
-    found = None
+    first = None
     while True:
         bare = text.rstrip()
         token = next((token for token in ends if bare.endswith(token)), None)
         if token is None:
-            return text, found
-        text, found = bare.removesuffix(token), token
+            return text, first
+        text, first = bare.removesuffix(token), token
 
 
 def hidden(message: Message, encoder: TextEncoder) -> Message:

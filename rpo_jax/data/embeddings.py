@@ -184,10 +184,10 @@ def _write_file(store: Path, rows: Mapping[bytes, Float[np.ndarray, "E"]], finge
 def _read_store(store: Path, fingerprint: str) -> dict[bytes, Float[np.ndarray, "E"]]:
     known: dict[bytes, np.ndarray] = {}
     for path in sorted(store.glob("*.safetensors")):
-        found = load("Embeddings", path, partial(_read_file, path, fingerprint))
-        if found is None:
+        vectors = load("Embeddings", path, partial(_read_file, path, fingerprint))
+        if vectors is None:
             discard(path)
-        known |= found or {}
+        known |= vectors or {}
     return known
 
 

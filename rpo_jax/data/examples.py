@@ -229,17 +229,17 @@ ROW_VALUES = {"weight": (0.0, math.inf), "label_smoothing": (0.0, 0.5), "margin"
 
 def _valued(example: PreferenceExample, row: Row, columns: Mapping[str, str]) -> PreferenceExample | BadRow:
     """The example with the numbers of its row."""
-    found = {}
+    numbers = {}
     for name, column in columns.items():
         low, high = ROW_VALUES[name]
         try:
-            found[name] = number_field(row.values, column)
-            if not low <= found[name] <= high:
+            numbers[name] = number_field(row.values, column)
+            if not low <= numbers[name] <= high:
                 bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise Unusable(f"column '{column}' is not {bounds}: got {found[name]:g}")
+                raise Unusable(f"column '{column}' is not {bounds}: got {numbers[name]:g}")
         except Unusable as reason:
             return BadRow(example.row_id, f"{reason} (data.{name} names the column)")
-    return replace(example, values=tuple(found.items()))
+    return replace(example, values=tuple(numbers.items()))
 
 
 def detect_layout(

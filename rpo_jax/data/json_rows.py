@@ -144,11 +144,11 @@ def _first_repeat(value: Any) -> _Repeated | None:
     """The first object in a value, however deep, that names a key twice."""
     waiting = [value]
     while waiting:
-        found = waiting.pop()
-        if isinstance(found, _Repeated):
-            return found
-        if isinstance(found, dict):
-            waiting.extend(found.values())
-        elif isinstance(found, list):
-            waiting.extend(found)
+        item = waiting.pop()
+        if isinstance(item, _Repeated):
+            return item
+        if isinstance(item, dict):
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
     return None

@@ -398,7 +398,7 @@ class PreferenceBatches:
         """Raises ValueError for the first draw whose example has no response of one of the kinds."""
         lacking = [(int(np.argmin(held[kind] > 0)), kind) for kind in kinds if not held[kind].all()]
         if lacking:
-            draw, kind = min(lacking, key=lambda found: found[0])
+            draw, kind = min(lacking, key=lambda pair: pair[0])
             fix = "give it one, or train on the responses apart with data.pairing: unpaired or grouped"
             if KINDS[kind].made_by is not None:
                 fix = f"{KINDS[kind].made_by} before it is loaded"
@@ -407,7 +407,7 @@ class PreferenceBatches:
     def _checked_row_lengths(self, row_tokens: int | None, row_segments: int, multiple: int) -> tuple[int, ...]:
         pool, tokens = max(
             ((pool, tokens) for pool in self._pools.values() for tokens in pool.tokens),
-            key=lambda found: found[1].max(),
+            key=lambda pair: pair[1].max(),
         )
         longest = int(tokens.max())
         if row_tokens is None:

@@ -170,13 +170,13 @@ def segments_by(
     Args:
         places: (key, response of the data, its number in the segment).
     """
-    found: dict[tuple[int, tuple[int, ...], int], Segment] = {}
+    segments: dict[tuple[int, tuple[int, ...], int], Segment] = {}
     for key, index, number in places:
         response, of = data.response(index), int(data.example_index[index])
-        segment = found.get((response.prompt, key, of))
+        segment = segments.get((response.prompt, key, of))
         segment = segment or Segment(data.flat.row_ids[of], data.flat.prompt_of(index), ())
-        found[response.prompt, key, of] = segment._replace(responses=(*segment.responses, (number, response.ids)))
-    return found
+        segments[response.prompt, key, of] = segment._replace(responses=(*segment.responses, (number, response.ids)))
+    return segments
 
 
 def longest_of(segments: Sequence[Segment]) -> int:

@@ -72,8 +72,8 @@ def read_prompts(
         columns = {name: column for name, column in (usual_columns or {}).items() if column in held}
     fields = [_PROMPTS.fields(row.values, columns, ignore_columns) for row in rows]
     if _holds_prompt(fields[0]):
-        found = _PROMPTS.read(row._replace(values=values) for row, values in zip(rows, fields, strict=True))
-        return PromptSet(tuple(map(_prompt_row, found, rows)), _PROMPTS.truncation_side)
+        outcomes = _PROMPTS.read(row._replace(values=values) for row, values in zip(rows, fields, strict=True))
+        return PromptSet(tuple(map(_prompt_row, outcomes, rows)), _PROMPTS.truncation_side)
     if (
         layout == "auto"
         and PROMPT not in columns
@@ -98,10 +98,10 @@ def _lines(path: Path) -> list[PromptRow]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text: {error}; give a file with a prompt a line.") from None
-    found = [PromptRow(f"{path}:{n}", line, {}) for n, line in enumerate(lines, start=1) if line.strip()]
-    if not found:
+    rows = [PromptRow(f"{path}:{n}", line, {}) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
         raise ValueError(f"{path} is empty: it holds no prompts; give a file with a prompt a line.")
-    return found
+    return rows
 
 
 def _holds_prompt(values: Fields) -> bool:
@@ -111,10 +111,10 @@ def _holds_prompt(values: Fields) -> bool:
     )
 
 
-def _prompt_row(found: PreferenceExample | BadRow, row: Row) -> PromptRow:
-    if isinstance(found, BadRow):
-        raise ValueError(f"{found.row_id}: {found.reason}; mend the row, or leave it out.")
-    return PromptRow(found.row_id, found.prompt, row.values, found.template_arguments)
+def _prompt_row(outcome: PreferenceExample | BadRow, row: Row) -> PromptRow:
+    if isinstance(outcome, BadRow):
+        raise ValueError(f"{outcome.row_id}: {outcome.reason}; mend the row, or leave it out.")
+    return PromptRow(outcome.row_id, outcome.prompt, row.values, outcome.template_arguments)
 
 
 def _parse(values: Fields) -> Parts:

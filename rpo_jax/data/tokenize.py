@@ -170,12 +170,12 @@ class _ExampleEncoder:
             try:
                 if isinstance(text, str):
                     raise ValueError(text)
-                found = self._encoded(example, text, ids)
+                outcome = self._encoded(example, text, ids)
             except BeyondUseError:
                 raise
             except ValueError as error:
-                found = {"fault": str(error)}
-            yield found
+                outcome = {"fault": str(error)}
+            yield outcome
 
     def _text(self, example: PreferenceExample, prompt: str | tuple[Message, ...]) -> _Text:
         if isinstance(prompt, str):
@@ -187,8 +187,8 @@ class _ExampleEncoder:
             return _Text(prompt, responses=tuple(without_end(one.text, ends) for one in example.responses))
         rendered = Conversation(self.template, prompt, example.template_arguments, example.responses)
         shared = len(reduce(common_prefix, (answer.text for answer in rendered.answers), rendered.text))
-        found = (token for token in self.encoder.find(rendered.text) if self.encoder.is_bare(token.name))
-        tokens = [token for token in found if token.end <= shared]
+        bare = (token for token in self.encoder.find(rendered.text) if self.encoder.is_bare(token.name))
+        tokens = [token for token in bare if token.end <= shared]
         return _Text(rendered.text, rendered.answers, boundary=tokens[-1].start if tokens else 0)
 
     def _encoded(self, example: PreferenceExample, text: _Text, ids: _Encoded) -> dict[str, Any]:
@@ -335,22 +335,22 @@ def join_encoded(
     whole: list[TokenIds] = []  # first responses, not cut
 
     def usable() -> Iterator[TokenizedExample]:
-        for example, found in zip(examples, encoded, strict=True):
-            fault = found["fault"] or _made_equal(example, found, limits)
+        for example, outcome in zip(examples, encoded, strict=True):
+            fault = outcome["fault"] or _made_equal(example, outcome, limits)
             if fault:
                 faults.add(example.row_id, fault)
                 continue
-            room = limits.max_tokens - len(found["prompt"])
-            notes.update(found["notes"])
-            notes["responses_cut"] += sum(len(ids) > room for ids in found["responses"])
-            prompts.extend(bytes.fromhex(found["rendered"]))
+            room = limits.max_tokens - len(outcome["prompt"])
+            notes.update(outcome["notes"])
+            notes["responses_cut"] += sum(len(ids) > room for ids in outcome["responses"])
+            prompts.extend(bytes.fromhex(outcome["rendered"]))
             for response in example.responses:
                 texts.extend(hashlib.blake2b(response.text.encode(), digest_size=_HASH_BYTES).digest())
             if mismatched:
-                whole.append(found["responses"][0])
-            pairs = zip(example.responses, found["responses"], strict=True)
+                whole.append(outcome["responses"][0])
+            pairs = zip(example.responses, outcome["responses"], strict=True)
             responses = tuple(TokenizedResponse(one.kind, ids[:room]) for one, ids in pairs)
-            yield TokenizedExample(example.row_id, -1, (found["prompt"],), responses)
+            yield TokenizedExample(example.row_id, -1, (outcome["prompt"],), responses)
 
     tokenized = TokenizedExamples(usable()).numbered(*map(_numbers, (prompts, texts)))
     counts = {"examples": len(tokenized), "responses": len(tokenized.kind), **+notes}
@@ -387,11 +387,11 @@ def describe_notes(counts: Mapping[str, int]) -> list[str]:
     return [f"{counts[name]:,} {text}" for name, text in NOTES.items() if counts.get(name)]
 
 
-def _made_equal(example: PreferenceExample, found: Mapping[str, Any], limits: TokenLimits) -> str | None:
+def _made_equal(example: PreferenceExample, outcome: Mapping[str, Any], limits: TokenLimits) -> str | None:
     """Why responses that differ as texts do not as tokens; None where they do."""
-    room = limits.max_tokens - len(found["prompt"])
+    room = limits.max_tokens - len(outcome["prompt"])
     made: dict[str, dict[bytes, int]] = {"chosen": {}, "rejected": {}}
-    for response, ids in zip(example.responses, found["responses"], strict=True):
+    for response, ids in zip(example.responses, outcome["responses"], strict=True):
         made.setdefault(response.kind, {})[ids[:room].tobytes()] = len(ids)
     equal = made["chosen"].keys() & made["rejected"].keys()
     if not equal:

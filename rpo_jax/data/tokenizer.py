@@ -227,6 +227,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that rows of a batch end with where they are shorter: the end token where there is none for it."""
-    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    assert isinstance(found, int), "a tokenizer without EOS is refused with the data"
-    return found
+    token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    assert isinstance(token_id, int), "a tokenizer without EOS is refused with the data"
+    return token_id

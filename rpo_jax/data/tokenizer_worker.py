@@ -55,8 +55,8 @@ def _encoded(tokenizer, texts, add_special_tokens):
     def encode_one(text):
         return encode([text])[0]
 
-    found, reason = _attempt(encode, texts)
-    outcomes = [(ids, "") for ids in found] if found is not None else [_attempt(encode_one, text) for text in texts]
+    all_ids, reason = _attempt(encode, texts)
+    outcomes = [(ids, "") for ids in all_ids] if all_ids is not None else [_attempt(encode_one, text) for text in texts]
     lengths, everything, errors = [], array("i"), {}
     for number, (text, (ids, reason)) in enumerate(zip(texts, outcomes, strict=True)):
         if ids is not None and len(ids) > MAX_TOKENS_PER_CHARACTER * len(text) + FREE_TOKENS:

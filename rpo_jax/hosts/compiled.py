@@ -36,11 +36,11 @@ def keeping_compiled(folder: Path, say: Callable[[str], None]) -> Iterator[None]
     since, show = time.time(), warnings.showwarning
 
     def shown(message: Warning | str, *rest: Any, **named: Any) -> None:
-        found = _WARNING.match(str(message))
-        if found is None:
+        match = _WARNING.match(str(message))
+        if match is None:
             show(message, *rest, **named)
             return
-        what, program, reason = found[1], found[2], " ".join(found[3].split())[:200]
+        what, program, reason = match[1], match[2], " ".join(match[3].split())[:200]
         refused = refusal(folder, OSError(reason))
         for entry in folder.glob(f"{glob.escape(program)}-*-cache"):
             # One that was read is not what it should be, unless the disk is at fault; one that was written is new.

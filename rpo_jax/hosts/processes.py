@@ -55,37 +55,37 @@ def initialize(config: Config) -> str:
         _compare(config)
     if _Run.cluster is None:
         return "1 process: distributed.* names no others, and no cluster was found"
-    found = _Run.cluster
+    chosen = _Run.cluster
     return (
-        f"{found.num_processes} processes, {found.reason}: coordinator {found.coordinator}, this is process "
-        f"{found.process_id} on {_Run.channel.hosts[found.process_id]}"
+        f"{chosen.num_processes} processes, {chosen.reason}: coordinator {chosen.coordinator}, this is process "
+        f"{chosen.process_id} on {_Run.channel.hosts[chosen.process_id]}"
     )
 
 
 def _join(config: Config) -> None:
     if jax.distributed.is_initialized():
         raise ValueError("jax.distributed.initialize() was called before; leave it to rpo_jax (distributed.*).")
-    found = cluster.find_cluster(config.distributed)
-    if found is None:
+    chosen = cluster.find_cluster(config.distributed)
+    if chosen is None:
         return
     if cluster.has_backends():
         raise ValueError("jax is in use already, so this process can join no others; start the run in a new process.")
     seconds = config.distributed.timeout_seconds
-    _Run.channel = roll_call(found.coordinator, found.num_processes, found.process_id, seconds)
-    _Run.cluster = found
+    _Run.channel = roll_call(chosen.coordinator, chosen.num_processes, chosen.process_id, seconds)
+    _Run.cluster = chosen
     with stopping_together():
         # Before jax starts: from then on all must stay together.
         _compare(config)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
-            found.coordinator,
-            found.num_processes,
-            found.process_id,
-            found.local_device_ids,
+            chosen.coordinator,
+            chosen.num_processes,
+            chosen.process_id,
+            chosen.local_device_ids,
             cluster_detection_method="deactivate",
             initialization_timeout=seconds,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            coordinator_bind_address=listening_at(found.coordinator),
+            coordinator_bind_address=listening_at(chosen.coordinator),
         )
     atexit.register(_Run.channel.close)  # before jax's own way out, which was registered earlier
 

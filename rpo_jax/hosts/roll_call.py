@@ -59,12 +59,12 @@ def listening_at(address: str) -> str | None:
     if host != "localhost" and host.partition(".")[0] == socket.gethostname().partition(".")[0]:
         return None
     try:
-        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except OSError:
         return None
-    if not all(_is_loopback(str(place)) for place in found):
+    if not all(_is_loopback(str(place)) for place in addresses):
         return None
-    place = sorted(map(str, found), key=lambda place: ":" in place)[0]
+    place = sorted(map(str, addresses), key=lambda place: ":" in place)[0]
     return f"[{place}]:{port}" if ":" in place else f"{place}:{port}"
 
 

@@ -63,8 +63,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     named = axis_sizes(config)
     names, sizes = tuple(named), list(named.values())
     if -1 in sizes:
-        given = int(np.prod([size for size in sizes if size != -1]))
-        sizes[sizes.index(-1)] = len(devices) // given
+        taken = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = len(devices) // taken
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"{config.described} do not multiply to the {len(devices)} devices here; set sizes whose product is "

@@ -146,8 +146,8 @@ def rotations(
     model_config: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "N B T P"], Float[Array, "N B T P"]]:
     """cos and sin of the model's distinct ropes."""
-    found = (rotation(rope, model_config.rotated_dim, positions) for rope in model_config.ropes)
-    cos, sin = map(jnp.stack, zip(*found, strict=True))
+    pairs = (rotation(rope, model_config.rotated_dim, positions) for rope in model_config.ropes)
+    cos, sin = map(jnp.stack, zip(*pairs, strict=True))
     return cos, sin
 
 

@@ -95,7 +95,7 @@ def mixture(
         flat = x.reshape(-1, x.shape[-1])
         share, chosen, probability = route(experts, weights, flat)
         counted = real.reshape(-1).astype(jnp.float32)
-        found = Routing(
+        routing = Routing(
             jnp.zeros(experts.count).at[chosen].add(counted[:, None]),
             jnp.einsum("nx,n->x", probability, counted),
             jnp.sum(counted),
@@ -107,17 +107,17 @@ def mixture(
             out = jax.lax.psum(out, tensor)
         if among:
             out = jax.lax.psum_scatter(out, among, tiled=True)
-        return out.reshape(x.shape), jax.tree.map(lambda total: total[None], found)
+        return out.reshape(x.shape), jax.tree.map(lambda total: total[None], routing)
 
     # Before devices gather them: fewer bytes are sent.
     gate, up, down = (kernel if kernel is None else narrowed(kernel, x.dtype) for kernel in kernels)
     weights = weights._replace(gate=gate, up=up, down=down)
     of_tokens, own = (*axes, None), ("shards", None)
     of_routing = Routing(*cast(Any, (own, own, ("shards",))))
-    given = (weights.axes(split_mlp, experts.joined), of_tokens, axes)
-    run = split.per_shard(of_device, given, (of_tokens, of_routing))
-    out, found = run(weights, x, real)
-    return out, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), found)
+    of_inputs = (weights.axes(split_mlp, experts.joined), of_tokens, axes)
+    run = split.per_shard(of_device, of_inputs, (of_tokens, of_routing))
+    out, by_shard = run(weights, x, real)
+    return out, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), by_shard)
 
 
 def route(

@@ -145,12 +145,12 @@ class _Span(NamedTuple):
 
 
 def _counts(rows: _Span, columns: _Span) -> Array | None:
-    found = None
+    counted = None
     for span, index in ((rows, (slice(None), None)), (columns, (None, slice(None)))):
         if span.end is not None:
             mask = (span.first + jnp.arange(span.size) < span.end)[index]
-            found = mask if found is None else found & mask
-    return found
+            counted = mask if counted is None else counted & mask
+    return counted
 
 
 def _read(matrix: Any, rows: _Span, columns: _Span, group: tuple[Any, ...] = ()) -> Array:

@@ -44,14 +44,14 @@ def check_targets(targets: tuple[str, ...], known: tuple[str, ...]) -> None:
 
 def projections(model_config: ModelConfig) -> dict[str, Matrix]:
     """The linear layers of a model by the names that PEFT's target_modules have for them: q_proj, ..., down_proj."""
-    found = matrices(model_config)
-    return {name: found[rule.path] for name, rule in FAMILIES[model_config.family].lora_targets.items()}
+    by_path = matrices(model_config)
+    return {name: by_path[rule.path] for name, rule in FAMILIES[model_config.family].lora_targets.items()}
 
 
 def matrices(model_config: ModelConfig) -> dict[tuple[str, ...], Matrix]:
     """All matrices of decoder layers, those of experts included but no router, by their path."""
     shapes, axes = flat_params(abstract_params(model_config)), flat_params(param_axes(model_config))
-    found = {}
+    by_path = {}
     for rule in FAMILIES[model_config.family].weights:
         is_matrix = "{layer}" in rule.key and not rule.layout.startswith("vector") and rule.path[-1] != "router"
         if not is_matrix or rule.path not in axes:
@@ -61,8 +61,8 @@ def matrices(model_config: ModelConfig) -> dict[tuple[str, ...], Matrix]:
         lead = 2 if "experts" in axes[rule.path] else 1
         split = len(sizes) - 1 if rule.layout == "joined_linear" else lead + 1
         parts = (dict(part) for part in (sizes[:lead], sizes[lead:split], sizes[split:]))
-        found[rule.path] = Matrix(rule.path, rule.module, *parts)
-    return found
+        by_path[rule.path] = Matrix(rule.path, rule.module, *parts)
+    return by_path
 
 
 def _rounded(model_config: ModelConfig, base_dtype: str) -> dict[tuple[str, ...], Matrix]:

@@ -51,8 +51,8 @@ class NF4(Blockwise):
     def level(values: Int[Array, "..."]) -> Float[Array, "..."]:
         # A sum of which all but one are zeros: tables in memory are looked into one number at a time by some machines,
         # and of `where` jax would carry a level as wide as the weights through the loop over layers, for each of them.
-        found = ((values == code).astype(jnp.float32) * float(level) for code, level in enumerate(NF4_LEVELS))
-        return reduce(jnp.add, found)
+        terms = ((values == code).astype(jnp.float32) * float(level) for code, level in enumerate(NF4_LEVELS))
+        return reduce(jnp.add, terms)
 
 
 class Int4(Blockwise):
@@ -238,8 +238,8 @@ def whole(
     """
     if isinstance(kernel, WideGradient):
         return WideGradient(gather(kernel.kernel, axes, dtype))
-    found = gathered(narrowed(kernel, dtype), axes, input_rank, gather, groups)
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), found, kernel)
+    full = gathered(narrowed(kernel, dtype), axes, input_rank, gather, groups)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), full, kernel)
 
 
 def _product(x: Array, kernel: Array, input_rank: int) -> Array:

@@ -99,4 +99,4 @@ def in_chunks(
     # A loop already keeps XLA from merging the recomputation with the forward pass.
     step = jax.checkpoint(lambda part, held: function(part, held, CHUNK), prevent_cse=False)
     done, more = jax.lax.map(lambda chunk: step(*chunk), (chunks, which))
-    return shards.join(done.swapaxes(0, 1), x.shape), jax.tree.map(lambda found: jnp.sum(found, axis=0), more)
+    return shards.join(done.swapaxes(0, 1), x.shape), jax.tree.map(lambda by_chunk: jnp.sum(by_chunk, axis=0), more)

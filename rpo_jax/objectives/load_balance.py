@@ -40,11 +40,11 @@ def expert_metrics(
     """
     share = chosen / jnp.maximum(jnp.sum(chosen, axis=-1, keepdims=True), 1.0)
     entropy = -jnp.sum(share * jnp.log(jnp.where(share > 0, share, 1.0)), axis=-1)
-    found = {
+    values = {
         "aux_loss": load_balancing_loss(chosen, probability, tokens),
         "experts/largest_share": jnp.max(share),
         "experts/smallest_share": jnp.min(share),
         "experts/entropy": jnp.mean(entropy),
     }
     count = tokens[0]
-    return {name: Mean(value * count, count) for name, value in found.items()}
+    return {name: Mean(value * count, count) for name, value in values.items()}

@@ -100,10 +100,12 @@ def response_log_probs(
         ValueError: chunk_tokens below 1.
     """
     settings = Settings(chunk_tokens, constrain or _anywhere, softcap, collides, keeps)
-    found, collision, _, response_ids = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
+    log_probs, collision, _, response_ids = _scored_first(
+        hidden, head, tokens, previous, response_ids, settings, shards
+    )
     if collision is not None:
         collision, _ = by_response(collision, response_ids, num_responses)
-    return *by_response(found, response_ids, num_responses), collision
+    return *by_response(log_probs, response_ids, num_responses), collision
 
 
 def by_response(
@@ -132,9 +134,11 @@ def token_log_probs(
 ) -> Float[Array, "R T"]:
     """Log-prob of every scored token (nats, float32) at its place, 0 elsewhere; as `response_log_probs`."""
     settings = Settings(chunk_tokens, constrain or _anywhere, softcap, keeps=keeps)
-    found, _, order, response_ids_first = _scored_first(hidden, head, tokens, previous, response_ids, settings, shards)
-    found = jnp.where(response_ids_first >= 0, found, 0.0)
-    by_place = jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1)
+    log_probs, _, order, response_ids_first = _scored_first(
+        hidden, head, tokens, previous, response_ids, settings, shards
+    )
+    log_probs = jnp.where(response_ids_first >= 0, log_probs, 0.0)
+    by_place = jnp.take_along_axis(log_probs, jnp.argsort(order, axis=1), axis=1)
     # Every token is scored by one of the devices that share its row.
     return jnp.sum(by_place.reshape(shards.rows, shards.context, -1), axis=1).reshape(tokens.shape)
 
@@ -262,7 +266,7 @@ def _run(
     ids = _padded(settings, targets, predictor, scored)
     shape, most = ids[0].shape, _most(scored)
 
-    def body(chunk: Chunk, start: jax.Array, found: tuple[Any, Kept | None]) -> tuple[Any, Kept | None]:
+    def body(chunk: Chunk, start: jax.Array, carry: tuple[Any, Kept | None]) -> tuple[Any, Kept | None]:
         targets, predictor, scored = map(chunk, ids)
         logits = _logits(settings, _read(hidden, predictor, scored), head)
         target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
@@ -270,8 +274,8 @@ def _run(
         new: Any = [target - normaliser]
         if settings.collides:
             new.append(jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normaliser)
-        kept = None if found[1] is None else Kept(logits, normaliser)
-        return jax.tree.map(lambda of, x: lax.dynamic_update_slice_in_dim(of, x, start, axis=1), found, (new, kept))
+        kept = None if carry[1] is None else Kept(logits, normaliser)
+        return jax.tree.map(lambda of, x: lax.dynamic_update_slice_in_dim(of, x, start, axis=1), carry, (new, kept))
 
     empty: Any = [jnp.zeros(shape, jnp.float32)] * (1 + settings.collides)
     kept, begin = None, 0
@@ -282,15 +286,15 @@ def _run(
         first = jnp.zeros((len(hidden), room, head.shape[-1]), jnp.float32)
         kept = Kept(first, jnp.zeros(first.shape[:2], jnp.float32))
         empty, kept = _over_chunks(settings, 0, jnp.minimum(most, begin), body, (empty, kept))
-    found, _ = _over_chunks(settings, begin, most, body, (empty, None))
-    log_probs, *collision = (x[:, : targets.shape[1]] for x in found)
+    padded, _ = _over_chunks(settings, begin, most, body, (empty, None))
+    log_probs, *collision = (x[:, : targets.shape[1]] for x in padded)
     return (log_probs, collision[0] if collision else None), kept
 
 
 def _forward(settings: Settings, *inputs: jax.Array) -> tuple[Any, tuple[Any, ...]]:
     # Without `keeps` nothing of the forward pass is kept: where only the gradient is asked for, it need not run at all.
-    found, kept = _run(settings, settings.keeps, *inputs)
-    return found, (*inputs, kept)
+    results, kept = _run(settings, settings.keeps, *inputs)
+    return results, (*inputs, kept)
 
 
 def _backward(settings: Settings, saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any, ...]:

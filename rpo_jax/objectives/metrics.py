@@ -48,9 +48,9 @@ def of_one_batch(means: dict[str, Mean]) -> dict[str, Mean]:
 
 def finalize(means: dict[str, Mean]) -> dict[str, Float[Array, ""]]:
     """The means as scalars; 0 where nothing was counted."""
-    found = {name: jnp.sum(mean.total / jnp.maximum(mean.count, 1.0)) for name, mean in means.items()}
+    scalars = {name: jnp.sum(mean.total / jnp.maximum(mean.count, 1.0)) for name, mean in means.items()}
     # Here and not before batches combine: the largest of 0 and a mean is no mean.
-    return {name: jnp.maximum(value, 0.0) if name == KL else value for name, value in found.items()}
+    return {name: jnp.maximum(value, 0.0) if name == KL else value for name, value in scalars.items()}
 
 
 def in_parts(*terms: Term) -> Mean:

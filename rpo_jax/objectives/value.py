@@ -33,5 +33,5 @@ def token_values(
         response_ids: 0 or more for scored tokens, -1 elsewhere.
         shards: how devices share rows and their tokens, whose hidden states are then striped.
     """
-    found = jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), head["kernel"], precision="highest") + head["bias"]
-    return jnp.where(response_ids >= 0, jnp.take_along_axis(shards.in_order(found), previous, axis=1), 0.0)
+    values = jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), head["kernel"], precision="highest") + head["bias"]
+    return jnp.where(response_ids >= 0, jnp.take_along_axis(shards.in_order(values), previous, axis=1), 0.0)

@@ -144,9 +144,9 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step of the highest score; None where none was given one."""
-        found = self._manager.best_step()
-        metrics = None if found is None else self._manager.metrics(found)
-        return found if metrics is not None and _score(metrics) > _UNRANKED else None
+        best = self._manager.best_step()
+        metrics = None if best is None else self._manager.metrics(best)
+        return best if metrics is not None and _score(metrics) > _UNRANKED else None
 
     def path(self, step: int) -> Path:
         return self.folder / str(step)
@@ -219,8 +219,8 @@ class Checkpoints:
         return None
 
     def record(self, step: int) -> dict[str, Any]:
-        found = self._restore(step, record=ocp.args.JsonRestore())["record"]
-        return {key: value for key, value in found.items() if key != _SUMMED}
+        stored = self._restore(step, record=ocp.args.JsonRestore())["record"]
+        return {key: value for key, value in stored.items() if key != _SUMMED}
 
     def restore(self, step: int, like: Any) -> Any:
         """State of a step, with the shapes, dtypes and shardings of `like`: arrays or jax.ShapeDtypeStruct."""
@@ -319,7 +319,7 @@ def _quieten_storage() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
+    sys.unraisablehook = lambda error: None if str(error.exc_value) == "Event loop is closed" else hook(error)
 
 
 def step_fault(folder: Path) -> str | None:
@@ -336,8 +336,8 @@ def step_fault(folder: Path) -> str | None:
 def faults(folder: Path) -> dict[int, str]:
     """The steps whose checkpoint cannot be used, newest first, and why."""
     steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), reverse=True)
-    found = {step: step_fault(folder / str(step)) for step in steps}
-    return {step: reason for step, reason in found.items() if reason is not None}
+    by_step = {step: step_fault(folder / str(step)) for step in steps}
+    return {step: reason for step, reason in by_step.items() if reason is not None}
 
 
 def set_aside_damaged(folder: Path, say: Callable[[str], None]) -> None:

@@ -208,8 +208,8 @@ def data_notes(run_dir: Path, max_tokens: int) -> list[str]:
 def held_out_examples(run_dir: Path) -> int | None:
     """How many held-out examples a run has; None where it has none, or is older than the file that says so."""
     counts = read_json(run_dir, DATA_COUNTS) if (run_dir / DATA_COUNTS).is_file() else {}
-    found = counts.get("held_out", {}).get("examples")
-    return found if isinstance(found, int) and found > 0 else None
+    count = counts.get("held_out", {}).get("examples")
+    return count if isinstance(count, int) and count > 0 else None
 
 
 def resume_command(config: Config, started: bool) -> str:

@@ -316,8 +316,8 @@ class _MLflow:
             number = client.create_experiment(name) if experiment is None else experiment.experiment_id
             tag = "rpo_jax.run_id"
             known = client.search_runs([number], f"tags.`{tag}` = '{run.run_id}'", max_results=1)
-            found = known[0] if known else client.create_run(number, tags={tag: run.run_id}, run_name=run.name)
-            self._client, self._id = client, found.info.run_id
+            mlflow_run = known[0] if known else client.create_run(number, tags={tag: run.run_id}, run_name=run.name)
+            self._client, self._id = client, mlflow_run.info.run_id
             client.update_run(self._id, status="RUNNING")
             if not known:  # it takes a parameter once
                 self._keep(run.settings)

@@ -104,10 +104,10 @@ def _cached(name: str, file: str | None) -> Path | None:
                 repo_id=name.partition(":")[0], repo_type="dataset"
             )
             return folder if folder.is_dir() else None
-        found = try_to_load_from_cache(name, file)
+        cached = try_to_load_from_cache(name, file)
     except (HFValidationError, ValueError):
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _card_of(base: str | None) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def _card_of(base: str | None) -> dict[str, Any]:
         lines = iter(read_text(card).splitlines())
         if next(lines, "").strip() != "---":
             return {}
-        found = parse_yaml("\n".join(itertools.takewhile(lambda line: line.strip() != "---", lines)))
-        return found if isinstance(found, dict) else {}
+        metadata = parse_yaml("\n".join(itertools.takewhile(lambda line: line.strip() != "---", lines)))
+        return metadata if isinstance(metadata, dict) else {}
     except Exception:  # a card that others wrote, in YAML: whatever is wrong with it, an export does without
         return {}
 
@@ -192,7 +192,7 @@ def _settings(config: Config, step: int, epochs: str | None) -> list[tuple[str, 
 
 def _held_out(metrics: list[dict[str, float]], is_own_reference: bool) -> tuple[list[int], list[tuple[str, ...]]]:
     """The last held-out metrics of these lines, beside those before training: their steps and a line of each."""
-    found: dict[int, dict[str, float]] = {}
+    by_step: dict[int, dict[str, float]] = {}
     for line in metrics:
         held_out = {
             name.removeprefix("eval_"): value
@@ -200,17 +200,17 @@ def _held_out(metrics: list[dict[str, float]], is_own_reference: bool) -> tuple[
             if name.startswith("eval_") and name not in _HIDDEN and math.isfinite(value)
         }
         if held_out:
-            found[int(line["step"])] = held_out
-    steps = sorted({min(found), max(found)}) if found else []
+            by_step[int(line["step"])] = held_out
+    steps = sorted({min(by_step), max(by_step)}) if by_step else []
 
     def told(name: str, at: int) -> str:
-        if name not in found[at]:
+        if name not in by_step[at]:
             return ""
         if is_own_reference and at == 0 and name == "rewards/accuracies":
             return "tied"  # every reward is 0, whatever rounding makes of it
-        return f"{round(found[at][name], 4) + 0.0:.4f}"  # 0 has no sign
+        return f"{round(by_step[at][name], 4) + 0.0:.4f}"  # 0 has no sign
 
-    return steps, [(_cell(name), *(told(name, at) for at in steps)) for name in (found[steps[-1]] if steps else ())]
+    return steps, [(_cell(name), *(told(name, at) for at in steps)) for name in (by_step[steps[-1]] if steps else ())]
 
 
 def _cell(value: Any) -> str:

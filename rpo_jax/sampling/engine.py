@@ -154,12 +154,12 @@ def _aligned(
 ) -> Array:
     """The next tokens of the first half of the rows, which read the principle; the second half does without."""
     half = len(logits) // 2
-    found = aligned_logits(logits[:half], logits[half:], sampling.principle_weight)
+    aligned = aligned_logits(logits[:half], logits[half:], sampling.principle_weight)
     if sampling.temperature == 0:
-        return _likeliest_token(found)
+        return _likeliest_token(aligned)
     own = jax.nn.softmax(logits[:half] / sampling.temperature, axis=-1)
     allowed = _allowed(own, sampling) > 0
-    probabilities = jax.nn.softmax(found / sampling.temperature, axis=-1, where=allowed)
+    probabilities = jax.nn.softmax(aligned / sampling.temperature, axis=-1, where=allowed)
     return _drawn(jnp.where(allowed, probabilities, 0.0), seeds[:half], count[:half])
 
 

@@ -267,10 +267,10 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
     done = {}
     for number, line in enumerate(complete_lines(out), start=1):
         try:
-            found = parse_json(line)
-            index = index_of.get((found["row_id"], found.get("sample")))
-            recorded = {key: found[key] for key in ("model", "settings", "prompt", "seed")}
-            assert {"response", "finish_reason", "tokens"} <= set(found)
+            answer = parse_json(line)
+            index = index_of.get((answer["row_id"], answer.get("sample")))
+            recorded = {key: answer[key] for key in ("model", "settings", "prompt", "seed")}
+            assert {"response", "finish_reason", "tokens"} <= set(answer)
         except (ValueError, KeyError, TypeError, AssertionError):
             raise ValueError(f"{out}:{number} is no answer of this command; give another --out.") from None
         where = f"{out} is of an earlier start with other"
@@ -283,8 +283,8 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
             if before != value:
                 raise ValueError(f"{where} settings: {key} was {before!r} and is {value!r} now; {mend}")
         if index is None or recorded["prompt"] != expected["prompt"] or recorded["seed"] != expected["seed"]:
-            raise ValueError(f"{where} prompts: {found['row_id']} was {recorded['prompt']!r:.60}; {mend}")
-        done[index] = found
+            raise ValueError(f"{where} prompts: {answer['row_id']} was {recorded['prompt']!r:.60}; {mend}")
+        done[index] = answer
     return done
 
 

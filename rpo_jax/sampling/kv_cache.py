@@ -88,12 +88,12 @@ class Cache(NamedTuple):
         block, place = jnp.divmod(self.filled, BLOCK_SLICES)
 
         def put(parts: tuple[Array, ...], new: Array, slots: tuple[Any, ...]) -> tuple[Array, ...]:
-            found, first = [], 0
+            written, first = [], 0
             for part in parts:
                 slot = jnp.where(block >= first, block - first, len(part))  # a negative index would count from the end
-                found.append(part.at[slot, rows, :, *slots].set(new, mode="drop"))
+                written.append(part.at[slot, rows, :, *slots].set(new, mode="drop"))
                 first += len(part)
-            return tuple(found)
+            return tuple(written)
 
         keys = tuple(put(*layer, (slice(None), place)) for layer in zip(self.keys, recent.keys, strict=True))
         values = tuple(put(*layer, (place,)) for layer in zip(self.values, recent.values, strict=True))
@@ -103,12 +103,12 @@ class Cache(NamedTuple):
         """The same with other contents in these rows, which lie in one part; numbers that no row has are left out."""
 
         def put(parts: tuple[Array, ...], others: tuple[Array, ...]) -> tuple[Array, ...]:
-            found, first = [], 0
+            written, first = [], 0
             for part in parts:
                 own_part = others[0][first : first + len(part)]
-                found.append(part.at[: len(own_part), rows].set(own_part, mode="drop"))
+                written.append(part.at[: len(own_part), rows].set(own_part, mode="drop"))
                 first += len(part)
-            return tuple(found)
+            return tuple(written)
 
         keys, values = (tuple(map(put, *layers)) for layers in ((self.keys, new.keys), (self.values, new.values)))
         starts, filled = (
@@ -394,9 +394,9 @@ def _attend(
     if sinks is not None:  # a score that is there before any key's, with a value of nothing
         of_heads = sinks.astype(jnp.float32).reshape(key.shape[1], -1)
         nothing_seen = nothing_seen._replace(top=nothing + of_heads, weights=nothing + 1)
-    found = add(nothing_seen, key, value, sees(filled[:, None] + jnp.arange(SLICE), at + 1))
+    total = add(nothing_seen, key, value, sees(filled[:, None] + jnp.arange(SLICE), at + 1))
     first = 0
     for part in zip(keys, values, strict=True):
-        found = add_part(found, first, *part)
+        total = add_part(total, first, *part)
         first += len(part[0])
-    return (found.values / found.weights[..., None]).astype(query.dtype).reshape(rows, 1, heads, head_dim)
+    return (total.values / total.weights[..., None]).astype(query.dtype).reshape(rows, 1, heads, head_dim)

@@ -167,7 +167,7 @@ def restored(run_dir: Path, step: int, policy: models.Policy, head_names: tuple[
 
 
 def checked_base(
-    given: str | None,
+    base: str | None,
     recorded: Mapping[str, str],
     run_dir: Path,
     *,
@@ -180,7 +180,7 @@ def checked_base(
         need: what a message says of a base that is not found.
         instead: what it suggests besides another --base.
     """
-    path = given or recorded["path"]
+    path = base or recorded["path"]
     try:
         folder = models.resolve_folder(path)
     except ValueError as error:

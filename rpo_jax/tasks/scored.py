@@ -150,9 +150,9 @@ class ScoredTask:
         random_, draws = random.Random(seed), np.random.default_rng(seed)
         groups = []
         for place, scores in of.items():
-            found = [tuple(scores)] if self.form == "ranked" else list(combinations(scores, 2))
-            random_.shuffle(found)
-            groups.append([(place, texts) for texts in found if len(texts) > 1])
+            candidates = [tuple(scores)] if self.form == "ranked" else list(combinations(scores, 2))
+            random_.shuffle(candidates)
+            groups.append([(place, texts) for texts in candidates if len(texts) > 1])
         random_.shuffle(groups)
         ordered = [
             group[turn] for turn in range(max(map(len, groups), default=0)) for group in groups if turn < len(group)

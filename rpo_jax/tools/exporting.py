@@ -132,16 +132,16 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
     return str(address)
 
 
-def _base_name(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> str:
+def _base_name(base: str | None, recorded: Mapping[str, str], run_dir: Path) -> str:
     """What a PEFT folder says of its base: a local folder's full path, once checked, or a hub's name as it is."""
-    if given is None or not Path(given).expanduser().is_dir():
-        return given or recorded["path"]
-    return str(_checked_base(given, recorded, run_dir).resolve())
+    if base is None or not Path(base).expanduser().is_dir():
+        return base or recorded["path"]
+    return str(_checked_base(base, recorded, run_dir).resolve())
 
 
-def _checked_base(given: str | None, recorded: Mapping[str, str], run_dir: Path) -> Path:
+def _checked_base(base: str | None, recorded: Mapping[str, str], run_dir: Path) -> Path:
     return checked_base(
-        given,
+        base,
         recorded,
         run_dir,
         need="The base of {run_dir} is needed to merge its adapters",

@@ -35,8 +35,8 @@ def advise(config: Config, draws: int, steps: int, weight_scale: float) -> list[
         steps: optimizer steps.
         weight_scale: standard deviation of the model's new weights.
     """
-    found = [_learning_rate(config, steps, weight_scale), _batch(config, draws)]
-    return [advice for advice in found if advice is not None]
+    candidates = [_learning_rate(config, steps, weight_scale), _batch(config, draws)]
+    return [advice for advice in candidates if advice is not None]
 
 
 def _learning_rate(config: Config, steps: int, weight_scale: float) -> Advice | None:

@@ -155,12 +155,12 @@ def _finite(tree: Params) -> Params:
 
 def _names(finite: Params) -> list[str]:
     """Layer by layer, then the others."""
-    found = []
+    by_layer = []
     for path, leaf in jax.tree.leaves_with_path(finite):
         name = ".".join(str(getattr(part, "key", getattr(part, "name", part))) for part in path)
         layers = [(layer, f"layer {layer} {name.removeprefix('layers.')}") for layer in np.flatnonzero(~leaf)]
-        found += layers if leaf.ndim else [(-1, name)] * int(not leaf)
-    return [name for _, name in sorted(found)]
+        by_layer += layers if leaf.ndim else [(-1, name)] * int(not leaf)
+    return [name for _, name in sorted(by_layer)]
 
 
 def _backwards(names: list[str]) -> list[str]:

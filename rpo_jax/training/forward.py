@@ -83,12 +83,12 @@ def make_log_probs(
         if not tokens:
             sums = response_log_probs(hidden, head, *ids, num_responses, collides=collisions, **chunks)
             return LogProbs(*sums[:2], log_z, collision=sums[2])
-        found = token_log_probs(hidden, head, *ids, **chunks)
+        by_token = token_log_probs(hidden, head, *ids, **chunks)
         values = None
         if value_head is not None:
             whole = jax.tree.map(placement.gather, value_head, value.AXES[value.NAME])
             values = value.token_values(hidden, whole, *ids[1:], shards)
-        return LogProbs(*by_response(found, ids[2], num_responses), log_z, TokenScores(found, values))
+        return LogProbs(*by_response(by_token, ids[2], num_responses), log_z, TokenScores(by_token, values))
 
     def log_probs(params: Params, rows: dict[str, Array], num_responses: int, *of_heads: Any) -> LogProbs:
         read = {name: placement.constrain(shards.striped(rows[name]), ("rows", "tokens")) for name in models.ROW_IDS}

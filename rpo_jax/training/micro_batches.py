@@ -117,8 +117,8 @@ def accumulate_log_probs(
     """Log-probs of all responses, one micro-batch at a time: a response is in one row, so they add up."""
 
     def body(total: LogProbs, micro: dict[str, Array]) -> tuple[LogProbs, TokenScores | None]:
-        found = forward(params, micro, num_responses)
-        return jax.tree.map(jnp.add, total, found._replace(tokens=None)), found.tokens
+        log_probs = forward(params, micro, num_responses)
+        return jax.tree.map(jnp.add, total, log_probs._replace(tokens=None)), log_probs.tokens
 
     first = jax.tree.map(lambda x: x[0], rows)
     shapes = jax.eval_shape(lambda p, micro: forward(p, micro, num_responses), params, first)

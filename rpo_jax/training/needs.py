@@ -69,16 +69,16 @@ def held_bytes(state: Any, others: Any) -> str:
 def less_memory(config: Config, mesh: Mesh) -> str:
     """What lets a step do with less memory, as far as it is not set yet."""
     (shards, context), micro, fsdp = sharding.shards_of(mesh), config.batch.micro_rows, mesh.shape["fsdp"]
-    found = []
+    remedies = []
     if micro is None or micro > shards:
-        found.append(f"a smaller batch.micro_rows ({micro or 'all rows at once'} now, {shards} at least)")
+        remedies.append(f"a smaller batch.micro_rows ({micro or 'all rows at once'} now, {shards} at least)")
     if config.batch.micro_keep:
-        found.append("batch.micro_keep=false")
+        remedies.append("batch.micro_keep=false")
     if config.model.remat != "full":
-        found.append(f"model.remat=full ({config.model.remat} now)")
+        remedies.append(f"model.remat=full ({config.model.remat} now)")
     if micro == shards > 1:
-        found.append(f"mesh.context={2 * context} ({context} now), so that devices share the tokens of a row")
+        remedies.append(f"mesh.context={2 * context} ({context} now), so that devices share the tokens of a row")
     # What is no expert's is split over that axis too, and over the context.
     most = mesh.size // mesh.shape.get(sharding.EXPERT, 1) // context
     split = f"mesh.fsdp={most} ({fsdp} now)" if fsdp < most else "more devices, and mesh.fsdp to match"
-    return f"try {', '.join([*found, split])}; {PLAN}"
+    return f"try {', '.join([*remedies, split])}; {PLAN}"

@@ -140,15 +140,15 @@ def _sides(names: tuple[str, ...]) -> Any:
 
     Heads and their dimensions are one side together.
     """
-    found: list[list[int]] = []
+    sides: list[list[int]] = []
     for axis, name in enumerate(names):
-        if name == "head_dim" and found:
-            found[-1].append(axis)
+        if name == "head_dim" and sides:
+            sides[-1].append(axis)
         elif name not in _BATCHED:
-            found.append([axis])
-    if len(found) != 2 or _VOCABULARY in names:
+            sides.append([axis])
+    if len(sides) != 2 or _VOCABULARY in names:
         return optax.MaskedNode()
-    return optax.contrib.MuonDimensionNumbers(*map(tuple, found))
+    return optax.contrib.MuonDimensionNumbers(*map(tuple, sides))
 
 
 def _size(update: Array, axes: tuple[int, ...]) -> int:

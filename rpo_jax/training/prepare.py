@@ -202,7 +202,7 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
     try:
         rows = read_rows(path, split=split)
         rule = Rule(data.ranked_rule, data.ranked_threshold)
-        found = make_examples(
+        examples = make_examples(
             rows, data.layout, data.on_bad_row, scores, data.columns, data.ignore_columns, rule, row_value_columns(data)
         )
     except (ValueError, OSError):
@@ -210,19 +210,19 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
         with contextlib.suppress(PeerFailure):
             processes.agree()
         raise
-    counts = processes.gather(found.num_rows)
+    counts = processes.gather(examples.num_rows)
     if None not in counts and len(set(counts)) > 1:
         other = next(process for process, rows in enumerate(counts) if rows != counts[0])
         raise ValueError(
             f"process {other} finds {counts[other]} rows in the data where process 0 finds {counts[0]}; give every "
             "host the same files."
         )
-    if found.left_out:
-        summary = f"{path}: {found.left_out.total} rows left out by data.ranked_rule={data.ranked_rule}"
-        reporter.say(f"{summary}\n{found.left_out.report()}")
-    if found.faults:
-        reporter.say(f"{path}: {found.faults.total} unusable rows skipped\n{found.faults.report()}")
-    return found
+    if examples.left_out:
+        summary = f"{path}: {examples.left_out.total} rows left out by data.ranked_rule={data.ranked_rule}"
+        reporter.say(f"{summary}\n{examples.left_out.report()}")
+    if examples.faults:
+        reporter.say(f"{path}: {examples.faults.total} unusable rows skipped\n{examples.faults.report()}")
+    return examples
 
 
 def row_value_columns(data: DataConfig) -> dict[str, str]:
@@ -231,9 +231,9 @@ def row_value_columns(data: DataConfig) -> dict[str, str]:
     return {name: column for name, column in named.items() if column is not None}
 
 
-def token_limits(data: DataConfig, found: ExampleSet) -> TokenLimits:
+def token_limits(data: DataConfig, examples: ExampleSet) -> TokenLimits:
     """How the examples of a source are rendered and cut."""
-    side = found.truncation_side if data.truncation_side == "auto" else data.truncation_side
+    side = examples.truncation_side if data.truncation_side == "auto" else data.truncation_side
     return TokenLimits(data.max_prompt_tokens, data.max_tokens, side, data.template, data.template_arguments)
 
 
@@ -244,7 +244,7 @@ def _split(config: Config, reporter: Reporter) -> dict[str, _Part]:
         raise ValueError("data.path is not set; give a file, a folder or a hub data set.")
     read, held_out = [_read(config, path, data.split, reporter) for path in data.sources], None
     if data.mix:
-        read = [replace(found, examples=found.examples[: data.train_rows]) for found in read]
+        read = [replace(source, examples=source.examples[: data.train_rows]) for source in read]
     train = _joined(data, read)
     if data.eval_path is not None:
         held_out = _read(config, data.eval_path, data.eval_split, reporter)
@@ -259,7 +259,7 @@ def _split(config: Config, reporter: Reporter) -> dict[str, _Part]:
         train = replace(train, examples=examples[: -data.eval_rows])
     if not data.mix:
         train = replace(train, examples=train.examples[: data.train_rows])
-    sources = tuple(len(found.examples) for found in read) if data.mix else ()
+    sources = tuple(len(source.examples) for source in read) if data.mix else ()
     parts = {"train": _Part(data.name, train, token_limits(data, train), sources)}
     if held_out is None:
         return parts
@@ -278,8 +278,8 @@ def _joined(data: DataConfig, read: Sequence[ExampleSet]) -> ExampleSet:
                 f"data.mix: of long prompts in {data.sources[0]} (layout {first.layout}) the one end is kept, of those "
                 f"in {path} (layout {other.layout}) the other; set data.truncation_side."
             )
-    layouts = dict.fromkeys(found.layout for found in read)
-    examples = tuple(example for found in read for example in found.examples)
+    layouts = dict.fromkeys(source.layout for source in read)
+    examples = tuple(example for source in read for example in source.examples)
     return replace(first, examples=examples, layout=", ".join(layouts))
 
 
@@ -374,9 +374,9 @@ def _with_facts(
     if not embedded and not scored and not wanted:
         return data
     texts, rows, scores, values, kind = [], [], [], [], config.embedding.text
-    found = iter(part.found.examples)
+    examples = iter(part.found.examples)
     for tokens in tokenized:
-        example = next(one for one in found if one.row_id == tokens.row_id)
+        example = next(one for one in examples if one.row_id == tokens.row_id)
         own = example.responses if kind == "prompt_response" else example.responses[:1]
         first = len(texts)
         texts += [embedding_text(example, kind, response.text) for response in own]
@@ -398,7 +398,7 @@ def _with_facts(
 
 def _embed(embedding: EmbeddingConfig, cache_dir: str, reporter: Reporter, texts: Sequence[str]) -> list[np.ndarray]:
     with reporter.progress("embed", len(texts)) as update:
-        found = embed_texts(
+        vectors = embed_texts(
             texts,
             embedding.encoder,
             cache_dir,
@@ -406,7 +406,7 @@ def _embed(embedding: EmbeddingConfig, cache_dir: str, reporter: Reporter, texts
             on_progress=lambda done, total: update(len(texts) - total + done, {}),
         )
         update(len(texts), {})  # where all of them came from the cache nothing else has told
-    return list(found)
+    return list(vectors)
 
 
 @explaining_memory(lambda: "try a smaller embedding.batch_texts, or data.train_rows")
@@ -467,8 +467,8 @@ def _prepare_prompts(config: Config, reporter: Reporter, trained_tokenizer: Path
             for name, (path, asked) in parts.items()
         }
         origins = {
-            name: {"data": hashlib.sha256(repr([row.prompt for row in found.rows]).encode()).hexdigest()}
-            for name, found in prompts.items()
+            name: {"data": hashlib.sha256(repr([row.prompt for row in encoded.rows]).encode()).hexdigest()}
+            for name, encoded in prompts.items()
         }
         close_tokenizers()
         notes.append(f"vocabulary {len(tokenizer):,}")

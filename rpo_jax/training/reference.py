@@ -234,29 +234,29 @@ def cached_log_probs(
     places: dict[str, tuple[Path, dict[str, str]]] = {}
 
     def look() -> dict[str, np.ndarray | None]:
-        found: dict[str, np.ndarray | None] = {}
+        by_kind: dict[str, np.ndarray | None] = {}
         reasons: dict[str, None] = {}
         for name in responses:
             own = {**parts, "format": FORMAT, "response": name, "tokens": tokens_fingerprint(data, name)}
             path = cache_dir / FOLDER / f"{_name(own)}.safetensors"
-            found[name] = read_cache(path, own, len(data.of_kind(name)))
-            if found[name] is None and not path.exists():
+            by_kind[name] = read_cache(path, own, len(data.of_kind(name)))
+            if by_kind[name] is None and not path.exists():
                 reasons |= dict.fromkeys(what_changed(path.parent, own))
             places[name] = path, own
         if reasons:
             say(f"reference log-probs of {parts['slot']} are computed again: {', '.join(reasons)} changed")
-        if any(values is None for values in found.values()):
+        if any(values is None for values in by_kind.values()):
             try:  # before hours go into what cannot be kept
                 check_writable(cache_dir / FOLDER)
             except WriteFailed as error:
                 say(f"run.cache_dir: {error}; reference log-probs are computed, and not kept for the next run")
-        return found
+        return by_kind
 
-    found = processes.from_main(look)
+    cached = processes.from_main(look)
     log_probs, kept = np.full(data.num_responses, np.nan, np.float32), ByProduct(_WHAT)
-    missing = tuple(name for name, values in found.items() if values is None)
+    missing = tuple(name for name, values in cached.items() if values is None)
     computed = compute(missing) if missing else log_probs
-    for name, values in found.items():
+    for name, values in cached.items():
         numbers = data.of_kind(name)
         log_probs[numbers] = computed[numbers] if values is None else values
         if values is None:

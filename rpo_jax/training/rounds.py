@@ -83,7 +83,7 @@ def drawn(seed: int, number: int, count: int, size: int) -> list[int]:
     No prompt comes twice in a round either: where a round has the last of one turn, the next turn, whose first it has
     too, begins with others.
     """
-    order, found = np.empty(0, np.int64), list[int]()
+    order, indices = np.empty(0, np.int64), list[int]()
     for turn in range((number * count + count - 1) // size + 1):
         before, order = order, np.random.default_rng([seed, turn]).permutation(size)
         ended = turn * size % count  # of a round, when this turn begins
@@ -91,8 +91,8 @@ def drawn(seed: int, number: int, count: int, size: int) -> list[int]:
         first = order[~begun][: count - ended]
         order = np.concatenate([first, order[~np.isin(order, first)]])
         start, end = (max(0, min(size, at * count - turn * size)) for at in (number, number + 1))
-        found += order[start:end].tolist()
-    return found
+        indices += order[start:end].tolist()
+    return indices
 
 
 class RoundBatches:
@@ -285,15 +285,15 @@ class Rounds(Hook):
 
     def _sampled(self, run: Training, number: int, last: bool) -> dict[str, float] | None:
         """The round's rows on disk, and its metrics; None where the run is to stop."""
-        name, found = f"{number:04d}", {}
+        name, held_out = f"{number:04d}", {}
         params = self._readable(run.state.params, self.models.frozen)
         if "held_out" in self.prepared.prompts and (last or number % self._settings.eval_every == 0):
             evaluated = self._evaluated(run, params, number)
             if evaluated is None:
                 return None
-            found |= evaluated
+            held_out |= evaluated
         if last:
-            return found
+            return held_out
         count = len(self.prepared.prompts["train"].rows)
         wanted = drawn(self.config.run.seed, number, min(self._settings.prompts or count, count), count)
         numbers = [index for index in wanted for _ in range(self._settings.samples)]
@@ -304,7 +304,7 @@ class Rounds(Hook):
         # Log-probs of other rows, which this round had when it failed.
         (self._folder / f"{name}.safetensors").unlink(missing_ok=True)
         write_jsonl(self._folder / f"{name}.jsonl", rows, ascii_only=False)
-        return {**metrics, **found}
+        return {**metrics, **held_out}
 
     def _answers(
         self, run: Training, part: str, numbers: Sequence[int], params: Params, number: int, file: Path | None = None

@@ -108,7 +108,7 @@ def make_scores(method: Method, alpha: float, block: int | str, mesh: Mesh) -> S
         for kind, slots in batch.slots().items():
             side = batch.sides[kind]
             z = None if log_z is None else log_z[slots]
-            found = Responses(
+            ungrouped = Responses(
                 log_probs.log_prob[slots],
                 side.reference_log_prob,
                 log_probs.num_tokens[slots],
@@ -118,7 +118,7 @@ def make_scores(method: Method, alpha: float, block: int | str, mesh: Mesh) -> S
                 side.row_values,
                 None if log_probs.collision is None else log_probs.collision[slots],
             )
-            responses[kind] = jax.tree.map(grouped, found)
+            responses[kind] = jax.tree.map(grouped, ungrouped)
         matrix, means = matrix_of(batch.sides, paired)
         if matrix is not None:
             weights = responses["chosen"].row_value("weight"), responses["rejected"].row_value("weight")

@@ -164,16 +164,16 @@ class _References:
         first = self._of_one(prepared, settings.path, self.architecture)
         if not settings.others:
             return first
-        found = [first]
+        references = [first]
         for path in settings.others:
             theirs = _reference_config(path, prepared.tokenizer)
-            found.append(self._of_one(prepared, path, theirs, slot=f", reference {path}"))
+            references.append(self._of_one(prepared, path, theirs, slot=f", reference {path}"))
 
         def mixed(name: str) -> PreferenceData | None:
             data: PreferenceData | None = getattr(first, name)
             if data is None:
                 return None
-            tables = jnp.stack([getattr(one, name).reference_log_probs for one in found])
+            tables = jnp.stack([getattr(one, name).reference_log_probs for one in references])
             if settings.adaptive:
                 chosen, rejected, is_chosen = map(jnp.asarray, _pairs_of(data))
                 mixture = adaptive_reference(tables, chosen, rejected, is_chosen, settings.clip)

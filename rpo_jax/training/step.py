@@ -205,8 +205,10 @@ def build_steps(
     def gradient(params: Params, batch: Batch, reference: Params | None, frozen: Params = NOTHING) -> Gradient:
         batch, of_tokens = referenced(batch, reference, frozen)
         scored_batch = partial(scored, batch, of_tokens, method.paired, before=params.get(running.NAME))
-        found = make_loss_and_gradient(forward_on(frozen), scored_batch, params, batch, micro_rows, micro_keep)
-        return Gradient(*found, batch)
+        loss_and_gradient = make_loss_and_gradient(
+            forward_on(frozen), scored_batch, params, batch, micro_rows, micro_keep
+        )
+        return Gradient(*loss_and_gradient, batch)
 
     def train(
         state: TrainState,

@@ -94,17 +94,17 @@ def conditioned(parts: Parts, values: Fields) -> Parts:
     answers, and, where whole conversations hold the prompt, for any that may be of it.
     """
     unread = values.unread()
-    found = [name for name in _CONDITIONS if name in unread] if not unread.isdisjoint(_CONDITIONS) else []
-    for name in found:
+    names = [name for name in _CONDITIONS if name in unread] if not unread.isdisjoint(_CONDITIONS) else []
+    for name in names:
         if name in _REFUSED and not is_blank(values[name]):
             raise Unusable(
                 f"column '{name}' conditions the answers and cannot be used: put it into the prompt where it is text, "
                 "or leave it out with data.ignore_columns"
             )
     prompt = parts.prompt
-    system = text_field(values, "system") if "system" in found else None
-    earlier = _history(values) if "history" in found and not is_blank(values["history"]) else ()
-    arguments = _template_arguments(values, found) if found else ""
+    system = text_field(values, "system") if "system" in names else None
+    earlier = _history(values) if "history" in names and not is_blank(values["history"]) else ()
+    arguments = _template_arguments(values, names) if names else ""
     if isinstance(prompt, str) and (system is not None or earlier or arguments):
         if parts.implicit:
             column = next((name for name in USED if not is_blank(values.get(name))), "system")
@@ -116,12 +116,12 @@ def conditioned(parts: Parts, values: Fields) -> Parts:
         prompt = _after(earlier, prompt)
     if system is not None and system.strip() and isinstance(prompt, tuple):
         prompt = _under(system, prompt)
-    for name in found:
+    for name in names:
         if name in (PROMPT, *ASKED) and not values.is_named(PROMPT):
             _check_repeats(prompt, "the conversation", name, values[name])
     if parts.implicit and not isinstance(parts.prompt, str):
         check_rest(values, [*map(spoken, parts.prompt), *(one.text for one in parts.responses)], is_text=False)
-    if not found:
+    if not names:
         return parts
     return parts._replace(prompt=prompt, template_arguments=arguments)
 
@@ -152,7 +152,7 @@ def _after(earlier: tuple[Message, ...], prompt: tuple[Message, ...]) -> tuple[M
 
 
 def _template_arguments(values: Fields, names: Collection[str]) -> str:
-    found: dict[str, Any] = {}
+    lists: dict[str, Any] = {}
     for name in ("tools", "documents"):
         if name not in names or is_blank(values[name]):
             continue
@@ -160,13 +160,13 @@ def _template_arguments(values: Fields, names: Collection[str]) -> str:
         if not all(isinstance(item, dict) for item in items):
             raise Unusable(f"column '{name}' does not hold a list of objects")
         if items:
-            json_text(found.setdefault(name, items), name)
+            json_text(lists.setdefault(name, items), name)
     own: dict[str, Any] = {}
     if "chat_template_kwargs" in names and not is_blank(values["chat_template_kwargs"]):
         own = {key: value for key, value in object_field(values, "chat_template_kwargs").items() if value is not None}
-        if twice := next((key for key in own if key in found or key in _RENDERING), None):
+        if twice := next((key for key in own if key in lists or key in _RENDERING), None):
             raise Unusable(f"column 'chat_template_kwargs' cannot set '{twice}'")
-    return json_text(found | own, "chat_template_kwargs") if found or own else ""
+    return json_text(lists | own, "chat_template_kwargs") if lists or own else ""
 
 
 def check_rest(values: Fields, texts: Sequence[str], is_text: bool) -> None:

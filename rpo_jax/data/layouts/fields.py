@@ -96,8 +96,8 @@ class Fields(Mapping[str, Any]):
 def field(values: Mapping[str, Any], name: str) -> Any:
     """A column's value; Unusable where it is missing or null."""
     if name not in values:
-        found = ", ".join(map(str, values)) or "none"
-        raise Unusable(f"column '{name}' is missing: the row has {found}")
+        columns = ", ".join(map(str, values)) or "none"
+        raise Unusable(f"column '{name}' is missing: the row has {columns}")
     value = values[name]
     if value is None:
         raise Unusable(f"column '{name}' is null")
@@ -182,7 +182,7 @@ def json_text(value: Any, name: str) -> str:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise Unusable(f"column '{name}' holds what is no JSON: {error}") from None
-    if any("\0" in found for found in texts_in(value)):
+    if any("\0" in piece for piece in texts_in(value)):
         raise Unusable("null character: a text holds U+0000")
     return text
 
@@ -195,13 +195,13 @@ def texts_in(value: Any) -> Iterator[str]:
     """Every text in a value, however deep, but for the roles of messages and the types of their parts."""
     waiting = [value]
     while waiting:
-        found = waiting.pop()
-        if isinstance(found, str):
-            yield found
-        elif isinstance(found, Mapping):
-            waiting.extend(inner for key, inner in found.items() if key not in ("role", "from", "type"))
-        elif isinstance(found, list | tuple):
-            waiting.extend(found)
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            waiting.extend(inner for key, inner in item.items() if key not in ("role", "from", "type"))
+        elif isinstance(item, list | tuple):
+            waiting.extend(item)
 
 
 def is_blank(value: Any) -> bool:

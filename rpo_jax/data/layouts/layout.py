@@ -67,8 +67,8 @@ class Layout:
             return Fields(kept, names)
         taken = set(names.values())
         for name, others in (*self.aliases.items(), *conditions.ALIASES.items()):
-            found = [one for one in (name, *others) if one in kept and one not in taken]
-            called = next((one for one in found if kept[one] is not None), next(iter(found), name))
+            present = [one for one in (name, *others) if one in kept and one not in taken]
+            called = next((one for one in present if kept[one] is not None), next(iter(present), name))
             if name not in names and called != name:
                 names[name] = called
         return Fields(kept, names)

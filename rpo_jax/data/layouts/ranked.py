@@ -58,11 +58,11 @@ def by_rule(example: PreferenceExample, rule: Rule) -> PreferenceExample:
     So a pair, which is the first response of each kind, is the best against the worst. Equal responses are one, whose
     score is the mean. Raises Unusable where there is nothing to compare, AllEqual where the scores are the same.
     """
-    found: dict[tuple[str, tuple[Message, ...]], list[float]] = {}
+    by_response: dict[tuple[str, tuple[Message, ...]], list[float]] = {}
     for response in example.responses:
         assert response.score is not None, "the layout scores its responses"
-        found.setdefault((response.text, response.turns), []).append(response.score)
-    scores = [math.fsum(of_one) / len(of_one) for of_one in found.values()]
+        by_response.setdefault((response.text, response.turns), []).append(response.score)
+    scores = [math.fsum(of_one) / len(of_one) for of_one in by_response.values()]
     if rule.name == THRESHOLD:
         assert rule.threshold is not None, "checked with the configuration"
         is_chosen = [score >= rule.threshold for score in scores]
@@ -74,7 +74,7 @@ def by_rule(example: PreferenceExample, rule: Rule) -> PreferenceExample:
         is_chosen = RULES[rule.name](scores)
     made = [
         Response("chosen" if chosen else "rejected", text, score, turns)
-        for (text, turns), score, chosen in zip(found, scores, is_chosen, strict=True)
+        for (text, turns), score, chosen in zip(by_response, scores, is_chosen, strict=True)
     ]
     sides = (
         sorted((one for one in made if one.kind == kind), key=lambda one: sign * (one.score or 0.0))
@@ -125,10 +125,10 @@ def _answer(item: Any) -> Prompt:
 
 def _scores(values: Fields, items: Sequence[Any]) -> list[float]:
     if "scores" in values or not all(map(_is_object, items)):
-        found = list_field(values, "scores")
-        if len(found) != len(items):
-            raise Unusable(f"{len(items)} responses have {len(found)} scores: each needs its own")
-        return [_number(score, "scores", number) for number, score in enumerate(found, start=1)]
+        scores = list_field(values, "scores")
+        if len(scores) != len(items):
+            raise Unusable(f"{len(items)} responses have {len(scores)} scores: each needs its own")
+        return [_number(score, "scores", number) for number, score in enumerate(scores, start=1)]
     keys = [next((key for key in _SCORES if item.get(key) is not None), None) for item in items]
     if None in keys:
         raise Unusable(f"column 'scores' is missing: response {keys.index(None) + 1} has none of {', '.join(_SCORES)}")

@@ -64,12 +64,12 @@ class _Saved(NamedTuple):
 
 def widths(num_blocks: int) -> tuple[int, ...]:
     """Spans' widths in blocks: every one up to 4, then steps of about a third, ending at the whole row."""
-    found = [width for width in (1, 2, 3) if width < num_blocks]
+    narrower = [width for width in (1, 2, 3) if width < num_blocks]
     width = 4
     while width < num_blocks:
-        found.append(width)
+        narrower.append(width)
         width += max(1, width // 3)
-    return (*found, num_blocks)
+    return (*narrower, num_blocks)
 
 
 class _How(NamedTuple):

@@ -400,14 +400,14 @@ def _forward(how, query, key, value, sight, plan, sinks) -> tuple[Array, _Saved]
         jax.ShapeDtypeStruct((query.shape[0], query.shape[2], query.shape[1]), jnp.float32),
     ]
     specs, outs = [call.block(), of_keys, of_keys], [call.block(), call.number()]
-    found = call.run(_forward_kernel, specs, outs, shapes, query, key, value, sight, plan.of_queries)
+    results = call.run(_forward_kernel, specs, outs, shapes, query, key, value, sight, plan.of_queries)
     if sinks is not None:
         # A sink adds to a softmax's sum alone: all weights of a query become smaller by one factor.
-        out, log_sum = found
+        out, log_sum = results
         more = jnp.logaddexp2(log_sum, _exponents(sinks))
         share = jnp.exp2(log_sum - more).swapaxes(1, 2)[..., None]
-        found = [(out * share).astype(out.dtype), more]
-    out, log_sum = (checkpoint_name(x, ATTENTION_OUTPUT) for x in found)
+        results = [(out * share).astype(out.dtype), more]
+    out, log_sum = (checkpoint_name(x, ATTENTION_OUTPUT) for x in results)
     return out, _Saved(query, key, value, sight, plan, out, log_sum, sinks)
 
 

@@ -63,8 +63,8 @@ def attention_name(name: str, platform: str, asked: Asked = UNKNOWN) -> str:
     check_attention_name(name)
     if name == "auto":
         tokens = asked.row_tokens or USUAL
-        found = (kind for kind in ATTENTIONS if platform in ATTENTIONS[kind].auto)
-        fit = (kind for kind in found if tokens > ATTENTIONS[kind].beyond and asked.lacks(ATTENTIONS[kind]) is None)
+        kinds = (kind for kind in ATTENTIONS if platform in ATTENTIONS[kind].auto)
+        fit = (kind for kind in kinds if tokens > ATTENTIONS[kind].beyond and asked.lacks(ATTENTIONS[kind]) is None)
         return next(fit, "dense")
     platforms = ATTENTIONS[name].platforms
     if platforms and platform not in platforms:

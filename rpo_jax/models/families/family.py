@@ -140,9 +140,9 @@ def write_windows(model: ModelConfig) -> dict[str, Any]:
 def refuse(config: Any, **usual: Any) -> None:
     """ValueError for a setting of a configuration that is not as usual, and that nothing here describes."""
     for name, value in usual.items():
-        found = getattr(config, name, value)
-        if found != value and (found or value):  # null, false and 0 are all ways not to ask for it
-            raise ValueError(f"{name}={found!r} is not supported; models of this family have {value!r}.")
+        actual = getattr(config, name, value)
+        if actual != value and (actual or value):  # null, false and 0 are all ways not to ask for it
+            raise ValueError(f"{name}={actual!r} is not supported; models of this family have {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,8 +195,8 @@ def _check_values(model: ModelConfig) -> None:
             raise ValueError(f"{name} must be a token's number, got {str(value)[:100]}.")
     for rope in filter(None, model.ropes):
         with np.errstate(all="ignore"):  # what comes out says enough
-            found = frequencies(rope, model.rotated_dim)[0]
-        if not np.isfinite(found).all():
+            of_rope = frequencies(rope, model.rotated_dim)[0]
+        if not np.isfinite(of_rope).all():
             raise ValueError("the rope parameters give frequencies that are not finite.")
     hash(model)  # a list where a number belongs
 

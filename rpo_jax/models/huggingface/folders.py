@@ -94,7 +94,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         return index
     if (folder / WEIGHTS).is_file():
         return None
-    pickles = sorted(found.name for pattern in _PICKLES for found in folder.glob(pattern))
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ValueError(
             f"{folder} holds pickled weights ({some(pickles)}), which can run code when read. Convert them once, where "

@@ -183,12 +183,12 @@ def open_weights(path: str | Path) -> Weights:
     """The weights of a Hugging Face folder or hub name; errors as check_pretrained's."""
     folder = resolve_folder(path)
     model_config = read_config(folder)
-    found = safetensors_files(folder)
-    files: dict[str, Place] = {key: Stored(file, key) for key, file in found.items()}
+    file_of = safetensors_files(folder)
+    files: dict[str, Place] = {key: Stored(file, key) for key, file in file_of.items()}
     if FAMILIES[model_config.family].reads_mxfp4:
         files = _unpacked(files)
     if text_part := is_text_part(folder, model_config):
-        files = {name: Stored(found[key], key) for key in found if (name := _text_name(key))}
+        files = {name: Stored(file_of[key], key) for key in file_of if (name := _text_name(key))}
     if model_config.num_layers > len(files):  # before a name is made for each
         raise ValueError(
             f"{folder / 'config.json'} has {model_config.num_layers} layers; the {len(files)} tensors of the folder "
@@ -202,7 +202,7 @@ def open_weights(path: str | Path) -> Weights:
     for key, tensor in tensors.items():
         keys.setdefault(tensor.rule.path, {})[tensor.place] = key
     model_config = dataclasses.replace(model_config, dtype=dtype)
-    left_out = len(found) - len(files) if text_part else 0
+    left_out = len(file_of) - len(files) if text_part else 0
     return Weights(folder, model_config, tensors, files, keys, left_out)
 
 
@@ -220,9 +220,9 @@ def _text_name(key: str) -> str | None:
     """The name in a folder of text alone; None for what is not of the text part."""
     if key.startswith("lm_head."):
         return key
-    if (found := _TEXT_PART.fullmatch(key)) is None:
+    if (match := _TEXT_PART.fullmatch(key)) is None:
         return None
-    return found[1] if found[1].startswith("lm_head.") else f"model.{found[1]}"
+    return match[1] if match[1].startswith("lm_head.") else f"model.{match[1]}"
 
 
 def _check_keys(
@@ -252,7 +252,7 @@ def _shape_and_dtype(place: Place) -> tuple[Shape, str]:
 
 def _check_contents(folder: Path, tensors: Mapping[str, TensorLayout], files: Mapping[str, Place]) -> set[str]:
     """Check each tensor's shape and dtype before any is read; returns the dtypes found."""
-    found: set[str] = set()
+    dtypes: set[str] = set()
     for key, tensor in tensors.items():
         got, dtype = _shape_and_dtype(files[key])
         if got != tensor.file_shape:
@@ -265,8 +265,8 @@ def _check_contents(folder: Path, tensors: Mapping[str, TensorLayout], files: Ma
                 f"{files[key].name} in {files[key].file} has dtype {dtype}; supported are {', '.join(_FILE_DTYPES)}: "
                 "quantized weights must be converted first."
             )
-        found.add(_FILE_DTYPES[dtype])
-    return found
+        dtypes.add(_FILE_DTYPES[dtype])
+    return dtypes
 
 
 def _sizes(shape: Shape, index: Index) -> Shape:

@@ -58,8 +58,8 @@ class Packed(NamedTuple):
         start, stop, _ = inputs.indices(self.shape[1])
         first = start // GROUP
         groups = slice(first, -(-stop // GROUP))
-        found = dequantized(*(_slice(*where, (experts, outputs, groups)) for where in (self.blocks, self.scales)))
-        return found[..., start - first * GROUP : stop - first * GROUP].swapaxes(1, 2)
+        values = dequantized(*(_slice(*where, (experts, outputs, groups)) for where in (self.blocks, self.scales)))
+        return values[..., start - first * GROUP : stop - first * GROUP].swapaxes(1, 2)
 
 
 def _described(file: Path, name: str) -> tuple[tuple[int, ...], str]:

@@ -123,17 +123,19 @@ def _check_params(model_config: ModelConfig, flat: Mapping[tuple[str, ...], Any]
         )
 
 
-def _write_generation_config(folder: Path, model_config: ModelConfig, given: Any, end_ids: Collection[int]) -> None:
+def _write_generation_config(
+    folder: Path, model_config: ModelConfig, generation_config: Any, end_ids: Collection[int]
+) -> None:
     """The given values with every end token: what generates takes its end tokens from this file alone."""
     from transformers import GenerationConfig
 
     name, source, values = "generation_config.json", None, {}
-    if isinstance(given, str | Path):
-        source = Path(given).expanduser()
+    if isinstance(generation_config, str | Path):
+        source = Path(generation_config).expanduser()
         values = read_json(source, name)
     else:
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
-        values = {key: getattr(model_config, key) for key in special} | dict(given or {})
+        values = {key: getattr(model_config, key) for key in special} | dict(generation_config or {})
     listed = _token_ids(values.get("eos_token_id"), source and source / name)
     further = sorted({*_token_ids(model_config.eos_token_id), *end_ids} - {*listed})
     ends = listed + further

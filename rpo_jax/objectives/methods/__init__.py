@@ -17,8 +17,8 @@ from rpo_jax.objectives.objective import Objective, Option
 def _collected() -> tuple[dict[str, Objective], dict[str, Option]]:
     objectives: dict[str, Objective] = {}
     options: dict[str, Option] = {}
-    for found in pkgutil.iter_modules(__path__):
-        named: dict[str, Objective] = importlib.import_module(f"{__name__}.{found.name}").OBJECTIVES
+    for module in pkgutil.iter_modules(__path__):
+        named: dict[str, Objective] = importlib.import_module(f"{__name__}.{module.name}").OBJECTIVES
         for name, objective in named.items():
             assert name not in objectives, f"two objectives are named {name}"
             objectives[name] = objective

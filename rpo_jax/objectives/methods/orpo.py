@@ -18,8 +18,8 @@ def log_odds(log_prob: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """log (p / (1 - p)) of p = exp(log_prob), of probabilities up to 1 - LEAST_SURPRISE."""
     unknown = jnp.isnan(log_prob)  # as in a slot that holds nothing: not to be differentiated, for 0 * nan is nan
     log_prob = jnp.minimum(jnp.where(unknown, -1.0, log_prob), -LEAST_SURPRISE)
-    found = log_prob - jnp.log(-jnp.expm1(log_prob))  # expm1: 1 - p keeps its digits where p is near 1
-    return jnp.where(unknown, jnp.nan, found)
+    logit = log_prob - jnp.log(-jnp.expm1(log_prob))  # expm1: 1 - p keeps its digits where p is near 1
+    return jnp.where(unknown, jnp.nan, logit)
 
 
 @dataclass(frozen=True, kw_only=True)

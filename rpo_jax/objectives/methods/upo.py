@@ -37,8 +37,8 @@ class UPO(KTO):
         for side in (scores["chosen"], scores["rejected"]):
             assert side.score is not None, "it uses scores"
             assert side.log_partition is not None, "it uses values of prompts"
-            found = (side.policy_score(self.average_log_prob), side.score, side.log_partition)
-            parts.append([zero_where_invalid(x, side.valid).ravel() for x in found] + [side.valid.ravel()])
+            of_side = (side.policy_score(self.average_log_prob), side.score, side.log_partition)
+            parts.append([zero_where_invalid(x, side.valid).ravel() for x in of_side] + [side.valid.ravel()])
         log_prob, score, value, valid = map(jnp.concatenate, zip(*parts, strict=True))
         return log_prob, score, value, valid
 

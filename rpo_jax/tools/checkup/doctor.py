@@ -27,38 +27,38 @@ def examine(run_dir: str | None, arguments: Sequence[str]) -> list[Finding]:
         arguments: as rpo_jax.config.reading.parse_config takes them; with a run folder and no --config, they change the
             run's own configuration.
     """
-    found = check_environment()
+    findings = check_environment()
     try:
         from rpo_jax import models
         from rpo_jax.config.reading import parse_config
         from rpo_jax.tools.checkup import inputs, machine, stored
     except Exception as error:  # a package that is broken, or does not go with another
         reason = f"rpo_jax cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return [*found, failed("packages", reason, INSTALL)]
+        return [*findings, failed("packages", reason, INSTALL)]
     try:
         config = parse_config(_with_own_configuration(run_dir, arguments))
         if run_dir is not None:
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
         models.check_choices(config.model, config.lora)
     except (ValueError, OSError) as error:
-        return [*found, failed("configuration", error)]
+        return [*findings, failed("configuration", error)]
     folder = Path(config.run.dir).expanduser()
-    found += machine.check_devices(config)
+    findings += machine.check_devices(config)
     of_models, model_config = inputs.check_models(config)
-    found += of_models
-    found += inputs.check_data(config, model_config)
-    found += stored.check_caches(config.run.cache_dir)
+    findings += of_models
+    findings += inputs.check_data(config, model_config)
+    findings += stored.check_caches(config.run.cache_dir)
     of_checkpoints, existing = stored.check_checkpoints(config, folder)
-    found += of_checkpoints
+    findings += of_checkpoints
     if model_config is not None:
-        found += machine.check_experts(config, model_config)
-        found += machine.check_disk(config, model_config, folder, existing)
-    return found
+        findings += machine.check_experts(config, model_config)
+        findings += machine.check_disk(config, model_config, folder, existing)
+    return findings
 
 
 def _with_own_configuration(run_dir: str | None, arguments: Sequence[str]) -> list[str]:
-    given = any(argument.partition("=")[0] == "--config" for argument in arguments)
-    if run_dir is None or given:
+    has_config = any(argument.partition("=")[0] == "--config" for argument in arguments)
+    if run_dir is None or has_config:
         return list(arguments)
     own = Path(run_dir).expanduser() / "config.yaml"
     if not own.is_file():

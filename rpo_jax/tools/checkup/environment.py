@@ -24,10 +24,10 @@ def check_environment() -> list[Finding]:
         note = warning("packages", f"{DISTRIBUTION} itself is not installed: {', '.join(shown)}", INSTALL)
         return [note, *_known_conflicts()]
     wrong = [
-        f"{need.name} {found or 'is missing'}" + (f", needs {need.specifier}" if found else "")
+        f"{need.name} {current or 'is missing'}" + (f", needs {need.specifier}" if current else "")
         for need in requirements
         if need.marker is None or need.marker.evaluate({"extra": ""})
-        if (found := installed(need.name)) is None or not need.specifier.contains(found, prereleases=True)
+        if (current := installed(need.name)) is None or not need.specifier.contains(current, prereleases=True)
     ]
     bad = [failed("packages", f"{'; '.join(wrong)}", INSTALL)] if wrong else []
     return bad + _known_conflicts() or [ok("packages", ", ".join(shown))]

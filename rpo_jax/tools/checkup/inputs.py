@@ -27,21 +27,21 @@ from rpo_jax.training.prepare import prepare, row_value_columns, token_limits, t
 
 def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
     """Findings on the models, and the policy's architecture where it is known."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     policy = None
     if config.model.path is None:
         size = config.model
         if size.tokenizer != "train":
-            found.append(_local("tokenizer", size.tokenizer, lambda path: f"{len(load_tokenizer(path)):,} tokens"))
+            findings.append(_local("tokenizer", size.tokenizer, lambda path: f"{len(load_tokenizer(path)):,} tokens"))
         policy = models.configured(size, size.vocab_size, config.data.max_tokens)
-        found.append(ok("model", f"new, {models.count_params(policy):,} parameters, {policy.family}"))
+        findings.append(ok("model", f"new, {models.count_params(policy):,} parameters, {policy.family}"))
     else:
-        found.append(_local("model", config.model.path, _describe))
-        if found[-1].status == "ok":
+        findings.append(_local("model", config.model.path, _describe))
+        if findings[-1].status == "ok":
             policy = models.check_pretrained(_place(config.model.path))
     if config.reference.path is not None:
-        found.append(_local("reference", config.reference.path, _describe))
-    return found + _check_encoder(config), policy
+        findings.append(_local("reference", config.reference.path, _describe))
+    return findings + _check_encoder(config), policy
 
 
 def _place(path: str) -> str | Path:
@@ -97,18 +97,18 @@ def check_data(config: Config, policy: ModelConfig | None) -> list[Finding]:
             prepared = prepare(config, Reporter(silent=True))
         except (ValueError, OSError) as error:
             return [failed("data", error)]
-        return [ok("data", f"{len(found.rows):,} prompts ({name})") for name, found in prepared.prompts.items()]
+        return [ok("data", f"{len(prompts.rows):,} prompts ({name})") for name, prompts in prepared.prompts.items()]
     checked = [_check_source(config, "data", path, config.data.split) for path in config.data.sources]
-    found = [finding for findings, _ in checked for finding in findings]
+    findings = [finding for each, _ in checked for finding in each]
     examples = checked[0][1] if len(checked) == 1 else None
     if examples is not None and config.data.eval_rows >= max(len(examples), 1):
         text = f"data.eval_rows={config.data.eval_rows} leaves nothing of {len(examples):,} examples to train on"
-        found.append(failed("data", text, "lower data.eval_rows"))
+        findings.append(failed("data", text, "lower data.eval_rows"))
     elif examples is not None and policy is not None:
-        found += _check_training(config, examples[: len(examples) - config.data.eval_rows], policy)
+        findings += _check_training(config, examples[: len(examples) - config.data.eval_rows], policy)
     if config.data.eval_path is not None:
-        found += _check_source(config, "held-out data", config.data.eval_path, config.data.eval_split)[0]
-    return found
+        findings += _check_source(config, "held-out data", config.data.eval_path, config.data.eval_split)[0]
+    return findings
 
 
 def _check_training(config: Config, examples: Sequence[PreferenceExample], policy: ModelConfig) -> list[Finding]:
@@ -143,11 +143,11 @@ def _check_source(
     text = f"{path}: {len(read.examples):,} examples, layout {read.layout}; {_columns(read)}"
     if read.left_out:
         text += f"; {read.left_out.total:,} rows left out by data.ranked_rule ({read.left_out.counted()})"
-    found = [ok(subject, text)]
+    findings = [ok(subject, text)]
     if read.faults:
         skipped = f"{text}; {read.faults.total:,} rows are skipped ({read.faults.counted()})"
-        found = [warning(subject, skipped, f"look at {read.faults.first.row_id}: {read.faults.first.reason}")]
-    return found + _check_tokens(config, subject, read), list(read.examples)
+        findings = [warning(subject, skipped, f"look at {read.faults.first.row_id}: {read.faults.first.reason}")]
+    return findings + _check_tokens(config, subject, read), list(read.examples)
 
 
 def _check_tokens(config: Config, subject: str, read: ExampleSet) -> list[Finding]:
@@ -160,16 +160,16 @@ def _check_tokens(config: Config, subject: str, read: ExampleSet) -> list[Findin
         joined = join_encoded(read.examples, encoded, limits)
     except ValueError as error:
         return [failed(subject, error)]
-    found = [ok(subject, line) for line in describe_notes(joined.counts)]
+    findings = [ok(subject, line) for line in describe_notes(joined.counts)]
     if joined.faults:
         first = joined.faults.first
         text = f"{joined.faults.total:,} examples cannot be tokenised ({joined.faults.counted()})"
         fix = f"look at {first.row_id}: {first.reason}"
-        found.append((failed if config.data.on_bad_row == "error" else warning)(subject, text, fix))
+        findings.append((failed if config.data.on_bad_row == "error" else warning)(subject, text, fix))
     if joined.counts["examples"] and (cuts := describe_cuts(joined.counts, limits.max_tokens)):
         what, _, fix = cuts.partition("; ")
-        found.append(warning(subject, what, fix) if fix else ok(subject, what))
-    return found
+        findings.append(warning(subject, what, fix) if fix else ok(subject, what))
+    return findings
 
 
 def _columns(read: ExampleSet) -> str:

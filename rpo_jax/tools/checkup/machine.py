@@ -26,16 +26,16 @@ def check_devices(config: Config) -> list[Finding]:
         return [failed("devices", error)]
     shown = f"{len(seen)} x {seen[0].device_kind}, {jax.default_backend()}"
     unused = unused_card()
-    found = [] if unused is None else [warning("devices", *unused.split(": ", 1))]
+    findings = [] if unused is None else [warning("devices", *unused.split(": ", 1))]
     if config.distributed.num_processes not in (None, 1):
-        return [*found, ok("devices", f"{shown}, in this process; the mesh spans all and is checked at the start")]
+        return [*findings, ok("devices", f"{shown}, in this process; the mesh spans all and is checked at the start")]
     try:
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch(config.batch.pairs, config.batch.micro_rows, mesh)
     except ValueError as error:
-        return [*found, failed("devices", error)]
+        return [*findings, failed("devices", error)]
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return [*found, ok("devices", f"{shown}: {axes}")]
+    return [*findings, ok("devices", f"{shown}: {axes}")]
 
 
 def check_experts(config: Config, model_config: ModelConfig) -> list[Finding]:

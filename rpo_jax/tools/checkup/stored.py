@@ -71,15 +71,15 @@ def check_checkpoints(config: Config, run_dir: Path) -> tuple[list[Finding], lis
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return [failed("checkpoints", f"step {newest} cannot be read: {reason}", fix)], paths
     others = f", besides {', '.join(map(str, steps[:-1]))}" if steps[:-1] else ""
-    found = [ok("checkpoints", f"step {newest} reads back: {arrays} arrays, {size / 2**20:,.1f} MiB{others}")]
-    return [*found, *_check_settings(config, record), *_check_versions(record)], paths
+    findings = [ok("checkpoints", f"step {newest} reads back: {arrays} arrays, {size / 2**20:,.1f} MiB{others}")]
+    return [*findings, *_check_settings(config, record), *_check_versions(record)], paths
 
 
 def read_state(folder: Path) -> tuple[int, int]:
     """Read every array of a saved state: their number and bytes. Raises what the storage raises."""
     with ocp.PyTreeCheckpointer() as reader:
-        found: Any = reader.metadata(folder)
-        leaves, definition = jax.tree.flatten(found.item_metadata.tree)
+        metadata: Any = reader.metadata(folder)
+        leaves, definition = jax.tree.flatten(metadata.item_metadata.tree)
         as_numpy = jax.tree.unflatten(definition, [ocp.RestoreArgs(restore_type=np.ndarray)] * len(leaves))
         # One at a time: all may be more than the host's memory, and the reader leaves none of its tasks behind.
         for place, leaf in enumerate(leaves):
@@ -95,15 +95,15 @@ def _check_settings(config: Config, record: dict[str, Any]) -> list[Finding]:
     changed = changed_settings(record["config"], to_json_dict(with_defaults_taken(config)))
     sizes = [f"model.{name}" for name in MODEL_SIZES] if config.model.path is None else []
     decisive = [key for key in changed if key == "optim.name" or key.startswith("lora.") or key in sizes]
-    found = []
+    findings = []
     for keys, make, fix in (
         (decisive, failed, "use the checkpoint's own setting, or another run.dir"),
         ([key for key in changed if key not in decisive], warning, "a resumed run goes on with the new setting"),
     ):
         if keys:
             changes = ", ".join(f"{key} {changed[key][0]} -> {changed[key][1]}" for key in keys)
-            found.append(make("settings", f"checkpoint -> configuration: {changes}", fix))
-    return found or [ok("settings", "the checkpoint's own")]
+            findings.append(make("settings", f"checkpoint -> configuration: {changes}", fix))
+    return findings or [ok("settings", "the checkpoint's own")]
 
 
 def _check_versions(record: dict[str, Any]) -> list[Finding]:

@@ -110,8 +110,8 @@ class CellRunner:
         if not isinstance(cell.task, ScoredTask):
             changes["data.eval_path"] = files["held_out"]
         if cell.settings:
-            given = {START: str(start), GOLD: f"rule:{quickstart.__file__}:{quickstart.gold_score.__name__}"}
-            changes = {key: given.get(str(value), value) for key, value in changes.items()}
+            by_placeholder = {START: str(start), GOLD: f"rule:{quickstart.__file__}:{quickstart.gold_score.__name__}"}
+            changes = {key: by_placeholder.get(str(value), value) for key, value in changes.items()}
             changes["model.path"] = start
         began = time.perf_counter()
         trained = run(configured(changes))
@@ -189,15 +189,15 @@ class CellRunner:
         """Of one sampled answer to each held-out prompt: its score, and how far the policy is from the start there."""
         assert isinstance(cell.task, ScoredTask)
         answers, score = self._answers(cell, files, model, 1.0), cell.task.scorer()
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "rewards": [score(answer["response"]) for answer in answers],
             "answer_tokens": [answer["tokens"] for answer in answers],
             "ended": [answer["finish_reason"] == "eos" for answer in answers],
         }
         if cell.settings:
             kls = self._log_ratios(answers, model, self._start(cell))
-            found |= {"kls": kls.tolist(), "divergence": float(kls.mean())}
-        return found
+            result |= {"kls": kls.tolist(), "divergence": float(kls.mean())}
+        return result
 
     def _judged(self, cell: Cell, files: dict[str, Path], model: Path) -> dict[str, Any]:
         rows = read_jsonl(files["held_out"])

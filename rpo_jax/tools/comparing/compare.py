@@ -58,16 +58,16 @@ def trials(study: Study, runner: CellRunner) -> dict[str, list[tuple[Settings, d
 
 def tuned_settings(study: Study, runner: CellRunner) -> dict[str, Settings]:
     """Of every method whose trials are done: the point of its grid that was judged best."""
-    found = {method: study.candidates(method)[0] for method in study.used_methods()}
+    tuned = {method: study.candidates(method)[0] for method in study.used_methods()}
     for method, points in trials(study, runner).items():
         done = [result for _, result in points if result is not None]
         if len(done) < len(points):
-            del found[method]
+            del tuned[method]
             continue
         column = judged_by(done)
         scores = [(summarised(column, [result]) or (float("-inf"),))[0] for result in done]
-        found[method] = points[scores.index(max(scores))][0]
-    return found
+        tuned[method] = points[scores.index(max(scores))][0]
+    return tuned
 
 
 def wanted_cells(study: Study, runner: CellRunner) -> Iterator[tuple[str, Cell]]:
@@ -113,22 +113,22 @@ def _outcome(result: Mapping[str, Any] | None) -> str:
     if "rewards" in result:
         return f"reward {mean(result['rewards']):.3f} at KL {result.get('divergence', 0.0):.2f}"
     column = judged_by([result])
-    found = summarised(column, [result])
-    return "" if found is None else f"{column.title} {found[0]:.1f}"
+    summary = summarised(column, [result])
+    return "" if summary is None else f"{column.title} {summary[0]:.1f}"
 
 
 def table_results(study: Study, runner: CellRunner) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Results by table and label: of the seeds that all rows of a table have, so that they can be compared."""
     tuned = tuned_settings(study, runner)
-    found = {}
+    by_table = {}
     for table in study.tables:
         rows = [row for row in table.rows if row.method is None or row.method in tuned]
         seeds = [
             seed for seed in study.seeds if all(runner.result(study.cell(row, seed, tuned)) is not None for row in rows)
         ]
         of = {row.label: [runner.result(study.cell(row, seed, tuned)) for seed in seeds] for row in rows}
-        found[table.name] = {label: [result for result in each if result is not None] for label, each in of.items()}
-    return found
+        by_table[table.name] = {label: [result for result in each if result is not None] for label, each in of.items()}
+    return by_table
 
 
 def write_reports(study: Study, runner: CellRunner, command: str) -> list[Path]:
@@ -151,19 +151,19 @@ def write_reports(study: Study, runner: CellRunner, command: str) -> list[Path]:
 
 def measured(study: Study, runner: CellRunner, table: Table) -> frontier_page.Frontier | None:
     """What a frontier's rows gave that have all their policies of a seed, of the seeds that all of them have."""
-    found = {
+    complete = {
         (label, seed): results
         for seed in study.seeds
         for label, cells in (("", [study.held_out(table, seed)]), *_of_rows(study, table, seed))
         if None not in (results := [runner.result(cell) for cell in cells])
     }
-    labels = [row.label for row in table.rows if any(label == row.label for label, _ in found)]
-    seeds = [seed for seed in study.seeds if all((label, seed) in found for label in ("", *labels))]
+    labels = [row.label for row in table.rows if any(label == row.label for label, _ in complete)]
+    seeds = [seed for seed in study.seeds if all((label, seed) in complete for label in ("", *labels))]
     if not labels or not seeds:
         return None
 
     def values(label: str, key: str) -> np.ndarray:
-        return np.array([[result[key] for result in found[label, seed] if result] for seed in seeds]).swapaxes(0, 1)
+        return np.array([[result[key] for result in complete[label, seed] if result] for seed in seeds]).swapaxes(0, 1)
 
     start = values("", "rewards")[0]
     rows = {label: Measured(values(label, "rewards"), values(label, "kls"), start) for label in labels}
@@ -179,8 +179,8 @@ def _of_rows(study: Study, table: Table, seed: int) -> Iterator[tuple[str, list[
 
 
 def _write_frontiers(study: Study, runner: CellRunner, command: str) -> list[Path]:
-    found = [one for table in study.frontiers if (one := measured(study, runner, table)) is not None]
-    drawn = [frontier_page.shown_frontier(one) for one in found]
+    frontiers = [one for table in study.frontiers if (one := measured(study, runner, table)) is not None]
+    drawn = [frontier_page.shown_frontier(one) for one in frontiers]
     effort = f"`{command}`: {_effort(study, runner)}"
     texts = {f"frontier_{one['name']}.svg": frontier_page.picture(one) for one in drawn}
     parts = [

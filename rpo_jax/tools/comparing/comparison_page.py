@@ -54,6 +54,6 @@ def _chart(table: Table, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
     """Every row's mean and interval in what the table is judged by, beside the row of reference."""
     rows = [row.label for row in table.rows if results.get(row.label)]
     column = judged_by([result for label in rows for result in results[label]])
-    found = {label: one for label in rows if (one := summarised(column, results[label])) is not None}
-    baseline = (table.against, found[table.against][0]) if table.against in found else None
-    return dot_chart(column.title, found, baseline)
+    summaries = {label: one for label in rows if (one := summarised(column, results[label])) is not None}
+    baseline = (table.against, summaries[table.against][0]) if table.against in summaries else None
+    return dot_chart(column.title, summaries, baseline)

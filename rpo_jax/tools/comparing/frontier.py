@@ -92,7 +92,7 @@ def bootstrapped(
     Corners are chosen by the prompts that are not `is_test`, their KL and reward are those of the others. A policy's
     KL is the mean over prompts and seeds, never less than 0.
     """
-    found = []
+    curves = []
     for seeds, prompts in draws(len(measured.start), is_test):
         halves = []
         for part in (prompts[is_test], prompts[~is_test]):
@@ -100,8 +100,8 @@ def bootstrapped(
             kl = np.array([0.0, *(max(kls[of].mean(), 0.0) for kls in measured.kls)])
             reward = np.array([measured.start[of].mean(), *(rewards[of].mean() for rewards in measured.rewards)])
             halves.append((kl, reward))
-        found.append(frontier_at(halves[0], halves[1], at))
-    return np.array(found)
+        curves.append(frontier_at(halves[0], halves[1], at))
+    return np.array(curves)
 
 
 def interval(values: Float[np.ndarray, "B"]) -> tuple[float, float, float]:

@@ -35,10 +35,10 @@ def divergences(
     Args:
         answers: prompts, the policy's answers to them, and whether they ended rather than ran out of tokens.
     """
-    found, mesh = find_policy(str(policy)), sharding.make_mesh(MeshConfig())
+    trained, mesh = find_policy(str(policy)), sharding.make_mesh(MeshConfig())
     start = find_policy(str(reference))
-    encoder = PromptEncoder(found.tokenizer, "auto", {}, None, "keep_end")
-    end = [found.tokenizer.eos_token_id]
+    encoder = PromptEncoder(trained.tokenizer, "auto", {}, None, "keep_end")
+    end = [trained.tokenizer.eos_token_id]
     texts = encoder.template.encoder.encode([text for _, text, _ in answers])
     rows = [
         (encoder.encode(prompt).tolist(), ids.tolist() + end * ended)
@@ -50,11 +50,11 @@ def divergences(
     totals = np.zeros(len(rows))
     log_probs = jax.jit(_log_probs, static_argnums=0)
     with jax.set_mesh(mesh):
-        both = [found.load(mesh), start.load(mesh)]
+        both = [trained.load(mesh), start.load(mesh)]
         for first in range(0, len(rows), size):
             numbers = order[first : first + size]
             tokens, scored = _padded([rows[number] for number in numbers], size)
-            own, before = (np.asarray(log_probs(found.model_config, params, tokens, scored)) for params in both)
+            own, before = (np.asarray(log_probs(trained.model_config, params, tokens, scored)) for params in both)
             totals[numbers] = (own - before)[: len(numbers)]
     return totals
 

@@ -140,10 +140,10 @@ class RewardJudge:
         tokenized, faults = tokenize_examples(examples, self._tokenizer, limits)
         if faults:
             raise ValueError(faults.first.reason)
-        found = ([*one.prompt_ids.tolist(), *one.responses[0].ids.tolist()] for one in tokenized)
+        token_ids = ([*one.prompt_ids.tolist(), *one.responses[0].ids.tolist()] for one in tokenized)
         return [
             (key, ({"input_ids": ids[-self._limit :]}, len(ids) > self._limit))
-            for key, ids in zip(answers, found, strict=True)
+            for key, ids in zip(answers, token_ids, strict=True)
         ]
 
     def _scores(self, encoded: list[dict[str, list[int]]]) -> list[float]:

@@ -75,12 +75,12 @@ def read_chosen(
     path: str, *, split: str, layout: str, columns: Mapping[str, str] | None = None
 ) -> list[PairedResponse]:
     """The chosen responses of a data set, in file order; arguments as rpo_jax.data.examples.make_examples has them."""
-    found = make_examples(read_rows(path, split=split), layout=layout, on_bad_row="skip", columns=columns)
-    if found.faults:
-        raise ValueError(f"{found.faults.first.row_id}: {found.faults.first.reason}; mend the row, or leave it out.")
+    read = make_examples(read_rows(path, split=split), layout=layout, on_bad_row="skip", columns=columns)
+    if read.faults:
+        raise ValueError(f"{read.faults.first.row_id}: {read.faults.first.reason}; mend the row, or leave it out.")
     return [
         PairedResponse(example.row_id, example.prompt, chosen.text, example.row_id)
-        for example in found.examples
+        for example in read.examples
         if (chosen := example.first("chosen")) is not None
     ]
 

@@ -76,8 +76,8 @@ def read_answer(answer: str) -> Choice | None:
     text = re.sub(r"[*_`\"'“”\[\]]", "", text).strip()
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))  # patterns of `\s+` are slow on much of it
     for patterns in ((_ALONE,), _PICKS, (_OPENING,), _COMPARISONS):
-        found = [match.groups() for pattern in patterns for match in pattern.finditer(text)]
-        picked = {_NUMBERS[group] for groups in found for group in groups if group}
+        matches = [match.groups() for pattern in patterns for match in pattern.finditer(text)]
+        picked = {_NUMBERS[group] for groups in matches for group in groups if group}
         if len(picked) == 1:
             return "second" if picked.pop() else "first"
         if picked:

@@ -105,13 +105,13 @@ def _position(comparisons: Sequence[Comparison], outcomes: Sequence[str]) -> dic
     for comparison, outcome in zip(comparisons, outcomes, strict=True):
         if outcome in _SCORE and comparison.pair.a != comparison.pair.b:
             orders.setdefault(comparison.pair.key, []).append(outcome)
-    both = [found for found in orders.values() if len(found) == 2]
+    both = [verdicts for verdicts in orders.values() if len(verdicts) == 2]
     return {
         "decided": len(decided),
         "first_won": float(np.mean(decided)),
         "first_won_wilson_95": list(statistics.wilson(sum(decided), len(decided))),
         "judged_in_both_orders": len(both),
-        "same_verdict_in_both_orders": float(np.mean([len(set(found)) == 1 for found in both])) if both else None,
+        "same_verdict_in_both_orders": float(np.mean([len(set(verdicts)) == 1 for verdicts in both])) if both else None,
     }
 
 

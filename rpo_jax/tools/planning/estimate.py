@@ -148,8 +148,8 @@ def counted(
     )
     local_tokens = batch.rows * batch.row_tokens // shards.count // step.micro_batches
     chunks = -(-local_tokens // CHUNK_TOKENS) + REST_SHARE
-    found = hlo.collectives(done.text, most_trips=chunks)
-    sent = sum(exchange.sent * exchange.times for exchange in found)
+    exchanges = hlo.collectives(done.text, most_trips=chunks)
+    sent = sum(exchange.sent * exchange.times for exchange in exchanges)
     chip = target.chip
     return Estimate(
         target=target.name,
@@ -168,9 +168,9 @@ def counted(
         sent_bytes=sent,
         compute_seconds=flops / chip.flops,
         memory_seconds=moved / chip.memory_rate,
-        link_seconds=sum(one.sent * one.times / target.link_rate(one.group) for one in found),
-        exchanges=_summed(found),
-        surprises=_surprises(found, done.text, model, tensor, local_tokens, shards.context),
+        link_seconds=sum(one.sent * one.times / target.link_rate(one.group) for one in exchanges),
+        exchanges=_summed(exchanges),
+        surprises=_surprises(exchanges, done.text, model, tensor, local_tokens, shards.context),
         compile_seconds=done.seconds,
     )
 
@@ -179,9 +179,9 @@ def _place(one: hlo.Collective) -> str:
     return "chunks" if one.bounded else "loops" if one.in_loop else "outside"
 
 
-def _summed(found: list[hlo.Collective]) -> tuple[Exchange, ...]:
+def _summed(exchanges: list[hlo.Collective]) -> tuple[Exchange, ...]:
     groups: dict[tuple[str, str], list[hlo.Collective]] = defaultdict(list)
-    for one in found:
+    for one in exchanges:
         kind = f"{one.ring} (ring of permutes)" if one.ring else one.kind
         groups[kind, _place(one)].append(one)
     rows = []
@@ -202,13 +202,13 @@ def _summed(found: list[hlo.Collective]) -> tuple[Exchange, ...]:
 
 
 def _surprises(
-    found: list[hlo.Collective], text: str, model: ModelConfig, tensor: int, local_tokens: int, context: int
+    exchanges: list[hlo.Collective], text: str, model: ModelConfig, tensor: int, local_tokens: int, context: int
 ) -> tuple[str, ...]:
     """What a sharded step should never do, in words; empty where it does none of it."""
     surprises = []
     layer, table = body_parameters(model, stored=True) // model.num_layers, head_parameters(model)
     keys = local_tokens * context * model.num_kv_heads * model.head_dim // tensor  # or values: of rows that are shared
-    for one in found:
+    for one in exchanges:
         numbers = one.shape.bytes // max(1, hlo.Shape(one.shape.dtype, ()).bytes)
         if one.kind == "all-gather" and numbers > max(layer, table) and (context == 1 or numbers != keys):
             surprises.append(f"all-gather of {_shape(one)}, more than a layer or the vocabulary's table ({one.where})")

@@ -62,8 +62,8 @@ class Instruction:
     @property
     def op_name(self) -> str:
         """The operation of the model that it belongs to, as JAX names it; empty where the compiler made it."""
-        found = _OP_NAME.search(self.text)
-        return found.group(1) if found else ""
+        match = _OP_NAME.search(self.text)
+        return match.group(1) if match else ""
 
     @property
     def called(self) -> list[str]:
@@ -160,7 +160,7 @@ def collectives(text: str, most_trips: int) -> list[Collective]:
         most_trips: for loops that run as often as the data needs, the most that it can be.
     """
     program = parse(text)
-    found: dict[tuple[str, str], Collective] = {}
+    by_channel: dict[tuple[str, str], Collective] = {}
     for computation, instruction, runs in _walk(program, program.entry, _Runs(1, False, False), most_trips):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
@@ -171,9 +171,9 @@ def collectives(text: str, most_trips: int) -> list[Collective]:
         if kind == "all-reduce" and _is_scattered(program.computations[computation], instruction):
             kind = "reduce-scatter"
         exchange = _collective(program, computation, instruction, kind, runs)
-        if key not in found or found[key].times < exchange.times:
-            found[key] = exchange
-    return list(found.values())
+        if key not in by_channel or by_channel[key].times < exchange.times:
+            by_channel[key] = exchange
+    return list(by_channel.values())
 
 
 def _is_scattered(computation: dict[str, Instruction], instruction: Instruction) -> bool:
@@ -187,7 +187,7 @@ def _is_scattered(computation: dict[str, Instruction], instruction: Instruction)
 
 def _collective(program: Program, computation: str, instruction: Instruction, kind: str, runs: _Runs) -> Collective:
     own = program.computations[computation]
-    given = [shape for name in instruction.operands if name in own for shape in shapes_in(own[name].result)]
+    operands = [shape for name in instruction.operands if name in own for shape in shapes_in(own[name].result)]
     result = instruction.result
     if instruction.opcode.endswith("-start"):
         # A tuple of what is given, what is got, and flags; either is a tuple where one exchange is made of several
@@ -196,14 +196,14 @@ def _collective(program: Program, computation: str, instruction: Instruction, ki
         if kind != "all-reduce" or parts[0].startswith("("):
             result = parts[1]
     results = shapes_in(result)
-    got, gave = sum(shape.bytes for shape in results), sum(shape.bytes for shape in given)
+    got, gave = sum(shape.bytes for shape in results), sum(shape.bytes for shape in operands)
     size = max(got, gave) if kind in ("all-gather", "reduce-scatter") else got
     group = _first_group(instruction.text)
     share = (len(group) - 1) / len(group) if group else 1.0
     sent = size * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
     windowed = re.search(r"windowed_dot_general_body_(ag|rs)", computation)
     ring = {"ag": "all-gather", "rs": "reduce-scatter"}[windowed.group(1)] if windowed else None
-    shape = max(results + given, key=lambda shape: shape.bytes)
+    shape = max(results + operands, key=lambda shape: shape.bytes)
     where = instruction.op_name or computation
     return Collective(kind, size, sent, group, runs.times, runs.in_loop, runs.bounded, shape, where, ring)
 

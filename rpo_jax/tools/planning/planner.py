@@ -79,8 +79,8 @@ class Planner:
             return name
         tokens = shape_of(self.config, self.lengths, self.target, self.fixed).row_tokens
         asked = models.Asked.of(self.model, self.config.model.compute_dtype, tokens)
-        found = models.attention_name("auto", self.target.platform, asked)
-        return f"{found}, the best for this platform and rows of {tokens}"
+        chosen = models.attention_name("auto", self.target.platform, asked)
+        return f"{chosen}, the best for this platform and rows of {tokens}"
 
     def largest(self, planned: Trial) -> tuple[str, list[Trial]]:
         """The largest micro-batch that fits, in words, and what was compiled to find it."""

@@ -28,9 +28,11 @@ class Trial:
 Try = Callable[[Config], Estimate]
 
 
-def judged(config: Config, found: Estimate) -> Trial:
-    reason = "" if found.fits else f"takes {found.peak_bytes / 2**30:.1f} GiB of {found.memory_limit / 2**30:.1f}"
-    return Trial(config, found, reason)
+def judged(config: Config, estimate: Estimate) -> Trial:
+    reason = (
+        "" if estimate.fits else f"takes {estimate.peak_bytes / 2**30:.1f} GiB of {estimate.memory_limit / 2**30:.1f}"
+    )
+    return Trial(config, estimate, reason)
 
 
 def attempt(compile_one: Try, config: Config) -> Trial:
@@ -73,7 +75,7 @@ def meshes(config: Config, model: ModelConfig, devices: int) -> list[MeshConfig]
 
     Experts and tokens of a row are shared as the configuration says.
     """
-    found, expert, context = [], config.mesh.expert, config.mesh.context
+    fitting, expert, context = [], config.mesh.expert, config.mesh.context
     if expert < 1:
         raise ValueError("--search tries sizes of the other axes: give mesh.expert a number of its own.")
     for tensor in (1, 2, 4, 8):  # beyond, a layer has too little arithmetic for what its devices exchange
@@ -85,8 +87,8 @@ def meshes(config: Config, model: ModelConfig, devices: int) -> list[MeshConfig]
         for data in (size for size in range(1, shards // expert + 1) if shards // expert % size == 0):
             fsdp = shards // expert // data
             if model.hidden_size % (fsdp * context) == 0:
-                found.append(replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor))
-    return sorted(found, key=lambda mesh: (-mesh.fsdp * mesh.tensor, mesh.tensor))
+                fitting.append(replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor))
+    return sorted(fitting, key=lambda mesh: (-mesh.fsdp * mesh.tensor, mesh.tensor))
 
 
 def least_bytes(model: ModelConfig, mesh: MeshConfig) -> float:
@@ -102,14 +104,14 @@ def search(
     Args:
         rows_of: the batch's rows, and the number of devices that share them, in a configuration.
     """
-    found = meshes(config, model, len(target.devices))
-    if not found:
+    candidates = meshes(config, model, len(target.devices))
+    if not candidates:
         raise ValueError(
             f"No mesh of {len(target.devices)} devices with mesh.expert={config.mesh.expert} and mesh.context="
             f"{config.mesh.context} divides batch.pairs={config.batch.pairs} and the model's {model.num_heads} heads; "
             "give more pairs, or fewer devices."
         )
-    for mesh in found:
+    for mesh in candidates:
         meshed = with_micro_rows(replace(config, mesh=mesh), None)
         if config.lora.rank == 0 and least_bytes(model, mesh) > target.memory:
             yield Trial(meshed, None, f"its state alone takes {least_bytes(model, mesh) / 2**30:.1f} GiB")
@@ -138,11 +140,11 @@ def ranked(trials: list[Trial]) -> list[Trial]:
     """Those that fit, by the time of a step without overlap and, where three digits of it are equal, by memory."""
 
     def place(trial: Trial) -> tuple[bool, float, float]:
-        found = trial.estimate
+        estimate = trial.estimate
         return (
             not trial.fits,
-            float(f"{found.seconds_serial:.3g}") if found else 0.0,
-            found.peak_bytes if found else 0.0,
+            float(f"{estimate.seconds_serial:.3g}") if estimate else 0.0,
+            estimate.peak_bytes if estimate else 0.0,
         )
 
     return sorted(trials, key=place)

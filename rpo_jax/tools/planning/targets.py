@@ -143,15 +143,15 @@ def check_cuda_compiler(topology: str) -> None:
         f"pip install --no-deps --target .venv-cuda {' '.join(map(shlex.quote, cuda_requirements()))}, "
         "and set PYTHONPATH=.venv-cuda for this command alone"
     )
-    wanted, found = metadata.version("jaxlib"), {}
+    wanted, versions = metadata.version("jaxlib"), {}
     for name in _CUDA_PLUGIN:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             raise ValueError(
                 f"--topology {topology} needs JAX's CUDA plugin, which compiles for GPUs without one: {hint}."
             ) from None
-    if wrong := [f"{name} {version}" for name, version in found.items() if version != wanted]:
+    if wrong := [f"{name} {version}" for name, version in versions.items() if version != wanted]:
         raise ValueError(f"--topology {topology}: {' and '.join(wrong)} cannot be used by jaxlib {wanted}: {hint}.")
 
 

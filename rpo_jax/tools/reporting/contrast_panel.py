@@ -143,12 +143,12 @@ def _prompts(prepared: Prepared, side: Side, slots: Int[np.ndarray, "S"]) -> lis
 
 def _responses(prepared: Prepared, kind: str, side: Side, slots: Int[np.ndarray, "S"]) -> list[str]:
     """Of several responses of a kind to one prompt, the one in the slot."""
-    found = []
+    texts = []
     for slot in slots:
         responses = prepared.train.examples[int(side.example_index[slot])].responses
         (ids, *_) = (one.ids for one in responses if (one.kind, one.text_id) == (kind, int(side.text_id[slot])))
-        found.append(_text(prepared, ids))
-    return found
+        texts.append(_text(prepared, ids))
+    return texts
 
 
 def _text(prepared: Prepared, ids: Int[np.ndarray, "_"]) -> str:
@@ -157,20 +157,20 @@ def _text(prepared: Prepared, ids: Int[np.ndarray, "_"]) -> str:
     return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} … {text[-half:]}"
 
 
-def for_page(found: BatchContrast) -> dict[str, Any]:
+def for_page(matrix: BatchContrast) -> dict[str, Any]:
     """What the page draws: the first MAX_SHOWN rows and columns; null where an entry is not valid."""
     shown = slice(0, MAX_SHOWN)
-    weights = np.where(found.mask, found.weights, np.nan)[shown, shown]
+    weights = np.where(matrix.mask, matrix.weights, np.nan)[shown, shown]
     return {
-        "step": found.step,
-        "of": list(found.weights.shape),
+        "step": matrix.step,
+        "of": list(matrix.weights.shape),
         "weights": [[None if np.isnan(value) else float(f"{value:.3g}") for value in row] for row in weights],
-        "cosine": None if found.cosine is None else np.round(found.cosine[shown, shown].astype(float), 3).tolist(),
-        "temperature": None if found.temperature is None else [float(f"{x:.3g}") for x in found.temperature[shown]],
-        "perplexity": [float(f"{x:.3g}") for x in found.perplexity[shown]],
-        "rows": found.chosen_prompts[shown],
-        "columns": found.rejected_prompts[shown],
-        "chosen": found.chosen[shown],
-        "rejected": found.rejected[shown],
-        "paired": found.paired,
+        "cosine": None if matrix.cosine is None else np.round(matrix.cosine[shown, shown].astype(float), 3).tolist(),
+        "temperature": None if matrix.temperature is None else [float(f"{x:.3g}") for x in matrix.temperature[shown]],
+        "perplexity": [float(f"{x:.3g}") for x in matrix.perplexity[shown]],
+        "rows": matrix.chosen_prompts[shown],
+        "columns": matrix.rejected_prompts[shown],
+        "chosen": matrix.chosen[shown],
+        "rejected": matrix.rejected[shown],
+        "paired": matrix.paired,
     }

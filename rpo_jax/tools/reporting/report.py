@@ -105,8 +105,8 @@ def _rewards(record: RunRecord, prepared: Prepared, reporter: Reporter, base: st
         return "The run has no held-out data."
     try:
         own_base = base if record.config.lora.rank else None
-        found, step = rewards_panel.held_out_scores(record.folder, record.config, prepared, reporter, own_base)
+        scores, step = rewards_panel.held_out_scores(record.folder, record.config, prepared, reporter, own_base)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} (with --no-rewards the report does without)") from None
     method = resolve(record.config)
-    return rewards_panel.for_page(found, step, None if method.reference is None else method.objective.beta)
+    return rewards_panel.for_page(scores, step, None if method.reference is None else method.objective.beta)

@@ -80,9 +80,9 @@ def held_out_scores(
         scores = {name: np.full(len(prepared.held_out.examples), np.nan) for name in SIDES}
         for index in range(setup.held_out.steps_per_epoch):
             batch = setup.held_out.batch_at(index)
-            found = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob, np.float64)
+            row_log_probs = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob, np.float64)
             for name in (name for name in SIDES if name in batch.sides):
-                side, values = batch.sides[name], found[batch.slots()[name]]
+                side, values = batch.sides[name], row_log_probs[batch.slots()[name]]
                 if method.reference is not None:
                     values = method.objective.beta * (values - side.reference_log_prob)
                 scores[name][side.example_index[side.valid]] = values[side.valid]

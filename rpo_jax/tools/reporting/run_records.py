@@ -46,11 +46,11 @@ def read_runs(folders: Sequence[str]) -> list[RunRecord]:
     folder given twice. A last line that a kill cut short is left out.
     """
     paths = [Path(folder).expanduser().resolve() for folder in folders]
-    for given, path in zip(folders, paths, strict=True):
+    for argument, path in zip(folders, paths, strict=True):
         if paths.count(path) > 1:
-            raise ValueError(f"--run {given} is given more than once; give every run once.")
+            raise ValueError(f"--run {argument} is given more than once; give every run once.")
     names = _names(paths)
-    return [_read_run(given, path, name) for given, path, name in zip(folders, paths, names, strict=True)]
+    return [_read_run(argument, path, name) for argument, path, name in zip(folders, paths, names, strict=True)]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -61,11 +61,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
     raise AssertionError("different paths differ somewhere")
 
 
-def _read_run(given: str, folder: Path, name: str) -> RunRecord:
+def _read_run(argument: str, folder: Path, name: str) -> RunRecord:
     if not folder.is_dir():
-        raise ValueError(f"--run {given} is no folder; give the one that run.dir named.")
+        raise ValueError(f"--run {argument} is no folder; give the one that run.dir named.")
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"--run {given} holds no run: it has no config.yaml; give the folder that run.dir named.")
+        raise ValueError(f"--run {argument} holds no run: it has no config.yaml; give the folder that run.dir named.")
     config_file, metrics_file, samples_file = (inside(folder, file) for file in ("config.yaml", METRICS, SAMPLES))
     try:
         config = load_config(config_file)
@@ -74,7 +74,9 @@ def _read_run(given: str, folder: Path, name: str) -> RunRecord:
     metrics = read_jsonl(metrics_file, ("step",))
     _check(metrics_file, metrics, {})
     if not metrics:
-        raise ValueError(f"--run {given} has no metrics yet: {METRICS} is missing or empty; let it reach a first step.")
+        raise ValueError(
+            f"--run {argument} has no metrics yet: {METRICS} is missing or empty; let it reach a first step."
+        )
     kinds = {"row_id": str, "prompt": str, "response": str}
     samples = read_jsonl(samples_file, ("step", *kinds))
     _check(samples_file, samples, kinds)

@@ -110,8 +110,8 @@ def _skipped(record: RunRecord) -> str:
 
 def _beside(first: RunRecord, others: Sequence[RunRecord]) -> str:
     mine = _values(first, LOG_PROBS)
-    found = {other.name: _values(other, LOG_PROBS) for other in others if _held_out(other) == _held_out(first)}
-    rivals = {name: values[-1][1] for name, values in found.items() if values}
+    by_name = {other.name: _values(other, LOG_PROBS) for other in others if _held_out(other) == _held_out(first)}
+    rivals = {name: values[-1][1] for name, values in by_name.items() if values}
     if not mine or not rivals:
         return ""
     name = max(rivals, key=rivals.__getitem__)

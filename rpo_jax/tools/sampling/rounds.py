@@ -53,10 +53,10 @@ def run(config: Config, hooks: Sequence[Hook] = ()) -> RunResult:
     if not config.train.rounds:
         return training.run(config, hooks)
     rounds, folder = config.rounds, Path(config.run.dir).expanduser() / FOLDER
-    given = _judge_settings(config.rounds)
+    settings = _judge_settings(config.rounds)
     with contextlib.ExitStack() as stack:
         reporter = Reporter(silent=not processes.is_main())
-        judge = {"seed": config.run.seed, **given}
+        judge = {"seed": config.run.seed, **settings}
         try:
             score = make_scorer(str(rounds.score), judge, reporter, stack, Spending(folder / SPENT))
         except ValueError as error:
@@ -84,8 +84,8 @@ def _judge_settings(rounds: RoundsConfig) -> dict[str, Any]:
     return judge
 
 
-def _check_types(given: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
-    for name, value in given.items():
+def _check_types(settings: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    for name, value in settings.items():
         if name not in kinds:
             raise ValueError(f"{where}.{name} is unknown; there are {', '.join(kinds)}.")
         if not _fits(value, kinds[name]):
@@ -111,15 +111,15 @@ class AnswerRater:
     reporter: Reporter
 
     def rows(self, answers: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        found = _told(lambda: preferences(answers, self.choice, self.score, self.reporter.say))
+        selected = _told(lambda: preferences(answers, self.choice, self.score, self.reporter.say))
         metrics = {
-            "reward": float(np.mean(found.values)),
-            "reward_std": float(np.std(found.values)),
+            "reward": float(np.mean(selected.values)),
+            "reward_std": float(np.std(selected.values)),
             "completions/mean_length": float(np.mean([answer["tokens"] for answer in answers])),
-            "rounds/distinct": len(found.values),
-            "rounds/rows": len(found.rows),
+            "rounds/distinct": len(selected.values),
+            "rounds/rows": len(selected.rows),
         }
-        return found.rows, metrics
+        return selected.rows, metrics
 
     def scores(self, answers: Sequence[dict[str, Any]]) -> list[float]:
         asked = [

@@ -112,11 +112,11 @@ def sample(config: SampleConfig, reporter: Reporter) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(renamed(error, {"--judge": "--score"})) from error
         answers = read_jsonl(generate(config.answers), ("row_id", "prompt", "response", "finish_reason"))
-        found = preferences(answers, config.choice, score, reporter.say)
-        result = _statistics(config, found)
-        write_jsonl(out, found.rows, ascii_only=False)
+        selected = preferences(answers, config.choice, score, reporter.say)
+        result = _statistics(config, selected)
+        write_jsonl(out, selected.rows, ascii_only=False)
         atomic_write(out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-        atomic_write(out.with_suffix(".html"), _page(config, found.asked, found.scores, result))
+        atomic_write(out.with_suffix(".html"), _page(config, selected.asked, selected.scores, result))
     return result
 
 
@@ -156,7 +156,7 @@ def preferences(
         raise NoPreferences(f"{choice.option('score')} {choice.score} scores no answer: {scores.reason}")
     if scores.missing:
         say(f"{scores.missing} answers have no score and are left out; the first: {scores.reason}")
-    rows = [row for one, found in zip(asked, scores.of, strict=True) for row in _rows(choice, one, found, counts)]
+    rows = [row for one, values in zip(asked, scores.of, strict=True) for row in _rows(choice, one, values, counts)]
     if not rows:
         raise NoPreferences(f"no answer is better than another: {_counted(counts)}; see {choice.score}")
     counts["without a score"] = scores.missing
@@ -230,15 +230,15 @@ def _turns(one: Asked, answer: str) -> str | list[dict[str, str]]:
     return answer if isinstance(one.prompt, str) else [{"role": "assistant", "content": answer}]
 
 
-def _statistics(config: SampleConfig, found: Preferences) -> dict[str, Any]:
-    values, rows = np.array(found.values), found.rows
+def _statistics(config: SampleConfig, selected: Preferences) -> dict[str, Any]:
+    values, rows = np.array(selected.values), selected.rows
     heights, edges = np.histogram(values, BINS)
     result = {
         "model": config.answers.model,
         "score": config.score,
         "select": config.select,
         "samples": config.answers.samples,
-        **found.counts,
+        **selected.counts,
         "distinct": len(values),
         "rows": len(rows),
         "mean_score": float(values.mean()),
@@ -275,12 +275,12 @@ def _page(
         (
             one.prompt if isinstance(one.prompt, str) else one.prompt[-1].content,
             sorted(
-                zip(found, one.answers, strict=True),
+                zip(values, one.answers, strict=True),
                 key=lambda scored: float("-inf") if scored[0] is None else scored[0],
                 reverse=True,
             ),
         )
-        for one, found in list(zip(asked, scores, strict=True))[::step]
+        for one, values in list(zip(asked, scores, strict=True))[::step]
     ]
     plain = {
         NAMED.get(name, name.replace("_", " ")): f"{value:,.4g}" if isinstance(value, float) else value

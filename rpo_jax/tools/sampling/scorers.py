@@ -80,8 +80,8 @@ def make_scorer(
         model = RewardJudge(name, reporter.say)
         return lambda asked: _by_reward(model, asked, reporter)
     if kind == JUDGE and name:
-        given = {"a": "", "b": "", "task": "dialogue", "judge": name, **judge}
-        config = JudgeConfig(**given)  # pyright: ignore[reportArgumentType]
+        settings = {"a": "", "b": "", "task": "dialogue", "judge": name, **judge}
+        config = JudgeConfig(**settings)  # pyright: ignore[reportArgumentType]
         made, spent = make_judge(config, reporter, stack), spending or Spending()
         if isinstance(made, EndpointJudge):
             check_consent(config, attended=spending is None and sys.stdin.isatty())
@@ -97,8 +97,8 @@ def make_scorer(
                 if share is not None:
                     won[comparison.pair.row_id, comparison.pair.a].append(share)
                     won[comparison.pair.row_id, comparison.pair.b].append(1 - share)
-            found = [[won.get((one.place, answer)) for answer in one.answers] for one in asked]
-            shares = [[None if values is None else sum(values) / len(values) for values in some] for some in found]
+            results = [[won.get((one.place, answer)) for answer in one.answers] for one in asked]
+            shares = [[None if values is None else sum(values) / len(values) for values in some] for some in results]
             return Scores(shares, "no verdict on it can be read")
 
         return score
@@ -119,7 +119,7 @@ def _all_pairs(asked: Sequence[Asked]) -> list[Pair]:
 
 
 def _by_rule(rule: RuleJudge, asked: Sequence[Asked], reporter: Reporter) -> Scores:
-    found, reasons = list[list[float | None]](), list[str]()
+    by_prompt, reasons = list[list[float | None]](), list[str]()
     with reporter.progress("scored", len(asked)) as update:
         for number, one in enumerate(asked, start=1):
             scores: list[float | None] = []
@@ -129,9 +129,9 @@ def _by_rule(rule: RuleJudge, asked: Sequence[Asked], reporter: Reporter) -> Sco
                 except JudgingFailed as error:
                     scores.append(None)
                     reasons.append(f"{one.place}: {error}")
-            found.append(scores)
+            by_prompt.append(scores)
             update(number, {})
-    return Scores(found, next(iter(reasons), ""))
+    return Scores(by_prompt, next(iter(reasons), ""))
 
 
 def _by_reward(model: RewardJudge, asked: Sequence[Asked], reporter: Reporter) -> Scores:

@@ -24,17 +24,17 @@ def accepted(scores: Sequence[float], n: int, beta: float, uniform: Callable[[],
         beta: in units of the scores; small takes the best, large takes any.
         uniform: gives the next random number in [0, 1).
     """
-    left, found = list(range(len(scores))), list[int]()
-    while left and len(found) < n:
+    left, drawn = list(range(len(scores))), list[int]()
+    while left and len(drawn) < n:
         greatest, taken = max(scores[number] for number in left), set[int]()
         for number in left:
             if uniform() < math.exp((scores[number] - greatest) / beta):
-                found.append(number)
+                drawn.append(number)
                 taken.add(number)
-                if len(found) == n:
+                if len(drawn) == n:
                     break
         left = [number for number in left if number not in taken]
-    return found
+    return drawn
 
 
 def best_worst(scores: Sequence[float], random: np.random.Generator) -> list[Pair]:
