@@ -124,7 +124,7 @@ def make_examples(
             f"({LAYOUTS[name].description}); check the data or data.layout."
         )
     side = LAYOUTS[name].truncation_side
-    return ExampleSet(tuple(examples), name, side, faults, num_rows, read.found, left_out)
+    return ExampleSet(tuple(examples), name, side, faults, num_rows, read.columns_read, left_out)
 
 
 def _check_found(rows: Collection[Row], columns: Mapping[str, str]) -> None:
@@ -146,14 +146,14 @@ class _Read:
     """Rows on their way through a layout, and what was read of them.
 
     Attributes:
-        found: as ExampleSet.columns.
+        columns_read: as ExampleSet.columns.
     """
 
     def __init__(
         self, columns: Mapping[str, str], ignored: Collection[str], rule: Rule, row_values: Mapping[str, str]
     ) -> None:
         self._columns, self._ignored, self._rule, self._row_values = columns, frozenset(ignored), rule, row_values
-        self.found: dict[str, str] = {}
+        self.columns_read: dict[str, str] = {}
 
     def check(self, layout: str) -> None:
         """Raises ValueError for a name that the layout does not know."""
@@ -193,9 +193,9 @@ class _Read:
     def _note(self, values: Mapping[str, object], fields: Fields) -> None:
         for column in values:
             if column in fields.read:
-                self.found[column] = fields.read[column]
-            elif len(self.found) < _NAMED_COLUMNS and len(column) <= _NAME_CHARACTERS:
-                self.found.setdefault(column, "")
+                self.columns_read[column] = fields.read[column]
+            elif len(self.columns_read) < _NAMED_COLUMNS and len(column) <= _NAME_CHARACTERS:
+                self.columns_read.setdefault(column, "")
 
 
 def _ranked(example: PreferenceExample, rule: Rule) -> PreferenceExample | BadRow:

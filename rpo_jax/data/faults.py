@@ -55,12 +55,12 @@ class Faults:
     Attributes:
         counts: number of rows by kind of fault.
         firsts: the first row of each kind.
-        found: rows in the order in which they were found, no more than NAMED_ROWS.
+        named: rows in the order in which they were found, no more than NAMED_ROWS.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     firsts: dict[str, BadRow] = field(default_factory=dict)
-    found: list[BadRow] = field(default_factory=list)
+    named: list[BadRow] = field(default_factory=list)
 
     def add(self, row_id: str, reason: str) -> None:
         row = BadRow(row_id, plain(reason))
@@ -69,8 +69,8 @@ class Faults:
         # A layout that compares rows finds faults out of order.
         if kind not in self.firsts or row.place < self.firsts[kind].place:
             self.firsts[kind] = row
-        if len(self.found) < NAMED_ROWS:
-            self.found.append(row)
+        if len(self.named) < NAMED_ROWS:
+            self.named.append(row)
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -82,7 +82,7 @@ class Faults:
     @property
     def rows(self) -> list[BadRow]:
         """Those of `found`, in file order."""
-        return sorted(self.found, key=lambda row: row.place)
+        return sorted(self.named, key=lambda row: row.place)
 
     @property
     def first(self) -> BadRow:

@@ -83,7 +83,7 @@ class Checkpoints:
         folder: created on the first save.
         keep_last: newest checkpoints to keep.
         keep_best: checkpoints of highest score to keep besides.
-        beside: a file without which nothing is saved, as its disk has gone.
+        marker: a file without which nothing is saved, as its disk has gone.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Checkpoints:
         keep_last: int = 1,
         keep_best: int = 0,
         read_only: bool = False,
-        beside: Path | None = None,
+        marker: Path | None = None,
         warn: Callable[[str], None] = log.warning,
     ) -> None:
         _quieten_storage()
         self.folder = Path(folder).resolve()
-        self._read_only, self._beside, self._warn = read_only, beside, warn
+        self._read_only, self._marker, self._warn = read_only, marker, warn
         policy: list[Any] = [checkpoint_managers.LatestN(n=keep_last)]
         if keep_best:
             policy.append(
@@ -165,8 +165,8 @@ class Checkpoints:
         _DurablePath.on_disk.discard(self.path(step))
         record = {**record, _SUMMED: NAME}
         try:
-            if self._beside is not None:
-                check_there(self._beside)  # the storage would make its folder anew, whatever disk is there now
+            if self._marker is not None:
+                check_there(self._marker)  # the storage would make its folder anew, whatever disk is there now
             self._manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),

@@ -189,7 +189,7 @@ class _Part:
     """
 
     path: str
-    found: ExampleSet
+    read: ExampleSet
     limits: TokenLimits
     sources: tuple[int, ...] = ()
 
@@ -289,7 +289,7 @@ def _tokenizer(model: PolicyConfig, part: _Part, trained: Path | None, reporter:
     Where it has no chat template but conversations are rendered, it takes the default one along into the run folder
     and the exported model: whoever serves it renders prompts as they were in training.
     """
-    examples, source = part.found.examples, trained or model.path or model.tokenizer
+    examples, source = part.read.examples, trained or model.path or model.tokenizer
     if source != "train":
         return _existing_tokenizer(source, _is_rendered(part), part.limits.template_arguments, reporter)
     texts = [text for e in examples for text in (prompt_text(e), *(response.text for response in e.responses))]
@@ -316,14 +316,14 @@ def _existing_tokenizer(
 
 def _is_rendered(part: _Part) -> bool:
     """Whether the chat template makes prompts of these examples."""
-    return part.limits.template == "chat" or any(not isinstance(e.prompt, str) for e in part.found.examples)
+    return part.limits.template == "chat" or any(not isinstance(e.prompt, str) for e in part.read.examples)
 
 
 def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What the token ids of a part of the data are made from: the cache of reference log-probs says what changed."""
     texts = (
         repr((e.prompt, e.template_arguments, *((one.text, one.turns) for one in e.responses)))
-        for e in part.found.examples
+        for e in part.read.examples
     )
     data = hashlib.sha256()
     for text in texts:
@@ -342,7 +342,7 @@ def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict
 def _tokenized(
     config: Config, part: _Part, tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...], reporter: Reporter
 ) -> tuple[Sequence[TokenizedExample], Mapping[str, int]]:
-    examples = part.found.examples
+    examples = part.read.examples
     encoded = shared(examples, partial(encode_examples, tokenizer=tokenizer, limits=part.limits))
     joined = join_encoded(examples, encoded, part.limits, mismatched="mismatched" in responses)
     tokenized: Sequence[TokenizedExample] = joined.examples
@@ -368,13 +368,13 @@ def _with_facts(
     wanted = row_value_columns(config.data)
     if part.sources:
         numbers = np.repeat(np.arange(len(part.sources)), part.sources).tolist()
-        numbered = iter(zip(part.found.examples, numbers, strict=True))
+        numbered = iter(zip(part.read.examples, numbers, strict=True))
         source = [next(number for example, number in numbered if example.row_id == one.row_id) for one in tokenized]
         data = replace(data, source=np.array(source, np.int64))
     if not embedded and not scored and not wanted:
         return data
     texts, rows, scores, values, kind = [], [], [], [], config.embedding.text
-    examples = iter(part.found.examples)
+    examples = iter(part.read.examples)
     for tokens in tokenized:
         example = next(one for one in examples if one.row_id == tokens.row_id)
         own = example.responses if kind == "prompt_response" else example.responses[:1]
@@ -426,9 +426,9 @@ def prepare(config: Config, reporter: Reporter, trained_tokenizer: Path | None =
     responses = method.objective.responses
     with reporter.phase("read") as notes:
         parts = _split(config, reporter)
-        sizes = {name: len(part.found.examples) for name, part in parts.items()}
+        sizes = {name: len(part.read.examples) for name, part in parts.items()}
         notes.append(f"{sizes['train']:,} training and {sizes.get('held_out', 0):,} held-out ")
-        notes.append(f"examples, layout {parts['train'].found.layout}")
+        notes.append(f"examples, layout {parts['train'].read.layout}")
     with reporter.phase("tokenise") as notes:
         tokenizer = _tokenizer(config.model, parts["train"], trained_tokenizer, reporter)
         tokenized, counts = {}, {}

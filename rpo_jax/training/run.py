@@ -217,7 +217,7 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
         run_dir / CHECKPOINTS,
         keep_last=settings.keep_last,
         keep_best=settings.keep_best,
-        beside=run_dir / RUN_ID,
+        marker=run_dir / RUN_ID,
         warn=reporter.say,
     )
     state, first_step = setup.state, 0
