@@ -227,11 +227,11 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
         state, first_step, saved = checkpoints.restore(newest, state), newest, checkpoints.record(newest)
         reporter.say(f"resuming after step {newest} of {setup.total_steps}")
     run_id = (run_dir / RUN_ID).read_text(encoding="utf-8")
-    main, settings = processes.is_main(), record["config"]
+    main, resolved = processes.is_main(), record["config"]
     # Absent from older checkpoints, as is what the guard knows.
     unwritten = saved.get("unwritten_metrics", ())
     log = MetricsLog(
-        run_dir, config.tracking, first_step, run_id, settings, unwritten=unwritten, writing=main, say=reporter.say
+        run_dir, config.tracking, first_step, run_id, resolved, unwritten=unwritten, writing=main, say=reporter.say
     )
     bad_steps = run_dir / GUARD_FILE if main else None
     guard = Guard(config.guard, bad_steps, first_step, saved.get("guard", {}), reporter.say)
