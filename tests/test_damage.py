@@ -332,6 +332,7 @@ def test_a_run_trains_on_when_a_checkpoint_does_not_fit(world, monkeypatch, caps
     jax.tree.map(np.testing.assert_array_equal, world.params("full"), world.params("whole"))
 
 
+@pytest.mark.slow
 @leaves_threads
 def test_a_run_whose_last_checkpoint_does_not_fit_ends_with_an_error(world, monkeypatch, capsys):
     refuse_saves(monkeypatch, 6)

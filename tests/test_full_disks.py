@@ -226,6 +226,7 @@ def test_a_disk_that_stays_full_ends_a_run_in_one_line_with_what_was_saved(disk_
         run_on(disk, tmp_path, Between(filled(disk, 0), 3, saved=disk / "run" / "checkpoints" / "2"))
 
 
+@pytest.mark.slow
 def test_lines_that_the_disk_never_took_are_in_the_checkpoint(tmp_path, capsys):
     metrics = tmp_path / "run" / "metrics.jsonl"
 

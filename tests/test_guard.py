@@ -401,6 +401,7 @@ def test_a_learning_rate_that_overflows_leaves_the_last_good_checkpoint(world, c
     assert rpo_jax.run(world.configured("bad", run__resume="auto")).checkpoint.name == "6"
 
 
+@pytest.mark.slow
 def test_a_spike_of_the_gradient_is_skipped_and_its_limit_told(world, capsys, monkeypatch):
     monkeypatch.setattr("rpo_jax.training.hooks.guard.FEWEST_NORMS", 2)
     changes = {"guard__max_grad_norm_ratio": 1.0001, "train__steps": 12, "guard__max_bad_steps": 20}

@@ -141,7 +141,7 @@ def test_failures_that_pass_are_waited_for(files, tmp_path, capsys):
     assert min(asked.values()) >= 2  # more where this machine itself was slow
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
+@pytest.mark.parametrize("form", ["seconds", pytest.param("date", marks=pytest.mark.slow)])
 def test_retry_after_is_obeyed_by_all(form, files, tmp_path, capsys):
     def behave(body, number):
         if number > 0:

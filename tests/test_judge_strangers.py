@@ -165,7 +165,9 @@ def test_an_odd_answer_is_counted_kept_and_paid_for_once(case, files, tmp_path, 
     assert {row["winner"] for row in verdicts_of(tmp_path / "out")} == {"a", "b"}
 
 
-@pytest.mark.parametrize("poison", [b"[" * 200_000, b""], ids=["brackets", "silence"])
+@pytest.mark.parametrize(
+    "poison", [b"[" * 200_000, pytest.param(b"", marks=pytest.mark.slow)], ids=["brackets", "silence"]
+)
 def test_one_question_that_is_never_answered_does_not_keep_the_others(poison, files, tmp_path, capsys):  # noqa: F811
     """It is counted as refused, and asked again next time; the others are judged, and never asked again."""
 

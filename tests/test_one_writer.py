@@ -42,7 +42,7 @@ class Waiting(rpo_jax.Hook):
             assert self.going_on.wait(300)
 
 
-@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("step", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_start_is_refused_and_the_first_goes_on(alone, tmp_path, capsys, step):
     data, cache, expected = alone
     hook, run_dir = Waiting(step), tmp_path / "run"

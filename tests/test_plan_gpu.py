@@ -188,6 +188,7 @@ def test_long_rows_get_the_fused_kernels_and_no_scores_of_all_tokens_by_all(cont
     assert {shape.bytes // 2 for shape in of_tokens} == ({keys} if context > 1 else set())
 
 
+@pytest.mark.slow
 def test_experts_multiply_their_own_rows_alone():
     """No array of all rows for each expert, which ragged_dot comes to there; three products in either pass."""
     target = target_of("h100:2")

@@ -226,6 +226,7 @@ def test_a_run_in_another_thread_leaves_signals_alone(world):
     assert results[0].stopped is None
 
 
+@pytest.mark.slow
 def test_before_the_first_step_there_is_nothing_to_save(world, monkeypatch, capsys):
     """Also where another run is to be replaced: its folder stays, and the command still replaces it."""
     world.run("replaced", {"train.steps": 1})

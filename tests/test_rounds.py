@@ -386,6 +386,7 @@ def test_several_processes_are_refused_before_anything_is_read(world, monkeypatc
     assert not (world.folder / "refused").exists()
 
 
+@pytest.mark.slow
 def test_a_round_without_a_preference_ends_the_run_which_can_go_on(world, capsys):
     score = f"rule:{world.folder / 'rules.py'}:same"
     assert world.main("no preference", {"rounds.score": score}) == 2

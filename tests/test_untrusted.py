@@ -2,11 +2,8 @@
 
 import copy
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,7 +11,7 @@ import jax
 import pytest
 import yaml
 
-from rpo_jax import models
+from rpo_jax import export, models, train
 from rpo_jax.config.reading import known_keys, load_config
 from rpo_jax.core.files import inside, read_json
 from rpo_jax.core.records import Message, PreferenceExample, Response
@@ -23,8 +20,8 @@ from rpo_jax.data.chat_template import TemplateError, render_messages
 from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import TokenLimits, tokenize_examples
 from rpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from tests import quick_xla
 from tests.fuzz_files import run
+from tests.runs import settings, write_rows
 from tests.worlds import small_model
 
 ROOT = Path(__file__).parents[1]
@@ -285,7 +282,7 @@ def test_a_template_sees_no_environment(tokenizer, monkeypatch):
 # --- secrets -------------------------------------------------------------------------------------------------------
 
 
-def test_no_setting_can_hold_a_secret_and_none_reaches_what_a_run_writes(tmp_path):
+def test_no_setting_can_hold_a_secret_and_none_reaches_what_a_run_writes(tmp_path, monkeypatch, capfd):
     """A key has no place in the configuration, and the environment's goes into no file and no message."""
     assert not [
         key for key in known_keys() if key.rpartition(".")[2] in ("key", "api_key", "token", "password", "secret")
@@ -293,33 +290,17 @@ def test_no_setting_can_hold_a_secret_and_none_reaches_what_a_run_writes(tmp_pat
     with pytest.raises(ValueError, match="unknown configuration key"):
         load_config(None, ["tracking.wandb_api_key=abc"])
     secrets = {name: f"secret-of-{name}" for name in ("WANDB_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "JUDGE_API_KEY")}
-    rows = [{"prompt": f"p {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(16)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "run.dir": tmp_path / "run",
-        "run.cache_dir": tmp_path / "cache",
-        "data.path": tmp_path / "data.jsonl",
-        "data.eval_rows": 0,
-        "contrast.weights": "uniform",
-        "batch.pairs": 2,
-        "train.steps": 1,
-        "data.max_tokens": 48,
-        "data.max_prompt_tokens": 24,
-        "model.hidden_size": 16,
-        "model.intermediate_size": 16,
-        "model.num_layers": 1,
-        "model.num_heads": 2,
-        "model.num_kv_heads": 2,
-    }
-    command = [sys.executable, "-m", "rpo_jax.train"] + [f"--{key}={value}" for key, value in settings.items()]
-    environment = os.environ | {"XLA_FLAGS": quick_xla.FLAGS} | secrets
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    export = [sys.executable, "-m", "rpo_jax.export", "--run", tmp_path / "run", "--out", tmp_path / "out"]
-    exported = subprocess.run(export, cwd=ROOT, env=environment, capture_output=True, check=True)
+    for name, secret in secrets.items():
+        monkeypatch.setenv(name, secret)
+    data = write_rows(tmp_path / "data.jsonl")
+    words = settings(data, tmp_path / "run", tmp_path / "cache", {"train.steps": 1, "contrast.weights": "uniform"})
+    assert train.main([f"--{word}" for word in words]) == 0
+    assert export.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert len(written) > 10
-    texts = (done.stdout, done.stderr, exported.stdout, exported.stderr, *written)
+    printed = "".join(capfd.readouterr())
+    assert "checkpoint" in printed
+    texts = (printed.encode(), *written)
     assert not any(secret.encode() in text for text in texts for secret in secrets.values())
 
 

@@ -81,7 +81,10 @@ STRANGE = {
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if "million" in name else []) for name in STRANGE],
+)
 def test_the_row_is_named_and_the_others_are_used(name, strange, honest):
     tokenizer = load_tokenizer(strange(**STRANGE[name]))
     given = examples("Words here.", TRIGGER, "Other words.", "! " + TRIGGER)
