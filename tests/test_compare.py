@@ -300,7 +300,10 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path, capsys, changes, 
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["compare_small", "compare_hh", "compare_hh_gpu", "compare_rounds", "frontier_hh"])
+LATER = pytest.param("compare_small", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [LATER, "compare_hh", "compare_hh_gpu", "compare_rounds", "frontier_hh"])
 def test_the_studies_that_come_with_the_project_are_some(tmp_path, name):
     content = yaml.safe_load(Path(f"configs/{name}.yaml").read_text(encoding="utf-8"))
     if "path" in content["task"]:  # of data that is not in the repository

@@ -292,6 +292,7 @@ def test_a_run_without_a_whole_checkpoint_says_so_and_keeps_all(world, capsys):
     assert world.main("none", run__overwrite=True) == 0
 
 
+@pytest.mark.slow
 def test_an_export_of_a_damaged_checkpoint_takes_the_one_before(world, tmp_path, capsys, caplog):
     world.run("damaged")
     flipped(largest(world.folder / "damaged" / CHECKPOINTS / "6"))

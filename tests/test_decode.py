@@ -66,13 +66,11 @@ def in_order(ended):
     return [ids for _, ids in found]
 
 
-# Compiling takes seconds each. Those that bring a part of which the sampler has its own code always run: caps of scores
-# and logits, several ropes and none, a part of a head rotated, a divisor of logits, sinks.
-LATER = list(CASES)[list(CASES).index("gemma") :]
-QUICK = ("gemma2", "gemma3", "phi4 mini", "smollm3", "granite", "gpt_oss")
-SAMPLED = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in LATER and name not in QUICK else []) for name in CASES
-]
+# Compiling takes seconds each. Those that bring a part of which the sampler has its own code always run: a scaled rope,
+# a window, norms of heads, caps of scores and logits, several ropes and none, a part of a head rotated, a divisor of
+# logits, sinks.
+ALWAYS = ("llama3", "mistral", "qwen3", "gemma2", "gemma3", "phi4 mini", "smollm3", "granite", "gpt_oss")
+SAMPLED = [pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.slow]) for name in CASES]
 
 
 @pytest.mark.parametrize("name", SAMPLED)

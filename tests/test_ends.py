@@ -95,6 +95,7 @@ def test_devices_that_share_experts_are_no_more_of_fsdp():
 # Devices.
 
 
+@pytest.mark.slow
 def test_devices_that_are_not_here_are_told_in_one_line(tmp_path):
     data = write_rows(tmp_path / "pairs.jsonl")
     trained = [f"--{setting}" for setting in settings(data, tmp_path / "run", tmp_path / "cache", {})]

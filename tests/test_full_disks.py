@@ -331,6 +331,7 @@ def compile_in(folder, limit):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_compiled_programs_that_do_not_fit_are_told_of_once_and_leave_nothing(tmp_path):
     said = compile_in(tmp_path, 512)
     assert said == f"compiled programs are not kept: {tmp_path} {TOO_LARGE}; it goes on without them\n"

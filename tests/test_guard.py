@@ -97,7 +97,9 @@ class Small:
             return diagnosis.explain(params, None, batch, batches.data), diagnosis.parameters(params)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(x, marks=[pytest.mark.slow] * (x == "eight devices")) for x in CASES]
+)
 def small(request):
     return Small(*CASES[request.param])
 

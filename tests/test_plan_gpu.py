@@ -102,6 +102,7 @@ def test_one_gpu_trains_adapters_with_every_attention(attention, monkeypatch):
     assert found.memory["params"] < 0.1 * found.memory["frozen"]
 
 
+@pytest.mark.slow
 def test_the_sampler_gathers_no_more_than_a_layer():
     target = target_of("h100:8")
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), target.devices)
@@ -208,14 +209,10 @@ def test_experts_multiply_their_own_rows_alone():
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(
-    ("target", "head_dim", "unit"),
-    [
-        ("h100", 128, "wgmma.mma_async"),
-        *(pytest.param("a100-80gb", dim, "mma.sync", marks=pytest.mark.slow) for dim in (64, 128, 256)),
-        *(pytest.param("h100", dim, "wgmma.mma_async", marks=pytest.mark.slow) for dim in (64, 256)),
-        *(pytest.param("b200", dim, "tcgen05.mma", marks=pytest.mark.slow) for dim in (64, 128, 256)),
-    ],
+    ("target", "unit"), [("a100-80gb", "mma.sync"), ("h100", "wgmma.mma_async"), ("b200", "tcgen05.mma")]
 )
 def test_the_attention_s_kernels_spill_nothing_and_multiply_on_tensor_cores(target, head_dim, unit):
     """The backward pass of the widest heads takes Ampere's instructions everywhere: larger blocks would spill."""

@@ -105,6 +105,7 @@ def test_stopped_again_and_again_by_signals_equals_never_stopped(world, monkeypa
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_cut_short_is_made_up_for(world, monkeypatch):
     name = "cut short"
     with monkeypatch.context() as patch:
