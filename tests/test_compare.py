@@ -23,7 +23,7 @@ from rpo_jax.tools.comparing.study import read_study
 
 BASE = {
     "data.max_prompt_tokens": 32,
-    "data.max_tokens": 64,
+    "data.max_tokens": 160,
     "model.vocab_size": 300,
     "model.hidden_size": 16,
     "model.intermediate_size": 16,
