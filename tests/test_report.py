@@ -374,7 +374,7 @@ def test_a_lora_run_s_base_may_have_moved(world, tmp_path, capsys):
     assert not out.exists()
     assert main([*arguments, "--base", str(moved)]) == 0
     last = [line for line in metric_lines(run) if "eval_loss" in line][-1]
-    shown = data_of(out)["runs"][0]["rewards"]
+    (shown,) = (one["rewards"] for one in data_of(out)["runs"] if one["name"] == run.name)
     assert shown["sides"]["means"]["chosen"] == pytest.approx(last["eval_rewards/chosen"], abs=1e-4)
     capsys.readouterr()
     other = export(world / "rpo", tmp_path / "other")
