@@ -323,7 +323,11 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("reward_model", ["llama with a chat template"], indirect=True)
+@pytest.mark.parametrize(
+    "reward_model",
+    ["llama with a chat template", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bert"))],
+    indirect=True,
+)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_reward_model_s_hostile_template_does_no_harm(case, reward_model, files, tmp_path, capsys, monkeypatch):
     template, told = HOSTILE[case]
