@@ -42,20 +42,14 @@ ENCODER_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
 TEXTS_PER_FILE = 2048  # what an interrupted run loses at most
 
 
-def load_encoder(name: str) -> SentenceTransformer:
-    """The sentence-transformers encoder of a local folder or hub name, on the CPU.
-
-    Raises ValueError where it is not found, cannot be fetched, or is not what its pinned hash says.
-    """
-    return _load(encoder_folder(name))
-
-
 def encoder_folder(name: str) -> Path:
     """The local folder that holds the encoder `name`.
 
     The order is: a folder of that name, the hub's local cache, for all-MiniLM-L6-v2 the package with its weights,
     the hub. Each step but the last is instant, and the package's hash makes it the same bytes as the hub's, so a
     machine without a connection neither waits nor gets other embeddings.
+
+    Raises ValueError where it is not found, cannot be fetched, or is not what its pinned hash says.
     """
     path = Path(name).expanduser()
     if path.is_dir():

