@@ -50,7 +50,7 @@ class TokenLimits:
     Where a prompt and the longest response to it, its end token included, exceed `max_tokens`, the prompt is cut to
     `max_prompt_tokens`, and then each response to what is left; a cut response has no end token. Of a conversation
     whole turns are left out, the oldest first, a system turn at its start stays, and where the last turn of the user
-    alone is too long, its text is cut. `template` is as for render_prompt, `template_arguments` is what the chat
+    alone is too long, its text is cut. `template` is as for as_messages, `template_arguments` is what the chat
     template gets besides. Raises ValueError for limits that leave no room for a response.
     """
 
@@ -407,28 +407,6 @@ def _made_equal(example: PreferenceExample, outcome: Mapping[str, Any], limits: 
 def _with_response(example: TokenizedExample, kind: str, ids: TokenIds, max_tokens: int) -> TokenizedExample:
     response = TokenizedResponse(kind, ids[: max_tokens - len(example.prompt_ids)])
     return replace(example, responses=(*example.responses, response))
-
-
-def render_prompt(
-    prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Literal["auto", "chat"] = "auto"
-) -> str:
-    """The prompt as one text, with the assistant's turn opened where a chat template made it.
-
-    Messages go through the tokenizer's chat template, or DEFAULT_CHAT_TEMPLATE where it has none. A string is used
-    as it is with template `auto`, and as one user message with `chat`. Raises ValueError where the template
-    refuses the messages, BeyondUseError where it cannot be used at all.
-    """
-    messages = as_messages(prompt if isinstance(prompt, str) else tuple(prompt), template)
-    if isinstance(messages, str):
-        return messages
-    chat = ChatTemplate(tokenizer)
-    return chat.encoder.shown(Conversation(chat, messages).text)
-
-
-def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[TokenIds]:
-    """Token ids of prompts that are text: as the tokenizer encodes them, with what it puts in front by itself."""
-    encoder = TextEncoder(tokenizer)
-    return [np.concatenate([encoder.prefix, ids]) for ids in encoder.encode(texts)]
 
 
 class PromptEncoder:

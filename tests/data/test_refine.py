@@ -9,7 +9,7 @@ from rpo_jax.core.records import KINDS, PreferenceData
 from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.data.refine import refined
-from rpo_jax.data.tokenize import TokenLimits, encode_prompts, tokenize_examples
+from rpo_jax.data.tokenize import PromptEncoder, TokenLimits, tokenize_examples
 from rpo_jax.training.reference import tokens_fingerprint
 
 from .ragged import changed, data_of, embedded, embeddings_of, examples_of_lengths, ids_of, pair, sequence
@@ -45,7 +45,7 @@ def test_the_text_stands_before_the_prompt_as_it_was_cut(tokenizer):
     rows = [("What is it?", "It is good.", None), ("one two three four " * 9, "a b c d e f g h", "five")]
     before = examples(rows, max_prompt_tokens=12, max_tokens=40)(tokenizer)
     after = refined(before, TEXT, tokenizer, 40)
-    (text,) = encode_prompts([TEXT], tokenizer)
+    text = PromptEncoder(tokenizer, "auto", {}, None, "keep_end").encode(TEXT)
     bos = int(tokenizer.bos_token_id is not None)
     for one, other in zip(before, after, strict=True):
         plain_prompt, refined_prompt = other.prompts

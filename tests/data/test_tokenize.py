@@ -8,15 +8,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rpo_jax.core.records import Message, PreferenceExample, Response
+from rpo_jax.data.chat_template import ChatTemplate
+from rpo_jax.data.conversations import Conversation
 from rpo_jax.data.faults import Faults
-from rpo_jax.data.tokenize import (
-    TokenLimits,
-    encode_examples,
-    encode_prompts,
-    join_encoded,
-    render_prompt,
-    tokenize_examples,
-)
+from rpo_jax.data.tokenize import PromptEncoder, TokenLimits, encode_examples, join_encoded, tokenize_examples
 
 from .ragged import ids_of, pair
 
@@ -137,9 +132,18 @@ def test_control_tokens_in_a_text_prompt_count_and_in_a_response_are_text(tokeni
     assert chosen.count(eos) == 1
 
 
+def prompts(tokenizer, template="auto"):
+    return PromptEncoder(tokenizer, template, {}, None, "keep_end")
+
+
+def rendered(messages, tokenizer):
+    template = ChatTemplate(tokenizer)
+    return template.encoder.shown(Conversation(template, messages).text)
+
+
 def test_bos_stands_in_front_where_the_tokenizer_puts_it():
     tokenizer = words_tokenizer(bos_token="</s>", eos_token="</s>")
-    first, second = encode_prompts(["w2 </s> w3", "</s> w2"], tokenizer)
+    first, second = map(prompts(tokenizer).encode, ["w2 </s> w3", "</s> w2"])
     assert first.tolist() == [EOS, 2, EOS, 3]
     assert second.tolist() == [EOS, EOS, 2]
     assert ids_of(one(tokenizer, pair("w2", "w3", "w4")), "chosen").tolist() == [3, EOS]
@@ -150,19 +154,20 @@ def test_bos_stands_in_front_where_the_tokenizer_puts_it():
 def test_messages_use_the_default_tags_or_the_tokenizers_own_template(tokenizer):
     messages = (Message("system", "s"), Message("user", "u"), Message("assistant", "a"), Message("user", "v"))
     tags = "<|system|>\ns\n<|user|>\nu\n<|assistant|>\na\n<|user|>\nv\n<|assistant|>\n"
-    assert render_prompt(messages, tokenizer) == "<s>" + tags
-    assert render_prompt(messages, words_tokenizer(eos_token="</s>")) == tags
+    assert rendered(messages, tokenizer) == "<s>" + tags
+    assert rendered(messages, words_tokenizer(eos_token="</s>")) == tags
     own = copy.deepcopy(tokenizer)
     own.chat_template = "{% for m in messages %}[{{ m.role }}]{{ bos_token }}{{ m.content }}{% endfor %}"
-    assert render_prompt(messages, own) == "[system]<s>s[user]<s>u[assistant]<s>a[user]<s>v"
+    assert rendered(messages, own) == "[system]<s>s[user]<s>u[assistant]<s>a[user]<s>v"
     got = one(own, pair(messages, "yes", "no"), max_prompt_tokens=60, max_tokens=80)
     assert tokenizer.decode(got.prompt_ids) == "[system]<s>s[user]<s>u[assistant]<s>a[user]<s>v"
     assert tokenizer.decode(ids_of(got, "chosen")) == "[assistant]<s>yes</s>"
 
 
 def test_a_string_prompt_is_a_user_message_only_if_asked(tokenizer):
-    assert render_prompt("hello", tokenizer, "auto") == "hello"
-    assert render_prompt("hello", tokenizer, "chat") == render_prompt((Message("user", "hello"),), tokenizer)
+    text, turn = "<s>hello", rendered((Message("user", "hello"),), tokenizer)
+    assert tokenizer.decode(prompts(tokenizer).encode("hello")) == text
+    assert tokenizer.decode(prompts(tokenizer, "chat").encode("hello")) == turn
     got = one(tokenizer, pair("hello", "yes", "no"), template="chat", max_prompt_tokens=40, max_tokens=50)
     assert tokenizer.decode(got.prompt_ids) == "<s><|user|>\nhello\n<|assistant|>\n"
 
@@ -256,7 +261,7 @@ def test_bad_arguments_are_refused(arguments, message):
 
 def test_an_unknown_template_is_refused(tokenizer):
     with pytest.raises(ValueError, match="template='plain' is unknown; use one of auto, chat"):
-        render_prompt("hello", tokenizer, "plain")
+        prompts(tokenizer, "plain").encode("hello")
 
 
 def test_a_tokenizer_without_eos_is_refused():
