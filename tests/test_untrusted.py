@@ -16,7 +16,7 @@ from rpo_jax.config.reading import known_keys, load_config
 from rpo_jax.core.files import inside, read_json
 from rpo_jax.core.records import Message, PreferenceExample, Response
 from rpo_jax.data import chat_template
-from rpo_jax.data.chat_template import TemplateError, render_messages
+from rpo_jax.data.chat_template import ChatTemplate, TemplateError
 from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import TokenLimits, tokenize_examples
 from rpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
@@ -202,6 +202,13 @@ LIKE_LLAMA = """
 """
 
 
+def render_messages(tokenizer):
+    (outcome,) = ChatTemplate(tokenizer).render([(MESSAGES, True)])
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return outcome
+
+
 @pytest.mark.parametrize(
     "template", [LIKE_LLAMA, "{{ messages[0].content }}\n", "{% for m in messages %}[{{ m.role }}]\n{% endfor %}"]
 )
@@ -209,7 +216,7 @@ def test_a_template_renders_as_transformers_has_it(template, tokenizer):
     tokenizer.chat_template = template
     given = [message.to_dict() for message in MESSAGES]
     expected = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
-    assert render_messages(MESSAGES, tokenizer) == expected
+    assert render_messages(tokenizer) == expected
 
 
 @pytest.mark.parametrize(
@@ -227,7 +234,7 @@ def test_a_template_that_is_beyond_use_stops_the_run(template, message, tokenize
     tokenizer.chat_template = template
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 20.0)
     if "more than" in message:
-        render_messages(MESSAGES, load_with(tokenizer, "{{ 1 }}"))
+        render_messages(load_with(tokenizer, "{{ 1 }}"))
         monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1.0)
         worker = chat_template._Worker.__init__
         monkeypatch.setattr(chat_template._Worker, "__init__", lambda self, program: patient(worker, self, program))
@@ -268,13 +275,13 @@ def patient(start, worker, program):
 def test_a_template_gets_no_further_than_its_prompt(template, message, tokenizer):
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message):
-        render_messages(MESSAGES, tokenizer)
+        render_messages(tokenizer)
 
 
 def test_a_template_sees_no_environment(tokenizer, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "a-secret")
     tokenizer.chat_template = "{{ 1 }}"
-    render_messages(MESSAGES, tokenizer)
+    render_messages(tokenizer)
     (worker,) = chat_template._kept.values()
     assert b"a-secret" not in Path(f"/proc/{worker._process.pid}/environ").read_bytes()
 

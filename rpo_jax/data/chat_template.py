@@ -26,48 +26,7 @@ class TemplateError(BeyondUseError):
     """A template that cannot be used at all, whatever the messages."""
 
 
-def render_messages(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    add_generation_prompt: bool = True,
-    arguments: Mapping[str, Any] | None = None,
-) -> str:
-    """The text that messages make by the tokenizer's chat template, DEFAULT_CHAT_TEMPLATE where it has none.
-
-    It ends where the assistant is to go on, or with add_generation_prompt=False with the last message; `arguments` are
-    what else the template reads (tools, enable_thinking, ...). Any template but the default one runs in jinja's
-    sandbox, in a process without this one's environment variables, for at most RENDER_SECONDS and within the
-    memory that template_worker allows. Raises ValueError where the template refuses the messages, TemplateError where
-    it is beyond use.
-    """
-    (outcome,) = _render_all([(messages, add_generation_prompt)], tokenizer, dict(arguments or {}))
-    if isinstance(outcome, ValueError):
-        raise outcome
-    return outcome
-
-
 Wanted = tuple[Sequence[Message], bool]  # messages, and whether the assistant's turn is to be opened after them
-
-
-def _render_all(
-    wanted: Sequence[Wanted], tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
-) -> list[str | ValueError]:
-    """The text of each, or why the template refuses it; in one request, for each takes two changes of process."""
-    conversations = [([message.to_dict() for message in messages], opened) for messages, opened in wanted]
-    if (tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE) == DEFAULT_CHAT_TEMPLATE:
-        return [
-            str(
-                tokenizer.apply_chat_template(
-                    messages, chat_template=DEFAULT_CHAT_TEMPLATE, tokenize=False, add_generation_prompt=opened
-                )
-            )
-            for messages, opened in conversations
-        ]
-    template = tokenizer.get_chat_template(tools=arguments.get("tools"))
-    worker = _worker_for(json.dumps([template, dict(tokenizer.special_tokens_map)]))
-    outcomes = worker.ask([[messages, opened, arguments] for messages, opened in conversations])
-    return [text if outcome == "ok" else ValueError(text) for outcome, text in outcomes]
 
 
 class Ending(NamedTuple):
@@ -121,8 +80,28 @@ class ChatTemplate:
                 raise ValueError(f"{where}: the tokenizer's chat template does not read {name!r}; leave it out.")
 
     def render(self, wanted: Sequence[Wanted], more: Mapping[str, Any] | None = None) -> list[str | ValueError]:
-        """What render_messages gives for each, with `more` arguments of this conversation, or why it is refused."""
-        return _render_all(wanted, self._tokenizer, {**self._arguments, **(more or {})})
+        """The text that each of the wanted conversations makes, or why the template refuses it.
+
+        `more` is what else the template reads of these conversations (tools, enable_thinking, ...). Any template but
+        the default one runs in jinja's sandbox, in a process without this one's environment variables, for at most
+        RENDER_SECONDS and within the memory that template_worker allows. Raises TemplateError where it is beyond use.
+        """
+        tokenizer, arguments = self._tokenizer, {**self._arguments, **(more or {})}
+        conversations = [([message.to_dict() for message in messages], opened) for messages, opened in wanted]
+        if self.source == DEFAULT_CHAT_TEMPLATE:
+            return [
+                str(
+                    tokenizer.apply_chat_template(
+                        messages, chat_template=DEFAULT_CHAT_TEMPLATE, tokenize=False, add_generation_prompt=opened
+                    )
+                )
+                for messages, opened in conversations
+            ]
+        template = tokenizer.get_chat_template(tools=arguments.get("tools"))
+        worker = _worker_for(json.dumps([template, dict(tokenizer.special_tokens_map)]))
+        # In one request, for each takes two changes of process.
+        outcomes = worker.ask([[messages, opened, arguments] for messages, opened in conversations])
+        return [text if outcome == "ok" else ValueError(text) for outcome, text in outcomes]
 
     @property
     def end_texts(self) -> tuple[str, ...]:
