@@ -60,20 +60,16 @@ class _Lines:
     """A file's lines as text; bytes that are no UTF-8 become lone surrogates, so that the row can be named."""
 
     def __init__(self, stream: io.BufferedIOBase, path: Path) -> None:
-        self._stream, self._path, self._first, self.too_long = stream, path, True, False
+        self._stream, self._path, self.too_long = stream, path, False
 
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        raw = read_line(self._stream)
-        if not raw:
-            raise StopIteration
-        if self._first:
-            check_encoding(raw, self._path)
-            raw, self._first = raw.removeprefix(BYTE_ORDER_MARK), False
-        self.too_long |= len(raw) > MAX_LINE_BYTES
-        return raw.decode("utf-8", "surrogateescape")
+    def __iter__(self) -> Iterator[str]:
+        is_first = True
+        while raw := read_line(self._stream):
+            if is_first:
+                check_encoding(raw, self._path)
+                raw, is_first = raw.removeprefix(BYTE_ORDER_MARK), False
+            self.too_long |= len(raw) > MAX_LINE_BYTES
+            yield raw.decode("utf-8", "surrogateescape")
 
 
 def _header(cells: list[str], path: Path) -> list[str]:

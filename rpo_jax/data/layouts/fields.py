@@ -143,9 +143,7 @@ def text_field(values: Mapping[str, Any], name: str) -> str:
 
 def object_field(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A column that holds an object."""
-    value = field(values, name)
-    if isinstance(value, str):
-        value = parsed(value, value)
+    value = parsed(field(values, name))
     if not isinstance(value, Mapping):
         raise wrong_type(name, "an object", value)
     return value
@@ -153,22 +151,20 @@ def object_field(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def list_field(values: Mapping[str, Any], name: str) -> list[Any]:
     """A column that holds a list."""
-    value = field(values, name)
-    if isinstance(value, str):
-        value = parsed(value, value)
+    value = parsed(field(values, name))
     if not isinstance(value, list):
         raise wrong_type(name, "a list", value)
     return value
 
 
-def parsed(text: str, otherwise: Any) -> Any:
-    """The list or the object that a text is in JSON; `otherwise` where it is none."""
-    if not text.lstrip().startswith(("[", "{")):
-        return otherwise
+def parsed(value: Any) -> Any:
+    """The list or the object that a text is in JSON; any other text, or value, as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
     try:
-        return json.loads(text)
+        return json.loads(value)
     except (ValueError, RecursionError):
-        return otherwise
+        return value
 
 
 def json_text(value: Any, name: str) -> str:

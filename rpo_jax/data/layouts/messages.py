@@ -39,7 +39,7 @@ def messages_field(values: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     """A column's conversation: a list of messages, or a single message, in `role`/`content` or `from`/`value`."""
     value = field(values, name)
     if isinstance(value, Cell):
-        value = parsed(value, value)
+        value = parsed(value)
     items = [value] if isinstance(value, Mapping) else value
     if not isinstance(items, list):
         raise wrong_type(name, "messages", value)
@@ -52,7 +52,7 @@ def text_or_messages(values: Mapping[str, Any], name: str) -> str | tuple[Messag
     if not isinstance(value, str):
         return messages_field(values, name)
     if isinstance(value, Cell):
-        content = parsed(value, None)
+        content = parsed(value)
         items = content if isinstance(content, list) else [content]
         if items and all(isinstance(item, Mapping) and {"role", "from"} & set(item) for item in items):
             return messages_field(values, name)
@@ -104,8 +104,7 @@ def _is_read(key: Any, value: Any) -> bool:
 
 def _calls(content: Any, name: str) -> list[dict[str, Any]]:
     """The calls of functions that a turn is: an object with name and arguments, or a list of them, as JSON or not."""
-    if isinstance(content, str):
-        content = parsed(content, content)
+    content = parsed(content)
     calls = content if isinstance(content, list) else [content]
     if is_blank(calls) or not all(isinstance(call, Mapping) and {"name", "arguments"} <= set(call) for call in calls):
         raise Unusable(f"column '{name}' has a function_call that is no JSON object with name and arguments")
