@@ -130,7 +130,6 @@ def _parse(values: Fields) -> Parts:
 _PROMPTS = Layout(
     read=per_row(_parse),
     columns=(),
-    truncation_side="keep_end",
     description="prompts alone",
     prompt=(PROMPT, *ASKED, "messages"),
     aliases={"messages": ("conversations", "conversation")},

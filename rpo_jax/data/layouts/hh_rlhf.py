@@ -51,7 +51,6 @@ def _is_transcript(values: Fields) -> bool:
 LAYOUT = Layout(
     read=per_row(parse),
     columns=("chosen", "rejected"),
-    truncation_side="keep_end",
     description="Anthropic/hh-rlhf: chosen and rejected transcripts of Human and Assistant",
     recognise=_is_transcript,
 )

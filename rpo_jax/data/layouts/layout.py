@@ -27,9 +27,9 @@ class Layout:
     Args:
         read: every row of the source, its values in `Fields`, to examples, or to the reasons why not.
         columns: columns that a row must have.
-        truncation_side: which end of a long prompt survives unless the configuration says otherwise.
         description: the data sets that use it, in one line.
         prompt: columns that the prompt may be in.
+        truncation_side: which end of a long prompt survives unless the configuration says otherwise.
         aliases: what else its columns are called, the first that a row has taken.
         recognise: tells it, by a row's values, from another layout with the same columns.
         joins_rows: an example is made of several rows, so whoever makes one reads all.
@@ -39,9 +39,9 @@ class Layout:
 
     read: Reader
     columns: tuple[str, ...]
-    truncation_side: Literal["keep_start", "keep_end"]
     description: str
     prompt: tuple[str, ...] = ()
+    truncation_side: Literal["keep_start", "keep_end"] = "keep_end"
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     recognise: Callable[[Fields], bool] | None = None
     joins_rows: bool = False

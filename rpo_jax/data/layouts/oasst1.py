@@ -81,7 +81,6 @@ def _path(nodes: dict[str, _Node], key: str) -> tuple[Message, ...]:
 LAYOUT = Layout(
     read=read,
     columns=("message_id", "parent_id", "text", "role", "rank"),
-    truncation_side="keep_end",
     description="OpenAssistant/oasst1: one message a row; the best ranked reply against every other ranked one",
     prompt=("text",),
     joins_rows=True,

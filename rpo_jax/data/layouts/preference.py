@@ -49,7 +49,6 @@ def _shared_words(chosen: str, rejected: str) -> Parts:
 LAYOUT = Layout(
     read=per_row(parse),
     columns=("chosen", "rejected"),
-    truncation_side="keep_end",
     description="TRL preference data: prompt, chosen, rejected as text or messages; the prompt may be implicit",
     prompt=(PROMPT, *ASKED),
     aliases={"chosen": ("chosen_response",), "rejected": ("rejected_response",)},

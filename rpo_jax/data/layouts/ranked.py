@@ -150,7 +150,6 @@ def _is_ranked(values: Fields) -> bool:
 LAYOUT = Layout(
     read=per_row(parse),
     columns=("responses",),
-    truncation_side="keep_end",
     description="a prompt, any number of responses and their scores; openbmb/UltraFeedback's completions",
     prompt=(PROMPT, *ASKED),
     also=("scores",),

@@ -32,7 +32,6 @@ def _waits(values: Fields) -> bool:
 LAYOUT = Layout(
     read=per_row(parse),
     columns=("conversations", "chosen", "rejected"),
-    truncation_side="keep_end",
     description="ShareGPT preference data (LLaMA-Factory): conversations, chosen and rejected as from/value turns",
     prompt=("conversations",),
     aliases={"conversations": ("messages", "conversation")},

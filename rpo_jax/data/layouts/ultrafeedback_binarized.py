@@ -23,7 +23,6 @@ def _has_conversations(values: Fields) -> bool:
 LAYOUT = Layout(
     read=per_row(parse),
     columns=("prompt", "prompt_id", "chosen", "rejected"),
-    truncation_side="keep_end",
     description="HuggingFaceH4/ultrafeedback_binarized: chosen and rejected conversations that share their prompt",
     recognise=_has_conversations,
 )

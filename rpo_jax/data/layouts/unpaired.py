@@ -25,7 +25,6 @@ def parse(values: Fields) -> Parts:
 LAYOUT = Layout(
     read=per_row(parse),
     columns=("completion", "label"),
-    truncation_side="keep_end",
     description="TRL unpaired preference data: prompt, completion, label (true or false)",
     prompt=(PROMPT, *ASKED),
     aliases={
