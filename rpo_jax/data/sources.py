@@ -22,6 +22,18 @@ from rpo_jax.data.table_rows import read_dataset, read_parquet
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _FILE_SUFFIX = re.compile(r"\.(?!v\d)[A-Za-z]\w*")  # not `.1` or `.v2`, which end many a hub name
 _SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|validation|valid|val|dev|test|eval)(?![a-z])")
+_READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
+    ".jsonl": read_json_lines,
+    ".jsonl.gz": read_json_lines,
+    ".json": read_json,
+    ".json.gz": read_json,
+    ".csv": read_csv,
+    ".csv.gz": read_csv,
+    ".tsv": read_csv,
+    ".tsv.gz": read_csv,
+    ".parquet": read_parquet,
+}
+_KINDS = ", ".join(_READERS)
 
 
 def read_rows(path: str | Path, *, split: str = "train") -> Iterator[Row | BadRow]:
@@ -55,13 +67,9 @@ def _rows_of(place: Path, path: str, split: str) -> Iterator[Row | BadRow]:
     if _HUB_NAME.fullmatch(path) and not _FILE_SUFFIX.fullmatch(place.suffix):
         return _read_hub(path, split)
     raise ValueError(
-        f"no such file: data path '{path}' does not exist; give an existing {_kinds()} file, a folder of them, or a "
+        f"no such file: data path '{path}' does not exist; give an existing {_KINDS} file, a folder of them, or a "
         "hub data set as owner/name."
     )
-
-
-def _kinds() -> str:
-    return ", ".join(_READERS)
 
 
 def _kind(path: Path) -> str:
@@ -73,9 +81,7 @@ def _kind(path: Path) -> str:
 def _read_file(path: Path) -> Iterator[Row | BadRow]:
     kind = _kind(path)
     if kind not in _READERS:
-        raise ValueError(
-            f"{path} has the unknown suffix '{kind}'; rows are read from {_kinds()}: convert or rename it."
-        )
+        raise ValueError(f"{path} has the unknown suffix '{kind}'; rows are read from {_KINDS}: convert or rename it.")
     last = None
     try:
         for last in _READERS[kind](path):
@@ -83,12 +89,8 @@ def _read_file(path: Path) -> Iterator[Row | BadRow]:
     except BrokenFile as error:
         if last is None:
             raise ValueError(f"{path} is {error}.") from None
-        broken = _number(last) + 1
-        yield BadRow(f"{path}:{broken}", f"the file breaks off: from here on it is {error}")
-
-
-def _number(row: Row | BadRow) -> int:
-    return row.place[1] if isinstance(row, BadRow) else row.line
+        number = last.place[1] if isinstance(last, BadRow) else last.line
+        yield BadRow(f"{path}:{number + 1}", f"the file breaks off: from here on it is {error}")
 
 
 def _read_folder(folder: Path, split: str) -> Iterator[Row | BadRow]:
@@ -102,7 +104,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row | BadRow]:
     )
     if not files:
         raise ValueError(
-            f"{folder} holds no data files; put {_kinds()} files directly into it, or give a folder written by "
+            f"{folder} holds no data files; put {_KINDS} files directly into it, or give a folder written by "
             "datasets.save_to_disk."
         )
     named = re.compile(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z])", re.IGNORECASE)
@@ -160,16 +162,3 @@ def _read_hub(name: str, split: str) -> Iterator[Row | BadRow]:
     finally:
         client.HF_HUB_OFFLINE = was_offline
     yield from read_dataset(dataset, f"{name}[{split}]")
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
-    ".jsonl": read_json_lines,
-    ".jsonl.gz": read_json_lines,
-    ".json": read_json,
-    ".json.gz": read_json,
-    ".csv": read_csv,
-    ".csv.gz": read_csv,
-    ".tsv": read_csv,
-    ".tsv.gz": read_csv,
-    ".parquet": read_parquet,
-}
