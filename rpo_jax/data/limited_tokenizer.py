@@ -75,17 +75,14 @@ class LimitedTokenizer:
         return outcome
 
     def _call(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenIds | ValueError]:
-        with _one_at_a_time:
-            return self._exchanged(texts, add_special_tokens)
-
-    def _exchanged(self, texts: Sequence[str], add_special_tokens: bool) -> list[TokenIds | ValueError]:
         seconds = CALL_SECONDS + sum(map(len, texts)) / CHARACTERS_PER_SECOND
-        process = self._process()
-        try:
-            lengths, packed, errors = process.exchange([texts, add_special_tokens, self._split], seconds)
-        except BaseException:  # also an interrupt, after which its answer would be taken for another's
-            _close(self._key)
-            raise
+        with _one_at_a_time:
+            process = self._process()
+            try:
+                lengths, packed, errors = process.exchange([texts, add_special_tokens, self._split], seconds)
+            except BaseException:  # also an interrupt, after which its answer would be taken for another's
+                _close(self._key)
+                raise
         ids = np.frombuffer(base64.b64decode(packed), np.int32)
         parts: list[TokenIds | ValueError] = [part.copy() for part in np.split(ids, np.cumsum(lengths)[:-1])]
         for number, reason in errors.items():
