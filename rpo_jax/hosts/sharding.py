@@ -24,24 +24,19 @@ ROWS = ("data", "fsdp", EXPERT)  # packed rows are split over those that there a
 
 # A parameter is split over fsdp along its embedding dimension and over tensor along heads, MLP or vocabulary; what
 # belongs to no expert over the axis of experts too, as if that were more of fsdp; and all over that of the context.
+_TENSOR = dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tensor")
 PARAMETER_RULES: dict[str, str | tuple[str, ...]] = {
     "experts": EXPERT,
     "embed": ("fsdp", EXPERT, CONTEXT),
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "fused_heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
+    "fused_heads": "tensor",  # of no activation: where such a parameter is used, it is whole
+    **_TENSOR,
 }
 ACTIVATION_RULES: dict[str, str | tuple[str, ...]] = {
     "rows": ROWS,
     "tokens": CONTEXT,
     "shards": (*ROWS, CONTEXT),
     "experts": EXPERT,
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
+    **_TENSOR,
 }
 
 
