@@ -9,7 +9,7 @@ import re
 import reprlib
 from argparse import SUPPRESS
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -23,21 +23,22 @@ from rpo_jax.config.synonyms import meant
 from rpo_jax.core.yaml_text import MAX_INTEGER, parse_yaml, read_yaml
 
 MAX_WORD = 64  # characters of a word that a number's key may have instead
+_SECTIONS: dict[str, type] = get_type_hints(Config)
 
 
 def known_keys() -> dict[str, Any]:
     """Every configuration key, dotted, with its default as YAML has it."""
     return {
-        f"{section.name}.{name}": list(value) if isinstance(value, tuple) else value
-        for section in fields(Config)
-        for name, value in asdict(getattr(Config(), section.name)).items()
+        f"{section}.{name}": list(value) if isinstance(value, tuple) else value
+        for section, values in asdict(Config()).items()
+        for name, value in values.items()
     }
 
 
 @functools.cache
 def _known() -> dict[str, None]:
     """All keys, then all sections."""
-    return dict.fromkeys([*known_keys(), *(section.name for section in fields(Config))])
+    return dict.fromkeys([*known_keys(), *_SECTIONS])
 
 
 @functools.cache
@@ -47,23 +48,22 @@ def _mappings() -> tuple[str, ...]:
 
 
 def _reject_unknown(keys: Iterable[str], where: str) -> None:
-    sections = [section.name for section in fields(Config)]
     known = list(_known())
     for key in keys:
         if key in _known() or key.rpartition(".")[0] in _mappings():
             continue
         section = key.partition(".")[0]
         # In a section that exists, another section's likely spelling is no help: its own keys are.
-        choices = [name for name in known if name.startswith(f"{section}.")] if section in sections else known
+        choices = [name for name in known if name.startswith(f"{section}.")] if section in _SECTIONS else known
         near = difflib.get_close_matches(key, choices, n=1, cutoff=0.8)
         near = near or meant(key, (name for name in known if "." in name))
-        near = near or difflib.get_close_matches(key, choices, n=1, cutoff=0.8 if section in sections else 0.5)
+        near = near or difflib.get_close_matches(key, choices, n=1, cutoff=0.8 if section in _SECTIONS else 0.5)
         if near:
             hint = f"did you mean {' or '.join(near)}?"
-        elif section in sections:
+        elif section in _SECTIONS:
             hint = f"there are {', '.join(choices)}."
         else:
-            hint = f"the sections are {', '.join(sections)}."
+            hint = f"the sections are {', '.join(_SECTIONS)}."
         raise ValueError(f"{where}: unknown configuration key '{key}'; {hint}")
 
 
@@ -73,10 +73,9 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold sections such as 'data:' with keys below them.")
-    sections = [section.name for section in fields(Config)]
     for section, values in content.items():
         # Another trainer's section is answered by the keys in it, a misspelt one by its own name.
-        foreign = isinstance(values, dict) and not difflib.get_close_matches(str(section), sections, n=1, cutoff=0.8)
+        foreign = isinstance(values, dict) and not difflib.get_close_matches(str(section), _SECTIONS, n=1, cutoff=0.8)
         _reject_unknown([f"{section}.{name}" for name in values] if foreign and values else [str(section)], str(path))
         if not isinstance(values, dict):
             raise ValueError(f"{path}: '{section}' is a section and needs keys below it, got {reprlib.repr(values)}.")
@@ -107,9 +106,8 @@ def _check_value(name: str, text: str) -> None:
 @functools.cache
 def _types() -> dict[str, Any]:
     """Every key's type."""
-    sections = {section.name: type(getattr(Config(), section.name)) for section in fields(Config)}
     return {
-        f"{name}.{key}": kind for name, section in sections.items() for key, kind in get_type_hints(section).items()
+        f"{name}.{key}": kind for name, section in _SECTIONS.items() for key, kind in get_type_hints(section).items()
     }
 
 
@@ -145,7 +143,7 @@ def describe_keys(sections: Sequence[str]) -> str:
     """The keys of these sections, each with its type, default and meaning."""
     parser = ArgumentParser(prog="rpo-jax", usage=SUPPRESS, add_help=False)
     for name in sections:
-        parser.add_class_arguments(type(getattr(Config(), name)), name)
+        parser.add_class_arguments(_SECTIONS[name], name)
     whole_sections = r"^  --\w+ CONFIG +Path to a configuration file\.\n"  # which parse_config does not take
     return re.sub(whole_sections, "", parser.format_help(), flags=re.MULTILINE).strip()
 
@@ -196,7 +194,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
         read = parser.parse_args(expanded)
         _check_numbers(read.as_dict(), "")
         parsed = parser.instantiate(read)
-        config = Config(**{section.name: parsed[section.name] for section in fields(Config)})
+        config = Config(**{section: parsed[section] for section in _SECTIONS})
     except ConfigError as error:
         raise ValueError(_with_its_file(str(error), origins)) from None
     except ArgumentError as error:
