@@ -66,12 +66,12 @@ def by_prompt(segments: Sequence[Segment]) -> list[list[Segment]]:
     return list(groups.values())
 
 
-def share_prompts(groups: Sequence[Sequence[Segment]], row_tokens: int) -> list[Segment]:
-    """Segments of one prompt joined into one, or into as many as it takes to stay within `row_tokens` each.
-
-    A segment that is longer than that on its own stays as it is.
-    """
-    shared = []
+def pack_groups(
+    groups: Sequence[Sequence[Segment]], row_tokens: int
+) -> tuple[list[Segment], Int[np.ndarray, "n"], Int[np.ndarray, "n"], int]:
+    """Each group of segments that share a prompt joined into one, or into as many as it takes to stay within
+    `row_tokens` each; and where `pack` puts the joined ones."""
+    shared: list[Segment] = []
     for first, *others in groups:
         shared.append(first)
         for segment in others:
@@ -80,14 +80,6 @@ def share_prompts(groups: Sequence[Sequence[Segment]], row_tokens: int) -> list[
                 shared[-1] = joined
             else:
                 shared.append(segment)
-    return shared
-
-
-def pack_groups(
-    groups: Sequence[Sequence[Segment]], row_tokens: int
-) -> tuple[list[Segment], Int[np.ndarray, "n"], Int[np.ndarray, "n"], int]:
-    """What `by_prompt` grouped, joined as share_prompts does, and where `pack` puts each of the segments."""
-    shared = share_prompts(groups, row_tokens)
     return shared, *pack([segment.num_tokens for segment in shared], row_tokens)
 
 
