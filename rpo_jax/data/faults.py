@@ -81,7 +81,7 @@ class Faults:
 
     @property
     def rows(self) -> list[BadRow]:
-        """Those of `found`, in file order."""
+        """Those of `named`, in file order."""
         return sorted(self.named, key=lambda row: row.place)
 
     @property

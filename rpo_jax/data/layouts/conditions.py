@@ -173,7 +173,7 @@ def check_rest(values: Fields, texts: Sequence[str], is_text: bool) -> None:
     """Unusable where a column that no one has read may be the prompt that the answers are thought to begin with.
 
     Args:
-        said: what the answers say, prompt included.
+        texts: what the answers say, prompt included.
         is_text: whether they have no roles, so that any text may be it.
     """
     for column, value in values.rest().items():
