@@ -31,7 +31,6 @@ class Topic(NamedTuple):
     """Something people ask about; the topics of a cluster share their cautions and next steps."""
 
     name: str
-    cluster: str
     subjects: tuple[str, ...]  # how prompts name the topic
     tips: tuple[Advice, ...]
     cautions: tuple[Advice, ...]
@@ -46,13 +45,12 @@ def _advice(texts: list[str]) -> tuple[Advice, ...]:
 TOPICS = tuple(
     Topic(
         name=name,
-        cluster=cluster,
         subjects=tuple(topic["subjects"]),
         tips=_advice(topic["tips"]),
         cautions=_advice(shared["cautions"]),
         next_steps=tuple(shared["next_steps"]),
     )
-    for cluster, shared in _TABLES["clusters"].items()
+    for shared in _TABLES["clusters"].values()
     for name, topic in shared["topics"].items()
 )
 
