@@ -78,7 +78,6 @@ def resolve(config: Config) -> Method:
     objective, contrast = config.objective.build(), config.contrast
     _check_matrix(config, objective)
     _check_columns(config, objective)
-    _check_reward(config, objective)
     _check_batch(config)
     _check_reference(config, objective)
     _check_rounds(config, objective)
@@ -156,14 +155,8 @@ def _check_columns(config: Config, objective: Objective) -> None:
             f"data.label_smoothing={data.label_smoothing} is read by the link smoothed alone; set "
             "objective.link=smoothed, or leave it out."
         )
-
-
-def _check_reward(config: Config, objective: Objective) -> None:
-    margin = config.data.margin
-    if margin is not None and not (isinstance(objective, MatrixObjective) and objective.takes_margins):
-        raise ConfigError(f"data.margin={margin} is read by objective.name=reward alone; leave it out.")
-    if objective.uses_reward_head and config.train.rounds:
-        raise ConfigError("train.rounds trains a policy on its own answers, not a reward model; leave it out.")
+    if data.margin is not None and not (isinstance(objective, MatrixObjective) and objective.takes_margins):
+        raise ConfigError(f"data.margin={data.margin} is read by objective.name=reward alone; leave it out.")
 
 
 def _check_batch(config: Config) -> None:
@@ -236,6 +229,8 @@ def _check_rounds(config: Config, objective: Objective) -> None:
                 f"rounds.{key}={getattr(rounds, key)} means nothing without rounds; set train.rounds, or leave it out."
             )
         return
+    if objective.uses_reward_head:
+        raise ConfigError("train.rounds trains a policy on its own answers, not a reward model; leave it out.")
     if rounds.score is None:
         raise ConfigError(
             f"train.rounds={config.train.rounds} has nothing to score answers by; set rounds.score to "
