@@ -319,6 +319,7 @@ def test_null_takes_a_value_back(tmp_path):
 def test_the_short_flags():
     assert parse_config(["--resume", "auto"]).run.resume == "auto"
     assert parse_config(["--resume=auto"]).run.resume == "auto"
+    assert "run.resume is 'nope'" in refusal(["--resume", "nope"])
     assert parse_config(["--overwrite"]).run.overwrite
     assert parse_config(["--overwrite", "--batch.pairs", "8"]) == parse_config(
         ["--batch.pairs=8", "--run.overwrite=true"]

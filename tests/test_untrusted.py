@@ -278,6 +278,20 @@ def test_a_template_gets_no_further_than_its_prompt(template, message, tokenizer
         render_messages(tokenizer)
 
 
+def test_after_an_interrupt_no_answer_is_taken_for_the_next_ones(tokenizer, monkeypatch):
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    chat = ChatTemplate(tokenizer)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rpo_jax.data.limited_process.os.read", interrupt)  # the answer is there, and nobody takes it
+        with pytest.raises(KeyboardInterrupt):
+            chat.render([((Message("user", "first"),), True)])
+    assert chat.render([((Message("user", "second"),), True)]) == ["second"]
+
+
 def test_a_template_sees_no_environment(tokenizer, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "a-secret")
     tokenizer.chat_template = "{{ 1 }}"

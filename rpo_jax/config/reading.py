@@ -169,6 +169,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
             if not previous.startswith("--") or "=" in previous:
                 raise ValueError(f"unexpected argument '{argument}'; options are written --section.key value.")
             if previous != "--config":
+                previous = _FLAGS.get(previous, previous)
                 _check_value(previous, argument)
                 origins[previous.removeprefix("--")] = _Given("command line", argument)
                 expanded.append(argument)

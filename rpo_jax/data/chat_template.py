@@ -159,8 +159,10 @@ class _Worker(LimitedProcess):
         """For each thing asked ["ok", text] or ["error", reason]; TemplateError where no answer comes."""
         try:
             return self.exchange(request, RENDER_SECONDS)
-        except Stopped as reason:
-            self.close()
+        except BaseException as reason:
+            self.close()  # after an interrupt too: its answer would be taken for the next one's
+            if not isinstance(reason, Stopped):
+                raise
             raise TemplateError(
                 f"The tokenizer's chat template was stopped: {reason} for one prompt; use a tokenizer whose template "
                 "you trust, or remove chat_template from its files."

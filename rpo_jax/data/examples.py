@@ -89,6 +89,8 @@ def make_examples(
 
     stream = readable()
     start = deque(islice(stream, _DETECTION_ROWS))
+    if not num_rows:
+        raise ValueError("no preference found: there are no rows.")
     _check_found(start, columns or {})
     name = detect_layout(start, columns, ignore_columns) if layout == "auto" and start else layout
     if name not in LAYOUTS and (start or name != "auto"):

@@ -62,6 +62,11 @@ def test_rows_without_a_preference_are_an_error(on_bad_row):
         make_examples(rows_of(message), on_bad_row=on_bad_row)
 
 
+def test_no_rows_are_an_error():
+    with pytest.raises(ValueError, match="there are no rows"):
+        make_examples([])
+
+
 def test_an_unknown_layout_names_the_nearest_and_all():
     with pytest.raises(ValueError, match=r"data.layout 'hh-rlfh' is unknown; did you mean 'hh_rlhf'\?.*sharegpt"):
         make_examples(rows_of(PAIR), "hh-rlfh")
