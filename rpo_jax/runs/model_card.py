@@ -142,51 +142,31 @@ def _epochs(metrics: list[dict[str, float]], step: int) -> str | None:
 
 def _settings(config: Config, step: int, epochs: str | None) -> list[tuple[str, str]]:
     """The keys that decide what was computed, as they are written in a configuration."""
-    method, contrast, optim = resolve(config), config.contrast, config.optim
+    method = resolve(config)
+
+    def of(section: str, *keys: str) -> dict[str, Any]:
+        return {f"{section}.{key}": getattr(getattr(config, section), key) for key in keys}
+
     chosen: dict[str, Any] = {
         "objective.name": config.objective.name,
         **{f"objective.{name}": value for name, value in method.objective.options_in_use().items()},
         "contrast.weights": method.weights,
     }
-    if chosen["contrast.weights"] == "embedding":
-        chosen |= {
-            "contrast.temperature": contrast.temperature,
-            "contrast.perplexity": method.perplexity,
-            "contrast.group": contrast.group,
-            "embedding.encoder": _name(config.embedding.encoder),
-            "embedding.text": config.embedding.text,
-        }
+    if method.weights == "embedding":
+        chosen |= of("contrast", "temperature", "perplexity", "group") | {"contrast.perplexity": method.perplexity}
+        chosen |= {"embedding.encoder": _name(config.embedding.encoder)} | of("embedding", "text")
     if method.objective.uses_reference:
         reference = config.reference.path
-        chosen |= {"reference.mode": config.reference.mode, "reference.path": reference and _name(reference)}
-    chosen |= {
-        "data.pairing": config.data.pairing,
-        "data.template_arguments": json.dumps(config.data.template_arguments)
-        if config.data.template_arguments
-        else None,
-        "data.template": config.data.template,
-        "data.max_prompt_tokens": config.data.max_prompt_tokens,
-        "data.max_tokens": config.data.max_tokens,
-        "batch.pairs": config.batch.pairs,
-        "batch.order": config.batch.order,
-        "steps": step,
-        "epochs": epochs,
-        "optim.name": optim.name,
-        "optim.learning_rate": optim.learning_rate,
-        "optim.warmup_steps": optim.warmup_steps,
-        "optim.schedule": optim.schedule,
-        "optim.max_grad_norm": optim.max_grad_norm,
-        "optim.weight_decay": optim.weight_decay,
-        "model.compute_dtype": config.model.compute_dtype,
-        "run.seed": config.run.seed,
-    }
+        chosen |= of("reference", "mode") | {"reference.path": reference and _name(reference)}
+    arguments = config.data.template_arguments
+    chosen |= of("data", "pairing") | {"data.template_arguments": json.dumps(arguments) if arguments else None}
+    chosen |= of("data", "template", "max_prompt_tokens", "max_tokens") | of("batch", "pairs", "order")
+    chosen |= {"steps": step, "epochs": epochs}
+    chosen |= of("optim", "name", "learning_rate", "warmup_steps", "schedule", "max_grad_norm", "weight_decay")
+    chosen |= of("model", "compute_dtype") | of("run", "seed")
     if config.lora.rank:
-        chosen |= {
-            "lora.rank": config.lora.rank,
-            "lora.alpha": config.lora.alpha,
-            "lora.targets": ", ".join(config.lora.targets),
-            "lora.base_dtype": config.lora.base_dtype,
-        }
+        targets = {"lora.targets": ", ".join(config.lora.targets)}
+        chosen |= of("lora", "rank", "alpha", "targets", "base_dtype") | targets
     return [(key, _cell(value)) for key, value in chosen.items() if value is not None]
 
 
