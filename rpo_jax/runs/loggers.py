@@ -161,13 +161,19 @@ def _first_line(error: Exception) -> str:
 
 
 class _Place:
-    """A file or folder that a client writes on this machine, without a word where its disk is full or gone."""
+    """What a client writes on this machine, without a word where its disk is full or gone.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: a file or folder; None where it writes nothing here.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self._path, self._seen = path, False
 
     def check(self) -> None:
         """WriteFailed where nothing more can be written there, or where it has vanished."""
+        if self._path is None:
+            return
         if self._seen:
             files.check_there(self._path)
         self._seen = self._path.exists()
@@ -239,11 +245,10 @@ class _WeightsAndBiases:
             self._run: Any = wandb.init(
                 project=run.config.wandb_project, id=run.run_id, resume="allow", config=dict(run.settings)
             )
-        self._place = _Place(Path(self._run.dir)) if os.environ.get("WANDB_MODE") == "offline" else None
+        self._place = _Place(Path(self._run.dir) if os.environ.get("WANDB_MODE") == "offline" else None)
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        if self._place is not None:
-            self._place.check()
+        self._place.check()
         with _client():
             self._run.log(dict(scalars), step=step)
 
@@ -279,17 +284,15 @@ class _Trackio:
                 auto_log_cpu=False,
             )
             remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
-            self._place = None if remote else _Place(Path(trackio.utils.TRACKIO_DIR))
+            self._place = _Place(None if remote else Path(trackio.utils.TRACKIO_DIR))
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        if self._place is not None:
-            self._place.check()
+        self._place.check()
         with _client():
             self._run.log(dict(scalars), step=step)
 
     def close(self) -> None:
-        if self._place is not None:
-            self._place.check()
+        self._place.check()
         with _client():
             self._run.finish()
 
@@ -309,8 +312,8 @@ class _MLflow:
         with _client():
             client, uri = _mlflow_client()
             self._entities = importlib.import_module("mlflow.entities")
-            self._place = _mlflow_place(uri)
-            self._check()
+            self._place = _Place(_mlflow_path(uri))
+            self._place.check()
             name = run.config.mlflow_experiment
             experiment = client.get_experiment_by_name(name)
             number = client.create_experiment(name) if experiment is None else experiment.experiment_id
@@ -328,19 +331,15 @@ class _MLflow:
         for start in range(0, len(parameters), PARAMETERS_AT_ONCE):
             self._client.log_batch(self._id, params=parameters[start : start + PARAMETERS_AT_ONCE])
 
-    def _check(self) -> None:
-        if self._place is not None:
-            self._place.check()
-
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        self._check()
+        self._place.check()
         now = int(1000 * time.time())
         metrics = [self._entities.Metric(name, float(value), now, step) for name, value in scalars.items()]
         with _client():
             self._client.log_batch(self._id, metrics=metrics)
 
     def close(self) -> None:
-        self._check()
+        self._place.check()
         with _client():
             self._client.set_terminated(self._id)
 
@@ -353,17 +352,17 @@ def _mlflow_client() -> tuple[Any, str]:
     return mlflow.MlflowClient(), mlflow.get_tracking_uri()
 
 
-def _mlflow_place(uri: str) -> _Place | None:
+def _mlflow_path(uri: str) -> Path | None:
     """What lies on this machine; None where a server keeps it."""
     parts = urlparse(uri)
     if parts.scheme == "sqlite":
-        return _Place(Path(unquote(parts.path.removeprefix("/"))).absolute())
-    return _Place(Path(unquote(parts.path)).absolute()) if parts.scheme in ("", "file") else None
+        return Path(unquote(parts.path.removeprefix("/"))).absolute()
+    return Path(unquote(parts.path)).absolute() if parts.scheme in ("", "file") else None
 
 
 def _check_mlflow() -> None:
     client, uri = _mlflow_client()
-    if _mlflow_place(uri) is None:
+    if _mlflow_path(uri) is None:
         client.search_experiments(max_results=1)
 
 
