@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 from rpo_jax.config import Config, RoundsConfig, resolve
 from rpo_jax.core.files import atomic_write, read_json
 from rpo_jax.core.jsonl import GrowingFile, complete_lines, parse_json, write_jsonl
-from rpo_jax.core.records import Batch, PreferenceData, TokenizedExample, TokenizedResponse
+from rpo_jax.core.records import Batch, PreferenceData, TokenizedResponse
 from rpo_jax.core.shards import row_multiple
 from rpo_jax.data.limited_tokenizer import TokenizerError
 from rpo_jax.data.loader import PreferenceBatches
@@ -363,12 +363,7 @@ class Rounds(Hook):
             return None
         scores = self.rater.scores([self._as_row("held_out", one.index, one) for one in answers])
         examples = [
-            TokenizedExample(
-                one.row_id,
-                one.prompt_id,
-                one.prompts,
-                (TokenizedResponse("chosen", np.array(answer.ids, np.int32)),),
-            )
+            replace(one, responses=(TokenizedResponse("chosen", np.array(answer.ids, np.int32)),))
             for one, answer in zip(asked, answers, strict=False)
             if len(answer.ids)
         ]
