@@ -180,16 +180,8 @@ def _run(asked: _Asked) -> RunResult:
         jax.default_matmul_precision(precision),
         explaining_memory(lambda: less_memory(config, mesh)),
     ):
-        fingerprint = None if base is None else base["fingerprint"]
-        place = mesh, reporter
         setup = make_setup(
-            config,
-            model_config,
-            prepared,
-            place,
-            total_steps=steps,
-            base_fingerprint=fingerprint,
-            resuming=resuming,
+            config, model_config, prepared, mesh, reporter, total_steps=steps, base=base, resuming=resuming
         )
         if not resuming:
             make_run_folder(config, model_config, prepared.tokenizer, run_dir)

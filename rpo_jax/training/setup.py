@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,7 +136,7 @@ class _References:
     Attributes:
         architecture: of the first reference.
         weights: of the policy before training, which are the first reference where it has no folder of its own.
-        base_fingerprint: of the folder that adapters are trained on; None where all weights are trained.
+        base: what adapters are trained on; None where all weights are trained.
     """
 
     config: Config
@@ -144,7 +144,7 @@ class _References:
     mesh: Mesh
     reporter: Reporter
     weights: Callable[[], Params]
-    base_fingerprint: str | None
+    base: Mapping[str, str] | None
 
     def apply(self, prepared: Prepared) -> tuple[Prepared, Params | None]:
         """The data with log-probs where they are cached, and the reference where it is another model beside."""
@@ -230,10 +230,10 @@ class _References:
 
     def _fingerprint(self, own: str | None) -> str:
         """What a reference's weights are told apart by."""
-        if own is None and self.base_fingerprint is not None:
+        if own is None and self.base is not None:
             # A rounded base is a reference of its own: log-ratios start at 0.
             stored = self.config.lora.base_dtype
-            return self.base_fingerprint + ("" if stored == "float32" else f" in {stored}")
+            return self.base["fingerprint"] + ("" if stored == "float32" else f" in {stored}")
         source = own or self.config.model.path
         if source is None:
             return params_fingerprint(self.weights())
@@ -277,22 +277,21 @@ def make_setup(
     config: Config,
     model_config: ModelConfig,
     prepared: Prepared,
-    place: tuple[Mesh, Reporter],
+    mesh: Mesh,
+    reporter: Reporter,
     *,
     total_steps: int,
-    base_fingerprint: str | None,
+    base: Mapping[str, str] | None,
     resuming: bool,
 ) -> TrainingSetup:
     """Load, place and compile what training needs.
 
     Args:
-        place: the devices, and where is told what is done.
         total_steps: as total_steps_of gives it.
-        base_fingerprint: as `base_record` has it; None where all weights are trained.
+        base: as base_record gives it; None where all weights are trained.
 
     Raises ValueError for data or a reference that does not fit, before anything is loaded or compiled.
     """
-    mesh, reporter = place
     shards, policy = sharding.row_shards(mesh), models.Policy(model_config, config.lora)
     if not config.train.rounds:
         _check_data(config, prepared, shards)
@@ -324,7 +323,7 @@ def make_setup(
     if not resuming:
         weights()
     processes.agree()  # a host that cannot read the weights says so before the others wait for its devices
-    references = _References(config, architecture, mesh, reporter, weights, base_fingerprint)
+    references = _References(config, architecture, mesh, reporter, weights, base)
     # A round's log-probs are computed when it is sampled.
     by_round = bool(config.train.rounds) and resolve(config).reference == "cached"
     prepared, live = (prepared, None) if by_round else references.apply(prepared)

@@ -60,7 +60,6 @@ def held_out_scores(
     policy = find_policy(str(run_dir), base=base)
     settings = _here(config, policy.folder)
     model_config = models.read_config(run_dir / MODEL)
-    started_from = base_record(settings)
     mesh = sharding.make_mesh(settings.mesh)
     precision = "float32" if config.model.compute_dtype == "float32" else None
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
@@ -68,9 +67,10 @@ def held_out_scores(
             settings,
             model_config,
             prepared,
-            (mesh, reporter),
+            mesh,
+            reporter,
             total_steps=total_steps_of(settings, prepared, mesh),
-            base_fingerprint=None if started_from is None else started_from["fingerprint"],
+            base=base_record(settings),
             resuming=True,
         )
         assert setup.held_out is not None, "there is held-out data"
