@@ -13,11 +13,7 @@ from rpo_jax.config import Config
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
 from rpo_jax.objectives import partition, reward, value
-from rpo_jax.objectives.logprobs import (
-    by_response,
-    response_log_probs,
-    token_log_probs,
-)
+from rpo_jax.objectives.logprobs import by_response, response_log_probs, token_log_probs
 from rpo_jax.training.micro_batches import Forward, LogProbs, Params, TokenScores
 
 
@@ -63,15 +59,19 @@ def make_log_probs(
         "keeps": keeps_logits(config.batch.micro_rows, config.model.remat, how.platform),
     }
 
-    def from_outputs(
-        outputs: models.Outputs,
+    def log_probs(
+        params: Params,
         rows: dict[str, Array],
         num_responses: int,
         log_z: Array | None = None,
         value_head: dict[str, Array] | None = None,
         reward_head: dict[str, Array] | None = None,
     ) -> LogProbs:
-        hidden, head = outputs.hidden, outputs.head
+        read = {name: placement.constrain(shards.striped(rows[name]), ("rows", "tokens")) for name in models.ROW_IDS}
+        if config.mesh.reduce_dtype == "float32":
+            params = policy.with_wide_gradients(params)
+        outputs = policy.outputs(params, read, how)
+        hidden, head, routing = outputs.hidden, outputs.head, outputs.routing
         ids = (rows["tokens"], rows["previous"], rows["response_ids"])
         if log_z is not None:
             log_z = partition.log_partition(
@@ -79,22 +79,17 @@ def make_log_probs(
             )
         if reward_head is not None:
             kernel = placement.gather(reward_head["kernel"], ("embed",))
-            return LogProbs(*reward.response_rewards(hidden, kernel, *ids, num_responses, pad_id, shards))
+            rewards = reward.response_rewards(hidden, kernel, *ids, num_responses, pad_id, shards)
+            return LogProbs(*rewards, routing=routing)
         if not tokens:
             sums = response_log_probs(hidden, head, *ids, num_responses, collides=collisions, **chunks)
-            return LogProbs(*sums[:2], log_z, collision=sums[2])
+            return LogProbs(*sums[:2], log_z, collision=sums[2], routing=routing)
         by_token = token_log_probs(hidden, head, *ids, **chunks)
         values = None
         if value_head is not None:
             whole = jax.tree.map(placement.gather, value_head, value.AXES[value.NAME])
             values = value.token_values(hidden, whole, *ids[1:], shards)
-        return LogProbs(*by_response(by_token, ids[2], num_responses), log_z, TokenScores(by_token, values))
-
-    def log_probs(params: Params, rows: dict[str, Array], num_responses: int, *of_heads: Any) -> LogProbs:
-        read = {name: placement.constrain(shards.striped(rows[name]), ("rows", "tokens")) for name in models.ROW_IDS}
-        if config.mesh.reduce_dtype == "float32":
-            params = policy.with_wide_gradients(params)
-        outputs = policy.outputs(params, read, how)
-        return from_outputs(outputs, rows, num_responses, *of_heads)._replace(routing=outputs.routing)
+        sums = by_response(by_token, ids[2], num_responses)
+        return LogProbs(*sums, log_z, TokenScores(by_token, values), routing=routing)
 
     return log_probs
