@@ -33,13 +33,7 @@ from rpo_jax.data.loader import PreferenceBatches
 from rpo_jax.data.reference_pass import ReferencePass
 from rpo_jax.data.refine import refined
 from rpo_jax.data.sources import read_rows
-from rpo_jax.data.tokenize import (
-    TokenLimits,
-    describe_cuts,
-    describe_notes,
-    encode_examples,
-    join_encoded,
-)
+from rpo_jax.data.tokenize import TokenLimits, describe_cuts, describe_notes, encode_examples, join_encoded
 from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from rpo_jax.hosts import processes
 from rpo_jax.hosts.channel import PeerFailure
