@@ -34,21 +34,12 @@ FORMAT = "rpo_jax.reference_log_probs.3"
 FOLDER = "reference_log_probs"
 HEADER_SIZE_BYTES = 8  # safetensors: the header's length, then the header, then the values
 
-# What decides the values, and how a message names it.
-DECISIVE = {
-    "format": "the cache's format",
-    "weights": "the weights",
-    "architecture": "the architecture",
-    "compute_dtype": "the compute dtype",
-    "tokens": "the token ids",
-}
+# What decides the values.
+DECISIVE = ("format", "weights", "architecture", "compute_dtype", "tokens")
 # Where the token ids come from: not compared to find a file, only to say why none was found.
-ORIGINS = {
-    "data": "the data",
-    "tokenizer": "the tokenizer",
-    "template": "the template",
-    "truncation": "the truncation",
-}
+ORIGINS = ("data", "tokenizer", "template", "truncation")
+# What a message calls some of them; the others by their name.
+WORDS = {"format": "cache's format", "compute_dtype": "compute dtype", "tokens": "token ids"}
 READABLE = ("compute_dtype", "template", "truncation")  # the others are hashes
 SLOT = ("slot", "response")  # files that differ in these have nothing to do with each other
 
@@ -207,9 +198,9 @@ def what_changed(folder: Path, parts: Mapping[str, str]) -> list[str]:
     if "tokens" in changed:
         origins = [name for name in ORIGINS if nearest.get(name) != parts[name]]
         changed = [name for name in changed if name != "tokens"] + (origins or ["tokens"])
-    words = {**DECISIVE, **ORIGINS}
     return [
-        words[name] + (f" ({nearest.get(name)} before, {parts[name]} now)" if name in READABLE else "")
+        f"the {WORDS.get(name, name)}"
+        + (f" ({nearest.get(name)} before, {parts[name]} now)" if name in READABLE else "")
         for name in changed
     ]
 
