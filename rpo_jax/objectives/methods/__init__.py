@@ -7,18 +7,16 @@ step read the registry.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from dataclasses import fields
 
+from rpo_jax.core.discovery import discovered
 from rpo_jax.objectives.objective import Objective, Option
 
 
 def _collected() -> tuple[dict[str, Objective], dict[str, Option]]:
     objectives: dict[str, Objective] = {}
     options: dict[str, Option] = {}
-    for module in pkgutil.iter_modules(__path__):
-        named: dict[str, Objective] = importlib.import_module(f"{__name__}.{module.name}").OBJECTIVES
+    for named in discovered(__name__, "OBJECTIVES").values():
         for name, objective in named.items():
             assert name not in objectives, f"two objectives are named {name}"
             objectives[name] = objective
