@@ -114,7 +114,7 @@ def by_response(
     """Sum and number of every response's tokens; what is not scored counts for none."""
     scored = response_ids >= 0
     slot = jnp.where(scored, response_ids, num_responses)  # one slot more, for what is not scored
-    log_prob = jnp.zeros(num_responses + 1, jnp.float32).at[slot].add(jnp.where(scored, log_probs, 0.0))
+    log_prob = jnp.zeros(num_responses + 1, log_probs.dtype).at[slot].add(jnp.where(scored, log_probs, 0.0))
     count = jnp.zeros(num_responses + 1, jnp.int32).at[slot].add(1)
     return log_prob[:num_responses], count[:num_responses]
 

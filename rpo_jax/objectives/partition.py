@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rpo_jax.core.shards import ONE, Shards
+from rpo_jax.objectives.logprobs import by_response
 
 NAME = "partition"  # of the head among the trained parameters
 AXES = {NAME: {"kernel": ("embed",)}}
@@ -42,8 +43,7 @@ def log_partition(
     first = scored & ~jnp.take_along_axis(scored, previous, axis=1)
     value = jnp.einsum("rtd,d->rt", jax.lax.stop_gradient(hidden).astype(jnp.float32), head, precision="highest")
     value = jnp.take_along_axis(shards.in_order(value), previous, axis=1)
-    slot = jnp.where(first, response_ids, num_responses)  # one slot more, for all other tokens
-    return jnp.zeros(num_responses + 1, jnp.float32).at[slot].add(jnp.where(first, value, 0.0))[:num_responses]
+    return by_response(value, jnp.where(first, response_ids, -1), num_responses)[0]
 
 
 def per_prompt(value: Float[Array, "P"], prompt_id: Int[Array, "P"], valid: Bool[Array, "P"]) -> Float[Array, "P"]:

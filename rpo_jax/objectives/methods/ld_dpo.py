@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rpo_jax.core.records import KINDS
+from rpo_jax.objectives.logprobs import by_response
 from rpo_jax.objectives.matrix import BothSides
 from rpo_jax.objectives.objective import option
 from rpo_jax.objectives.pairwise import LinkObjective
@@ -31,9 +32,7 @@ def desensitised(
     before = jnp.pad(response_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     first = jax.lax.cummax(jnp.where(response_ids != before, place, 0), axis=1)
     share = jnp.where(place - first < shared_tokens[response_ids], 1.0, alpha)
-    slot = jnp.where(scored, response_ids, len(shared_tokens))  # one slot more, for what is not scored
-    total = jnp.zeros(len(shared_tokens) + 1, log_prob.dtype)
-    return total.at[slot].add(share * zero_where_invalid(log_prob, scored))[:-1]
+    return by_response(share * zero_where_invalid(log_prob, scored), response_ids, len(shared_tokens))[0]
 
 
 @dataclass(frozen=True, kw_only=True)
