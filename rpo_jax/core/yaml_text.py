@@ -14,8 +14,7 @@ MAX_DEPTH = 64  # of nesting, aliases resolved
 MAX_NODES = 20_000  # aliases resolved: nine of ten each make a thousand million
 MAX_INTEGER = 2**63
 _TAG = "tag:yaml.org,2002:"
-_PLAIN = {f"{_TAG}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
-
+_PLAIN = {f"{_TAG}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 
 _FASTEST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -85,18 +84,13 @@ def parse_yaml(text: str) -> Any:
 
 def _check_nesting(text: str) -> None:
     """By events, which are read one after another: nodes are made by functions that call themselves."""
-    loader, depth, count = _Loader(text), 0, 0
-    try:
-        while loader.check_event():
-            event = loader.get_event()
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            count += 1
-            if count > 2 * MAX_NODES:
-                raise _refusal(event, f"is beyond the first {MAX_NODES:,} values")
-            if depth > MAX_DEPTH:
-                raise _refusal(event, f"nests more than {MAX_DEPTH} lists or mappings")
-    finally:
-        loader.dispose()
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, _Loader), start=1):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if count > 2 * MAX_NODES:
+            raise _refusal(event, f"is beyond the first {MAX_NODES:,} values")
+        if depth > MAX_DEPTH:
+            raise _refusal(event, f"nests more than {MAX_DEPTH} lists or mappings")
 
 
 class _Bounds:
@@ -118,11 +112,9 @@ class _Bounds:
             children = [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             children = node.value
-        elif node.tag == f"{_TAG}merge":
-            pass
         else:
             _check_scalar(node)
-        if node.tag not in _PLAIN and node.tag != f"{_TAG}merge":
+        if node.tag not in _PLAIN:
             kind = node.tag.removeprefix(_TAG)[:40]
             reason = _refusal(node, f"holds a {kind!r}; only text, numbers, lists and mappings are read")
             raise yaml.YAMLError(str(reason))  # on a command line it may be a text
