@@ -145,19 +145,16 @@ def newest_record(folder: Path) -> dict[str, Any] | None:
 
 def newest_checkpoint(folder: Path) -> tuple[int | None, dict[str, Any] | None]:
     """The newest checkpoint's step and what it says about its run; None twice where there is none."""
-    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
-    newest = checkpoints.latest_step()
-    record = None if newest is None else checkpoints.record(newest)
-    checkpoints.close()
-    return newest, record
+    with contextlib.closing(Checkpoints(folder / CHECKPOINTS, read_only=True)) as checkpoints:
+        newest = checkpoints.latest_step()
+        return newest, None if newest is None else checkpoints.record(newest)
 
 
 def ranked_steps(folder: Path) -> tuple[int | None, int | None]:
     """The steps of the best checkpoint that is kept and of the newest; both are the newest where none is ranked."""
-    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
-    newest, best = checkpoints.latest_step(), checkpoints.best_step()
-    checkpoints.close()
-    return newest if best is None else best, newest
+    with contextlib.closing(Checkpoints(folder / CHECKPOINTS, read_only=True)) as checkpoints:
+        newest, best = checkpoints.latest_step(), checkpoints.best_step()
+        return newest if best is None else best, newest
 
 
 def make_run_folder(
