@@ -143,10 +143,6 @@ class TokenizedExample:
         """The example's own prompt."""
         return self.prompts[0]
 
-    def first(self, kind: str) -> TokenizedResponse | None:
-        """The first response of this kind; None where there is none."""
-        return next((response for response in self.responses if response.kind == kind), None)
-
 
 class TokenizedExamples(Sequence[TokenizedExample]):
     """Examples whose token ids lie in one array; an element is made when it is asked for.

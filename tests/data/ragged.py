@@ -45,8 +45,7 @@ def example(row_id, prompt, chosen, rejected, mismatched=None, number=0) -> Toke
 
 
 def ids_of(example: TokenizedExample, kind: str) -> np.ndarray | None:
-    response = example.first(kind)
-    return None if response is None else response.ids
+    return next((response.ids for response in example.responses if response.kind == kind), None)
 
 
 def changed(example: TokenizedExample, **of_kinds) -> TokenizedExample:

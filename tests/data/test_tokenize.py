@@ -39,8 +39,7 @@ def tokenized_with(examples, tokenizer, mismatched=False, **limits):
 
 
 def text_id_of(example, kind):
-    response = example.first(kind)
-    return -1 if response is None else response.text_id
+    return next((response.text_id for response in example.responses if response.kind == kind), -1)
 
 
 def one(tokenizer, example, **arguments):
