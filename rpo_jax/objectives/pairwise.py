@@ -22,22 +22,6 @@ from rpo_jax.objectives.scores import Scores
 Link = Callable[[Float[Array, "*S"], float, Any], Float[Array, "*S"]]
 
 
-def _logistic(u, beta, label_smoothing):
-    return jax.nn.softplus(-beta * u)
-
-
-def _smoothed(u, beta, label_smoothing):
-    return (1 - label_smoothing) * jax.nn.softplus(-beta * u) + label_smoothing * jax.nn.softplus(beta * u)
-
-
-def _squared(u, beta, label_smoothing):
-    return jnp.square(u - 1 / (2 * beta))
-
-
-def _hinge(u, beta, label_smoothing):
-    return jnp.maximum(0.0, 1 - beta * u)
-
-
 def _robust(u, beta, label_smoothing):
     """Unbiased under flipped labels: the mean over the flips is the logistic link's."""
     kept, flipped = jax.nn.softplus(-beta * u), jax.nn.softplus(beta * u)
@@ -54,10 +38,10 @@ def _exo(u, beta, label_smoothing):
 
 
 LINKS: dict[str, Link] = {
-    "logistic": _logistic,
-    "smoothed": _smoothed,
-    "squared": _squared,
-    "hinge": _hinge,
+    "logistic": lambda u, beta, _: jax.nn.softplus(-beta * u),
+    "smoothed": lambda u, beta, eps: (1 - eps) * jax.nn.softplus(-beta * u) + eps * jax.nn.softplus(beta * u),
+    "squared": lambda u, beta, _: jnp.square(u - 1 / (2 * beta)),
+    "hinge": lambda u, beta, _: jnp.maximum(0.0, 1 - beta * u),
     "robust": _robust,
     "exo": _exo,
 }
