@@ -5,6 +5,8 @@ Letters: P response slots of a batch, L layers.
 
 from __future__ import annotations
 
+import bisect
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -99,20 +101,15 @@ class Diagnosis:
         Halving finds it: what is not finite stays so through the sums of the residual stream.
         """
 
+        @functools.cache
         def wrong(depth: int) -> np.ndarray:
             return valid & ~jax.device_get(self._log_probs(params, batch, self._frozen, np.int32(depth)))
 
-        low, high = 0, 2 * self._layers + 2
-        at = wrong(high)
-        if not at.any():
-            return None, at
-        while low < high:
-            middle = (low + high) // 2
-            if (at_middle := wrong(middle)).any():
-                high, at = middle, at_middle
-            else:
-                low = middle + 1
-        return high, at
+        deepest = 2 * self._layers + 2
+        if not wrong(deepest).any():
+            return None, wrong(deepest)
+        first = bisect.bisect_left(range(deepest), True, key=lambda depth: wrong(depth).any())
+        return first, wrong(first)
 
 
 def _cut(params: Params, num_layers: int, depth: Int[Array, ""]) -> Params:
