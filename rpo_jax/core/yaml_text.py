@@ -76,7 +76,7 @@ def parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _Bounds().check(node)
+        _check_bounds(node, {})
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -93,37 +93,35 @@ def _check_nesting(text: str) -> None:
             raise _refusal(event, f"nests more than {MAX_DEPTH} lists or mappings")
 
 
-class _Bounds:
-    """Checks each node once, however many aliases stand for it."""
+def _check_bounds(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Values and depth of a node, which is looked at once, however many aliases stand for it.
 
-    def __init__(self) -> None:
-        self._sizes: dict[int, tuple[int, int] | None] = {}  # nodes and depth, by id; None while it is looked at
-
-    def check(self, node: yaml.Node) -> tuple[int, int]:
-        if id(node) in self._sizes:
-            known = self._sizes[id(node)]
-            if known is None:
-                raise _refusal(node, "has an alias within what it stands for")
-            return known
-        self._sizes[id(node)] = None
-        children: list[yaml.Node] = []
-        if isinstance(node, yaml.MappingNode):
-            _check_keys(node)
-            children = [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            children = node.value
-        else:
-            _check_scalar(node)
-        if node.tag not in _PLAIN:
-            kind = node.tag.removeprefix(_TAG)[:40]
-            reason = _refusal(node, f"holds a {kind!r}; only text, numbers, lists and mappings are read")
-            raise yaml.YAMLError(str(reason))  # on a command line it may be a text
-        sizes = [self.check(child) for child in children]
-        size, depth = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
-        if size > MAX_NODES or depth > MAX_DEPTH:
-            raise _refusal(node, f"stands for more than {MAX_NODES:,} values or {MAX_DEPTH} levels, aliases resolved")
-        self._sizes[id(node)] = size, depth
-        return size, depth
+    Args:
+        known: of nodes by their id; None while one is looked at.
+    """
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise _refusal(node, "has an alias within what it stands for")
+        return found
+    known[id(node)] = None
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    else:
+        _check_scalar(node)
+    if node.tag not in _PLAIN:
+        kind = node.tag.removeprefix(_TAG)[:40]
+        reason = _refusal(node, f"holds a {kind!r}; only text, numbers, lists and mappings are read")
+        raise yaml.YAMLError(str(reason))  # on a command line it may be a text
+    sizes = [_check_bounds(child, known) for child in children]
+    size, depth = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+    if size > MAX_NODES or depth > MAX_DEPTH:
+        raise _refusal(node, f"stands for more than {MAX_NODES:,} values or {MAX_DEPTH} levels, aliases resolved")
+    known[id(node)] = size, depth
+    return size, depth
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
