@@ -315,12 +315,9 @@ def _is_rendered(part: _Part) -> bool:
 
 def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What the token ids of a part of the data are made from: the cache of reference log-probs says what changed."""
-    texts = (
-        repr((e.prompt, e.template_arguments, *((one.text, one.turns) for one in e.responses)))
-        for e in part.read.examples
-    )
     data = hashlib.sha256()
-    for text in texts:
+    for e in part.read.examples:
+        text = repr((e.prompt, e.template_arguments, *((one.text, one.turns) for one in e.responses)))
         data.update(hashlib.sha256(text.encode()).digest())
     local, limits = Path(part.path).expanduser(), part.limits
     lengths = f"max_prompt_tokens={limits.max_prompt_tokens} max_tokens={limits.max_tokens}"
