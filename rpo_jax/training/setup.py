@@ -252,9 +252,8 @@ def _pairs_of(data: PreferenceData) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return *firsts, is_chosen
 
 
-def _check_data(config: Config, prepared: Prepared, shards: int) -> None:
-    """ValueError for data that cannot be packed or contrasted, before anything is loaded."""
-    batches_of(config, prepared.train, prepared.responses, shards)
+def _check_held_out(config: Config, prepared: Prepared, shards: int) -> None:
+    """ValueError for held-out data that cannot be packed or contrasted, before anything is loaded."""
     if prepared.held_out is None:
         return
     sweep_of(config, prepared.held_out, prepared.eval_responses, shards)
@@ -287,14 +286,13 @@ def make_setup(
     """Load, place and compile what training needs.
 
     Args:
-        total_steps: as total_steps_of gives it.
+        total_steps: as total_steps_of gives it, which refuses training data that no batch can be made of.
         base: as base_record gives it; None where all weights are trained.
 
     Raises ValueError for data or a reference that does not fit, before anything is loaded or compiled.
     """
     shards, policy = sharding.row_shards(mesh), models.Policy(model_config, config.lora)
-    if not config.train.rounds:
-        _check_data(config, prepared, shards)
+    _check_held_out(config, prepared, shards)
     models.to_transformers(model_config, model_config.dtype)
     if resolve(config).objective.uses_reward_head:
         models.classifier_name(model_config)
