@@ -53,11 +53,6 @@ def fault(folder: Path) -> str | None:
     return f"the content of {wrong[0]} does not match its checksum" if wrong else None
 
 
-def has_manifest(folder: Path) -> bool:
-    """Whether `write_manifest` has recorded a folder."""
-    return (folder / NAME).is_file()
-
-
 def _checked(name: str, entry: Any) -> tuple[int, str]:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"it names {name[:100]!r}, which is not in the folder")

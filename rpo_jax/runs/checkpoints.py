@@ -34,7 +34,7 @@ from rpo_jax.core.files import (
     sync_folder,
 )
 from rpo_jax.core.jsonl import parse_json
-from rpo_jax.core.manifest import NAME, fault, has_manifest, write_manifest
+from rpo_jax.core.manifest import NAME, fault, write_manifest
 from rpo_jax.hosts.devices import devices
 from rpo_jax.models import Experts, Variant
 
@@ -324,7 +324,7 @@ def _quieten_storage() -> None:
 
 def step_fault(folder: Path) -> str | None:
     """Why the checkpoint in a folder cannot be used; None where it can, or was made before there were checksums."""
-    if has_manifest(folder):
+    if (folder / NAME).is_file():
         return fault(folder)
     try:
         record = parse_json((folder / "record" / "metadata").read_bytes())
