@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from rpo_jax import models
-from rpo_jax.config import Config, PolicyConfig
+from rpo_jax.config import Config
 from rpo_jax.core.memory import size
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
@@ -46,11 +46,6 @@ def check_room(config: Config, model_config: ModelConfig, folder: Path, *, resum
             f"run.dir={folder}: a checkpoint takes {size(one)}, and its disk has {size(free)} left; free some room "
             "there, choose another run.dir, or train less of the model (lora.rank)."
         )
-
-
-def smallest_model(size: PolicyConfig, max_tokens: int) -> ModelConfig:
-    """The policy from scratch if its vocabulary, which may still be learnt, were that of bytes."""
-    return models.configured(size, min(size.vocab_size, 256), max_tokens)
 
 
 def device_bytes(tree: Any) -> int:

@@ -47,7 +47,7 @@ from rpo_jax.training.hooks.logging import Logging
 from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.hooks.stopping import StopRequests
 from rpo_jax.training.loop import Programs, train
-from rpo_jax.training.needs import check_room, held_bytes, less_memory, smallest_model
+from rpo_jax.training.needs import check_room, held_bytes, less_memory
 from rpo_jax.training.prepare import batches_of, prepare
 from rpo_jax.training.rounds import Extrapolation, Rater, RoundFailed
 from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config, total_steps_of
@@ -147,7 +147,8 @@ def _run(asked: _Asked) -> RunResult:
     if taken := options_taken(config):
         reporter.say(f"objective {config.objective.name}: {taken}")
     loaded = None if config.model.path is None else models.check_pretrained(config.model.path)
-    planned = loaded or smallest_model(config.model, config.data.max_tokens)
+    # A new model at its smallest: its vocabulary, which may still be learnt, as that of bytes.
+    planned = loaded or models.configured(config.model, min(config.model.vocab_size, 256), config.data.max_tokens)
     check_policy(config.model.router_aux_loss_coef, planned, mesh)
     for path in (config.reference.path, *config.reference.others):
         if path is not None and resolve(config).reference is not None:
