@@ -13,7 +13,7 @@ import functools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -179,28 +179,21 @@ class Rounds(Hook):
     rater: Rater
     saving: Saving
     log: MetricsLog
-    _settings: RoundsConfig = field(init=False)
 
     def __post_init__(self) -> None:
-        self._settings = self.config.rounds
-        settings, model_config, mesh = self._settings, self.models.config, self.models.mesh
+        settings, model_config, mesh = self.config.rounds, self.models.config, self.models.mesh
         self._folder = Path(self.config.run.dir).expanduser() / FOLDER
+        dtype, ends = self.config.model.compute_dtype, sorted(self.models.end_ids)
         self._policy = Policy(model_config, self.config.lora)
-        self._readable = make_readable(self._policy, self.config.model.compute_dtype, mesh)
+        self._readable = make_readable(self._policy, dtype, mesh)
+
+        @functools.cache  # one for both, where both sample alike
+        def engine(sampling: Sampling) -> Engine:
+            return Engine(model_config, mesh, sampling=sampling, end_ids=ends, compute_dtype=dtype)
+
         sampling = Sampling(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
         # At temperature 1 and of all tokens: only so are log-ratios of its answers an estimate of the KL.
-        ways = {"train": sampling, "held_out": Sampling(temperature=1.0)}
-        engines = {
-            way: Engine(
-                model_config,
-                mesh,
-                sampling=way,
-                end_ids=sorted(self.models.end_ids),
-                compute_dtype=self.config.model.compute_dtype,
-            )
-            for way in set(ways.values())
-        }
-        self._engines = {name: engines[way] for name, way in ways.items()}
+        self._engines = {"train": engine(sampling), "held_out": engine(Sampling(temperature=1.0))}
         prompts = [one.prompt_ids for part in self.prepared.prompts.values() for one in part.data.examples]
         longest, shortest = max(map(len, prompts)), min(map(len, prompts))
         # Of a prompt and an answer with its end token; encoded anew, an answer may have some tokens more, and is cut.
@@ -225,7 +218,7 @@ class Rounds(Hook):
         return run.step % self.batches.steps == 0
 
     def at_pause(self, run: Training) -> None:
-        if run.step % self.batches.steps == 0:
+        if self.wants_pause(run):
             self._begin(run)
 
     def _begin(self, run: Training) -> None:
@@ -233,11 +226,11 @@ class Rounds(Hook):
             return
         if run.step == 0:
             self.saving.keep(run)  # what a round before the first checkpoint samples is not to be lost
+        number = run.step // self.batches.steps
         try:
-            self._make(run, run.step // self.batches.steps)
+            self._make(run, number)
         except (RoundFailed, TokenizerError) as error:
             self.saving.keep(run)
-            number = run.step // self.batches.steps
             raise RoundFailed(f"round {number} (after step {run.step}): {error}") from error
         except BaseException:
             self.saving.keep(run)
@@ -271,7 +264,7 @@ class Rounds(Hook):
             with _of_rows():
                 read = self._read(name)
             data = self._with_reference(run, read, self._folder / f"{name}.safetensors")
-            least = self._settings.samples - 1  # of a kind, that a prompt may have in this round or another
+            least = self.config.rounds.samples - 1  # of a kind, that a prompt may have in this round or another
             shards, responses = sharding.row_shards(self.models.mesh), self.prepared.responses
             with _of_rows():
                 batches = batches_of(self._trained_as, data, responses, shards, least_slots=least)
@@ -287,7 +280,7 @@ class Rounds(Hook):
         """The round's rows on disk, and its metrics; None where the run is to stop."""
         name, held_out = f"{number:04d}", {}
         params = self._readable(run.state.params, self.models.frozen)
-        if "held_out" in self.prepared.prompts and (last or number % self._settings.eval_every == 0):
+        if "held_out" in self.prepared.prompts and (last or number % self.config.rounds.eval_every == 0):
             evaluated = self._evaluated(run, params, number)
             if evaluated is None:
                 return None
@@ -295,8 +288,8 @@ class Rounds(Hook):
         if last:
             return held_out
         count = len(self.prepared.prompts["train"].rows)
-        wanted = drawn(self.config.run.seed, number, min(self._settings.prompts or count, count), count)
-        numbers = [index for index in wanted for _ in range(self._settings.samples)]
+        wanted = drawn(self.config.run.seed, number, min(self.config.rounds.prompts or count, count), count)
+        numbers = [index for index in wanted for _ in range(self.config.rounds.samples)]
         answers = self._answers(run, "train", numbers, params, number, self._folder / f"{name}.answers.jsonl")
         if answers is None:
             return None
@@ -318,9 +311,9 @@ class Rounds(Hook):
         examples = self.prepared.prompts[part].data.examples
         prompts = [examples[index].prompt_ids for index in numbers]
         room = (min(self.models.config.positions, self.config.data.max_tokens - 1) - len(ids) for ids in prompts)
-        limits = [max(0, min(self._settings.max_tokens, left)) for left in room]
+        limits = [max(0, min(self.config.rounds.max_tokens, left)) for left in room]
         seeds = prompt_seeds(prompts, (self.config.run.seed << 32) + 2 * number + (part != "train"))
-        sampling = [self._settings.temperature, self._settings.top_k, self._settings.top_p]
+        sampling = [self.config.rounds.temperature, self.config.rounds.top_k, self.config.rounds.top_p]
         # What an answer follows from besides the policy; a seed says which prompt it is and which of its samples.
         asked = [[seed, limit, *sampling] for seed, limit in zip(seeds, limits, strict=True)]
         done: dict[int, Answer] = {}
@@ -357,7 +350,7 @@ class Rounds(Hook):
         No reward where no answer has a score, as from a judge, who compares answers to the same prompt.
         """
         asked = self.prepared.prompts["held_out"].data.examples
-        count = min(self._settings.eval_prompts, len(asked))
+        count = min(self.config.rounds.eval_prompts, len(asked))
         answers = self._answers(run, "held_out", range(count), params, number)
         if answers is None:
             return None
@@ -400,7 +393,7 @@ class Rounds(Hook):
             return data
         if file.is_file():
             return replace(data, reference_log_probs=load(file.read_bytes())["log_probs"])
-        reference = self.models.start if self._settings.reference == "start" else self._params(run)
+        reference = self.models.start if self.config.rounds.reference == "start" else self._params(run)
         log_probs = self._scored(data, self.prepared.responses, reference)
         atomic_write(file, save({"log_probs": log_probs}))
         return replace(data, reference_log_probs=log_probs)
