@@ -114,12 +114,9 @@ def _card_of(base: str | None) -> dict[str, Any]:
     """The metadata of the base's card, {} where it has none that can be read."""
     if base is None:
         return {}
-    card = Path(base).expanduser() / "README.md"
-    if not card.is_file():
-        cached = _cached(base, "README.md")
-        if cached is None:
-            return {}
-        card = cached
+    own = Path(base).expanduser() / "README.md"
+    if (card := own if own.is_file() else _cached(base, own.name)) is None:
+        return {}
     try:
         lines = iter(read_text(card).splitlines())
         if next(lines, "").strip() != "---":
