@@ -177,10 +177,7 @@ def _diagonal(mask: Bool[Array, "*G M M"], weighting: str) -> Bool[Array, "M M"]
 
 
 def diagonal_weights(
-    m: int,
-    alpha: float = 0.8,
-    mask: Bool[Array, "*G B M"] | None = None,
-    is_own_pair: Bool[Array, "B M"] | None = None,
+    m: int, alpha: float = 0.8, mask: Bool[Array, "*G B M"] | None = None, is_own_pair: Bool[Array, "B M"] | None = None
 ) -> Float[Array, "*G B M"]:
     """Emphasis on a pair's own entry.  w_ij = alpha if i = j, else (1 - alpha) / (M - 1).  Eq. 13.
 

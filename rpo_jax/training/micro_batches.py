@@ -109,10 +109,7 @@ def _differentiable(log_probs: LogProbs) -> Any:
 
 
 def accumulate_log_probs(
-    forward: Forward,
-    params: Params,
-    rows: dict[str, Int[Array, "B r T"]],
-    num_responses: int,
+    forward: Forward, params: Params, rows: dict[str, Int[Array, "B r T"]], num_responses: int
 ) -> LogProbs:
     """Log-probs of all responses, one micro-batch at a time: a response is in one row, so they add up."""
 

@@ -113,11 +113,7 @@ def batches_of(
 
 
 def sweep_of(
-    config: Config,
-    data: PreferenceData,
-    responses: tuple[str, ...],
-    row_shards: int,
-    own_rows: OwnRows | None = None,
+    config: Config, data: PreferenceData, responses: tuple[str, ...], row_shards: int, own_rows: OwnRows | None = None
 ) -> PreferenceBatches:
     """Batches of every response once, in order: for evaluation."""
     return PreferenceBatches(
