@@ -28,15 +28,7 @@ HALVES = (1, 2, 4, 8)  # shares of a chunk in fewer turns, each of which is one 
 
 
 class Settings(NamedTuple):
-    """How the head runs.
-
-    Attributes:
-        chunk_tokens: of a shard, at a time.
-        constrain: where logits go.
-        softcap: of the logits.
-        collides: whether collisions are asked for.
-        keeps: whether the first chunk's logits are kept for the backward pass, which computes the others again.
-    """
+    """How the head runs; arguments of `response_log_probs`."""
 
     chunk_tokens: int
     constrain: Constrain
