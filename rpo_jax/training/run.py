@@ -48,9 +48,9 @@ from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.hooks.stopping import StopRequests
 from rpo_jax.training.loop import Programs, train
 from rpo_jax.training.needs import check_room, held_bytes, less_memory
-from rpo_jax.training.prepare import batches_of, prepare
+from rpo_jax.training.prepare import prepare
 from rpo_jax.training.rounds import Extrapolation, Rater, RoundFailed
-from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config, total_steps_of
+from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config, run_length
 from rpo_jax.training.step import check_experts, check_policy
 
 
@@ -157,9 +157,7 @@ def _run(asked: _Asked) -> RunResult:
     check_room(config, planned, run_dir, resuming=resuming)
     prepared = prepare(config, reporter, run_dir / MODEL if resuming else None)
     model_config = policy_config(config.model, config.data.max_tokens, prepared.tokenizer, loaded, reporter)
-    steps, draws = total_steps_of(config, prepared, mesh), len(prepared.train.examples)
-    if not config.train.rounds:
-        draws = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh)).epoch_draws
+    steps, draws = run_length(config, prepared, mesh)
     for advice in advise(config, draws, steps, model_config.initializer_range):
         reporter.say(str(advice))
     base = base_record(config)

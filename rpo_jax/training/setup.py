@@ -264,12 +264,13 @@ def _check_held_out(config: Config, prepared: Prepared, shards: int) -> None:
         )
 
 
-def total_steps_of(config: Config, prepared: Prepared, mesh: Mesh) -> int:
-    """How many steps a run has; ValueError for data that no batch can be made of."""
+def run_length(config: Config, prepared: Prepared, mesh: Mesh) -> tuple[int, int]:
+    """Steps of a run, and what an epoch draws (with rounds, prompts); ValueError for data that gives no batch."""
     if config.train.rounds:
-        return config.train.rounds * round_steps(config, len(prepared.train.examples))
+        prompts = len(prepared.train.examples)
+        return config.train.rounds * round_steps(config, prompts), prompts
     batches = batches_of(config, prepared.train, prepared.responses, sharding.row_shards(mesh))
-    return total_steps(config.train, batches.steps_per_epoch)
+    return total_steps(config.train, batches.steps_per_epoch), batches.epoch_draws
 
 
 def make_setup(
@@ -286,7 +287,7 @@ def make_setup(
     """Load, place and compile what training needs.
 
     Args:
-        total_steps: as total_steps_of gives it, which refuses training data that no batch can be made of.
+        total_steps: as run_length gives it, which refuses training data that no batch can be made of.
         base: as base_record gives it; None where all weights are trained.
 
     Raises ValueError for data or a reference that does not fit, before anything is loaded or compiled.

@@ -18,7 +18,7 @@ from rpo_jax.runs.folder import MODEL, base_record
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.policy import find_policy
 from rpo_jax.training.prepare import Prepared
-from rpo_jax.training.setup import make_setup, total_steps_of
+from rpo_jax.training.setup import make_setup, run_length
 from rpo_jax.training.step import build_log_probs, put_batch
 
 BINS = 32
@@ -69,7 +69,7 @@ def held_out_scores(
             prepared,
             mesh,
             reporter,
-            total_steps=total_steps_of(settings, prepared, mesh),
+            total_steps=run_length(settings, prepared, mesh)[0],
             base=base_record(settings),
             resuming=True,
         )
