@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rpo_jax.core.records import Message
 
@@ -14,6 +14,16 @@ Prompt = str | tuple[Message, ...]
 
 class JudgingFailed(ValueError):
     """A judge cannot be asked, or what it gives is no verdict; the message says why, and is for the user."""
+
+
+def turns(prompt: Prompt) -> tuple[Message, ...]:
+    """A prompt's messages; a string is a user's."""
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def as_json(prompt: Prompt) -> str | list[dict[str, Any]]:
+    """A prompt as rows have it, and as a user's function gets it."""
+    return prompt if isinstance(prompt, str) else [message.to_dict() for message in prompt]
 
 
 class Pair(NamedTuple):

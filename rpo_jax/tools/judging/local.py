@@ -15,10 +15,11 @@ from rpo_jax.core.torch_extra import check_torch
 from rpo_jax.data.chat_template import ChatTemplate
 from rpo_jax.data.control_tokens import TextEncoder
 from rpo_jax.data.conversations import hidden
+from rpo_jax.data.layouts.messages import turns_text
 from rpo_jax.data.tokenize import TokenLimits, tokenize_examples
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.models import RENDERING
-from rpo_jax.tools.judging.comparisons import Choice, Comparison, JudgingFailed, Prompt, Verdict
+from rpo_jax.tools.judging.comparisons import Choice, Comparison, JudgingFailed, Prompt, Verdict, as_json, turns
 
 _BATCH = 8
 _MOST_TOKENS = 32_768  # of tokenizers that name no limit, or a number that means none
@@ -115,16 +116,15 @@ class RewardJudge:
 
     def _encode(self, prompt: Prompt, response: str) -> tuple[dict[str, list[int]], bool]:
         if self._template is None:
-            texts = _text(prompt), response
+            texts = prompt if isinstance(prompt, str) else turns_text(prompt), response
             self._encoder.encode(texts)  # where it can be stopped: what passes there is safe here
             whole = self._tokenizer(*texts, truncation=False, verbose=False)
             if len(whole["input_ids"]) <= self._limit:
                 return dict(whole), False
             return dict(self._tokenizer(*texts, truncation=True, max_length=self._limit)), True
-        asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
         encoder = self._template.encoder
-        turns = [hidden(message, encoder) for message in (*asked, Message("assistant", response))]
-        (text,) = self._template.render([(turns, False)])
+        conversation = [hidden(turn, encoder) for turn in (*turns(prompt), Message("assistant", response))]
+        (text,) = self._template.render([(conversation, False)])
         if isinstance(text, ValueError):
             raise text
         ids = encoder.encode([text])[0].tolist()
@@ -171,19 +171,6 @@ def _trained_limits(folder: Path) -> TokenLimits | None:
         raise ValueError(f"{folder / RENDERING} is damaged ({error}); export the model again.") from None
 
 
-def _plain(prompt: Prompt) -> str | list[dict[str, str]]:
-    """A prompt as a user's function gets it."""
-    if isinstance(prompt, str):
-        return prompt
-    return [{"role": message.role, "content": message.content} for message in prompt]
-
-
-def _text(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{message.role}: {message.content}" for message in prompt)
-
-
 class RuleJudge:
     """A function from a Python file, given as MODULE.py:FUNCTION.
 
@@ -221,7 +208,7 @@ class RuleJudge:
 
     def verdicts(self, comparisons: Sequence[Comparison]) -> Iterator[tuple[int, Verdict]]:
         for index, comparison in enumerate(comparisons):
-            prompt = _plain(comparison.pair.prompt)
+            prompt = as_json(comparison.pair.prompt)
             try:
                 verdict = self._compare(prompt, *comparison.responses)
             except Exception as error:  # whatever a user's function raises
@@ -233,7 +220,7 @@ class RuleJudge:
     def score(self, prompt: Prompt, response: str) -> float:
         """What the function gives for one response. Raises JudgingFailed where that is no finite number."""
         try:
-            score = float(self._function(_plain(prompt), response))
+            score = float(self._function(as_json(prompt), response))
         except Exception as error:  # whatever a user's function raises
             raise JudgingFailed(f"{self.name} fails: {type(error).__name__}: {error}") from None
         if not math.isfinite(score):

@@ -11,7 +11,7 @@ from rpo_jax.core.records import Message
 from rpo_jax.core.text import printable, well_formed
 from rpo_jax.data.examples import make_examples
 from rpo_jax.data.sources import BadRow, read_rows
-from rpo_jax.tools.judging.comparisons import Comparison, Pair, Prompt
+from rpo_jax.tools.judging.comparisons import Comparison, Pair, Prompt, turns
 
 CHOSEN = "chosen"
 
@@ -123,16 +123,14 @@ def _keys(responses: Sequence[PairedResponse]) -> list[str]:
     seen: dict[str, int] = {}
     keys = []
     for response in responses:
-        messages = (Message("user", response.prompt),) if isinstance(response.prompt, str) else response.prompt
-        text = json.dumps([(message.role, message.content.strip()) for message in messages])
+        text = json.dumps([(turn.role, turn.content.strip()) for turn in turns(response.prompt)])
         seen[text] = seen.get(text, -1) + 1
         keys.append(f"{text}#{seen[text]}")
     return keys
 
 
 def _shown(response: PairedResponse) -> str:
-    text = response.prompt if isinstance(response.prompt, str) else response.prompt[-1].content
-    text = " ".join(text.split())
+    text = " ".join(turns(response.prompt)[-1].content.split())
     return printable(f"{response.place} ({text[:60] + '...' if len(text) > 60 else text!r})")
 
 

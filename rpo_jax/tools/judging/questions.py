@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from rpo_jax.core.records import Message
 from rpo_jax.core.templates import render
-from rpo_jax.tools.judging.comparisons import Choice, Prompt
+from rpo_jax.tools.judging.comparisons import Choice, Prompt, turns
 
 Task = Literal["dialogue", "summarization"]
 
@@ -21,9 +20,7 @@ def question(task: Task, prompt: Prompt, first: str, second: str) -> str:
 
     A summarization prompt loses the "TL;DR:" at its end: it asks for a summary and is no part of the post.
     """
-    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    turns = [f"<|{message.role}|>\n\n{message.content.strip()}" for message in messages]
-    conversation = "\n\n".join(turns)
+    conversation = "\n\n".join(f"<|{turn.role}|>\n\n{turn.content.strip()}" for turn in turns(prompt))
     if task == "summarization":
         conversation = conversation.removesuffix("TL;DR:").rstrip()
     parts = {"conversation": conversation, "first": first.strip(), "second": second.strip()}

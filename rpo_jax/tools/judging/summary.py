@@ -15,7 +15,7 @@ from rpo_jax.core.jsonl import write_jsonl
 from rpo_jax.core.pages import dot_chart
 from rpo_jax.core.templates import render
 from rpo_jax.tools.judging import statistics
-from rpo_jax.tools.judging.comparisons import Comparison, Verdict
+from rpo_jax.tools.judging.comparisons import Comparison, Verdict, as_json
 
 VERDICTS, SUMMARY, REPORT, PAGE = "verdicts.jsonl", "summary.json", "summary.md", "summary.html"
 SHOWN = 12  # comparisons of the page
@@ -127,10 +127,9 @@ def write(
 
 
 def _row(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
-    prompt = comparison.pair.prompt
     return {
         "row_id": comparison.pair.row_id,
-        "prompt": prompt if isinstance(prompt, str) else [message.to_dict() for message in prompt],
+        "prompt": as_json(comparison.pair.prompt),
         "a": comparison.pair.a,
         "b": comparison.pair.b,
         "first": "a" if comparison.a_first else "b",

@@ -19,6 +19,7 @@ from rpo_jax.core.locks import one_writer
 from rpo_jax.core.templates import render
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.generation import GenerateConfig, generate
+from rpo_jax.tools.judging.comparisons import as_json, turns
 from rpo_jax.tools.judging.pairs import prompt_of
 from rpo_jax.tools.sampling.scorers import Asked, Scorer, make_scorer, renamed
 from rpo_jax.tools.sampling.selection import RULES, Rule, rso
@@ -205,7 +206,7 @@ def _rows(config: Choice, one: Asked, scores: Sequence[float | None], counts: Co
     if len(set(values)) < 2:
         counts["prompts whose answers score the same"] += 1
         return
-    prompt = one.prompt if isinstance(one.prompt, str) else [turn.to_dict() for turn in one.prompt]
+    prompt = as_json(one.prompt)
     if config.select == ALL:
         yield {"prompt": prompt, "responses": [answer for answer, _ in known], "scores": values}
         return
@@ -273,7 +274,7 @@ def _page(
     step = -(-len(asked) // SHOWN)
     shown = [
         (
-            one.prompt if isinstance(one.prompt, str) else one.prompt[-1].content,
+            turns(one.prompt)[-1].content,
             sorted(
                 zip(values, one.answers, strict=True),
                 key=lambda scored: float("-inf") if scored[0] is None else scored[0],
