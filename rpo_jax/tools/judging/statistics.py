@@ -46,9 +46,7 @@ def bootstrap(scores: Float[np.ndarray, "n"], seed: int, resamples: int = 10_000
 RIDGE = 0.01  # keeps the fit finite where lengths or verdicts separate perfectly; no weight beside a few prompts
 
 
-def length_controlled(
-    scores: Float[np.ndarray, "n"], differences: Float[np.ndarray, "n"], weights: Float[np.ndarray, "n"] | None = None
-) -> tuple[float, float]:
+def length_controlled(scores: Float[np.ndarray, "n"], differences: Float[np.ndarray, "n"]) -> tuple[float, float]:
     """The score to expect at equal lengths, and the log-odds that one unit of length adds.
 
     Fits P(A wins) = sigmoid(theta + phi tanh(d / std d)), d the difference of lengths, A's less B's, and gives
@@ -58,12 +56,11 @@ def length_controlled(
     spread = float(np.std(differences))
     lengths = np.tanh(differences / spread) if spread > 0 else np.zeros_like(differences)
     features = np.stack([np.ones_like(lengths), lengths], axis=1)
-    weights = np.ones_like(scores) if weights is None else weights
     parameters = np.zeros(2)
     for _ in range(100):
         expected = 1 / (1 + np.exp(-np.clip(features @ parameters, -30, 30)))
-        gradient = features.T @ (weights * (scores - expected)) - RIDGE * parameters
-        curvature = (features * (weights * expected * (1 - expected))[:, None]).T @ features + RIDGE * np.eye(2)
+        gradient = features.T @ (scores - expected) - RIDGE * parameters
+        curvature = (features * (expected * (1 - expected))[:, None]).T @ features + RIDGE * np.eye(2)
         step = np.linalg.solve(curvature, gradient)
         # A full step from far away may overshoot.
         step *= min(1.0, 4.0 / max(float(np.abs(step).max()), 1e-12))
@@ -78,9 +75,7 @@ def length_controlled_bootstrap(
 ) -> Interval:
     """95 % percentile interval of the length-controlled rate, fitted anew to every resample of prompts."""
     n, random = len(scores), np.random.default_rng(seed)
-    rates = []
-    for _ in range(resamples):
-        drawn = random.integers(n, size=n)
-        rates.append(length_controlled(scores[drawn], differences[drawn])[0])
+    draws = (random.integers(n, size=n) for _ in range(resamples))
+    rates = [length_controlled(scores[drawn], differences[drawn])[0] for drawn in draws]
     low, high = np.percentile(rates, [2.5, 97.5])
     return float(low), float(high)
