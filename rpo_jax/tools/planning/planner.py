@@ -116,7 +116,7 @@ def make_planner(config: Config, options: PlanOptions) -> Planner:
         raise ValueError("--rows and --row-tokens belong together, both positive.")
     fixed = (sizes[0], sizes[1]) if sizes else None
     lengths = assumed_lengths(config, options.prompt_tokens, options.response_tokens, options.lengths)
-    model, _ = planned_model(config, options.model)
+    model = planned_model(config, options.model)
     memory = parse_bytes(options.device_memory) if options.device_memory else None
     target, asked = target_of(_topology(options), memory), config.model.attention
     # A kernel of a library that only a GPU's machine has is planned as one that is as sparing.

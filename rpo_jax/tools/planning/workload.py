@@ -68,8 +68,8 @@ def known_model(name: str) -> ModelConfig:
     return described(sizes["config"]) if "config" in sizes else models.new_config(**sizes)
 
 
-def planned_model(config: Config, name: str | None) -> tuple[ModelConfig, str]:
-    """The policy's architecture and what to call it: by name, from its folder, or of the configured sizes.
+def planned_model(config: Config, name: str | None) -> ModelConfig:
+    """The policy's architecture: by name, from its folder, or of the configured sizes.
 
     Raises ValueError for a name or a folder that is not there.
     """
@@ -79,10 +79,9 @@ def planned_model(config: Config, name: str | None) -> tuple[ModelConfig, str]:
     if name is not None:
         if name not in KNOWN_MODELS:
             raise ValueError(f"--model {name} is not known; use one of {', '.join(KNOWN_MODELS)}.")
-        return known_model(name), name
+        return known_model(name)
     if path is None:
-        model = models.configured(config.model, config.model.vocab_size, config.data.max_tokens)
-        return model, f"{config.model.family} of the configured sizes"
+        return models.configured(config.model, config.model.vocab_size, config.data.max_tokens)
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         refuse_gguf(folder)
@@ -90,7 +89,7 @@ def planned_model(config: Config, name: str | None) -> tuple[ModelConfig, str]:
             f"model.path={path} is no folder with a config.json here; give --model with one of "
             f"{', '.join(KNOWN_MODELS)}, or sizes with --model.path null --model.hidden_size ..."
         )
-    return models.read_config(folder), str(path)
+    return models.read_config(folder)
 
 
 def assumed_lengths(
