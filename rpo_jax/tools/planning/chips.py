@@ -22,7 +22,6 @@ class Chip:
         link_rate: bytes a second that it can send to its neighbours, all links together, one way.
         network_rate: bytes a second that it can send to other hosts; None where its links reach them.
         source: the maker's page that says so.
-        device_kind: what JAX calls it; None for a GPU.
         gpu: what the CUDA compiler has to know of a GPU, by the names in templates/gpu_target.txtpb; None for a TPU.
     """
 
@@ -33,7 +32,6 @@ class Chip:
     link_rate: float
     network_rate: float | None = None
     source: str
-    device_kind: str | None = None
     gpu: dict[str, Any] | None = None
 
 
@@ -44,12 +42,11 @@ CHIPS = {
         memory=row["memory_bytes"],
         memory_rate=row["memory_gigabytes_per_second"] * 1e9,
         link_rate=row["link_gigabytes_per_second"] * 1e9,  # the makers add both directions of NVLink up: half of that
-        network_rate=row["network_gigabytes_per_second"] * 1e9 if row["device_kind"] is None else None,
+        network_rate=row["network_gigabytes_per_second"] * 1e9 if "gpu" in row else None,
         source=row["source"],
-        device_kind=row["device_kind"],
         gpu=row.get("gpu"),
     )
     for name, row in TABLES["chips"].items()
 }
-TPUS = tuple(chip.name for chip in CHIPS.values() if chip.device_kind)
+TPUS = tuple(chip.name for chip in CHIPS.values() if not chip.gpu)
 GPUS = tuple(chip.name for chip in CHIPS.values() if chip.gpu)
