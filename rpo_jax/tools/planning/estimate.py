@@ -175,15 +175,11 @@ def counted(
     )
 
 
-def _place(one: hlo.Collective) -> str:
-    return "chunks" if one.bounded else "loops" if one.in_loop else "outside"
-
-
 def _summed(exchanges: list[hlo.Collective]) -> tuple[Exchange, ...]:
     groups: dict[tuple[str, str], list[hlo.Collective]] = defaultdict(list)
     for one in exchanges:
         kind = f"{one.ring} (ring of permutes)" if one.ring else one.kind
-        groups[kind, _place(one)].append(one)
+        groups[kind, "chunks" if one.bounded else "loops" if one.in_loop else "outside"].append(one)
     rows = []
     for (kind, place), members in groups.items():
         largest = max(members, key=lambda one: one.bytes)
@@ -193,7 +189,7 @@ def _summed(exchanges: list[hlo.Collective]) -> tuple[Exchange, ...]:
                 place,
                 sum(one.times for one in members),
                 largest.bytes,
-                f"{largest.shape.dtype}{list(largest.shape.dims)}",
+                str(largest.shape),
                 sum(one.sent * one.times for one in members),
                 any(one.bounded for one in members),
             )
@@ -211,10 +207,10 @@ def _surprises(
     for one in exchanges:
         numbers = one.shape.bytes // max(1, hlo.Shape(one.shape.dtype, ()).bytes)
         if one.kind == "all-gather" and numbers > max(layer, table) and (context == 1 or numbers != keys):
-            surprises.append(f"all-gather of {_shape(one)}, more than a layer or the vocabulary's table ({one.where})")
+            surprises.append(f"all-gather of {one.shape}, more than a layer or the vocabulary's table ({one.where})")
         activations = local_tokens * model.hidden_size  # which devices that share a matrix product add up
         if one.kind == "all-reduce" and numbers >= table // tensor and numbers > 2**20 and numbers != activations:
-            surprises.append(f"all-reduce of {_shape(one)}, whole on every device ({one.where})")
+            surprises.append(f"all-reduce of {one.shape}, whole on every device ({one.where})")
     least = 2 * CHUNK_TOKENS  # a chunk of logits is meant to be there
     if local_tokens >= least:
         logits = {
@@ -225,9 +221,5 @@ def _surprises(
             and math.prod(shape.dims[:-1]) >= local_tokens
             and shape.dims[-2:-1] != (model.hidden_size,)
         }
-        surprises += [f"a buffer of {shape.dtype}{list(shape.dims)}: logits of all tokens" for shape in sorted(logits)]
+        surprises += [f"a buffer of {shape}: logits of all tokens" for shape in sorted(logits)]
     return tuple(dict.fromkeys(surprises))
-
-
-def _shape(one: hlo.Collective) -> str:
-    return f"{one.shape.dtype}{list(one.shape.dims)}"

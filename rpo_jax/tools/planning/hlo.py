@@ -44,6 +44,9 @@ class Shape(NamedTuple):
     def bytes(self) -> int:
         return _BYTES.get(self.dtype, 1) * math.prod(self.dims)
 
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.dims)}"
+
 
 def shapes_in(text: str) -> list[Shape]:
     """All array shapes that a piece of text names, in its order."""
