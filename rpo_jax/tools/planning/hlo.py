@@ -18,7 +18,7 @@ _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
 _SHAPE = re.compile(r"\b(" + "|".join(sorted(_BYTES, key=len, reverse=True)) + r"|f8\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(")
-_LAYOUT = re.compile(r"(?<=\])\{[^{}]*\}")
+_LAYOUT = re.compile(r"(?<=\])\{[^{}]*\}")  # in braces behind a shape; it may hold parentheses and letters
 _OPCODE = re.compile(r" ([a-z][\w-]*)\(")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation|async_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -129,7 +129,7 @@ def parse(text: str) -> Program:
             # A kernel's whole code stands behind this; of the rest, only the trip count is wanted.
             rest, _, settings = rest.partition("backend_config=")
             trips = _TRIPS.search(settings)
-            clean = " " + _without_layouts(_COMMENT.sub("", rest)) + (trips.group(0) if trips else "")
+            clean = " " + _LAYOUT.sub("", _COMMENT.sub("", rest)) + (trips.group(0) if trips else "")
             opcode = _OPCODE.search(clean)
             if opcode is None:
                 continue
@@ -139,11 +139,6 @@ def parse(text: str) -> Program:
                 name, opcode.group(1), clean[: opcode.start()], operands, f"({inside}){after}", bool(root)
             )
     return program
-
-
-def _without_layouts(text: str) -> str:
-    """Shapes without what stands in braces behind them: layouts hold parentheses and letters."""
-    return _LAYOUT.sub("", text)
 
 
 def _arguments(text: str) -> tuple[str, str]:
@@ -270,7 +265,7 @@ def _walk(program: Program, computation: str, runs: _Runs, most_trips: int) -> I
     """All instructions that run, with how often; loops within loops multiply."""
     for instruction in program.computations.get(computation, {}).values():
         yield computation, instruction, runs
-        called = _CALLED.findall(instruction.text)
+        called = instruction.called
         for branches in _BRANCHES.findall(instruction.text):
             called += re.findall(r"%?([\w.-]+)", branches)
         inner = runs

@@ -20,7 +20,7 @@ from rpo_jax.models import ModelConfig
 from rpo_jax.tools.planning.compiled import OutOfMemory
 from rpo_jax.tools.planning.estimate import Estimate, estimate, shape_of
 from rpo_jax.tools.planning.printing import assumptions, print_assumptions, print_plan, print_ranking
-from rpo_jax.tools.planning.search import Trial, judged, largest_micro_batch, ranked, search
+from rpo_jax.tools.planning.search import Trial, judged, largest_micro_batch, ranked, search, with_micro_rows
 from rpo_jax.tools.planning.targets import Target, target_of
 from rpo_jax.tools.planning.workload import Lengths, assumed_lengths, planned_model
 
@@ -87,7 +87,7 @@ class Planner:
         config = self.config
         if planned.fits and config.batch.micro_rows is None:
             return "the whole batch: no micro-batches are needed", []
-        rows, shards = self.rows_of(replace(config, batch=replace(config.batch, micro_rows=None)))
+        rows, shards = self.rows_of(with_micro_rows(config, None))
         largest, tried = largest_micro_batch(self.compile_one, planned, rows, shards)
         if largest is None:
             return "none: not even one row per device fits", tried

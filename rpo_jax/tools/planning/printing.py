@@ -38,7 +38,7 @@ def print_plan(console: Console, one: Estimate, target: Target, largest: str, ba
     )
     console.print(printable(f"batch: {one.rows} rows x {one.row_tokens} tokens ({batch})"), markup=False)
     table = Table(title="Per device", show_header=False)
-    memory = one.memory
+    memory, parts = one.memory, (one.compute_seconds, one.memory_seconds, one.link_seconds)
     rows = [
         ("parameters (trained, float32)", gib(memory["params"])),
         ("optimizer state", gib(memory["optimizer"])),
@@ -52,7 +52,7 @@ def print_plan(console: Console, one: Estimate, target: Target, largest: str, ba
         ("operations", f"{one.flops / 1e12:,.2f} TFLOP ({one.necessary_flops / 1e12:,.2f} necessary)"),
         ("bytes moved in memory", f"{one.moved_bytes / 1e9:,.1f} GB"),
         ("bytes sent to others", f"{one.sent_bytes / 1e9:,.2f} GB"),
-        ("step time, arithmetic / memory / links", " / ".join(map(seconds, _parts(one)))),
+        ("step time, arithmetic / memory / links", " / ".join(map(seconds, parts))),
         ("step time", f"{seconds(one.seconds_overlapped)} to {seconds(one.seconds_serial)}"),
         ("utilisation", _utilisation(one, target)),
         ("compiled in", seconds(one.compile_seconds)),
@@ -90,10 +90,6 @@ def print_ranking(console: Console, trials: list[Trial], target: Target) -> None
         times = f"{seconds(one.seconds_overlapped)} to {seconds(one.seconds_serial)}"
         table.add_row(*head, gib(one.peak_bytes), gib(one.sent_bytes), times, _utilisation(one, target))
     console.print(table)
-
-
-def _parts(one: Estimate) -> tuple[float, float, float]:
-    return one.compute_seconds, one.memory_seconds, one.link_seconds
 
 
 def _utilisation(one: Estimate, target: Target) -> str:

@@ -170,15 +170,10 @@ def _contents(config: Config, lengths: Lengths, responses: tuple[str, ...]) -> t
     return float(tokens), float(scored), float(visible)
 
 
-def _room(max_tokens: int, prompt: int) -> int:
-    """Tokens of a response that fit after a refined prompt."""
-    return max(1, max_tokens - prompt - REFINING_TOKENS)
-
-
 def _response_tokens(max_tokens: int, example: Sequence[int]) -> dict[str, int]:
     """Tokens of an example's response of each kind."""
     prompt, chosen, rejected = example
-    room = _room(max_tokens, prompt)
+    room = max(1, max_tokens - prompt - REFINING_TOKENS)  # after a refined prompt
     plain = {"chosen": chosen, "rejected": rejected, "mismatched": rejected}
     return {**plain, "refined_chosen": min(chosen, room), "refined_rejected": min(rejected, room)}
 
