@@ -188,7 +188,7 @@ def test_operations_are_those_that_xla_counts_in_an_unrolled_model(monkeypatch, 
 def test_attention_is_counted_as_often_as_its_backward_pass_multiplies(attention, platform, times):
     model = small_model(hidden_size=64)
     config = Config(model=PolicyConfig(attention=attention, compute_dtype="bfloat16", remat="none"))
-    step = step_sizes(config, model, BatchShape(2, 2048, 4096, 1000, 1e6, ""), platform, 0)
+    step = step_sizes(config, model, BatchShape(2, 2048, 4096, 1000, 1e6, ""), platform)
     of_attention = step_flops(model, step) - step_flops(model, replace(step, seen_pairs=0))
     forward = 4 * model.num_layers * model.num_heads * model.head_dim * step.seen_pairs
     assert of_attention == pytest.approx((1 + times) * forward)
@@ -208,7 +208,7 @@ def test_no_more_is_necessary_than_is_done(rank):
     batch = planned_batch(config, lengths, ("chosen", "rejected"), 1, "cpu")
     assert batch.filled_tokens == batch.rows * batch.row_tokens
     share = necessary(model, config, lengths, ("chosen", "rejected")) / step_flops(
-        model, step_sizes(config, model, batch, "cpu", 0)
+        model, step_sizes(config, model, batch, "cpu")
     )
     assert 0.75 < share < 1  # logits are computed twice
 

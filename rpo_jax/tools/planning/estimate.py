@@ -99,11 +99,6 @@ class Estimate:
         }
 
 
-def references_in_step(config: Config) -> int:
-    """Forward passes of a reference in every step."""
-    return int(resolve(config).reference in ("live", "adapter"))
-
-
 def shape_of(config: Config, lengths: Lengths, target: Target, fixed: tuple[int, int] | None) -> BatchShape:
     """The batch's shape on the target's mesh; `fixed` rows and row tokens where the user gave them."""
     mesh = sharding.make_mesh(config.mesh, target.devices)
@@ -133,7 +128,7 @@ def counted(
 ) -> Estimate:
     mesh = sharding.make_mesh(config.mesh, target.devices)
     fsdp, tensor, shards = mesh.shape["fsdp"], mesh.shape["tensor"], sharding.shards_of(mesh)
-    step = step_sizes(config, model, batch, target.platform, references_in_step(config))
+    step = step_sizes(config, model, batch, target.platform)
     flops = step_flops(model, step) / mesh.size
     moved = step_bytes(
         model,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rpo_jax import models
-from rpo_jax.config import Config, DataConfig
+from rpo_jax.config import Config, DataConfig, resolve
 from rpo_jax.core.files import refuse_gguf
 from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.records import KINDS, REFINED, PreferenceData, TokenizedExample, TokenizedResponse
@@ -196,7 +196,7 @@ def necessary(model: ModelConfig, config: Config, lengths: Lengths, responses: t
     return total / len(lengths.tokens) * config.batch.pairs
 
 
-def step_sizes(config: Config, model: ModelConfig, batch: BatchShape, platform: str, references: int) -> StepSizes:
+def step_sizes(config: Config, model: ModelConfig, batch: BatchShape, platform: str) -> StepSizes:
     """What a step works on, for rpo_jax.tools.planning.arithmetic."""
     asked = models.Asked.of(model, config.model.compute_dtype, batch.row_tokens)
     attention = models.attention_kind(config.model.attention, platform, asked)
@@ -209,7 +209,7 @@ def step_sizes(config: Config, model: ModelConfig, batch: BatchShape, platform: 
         micro_batches=batch.rows // micro,
         remat=config.model.remat,
         fused_attention=attention.fused,
-        reference_passes=references,
+        reference_passes=int(resolve(config).reference in ("live", "adapter")),
         frozen=config.lora.rank > 0,
         compute_bytes=2 if config.model.compute_dtype == "bfloat16" else 4,
         stored_bytes=bytes_per_weight(config.lora.base_dtype),
