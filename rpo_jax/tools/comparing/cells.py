@@ -105,8 +105,7 @@ class CellRunner:
         if not cell.settings and cell.pretrained is not None:
             return {"metrics": {}} | (self._scored(cell, files, start) if isinstance(cell.task, ScoredTask) else {})
         changes: Settings = {**(cell.settings or cell.start), "run.seed": cell.seed, "run.overwrite": True}
-        changes |= {"run.dir": run_dir, "run.cache_dir": self.cache_dir}
-        changes |= {"data.path": files["train"]}
+        changes |= {"run.dir": run_dir, "run.cache_dir": self.cache_dir, "data.path": files["train"]}
         if not isinstance(cell.task, ScoredTask):
             changes["data.eval_path"] = files["held_out"]
         if cell.settings:
@@ -122,9 +121,7 @@ class CellRunner:
             export(run_dir, exported, overwrite=True)
         result: dict[str, Any] = {"metrics": trained.metrics, "train_seconds": round(train_seconds, 1)}
         if isinstance(cell.task, GoldTask):
-            result |= self._judged(cell, files, exported if not cell.settings else run_dir)
-            if cell.settings:
-                result["divergence"] = self._divergence(cell, files, run_dir, start)
+            result |= self._judged(cell, files, run_dir if cell.settings else exported)
         elif isinstance(cell.task, ScoredTask):
             result |= self._scored(cell, files, run_dir)
         shutil.rmtree(run_dir)  # its metrics are in the result, and nobody trains on from it
@@ -195,29 +192,30 @@ class CellRunner:
             "ended": [answer["finish_reason"] == "eos" for answer in answers],
         }
         if cell.settings:
-            kls = self._log_ratios(answers, model, self._start(cell))
+            kls = self._log_ratios(cell, answers, model)
             result |= {"kls": kls.tolist(), "divergence": float(kls.mean())}
         return result
 
     def _judged(self, cell: Cell, files: dict[str, Path], model: Path) -> dict[str, Any]:
         rows = read_jsonl(files["held_out"])
         answers = self._answers(cell, files, model, 0.0)
-        return {
+        result: dict[str, Any] = {
             "wins": [
                 win(row["prompt"], answer["response"], row["chosen"]) for row, answer in zip(rows, answers, strict=True)
             ],
             "answer_tokens": [answer["tokens"] for answer in answers],
         }
+        if cell.settings:
+            sampled = self._answers(cell, files, model, 1.0)
+            result["divergence"] = float(self._log_ratios(cell, sampled, model).mean())
+        return result
 
-    def _divergence(self, cell: Cell, files: dict[str, Path], run_dir: Path, start: Path) -> float:
-        return float(self._log_ratios(self._answers(cell, files, run_dir, 1.0), run_dir, start).mean())
-
-    def _log_ratios(self, answers: Sequence[dict[str, Any]], policy: Path, start: Path) -> Float[np.ndarray, "n"]:
+    def _log_ratios(self, cell: Cell, answers: Sequence[dict[str, Any]], policy: Path) -> Float[np.ndarray, "n"]:
         triples = [
             (prompt_of(answer, answer["row_id"]), answer["response"], answer["finish_reason"] == "eos")
             for answer in answers
         ]
-        return divergences(policy, start, triples)
+        return divergences(policy, self._start(cell), triples)
 
 
 @contextlib.contextmanager
