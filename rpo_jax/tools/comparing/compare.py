@@ -122,22 +122,23 @@ def table_results(study: Study, runner: CellRunner) -> dict[str, dict[str, list[
     tuned = tuned_settings(study, runner)
     by_table = {}
     for table in study.tables:
-        rows = [row for row in table.rows if row.method is None or row.method in tuned]
-        seeds = [
-            seed for seed in study.seeds if all(runner.result(study.cell(row, seed, tuned)) is not None for row in rows)
-        ]
-        of = {row.label: [runner.result(study.cell(row, seed, tuned)) for seed in seeds] for row in rows}
-        by_table[table.name] = {label: [result for result in each if result is not None] for label, each in of.items()}
+        done = {
+            row.label: {seed: result for seed in study.seeds if (result := runner.result(study.cell(row, seed, tuned)))}
+            for row in table.rows
+            if row.method is None or row.method in tuned
+        }
+        seeds = [seed for seed in study.seeds if all(seed in by_seed for by_seed in done.values())]
+        by_table[table.name] = {label: [by_seed[seed] for seed in seeds] for label, by_seed in done.items()}
     return by_table
 
 
 def write_reports(study: Study, runner: CellRunner, command: str) -> list[Path]:
     """report.md and report.html of the tables, frontier.md and its pictures and frontier.html, from what is there."""
-    written = _write_frontiers(study, runner, command) if study.frontiers else []
+    effort = f"`{command}`: {_effort(study, runner)}"
+    written = _write_frontiers(study, runner, effort) if study.frontiers else []
     if study.frontiers and not study.tables:
         return written
     results, points = table_results(study, runner), tried(trials(study, runner), tuned_settings(study, runner))
-    effort = f"`{command}`: {_effort(study, runner)}"
     tables = [markdown(table.title, *filled(table, results[table.name])) for table in study.tables]
     tables += [markdown(TRIED, *points)] if points[1] else []
     for name, text in (
@@ -151,19 +152,20 @@ def write_reports(study: Study, runner: CellRunner, command: str) -> list[Path]:
 
 def measured(study: Study, runner: CellRunner, table: Table) -> frontier_page.Frontier | None:
     """What a frontier's rows gave that have all their policies of a seed, of the seeds that all of them have."""
-    complete = {
-        (label, seed): results
-        for seed in study.seeds
-        for label, cells in (("", [study.held_out(table, seed)]), *_of_rows(study, table, seed))
-        if None not in (results := [runner.result(cell) for cell in cells])
-    }
+    complete = {}
+    for seed in study.seeds:
+        cells = {"": [study.held_out(table, seed)], **{row.label: study.points(row, seed) for row in table.rows}}
+        for label, of in cells.items():
+            results = [result for cell in of if (result := runner.result(cell))]
+            if len(results) == len(of):
+                complete[label, seed] = results
     labels = [row.label for row in table.rows if any(label == row.label for label, _ in complete)]
     seeds = [seed for seed in study.seeds if all((label, seed) in complete for label in ("", *labels))]
     if not labels or not seeds:
         return None
 
     def values(label: str, key: str) -> np.ndarray:
-        return np.array([[result[key] for result in complete[label, seed] if result] for seed in seeds]).swapaxes(0, 1)
+        return np.array([[result[key] for result in complete[label, seed]] for seed in seeds]).swapaxes(0, 1)
 
     start = values("", "rewards")[0]
     rows = {label: Measured(values(label, "rewards"), values(label, "kls"), start) for label in labels}
@@ -173,15 +175,9 @@ def measured(study: Study, runner: CellRunner, table: Table) -> frontier_page.Fr
     return frontier_page.Frontier(table.name, table.title, table.against, tuple(seeds), rows, is_test)
 
 
-def _of_rows(study: Study, table: Table, seed: int) -> Iterator[tuple[str, list[Cell]]]:
-    for row in table.rows:
-        yield row.label, study.points(row, seed)
-
-
-def _write_frontiers(study: Study, runner: CellRunner, command: str) -> list[Path]:
+def _write_frontiers(study: Study, runner: CellRunner, effort: str) -> list[Path]:
     frontiers = [one for table in study.frontiers if (one := measured(study, runner, table)) is not None]
     drawn = [frontier_page.shown_frontier(one) for one in frontiers]
-    effort = f"`{command}`: {_effort(study, runner)}"
     texts = {f"frontier_{one['name']}.svg": frontier_page.picture(one) for one in drawn}
     parts = [
         f"{markdown(one['title'], *one['table'])}\nSeeds {one['seeds']}.\n\n"
