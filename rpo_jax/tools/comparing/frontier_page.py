@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from rpo_jax.core.pages import dot_chart, round_ticks
 from rpo_jax.core.templates import render
 from rpo_jax.tools.comparing.frontier import Measured, bootstrapped, interval
-from rpo_jax.tools.comparing.tables import shown
+from rpo_jax.tools.comparing.tables import Interval, shown
 
 KLS = (1, 2, 4, 8)  # nats, at which frontiers are compared
 GRID = np.arange(0, 12.01, 0.25)  # nats, of the pictures; a policy that is farther is told, not drawn
@@ -37,14 +37,11 @@ class Frontier:
     rows: Mapping[str, Measured]
     is_test: Bool[np.ndarray, "n"]
 
-    def curves(self) -> dict[str, Float[np.ndarray, "B K"]]:
-        """Reward along GRID of every row, as measured and then of each draw."""
-        return {label: bootstrapped(measured, self.is_test, GRID) for label, measured in self.rows.items()}
 
-
-def table(frontier: Frontier, curves: Mapping[str, Float[np.ndarray, "B K"]]) -> tuple[list[str], list[list[str]]]:
+def table(
+    frontier: Frontier, curves: Mapping[str, Float[np.ndarray, "B K"]], gaps: Mapping[str, Interval]
+) -> tuple[list[str], list[list[str]]]:
     """Titles and lines: reward at each of KLS, their mean, its difference to the row of reference, all KLs."""
-    own = curves.get(frontier.against)
     titles = ["", *(f"at KL {kl}" for kl in KLS), "mean", f"difference to {frontier.against}", "KL of policies, nats"]
     lines = []
     for label, measured in frontier.rows.items():
@@ -52,13 +49,12 @@ def table(frontier: Frontier, curves: Mapping[str, Float[np.ndarray, "B K"]]) ->
         kl = measured.kls[..., frontier.is_test].mean(axis=(1, 2))
         # Beyond its farthest policy a method was not asked: what it reached so far is the least that it can.
         least = ["≥ " if kl.max() < wanted else "" for wanted in KLS]
-        gap = None if own is None or label == frontier.against else interval((at - own[:, AT]).mean(axis=1))
         lines.append(
             [
                 label,
                 *(mark + shown(interval(at[:, k]), 3) for k, mark in enumerate(least)),
                 shown(interval(at.mean(axis=1)), 3),
-                shown(gap, 3, signed=True),
+                shown(gaps.get(label), 3, signed=True),
                 f"{kl.min():.2f} to {kl.max():.2f}",
             ]
         )
@@ -124,7 +120,8 @@ def panels(frontier: Frontier, curves: Mapping[str, Float[np.ndarray, "B K"]]) -
 
 def shown_frontier(frontier: Frontier) -> dict[str, Any]:
     """All that page, picture and Markdown say of a frontier."""
-    curves = frontier.curves()
+    # Reward along GRID of every row, as measured and then of each draw.
+    curves = {label: bootstrapped(measured, frontier.is_test, GRID) for label, measured in frontier.rows.items()}
     own = curves.get(frontier.against)
     gaps = {
         label: interval((values - own)[:, AT].mean(axis=1))
@@ -139,7 +136,7 @@ def shown_frontier(frontier: Frontier) -> dict[str, Any]:
         "prompts": (int((~frontier.is_test).sum()), int(frontier.is_test.sum())),
         "panels": panels(frontier, curves),
         "dots": dot_chart(axis, gaps, (frontier.against, 0.0)),
-        "table": table(frontier, curves),
+        "table": table(frontier, curves, gaps),
         "points": points(frontier),
     }
 
