@@ -30,14 +30,9 @@ from rpo_jax.training.run import RunResult
 T = TypeVar("T")
 SPENT = "judge.json"  # in the folder of the rounds: dollars that the run's judge has cost
 _JUDGE = ("task", "both_orders", "price_in", "price_out", "max_cost", "yes", "cache", "request", "seed")
-
-
-def _hints(of: type, names: Sequence[str]) -> dict[str, Any]:
-    return {name: kind for name, kind in get_type_hints(of).items() if name in names}
-
-
-_ENDPOINT_KEYS = _hints(EndpointSettings, [name for name in get_type_hints(EndpointSettings) if name != "model"])
-_KEYS = {**_hints(JudgeConfig, _JUDGE), "endpoint": dict[str, Any]}
+_ENDPOINT_KEYS = {name: kind for name, kind in get_type_hints(EndpointSettings).items() if name != "model"}
+_KEYS = {name: kind for name, kind in get_type_hints(JudgeConfig).items() if name in _JUDGE}
+_KEYS["endpoint"] = dict[str, Any]
 # What the options of the command judge are called here.
 _NAMES = {
     "--judge": "rounds.score",
