@@ -117,7 +117,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> dict[str, Any]:
         result = _statistics(config, selected)
         write_jsonl(out, selected.rows, ascii_only=False)
         atomic_write(out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-        atomic_write(out.with_suffix(".html"), _page(config, selected.asked, selected.scores, result))
+        atomic_write(out.with_suffix(".html"), _page(out.name, selected, result))
     return result
 
 
@@ -265,13 +265,8 @@ def _verdict(result: Mapping[str, Any]) -> str:
     return f"{made}: chosen ones score {chosen} on average, rejected ones {rejected}."
 
 
-def _page(
-    config: SampleConfig,
-    asked: Sequence[Asked],
-    scores: Sequence[Sequence[float | None]],
-    result: Mapping[str, Any],
-) -> str:
-    step = -(-len(asked) // SHOWN)
+def _page(title: str, selected: Preferences, result: Mapping[str, Any]) -> str:
+    step = -(-len(selected.asked) // SHOWN)
     shown = [
         (
             turns(one.prompt)[-1].content,
@@ -281,7 +276,7 @@ def _page(
                 reverse=True,
             ),
         )
-        for one, values in list(zip(asked, scores, strict=True))[::step]
+        for one, values in list(zip(selected.asked, selected.scores, strict=True))[::step]
     ]
     plain = {
         NAMED.get(name, name.replace("_", " ")): f"{value:,.4g}" if isinstance(value, float) else value
@@ -291,5 +286,5 @@ def _page(
     histogram, most = result["histogram"], max(result["histogram"]["counts"])
     bars = [(count, count / most) for count in histogram["counts"]]
     ends = [f"{edge:.4g}" for edge in (histogram["edges"][0], histogram["edges"][-1])]
-    title, verdict = Path(config.out).name, _verdict(result)
+    verdict = _verdict(result)
     return render("samples.html", title=title, verdict=verdict, plain=plain, bars=bars, ends=ends, shown=shown)
