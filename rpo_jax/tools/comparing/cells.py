@@ -41,10 +41,6 @@ RESULT, LOG, EXPORT = "result.json", "log.txt", "hf"
 ACCURACY, LOG_PROB_ACCURACY = "eval_rewards/accuracies", "eval_logps/accuracies"
 
 
-class Interrupted(KeyboardInterrupt):
-    """A cell's training has been asked to stop before its end: the cell has no result."""
-
-
 @dataclass(frozen=True)
 class CellRunner:
     """Where cells run.
@@ -116,7 +112,7 @@ class CellRunner:
         trained = run(configured(changes))
         train_seconds = time.perf_counter() - began  # phases overlap: their sum would be more
         if trained.stopped is not None:
-            raise Interrupted(f"stopped by {trained.stopped}")
+            raise KeyboardInterrupt(f"stopped by {trained.stopped}")  # the cell has no result
         if not cell.settings:
             export(run_dir, exported, overwrite=True)
         result: dict[str, Any] = {"metrics": trained.metrics, "train_seconds": round(train_seconds, 1)}
