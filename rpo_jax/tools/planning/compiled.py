@@ -21,11 +21,7 @@ from rpo_jax.training.needs import device_bytes
 from rpo_jax.training.step import Steps, build_steps
 
 
-class CompileError(ValueError):
-    """The compiler refused, in one line."""
-
-
-class OutOfMemory(CompileError):
+class OutOfMemory(ValueError):
     """The compiler found that the step takes more than the device has."""
 
 
@@ -94,7 +90,7 @@ def compile_step(config: Config, model: ModelConfig, target: Target, batch: Batc
             done = steps.train.lower(steps.abstract_state, packed, reference, frozen).compile()
             text = done.as_text() or ""
         except jax.errors.JaxRuntimeError as error:
-            kind = OutOfMemory if "RESOURCE_EXHAUSTED" in str(error) else CompileError
+            kind = OutOfMemory if "RESOURCE_EXHAUSTED" in str(error) else ValueError
             raise kind(one_line(error)) from None
     stats: Any = done.memory_analysis()
     state = steps.abstract_state
