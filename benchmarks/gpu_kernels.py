@@ -196,7 +196,6 @@ def read_kernel(
 def programs_of(target: str, registers: int, shared: int, warps: int) -> int:
     """Programs that fit on a core at a time: by its registers, given out by 8 a thread, shared memory and threads."""
     gpu = CHIPS[target].gpu
-    assert gpu is not None
     of_program = -(-registers // 8) * 8 * WARP * warps
     by_shared = gpu["shared_memory_per_core"] // (shared + RESERVED) if shared else 32
     return min(REGISTERS // of_program, by_shared, gpu["threads_per_core"] // (WARP * warps))

@@ -22,7 +22,7 @@ class Chip:
         link_rate: bytes a second that it can send to its neighbours, all links together, one way.
         network_rate: bytes a second that it can send to other hosts; None where its links reach them.
         source: the maker's page that says so.
-        gpu: what the CUDA compiler has to know of a GPU, by the names in templates/gpu_target.txtpb; None for a TPU.
+        gpu: what the CUDA compiler has to know of a GPU, by the names in templates/gpu_target.txtpb; empty for a TPU.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Chip:
     link_rate: float
     network_rate: float | None = None
     source: str
-    gpu: dict[str, Any] | None = None
+    gpu: dict[str, Any]
 
 
 CHIPS = {
@@ -44,7 +44,7 @@ CHIPS = {
         link_rate=row["link_gigabytes_per_second"] * 1e9,  # the makers add both directions of NVLink up: half of that
         network_rate=row["network_gigabytes_per_second"] * 1e9 if "gpu" in row else None,
         source=row["source"],
-        gpu=row.get("gpu"),
+        gpu=row.get("gpu", {}),
     )
     for name, row in TABLES["chips"].items()
 }

@@ -191,8 +191,6 @@ def gpu_target(topology: str, memory: float | None = None) -> Target:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from jax.experimental import topologies
 
-    gpu = chip.gpu
-    assert gpu is not None
     try:
         devices = topologies.get_topology_desc(
             platform="cuda",
@@ -203,13 +201,12 @@ def gpu_target(topology: str, memory: float | None = None) -> Target:
     except Exception as error:  # jaxlib raises several kinds
         raise ValueError(f"--topology {topology}: {one_line(error)}.") from None
     assert len(devices) == hosts * each, f"{topology} has {len(devices)} devices"
-    usable = min(chip.memory, _USABLE * gpu["memory_bytes"])
+    usable = min(chip.memory, _USABLE * chip.gpu["memory_bytes"])
     return Target(topology, chip, tuple(devices), memory or usable, "gpu", hosts)
 
 
 def _target_config(chip: Chip, memory: float | None) -> str:
     """XLA's GpuTargetConfigProto as text."""
-    assert chip.gpu is not None
     major, _, minor = chip.gpu["capability"].partition(".")
     return render(
         "gpu_target.txtpb",
