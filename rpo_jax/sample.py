@@ -17,7 +17,7 @@ from rpo_jax.sampling.options import add_sampling_options, generate_settings
 from rpo_jax.tools.judging.endpoint import EndpointError
 from rpo_jax.tools.judging.judge import JudgeConfig
 from rpo_jax.tools.judging.questions import TEMPLATES
-from rpo_jax.tools.sampling.sample import SELECTIONS, SampleConfig, answers_file, sample
+from rpo_jax.tools.sampling.sample import SELECTIONS, Choice, SampleConfig, answers_file, sample
 from rpo_jax.tools.sampling.scorers import KINDS
 
 __all__ = ["main", "sample"]
@@ -34,9 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", required=True, help="file of the data, .jsonl; answers, statistics and a page lie beside it")
     add("--n", type=int, default=8, dest="samples", help="answers to each prompt (8)")
     add("--score", required=True, help=KINDS)
-    add("--select", choices=SELECTIONS, default=SampleConfig.select, help="which answers become data (best_worst)")
-    add("--accept", type=int, default=SampleConfig.accept, help="rso: answers that are accepted of each prompt (8)")
-    add("--beta", type=float, default=SampleConfig.beta, help="rso: of rejection sampling, in units of the score (0.5)")
+    add("--select", choices=SELECTIONS, default=Choice.select, help="which answers become data (best_worst)")
+    add("--accept", type=int, default=Choice.accept, help="rso: answers that are accepted of each prompt (8)")
+    add("--beta", type=float, default=Choice.beta, help="rso: of rejection sampling, in units of the score (0.5)")
     add("--keep-unfinished", action="store_true", help="keep answers that reached --max-tokens")
     add_sampling_options(parser, temperature=0.7)
     add = parser.add_argument_group("judge:").add_argument
@@ -61,7 +61,8 @@ def _sample(options: dict[str, Any]) -> int:
     url = options.pop("base_url")
     judge = {name: options.pop(name) for name in _JUDGE} | {"endpoint": {} if url is None else {"base_url": url}}
     answers = GenerateConfig(**generate_settings(options), out=answers_file(out))
-    config = SampleConfig(answers=answers, out=out, **own, judge=judge | {"seed": answers.seed})
+    choice = Choice(**own, seed=answers.seed)
+    config = SampleConfig(answers=answers, out=out, choice=choice, judge=judge | {"seed": answers.seed})
     try:
         result = sample(config, Reporter())
     except EndpointError as error:

@@ -37,18 +37,23 @@ class NoPreferences(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which answers become data: as SampleConfig has it.
+    """Which answers become data.
 
     Args:
+        score: rule:MODULE.py:FUNCTION, reward:FOLDER or judge:openai:MODEL.
+        select: `all` keeps all answers of a prompt with their scores (layout `ranked`); the others make pairs.
+        accept: answers that rejection sampling keeps of each prompt, for select=rso.
+        beta: of rejection sampling, in units of the scores.
+        keep_unfinished: keep answers that reached the most tokens. Training would end them where the model did not.
         seed: of what is drawn.
         option: what the user calls one of these options, for messages.
     """
 
     score: str
-    select: str
-    accept: int
-    beta: float
-    keep_unfinished: bool
+    select: str = "best_worst"
+    accept: int = 8
+    beta: float = 0.5
+    keep_unfinished: bool = False
     seed: int
     option: Callable[[str], str] = lambda name: f"--{name.replace('_', '-')}"
 
@@ -65,39 +70,27 @@ class SampleConfig:
         answers: who answers, and how often each prompt; its `out` is given by `out`.
         out: JSONL file of the data. The answers are kept beside it (.answers.jsonl), with statistics (.json) and a
             page of them (.html).
-        score: rule:MODULE.py:FUNCTION, reward:FOLDER or judge:openai:MODEL.
-        select: `all` keeps all answers of a prompt with their scores (layout `ranked`); the others make pairs.
-        accept: answers that rejection sampling keeps of each prompt, for select=rso.
-        beta: of rejection sampling, in units of the scores.
-        keep_unfinished: keep answers that reached the most tokens. Training would end them where the model did not.
+        choice: which of the answers become data.
         judge: settings of JudgeConfig, for a judge.
     """
 
     answers: GenerateConfig
     out: str
-    score: str
-    select: str = "best_worst"
-    accept: int = 8
-    beta: float = 0.5
-    keep_unfinished: bool = False
+    choice: Choice
     judge: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.select not in SELECTIONS:
-            raise ValueError(f"--select {self.select} is unknown; use {', '.join(SELECTIONS)}.")
+        choice = self.choice
+        if choice.select not in SELECTIONS:
+            raise ValueError(f"--select {choice.select} is unknown; use {', '.join(SELECTIONS)}.")
         if Path(self.out).suffix != ".jsonl":
             raise ValueError(f"--out {self.out} must end in .jsonl.")
         if self.answers.samples < 2:
             raise ValueError(f"--n {self.answers.samples} answers to a prompt make no pair; ask for 2 at least.")
-        if not 0 < self.beta < float("inf"):
-            raise ValueError(f"--beta {self.beta} must be greater than 0.")
-        if self.accept < 2:
-            raise ValueError(f"--accept {self.accept} answers make no pair; accept 2 at least.")
-
-    @property
-    def choice(self) -> Choice:
-        own = {name: getattr(self, name) for name in ("score", "select", "accept", "beta", "keep_unfinished")}
-        return Choice(**own, seed=self.answers.seed)
+        if not 0 < choice.beta < float("inf"):
+            raise ValueError(f"--beta {choice.beta} must be greater than 0.")
+        if choice.accept < 2:
+            raise ValueError(f"--accept {choice.accept} answers make no pair; accept 2 at least.")
 
 
 def sample(config: SampleConfig, reporter: Reporter) -> dict[str, Any]:
@@ -109,7 +102,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> dict[str, Any]:
     check_writable(out.parent)
     with one_writer(out, "--out"), contextlib.ExitStack() as stack:
         try:
-            score = make_scorer(config.score, config.judge, reporter, stack)
+            score = make_scorer(config.choice.score, config.judge, reporter, stack)
         except ValueError as error:
             raise ValueError(renamed(error, {"--judge": "--score"})) from error
         answers = read_jsonl(generate(config.answers), ("row_id", "prompt", "response", "finish_reason"))
@@ -236,8 +229,8 @@ def _statistics(config: SampleConfig, selected: Preferences) -> dict[str, Any]:
     heights, edges = np.histogram(values, BINS)
     result = {
         "model": config.answers.model,
-        "score": config.score,
-        "select": config.select,
+        "score": config.choice.score,
+        "select": config.choice.select,
         "samples": config.answers.samples,
         **selected.counts,
         "distinct": len(values),
@@ -245,7 +238,7 @@ def _statistics(config: SampleConfig, selected: Preferences) -> dict[str, Any]:
         "mean_score": float(values.mean()),
         "histogram": {"edges": edges.tolist(), "counts": heights.tolist()},
     }
-    if config.select != ALL:
+    if config.choice.select != ALL:
         for kind in ("chosen", "rejected"):
             result[f"mean_score_{kind}"] = float(np.mean([row[f"score_{kind}"] for row in rows]))
             texts = [row[kind] if isinstance(row[kind], str) else row[kind][-1]["content"] for row in rows]
