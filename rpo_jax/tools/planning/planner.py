@@ -172,15 +172,12 @@ def _as_configured(planner: Planner, console: Console, *, find_largest: bool) ->
     except OutOfMemory as error:
         planned = Trial(planner.config, None, str(error))
     largest, tried = planner.largest(planned) if find_largest else ("not asked for", [])
-    shown = planned.estimate
+    shown = planned.estimate or next((trial.estimate for trial in tried if trial.fits), None)
     if shown is None:
-        shown = next((trial.estimate for trial in tried if trial.fits), None)
-        if shown is None:
-            reason = f"{planned.reason}. Largest micro-batch that fits: {largest}."
-            print_error(f"{planner.target.name}: {reason}")
-        else:
+        print_error(f"{planner.target.name}: {planned.reason}. Largest micro-batch that fits: {largest}.")
+    else:
+        if planned.estimate is None:
             console.print(f"as configured it does not fit: {planned.reason}; planned instead:", markup=False)
-    if shown is not None:
         print_plan(console, shown, planner.target, largest, planner.lengths.source, planner.attention)
     return [planned, *(trial for trial in tried if trial is not planned)], largest
 
