@@ -14,7 +14,7 @@ from rpo_jax.models import ModelConfig
 from rpo_jax.objectives.logprobs import CHUNK_TOKENS, REST_SHARE
 from rpo_jax.tools.planning import hlo
 from rpo_jax.tools.planning.arithmetic import body_parameters, head_parameters, step_bytes, step_flops
-from rpo_jax.tools.planning.compiled import Compiled, compile_step
+from rpo_jax.tools.planning.compiled import Compiled
 from rpo_jax.tools.planning.targets import Target
 from rpo_jax.tools.planning.workload import BatchShape, Lengths, necessary, planned_batch, step_sizes
 
@@ -113,14 +113,6 @@ def shape_of(config: Config, lengths: Lengths, target: Target, fixed: tuple[int,
     if config.mesh.context > 1 and fixed[1] % (multiple := row_multiple(config.mesh.context)):
         raise ValueError(f"--row-tokens {fixed[1]} must be a multiple of {multiple}: devices share stripes of a row.")
     return replace(shape, rows=fixed[0], row_tokens=fixed[1], source=f"{fixed[0]} rows of {fixed[1]} tokens, as given")
-
-
-def estimate(
-    config: Config, model: ModelConfig, target: Target, lengths: Lengths, fixed: tuple[int, int] | None = None
-) -> Estimate:
-    """Compile and count. Raises as compile_step does."""
-    batch = shape_of(config, lengths, target, fixed)
-    return counted(config, model, target, lengths, batch, compile_step(config, model, target, batch))
 
 
 def counted(

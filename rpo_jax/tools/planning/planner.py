@@ -17,8 +17,8 @@ from rpo_jax.core.command import print_error
 from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
-from rpo_jax.tools.planning.compiled import OutOfMemory
-from rpo_jax.tools.planning.estimate import Estimate, estimate, shape_of
+from rpo_jax.tools.planning.compiled import OutOfMemory, compile_step
+from rpo_jax.tools.planning.estimate import Estimate, counted, shape_of
 from rpo_jax.tools.planning.printing import assumptions, print_assumptions, print_plan, print_ranking
 from rpo_jax.tools.planning.search import Trial, judged, largest_micro_batch, ranked, search, with_micro_rows
 from rpo_jax.tools.planning.targets import Target, target_of
@@ -63,7 +63,10 @@ class Planner:
     asked: str
 
     def compile_one(self, config: Config) -> Estimate:
-        return estimate(config, self.model, self.target, self.lengths, self.fixed)
+        """Compile and count. Raises as compile_step does."""
+        batch = shape_of(config, self.lengths, self.target, self.fixed)
+        done = compile_step(config, self.model, self.target, batch)
+        return counted(config, self.model, self.target, self.lengths, batch, done)
 
     def rows_of(self, config: Config) -> tuple[int, int]:
         """Rows of a configuration's batch, and how many devices share them."""
