@@ -258,7 +258,7 @@ def test_a_pairs_own_contrast_refuses_it():
         objective = ObjectiveConfig(name=name, partition="learned")
         return resolve(Config(objective=objective, contrast=ContrastConfig(weights=weights)))
 
-    assert learned("dpo", "uniform").learns_partition
+    assert learned("dpo", "uniform").heads == (partition.NAME,)
     for name, weights in (("dpo", None), ("rpo", "pair")):
         with pytest.raises(ValueError, match=r"objective\.partition=learned does nothing with contrast\.weights=pair"):
             learned(name, weights)

@@ -201,6 +201,15 @@ def test_what_would_be_another_run_is_refused(world, short, changes, reason):
         world.run("short", {**SHORT, "run.resume": "auto", **changes(world)})
 
 
+@pytest.mark.parametrize(("name", "head"), [("reward", "a reward head"), ("bco_pair", "a running mean of rewards")])
+def test_a_head_that_a_checkpoint_has_not_is_refused_by_force_too(world, short, name, head):
+    changes = {"objective.name": name, "contrast.weights": "null", "run.resume": "auto", "run.force": True}
+    with pytest.raises(
+        ValueError, match=rf"objective\.name=rpo, not {name}, and one of them has {head}; resume with its"
+    ):
+        world.run("short", {**SHORT, **changes})
+
+
 def test_another_run_goes_on_by_force_and_says_so(world, short, capsys):
     world.run("short", {**SHORT, "run.resume": "auto", "run.force": True, **other_rows(world)})
     assert "resuming by --force what was trained with other training data" in capsys.readouterr().out

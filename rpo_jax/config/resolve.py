@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rpo_jax.config.checks import ConfigError
 from rpo_jax.core.shards import STRIPE, row_multiple
+from rpo_jax.objectives import heads
 from rpo_jax.objectives.contrast import WEIGHTS
 from rpo_jax.objectives.losses import OBJECTIVES, Objective
 from rpo_jax.objectives.objective import MatrixObjective
@@ -39,7 +40,7 @@ class Method:
         reference: where the reference's log-probs come from; None where there is no reference.
         embeds_all: whether all prompts are embedded, to weight contrasts.
         embeds_training: whether those of the training data are, to weight contrasts or to order batches.
-        learns_partition: whether a head for log Z, or another value of the prompt, is trained beside the model.
+        heads: names of what is trained beside the model, in objectives.heads.
     """
 
     objective: Objective
@@ -53,7 +54,7 @@ class Method:
     reference: Literal["cached", "live", "adapter"] | None
     embeds_all: bool
     embeds_training: bool
-    learns_partition: bool
+    heads: tuple[str, ...]
 
     @property
     def needs_pairs(self) -> bool:
@@ -98,7 +99,7 @@ def resolve(config: Config) -> Method:
         reference=mode if objective.uses_reference and mode != "none" else None,
         embeds_all=weighed,
         embeds_training=weighed or config.batch.order == "related",
-        learns_partition=config.objective.partition == "learned" or objective.uses_prompt_values,
+        heads=heads.wanted(objective, config.objective.partition == "learned"),
     )
 
 

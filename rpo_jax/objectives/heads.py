@@ -7,9 +7,21 @@ from typing import Any
 import jax.numpy as jnp
 
 from rpo_jax.objectives import partition, reward, running, value
+from rpo_jax.objectives.objective import Objective
 
 # The names of their parameters' axes.
 HEADS: dict[str, dict[str, Any]] = {**partition.AXES, **value.AXES, **reward.AXES, **running.AXES}
+
+
+def wanted(objective: Objective, learns_log_z: bool) -> tuple[str, ...]:
+    """Names of the heads that an objective trains; `learns_log_z` as objective.partition asks for."""
+    trained = {
+        partition.NAME: learns_log_z or objective.uses_prompt_values,
+        value.NAME: objective.uses_values,
+        reward.NAME: objective.uses_reward_head,
+        running.NAME: objective.keeps_mean,
+    }
+    return tuple(name for name, is_trained in trained.items() if is_trained)
 
 
 def init(names: tuple[str, ...], hidden_size: int) -> dict[str, Any]:

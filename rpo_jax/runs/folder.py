@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpo_jax import models
-from rpo_jax.config import Config, DistributedConfig, PolicyConfig, with_defaults_taken
+from rpo_jax.config import Config, DistributedConfig, ObjectiveConfig, PolicyConfig, with_defaults_taken
 from rpo_jax.config.reading import dump_config, load_config
 from rpo_jax.core.files import atomic_directory, check_writable, read_json, recover
 from rpo_jax.core.locks import one_writer
@@ -29,7 +29,7 @@ from rpo_jax.hosts import processes
 from rpo_jax.models import ModelConfig
 from rpo_jax.models.huggingface.configuration import write_config
 from rpo_jax.models.huggingface.folders import copy_tokenizer, folder_fingerprint
-from rpo_jax.objectives.losses import OBJECTIVES
+from rpo_jax.objectives import heads, partition, reward, running, value
 from rpo_jax.runs.checkpoints import Checkpoints, check_architecture, to_json_dict
 from rpo_jax.runs.tracking import Reporter
 
@@ -285,6 +285,23 @@ def _changed_round(saved: dict[str, Any], record: dict[str, Any], step: int, cha
     return [f"{key}={changed[key][0]}, not {changed[key][1]}, in the round that step {step} is in" for key in of_rounds]
 
 
+# What decides the heads beside a model, which are part of a checkpoint's state, and what they are.
+_OF_HEADS = ("objective.partition", "objective.name", "objective.bco_shift")
+_HEADS = {
+    partition.NAME: "a head for a value of the prompt",
+    value.NAME: "a value head",
+    reward.NAME: "a reward head",
+    running.NAME: "a running mean of rewards",
+}
+
+
+def _heads(settings: Mapping[str, Any]) -> set[str]:
+    """Names of the heads of an objective, by its section of a checkpoint's settings."""
+    known = {one.name for one in dataclasses.fields(ObjectiveConfig)}
+    section = ObjectiveConfig(**{key: value for key, value in settings.items() if key in known})
+    return set(heads.wanted(section.build(), section.partition == "learned"))
+
+
 def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, force: bool) -> None:
     """ValueError where the newest checkpoint is of another model, base, optimizer or run; says what else differs.
 
@@ -303,13 +320,10 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
     if adapters:
         settings = ", ".join(f"{key}={changed[key][0]}, not {changed[key][1]}" for key in adapters)
         raise refused(f"was trained with {settings}", "its own lora section")
-    state = {"objective.partition": "", "objective.name": ", and one of them has a value head"}  # what is beside it
-    if record["config"]["objective"]["name"] == "bco_pair" == saved["config"]["objective"]["name"]:
-        state["objective.bco_shift"] = ""
-    for key, note in state.items():
-        before, now = changed.get(key, (None, None))
-        if key in changed and (not note or any(OBJECTIVES[n].uses_tokens for n in (before, now) if n in OBJECTIVES)):
-            raise refused(f"was trained with {key}={before}, not {now}{note}", "its own")
+    if differing := _heads(saved["config"]["objective"]) ^ _heads(record["config"]["objective"]):
+        key = next(key for key in _OF_HEADS if key in changed)
+        note = f", and one of them has {_HEADS[min(differing)]}" if key == "objective.name" else ""
+        raise refused(f"was trained with {key}={changed[key][0]}, not {changed[key][1]}{note}", "its own")
     before, now = changed.get("rounds.extrapolation", (0, 0))
     if bool(before) != bool(now):  # what it goes on from is part of the state
         raise refused(f"was trained with rounds.extrapolation={before}, not {now}", "its own")

@@ -163,15 +163,8 @@ def build_steps(
     method, policy = resolve(config), models.Policy(model_config, config.lora)
     objective = method.objective
     schedule = learning_rate_schedule(config.optim, total_steps)
-    wanted = (
-        (partition.NAME, method.learns_partition),
-        (value.NAME, objective.uses_values),
-        (reward.NAME, objective.uses_reward_head),
-        (running.NAME, objective.keeps_mean),
-    )
-    head_names = tuple(name for name, is_wanted in wanted if is_wanted)
-    all_axes = {**policy.trained.axes, **heads.axes(head_names)}
-    optimizer = make_optimizer(config.optim, schedule, {**policy.decayed, **heads.decayed(head_names)}, all_axes)
+    all_axes = {**policy.trained.axes, **heads.axes(method.heads)}
+    optimizer = make_optimizer(config.optim, schedule, {**policy.decayed, **heads.decayed(method.heads)}, all_axes)
     if config.rounds.extrapolation:
         optimizer = with_anchor(optimizer)
     sees = {"tokens": objective.uses_tokens, "collisions": objective.uses_confidence}
@@ -251,9 +244,9 @@ def build_steps(
         return {name: mean for name, mean in means.items() if name != running.NAME}
 
     def init(params: Params) -> TrainState:
-        return _fresh_state(optimizer, {**params, **heads.init(head_names, model_config.hidden_size)})
+        return _fresh_state(optimizer, {**params, **heads.init(method.heads, model_config.hidden_size)})
 
-    of_heads = jax.eval_shape(partial(heads.init, head_names, model_config.hidden_size))
+    of_heads = jax.eval_shape(partial(heads.init, method.heads, model_config.hidden_size))
     abstract_state = _abstract_state(optimizer, {**policy.trained.shapes, **of_heads}, all_axes, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     whole = sharding.replicated(mesh)
