@@ -36,32 +36,15 @@ class WeightRule(NamedTuple):
 Path = tuple[str, ...]
 
 
-def layer_weights(linears: Mapping[str, tuple[Path, str]], norms: Mapping[str, Path]) -> tuple[WeightRule, ...]:
-    """Kernels and biases of the linear layers of every decoder layer, and scales of its norms.
-
-    Args:
-        linears: from the name in a decoder layer of transformers to the path in ours, and the kernel's layout.
-        norms: from the name there to the path here.
-    """
-    prefix = "model.layers.{layer}."
-    kernels = (
-        WeightRule(f"{prefix}{name}.weight", ("layers", *path, "kernel"), kind)
-        for name, (path, kind) in linears.items()
-    )
-    biases = (
-        WeightRule(f"{prefix}{name}.bias", ("layers", *path, "bias"), "vector") for name, (path, _) in linears.items()
-    )
-    scales = (
-        WeightRule(f"{prefix}{name}.weight", ("layers", *path, "scale"), "vector") for name, path in norms.items()
-    )
-    return (*kernels, *biases, *scales)
-
-
-LINEARS: dict[str, tuple[Path, str]] = {
+# From the name in a decoder layer of transformers to the path in ours; of linear layers with the layout of the kernel.
+ATTENTION: dict[str, tuple[Path, str]] = {
     "self_attn.q_proj": (("attention", "query"), "linear"),
     "self_attn.k_proj": (("attention", "key"), "linear"),
     "self_attn.v_proj": (("attention", "value"), "linear"),
     "self_attn.o_proj": (("attention", "output"), "joined_linear"),
+}
+LINEARS: dict[str, tuple[Path, str]] = {
+    **ATTENTION,
     "mlp.gate_proj": (("mlp", "gate"), "linear"),
     "mlp.up_proj": (("mlp", "up"), "linear"),
     "mlp.down_proj": (("mlp", "down"), "linear"),
@@ -89,28 +72,35 @@ def decoder_weights(
     linears: Mapping[str, tuple[Path, str]] = LINEARS, norms: Mapping[str, Path] = NORMS
 ) -> tuple[WeightRule, ...]:
     """All tensors of a decoder; a rule whose parameter a model does not have is not used."""
+    layer = "model.layers.{layer}."
+    kernels = (
+        WeightRule(f"{layer}{name}.weight", ("layers", *path, "kernel"), kind) for name, (path, kind) in linears.items()
+    )
+    biases = (
+        WeightRule(f"{layer}{name}.bias", ("layers", *path, "bias"), "vector") for name, (path, _) in linears.items()
+    )
+    scales = (WeightRule(f"{layer}{name}.weight", ("layers", *path, "scale"), "vector") for name, path in norms.items())
     return (
         WeightRule("model.embed_tokens.weight", ("embed",), "table"),
-        *layer_weights(linears, norms),
+        *kernels,
+        *biases,
+        *scales,
         WeightRule("model.norm.weight", ("final_norm", "scale"), "vector"),
         WeightRule("lm_head.weight", ("head",), "linear"),
     )
 
 
-def expert_weights(
-    block: str, gate: str, up: str, down: str, norms: Mapping[str, Path] = NORMS
-) -> tuple[WeightRule, ...]:
+def expert_weights(block: str, gate: str, up: str, down: str) -> tuple[WeightRule, ...]:
     """All tensors of a decoder whose MLPs are mixtures of experts.
 
     Args:
         block: the mixture's name in a decoder layer of transformers.
         gate: the names of an expert's projections; also `up` and `down`.
     """
-    attention = {name: place for name, place in LINEARS.items() if name.startswith("self_attn.")}
     prefix = f"model.layers.{{layer}}.{block}"
     experts = (("gate", gate), ("up", up), ("down", down))
     return (
-        *decoder_weights(attention, norms),
+        *decoder_weights(ATTENTION),
         WeightRule(f"{prefix}.gate.weight", ("layers", "mlp", "router"), "linear"),
         *(
             WeightRule(f"{prefix}.experts.{{expert}}.{theirs}.weight", ("layers", "mlp", ours), "linear")

@@ -6,8 +6,7 @@ from typing import Any
 
 from rpo_jax.models.architecture import Experts, ModelConfig, Variant
 from rpo_jax.models.families.family import (
-    LINEARS,
-    NORMS,
+    ATTENTION,
     Family,
     WeightRule,
     decoder_weights,
@@ -16,7 +15,6 @@ from rpo_jax.models.families.family import (
     write_windows,
 )
 
-_ATTENTION = {name: place for name, place in LINEARS.items() if name.startswith("self_attn.")}
 _LAYER, _MLP = "model.layers.{layer}.", ("layers", "mlp")
 
 
@@ -59,7 +57,7 @@ FAMILY = Family(
     read=_read,
     write=_write,
     weights=(
-        *decoder_weights(_ATTENTION, NORMS),
+        *decoder_weights(ATTENTION),
         WeightRule(f"{_LAYER}self_attn.sinks", ("layers", "attention", "sinks"), "vector"),
         WeightRule(f"{_LAYER}mlp.router.weight", (*_MLP, "router"), "linear"),
         WeightRule(f"{_LAYER}mlp.router.bias", (*_MLP, "router_bias"), "vector"),
