@@ -109,6 +109,11 @@ def expert_weights(block: str, gate: str, up: str, down: str) -> tuple[WeightRul
     )
 
 
+# As Family.same.
+ATTENTION_BIASES = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
+BIASES = {**ATTENTION_BIASES, "mlp_bias": "mlp_bias"}
+
+
 def read_windows(config: Any) -> tuple[int | None, ...]:
     """Each layer's sliding window by layer_types; ValueError for a kind of layer that is not known."""
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
@@ -143,8 +148,9 @@ class Family:
         architecture: transformers' model class.
         config_class: transformers' configuration class.
         read: the fields of ModelConfig that this family alone decides, from a transformers configuration; the
-            variant's activation, rotated_dim and local_rope are found without it.
+            variant's activation, rotated_dim and local_rope are found without it, and layers without it have no window.
         write: the arguments of the configuration class that `read` came from.
+        same: further fields of ModelConfig, and what the configuration calls the same value.
         weights: the tensors of a folder.
         activation: the configuration's name for the MLP's activation.
         rotates_part: whether the configuration may say that a part of every head is rotated (partial_rotary_factor).
@@ -156,8 +162,9 @@ class Family:
 
     architecture: str
     config_class: str
-    read: Callable[[Any], dict[str, Any]]
-    write: Callable[[ModelConfig], dict[str, Any]]
+    read: Callable[[Any], dict[str, Any]] = lambda config: {}
+    write: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}
+    same: Mapping[str, str] = field(default_factory=dict)
     weights: tuple[WeightRule, ...] = decoder_weights()
     activation: str = "hidden_act"
     rotates_part: bool = False

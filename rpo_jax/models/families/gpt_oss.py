@@ -7,6 +7,7 @@ from typing import Any
 from rpo_jax.models.architecture import Experts, ModelConfig, Variant
 from rpo_jax.models.families.family import (
     ATTENTION,
+    ATTENTION_BIASES,
     Family,
     WeightRule,
     decoder_weights,
@@ -30,19 +31,13 @@ def _read(config: Any) -> dict[str, Any]:
         clamp=config.swiglu_limit,
         gate_slope=config.swiglu_alpha,
     )
-    return {
-        "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
-        "sliding_windows": read_windows(config),
-        "variant": Variant(experts=experts, sinks=True),
-    }
+    return {"sliding_windows": read_windows(config), "variant": Variant(experts=experts, sinks=True)}
 
 
 def _write(model: ModelConfig) -> dict[str, Any]:
     experts = model.parts.experts
     assert experts is not None
     return {
-        "attention_bias": model.qkv_bias,
         "num_local_experts": experts.count,
         "num_experts_per_tok": experts.per_token,
         "swiglu_limit": experts.clamp,
@@ -56,6 +51,7 @@ FAMILY = Family(
     config_class="GptOssConfig",
     read=_read,
     write=_write,
+    same=ATTENTION_BIASES,
     weights=(
         *decoder_weights(ATTENTION),
         WeightRule(f"{_LAYER}self_attn.sinks", ("layers", "attention", "sinks"), "vector"),

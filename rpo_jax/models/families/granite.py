@@ -5,16 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rpo_jax.models.architecture import ModelConfig, Variant
-from rpo_jax.models.families.family import Family
+from rpo_jax.models.families.family import BIASES, Family
 
 
 def read_granite(config: Any, logit_divisor: float, **parts: Any) -> dict[str, Any]:
     """What Granite's relatives have in common; `parts` are more fields of Variant."""
     return {
-        "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "sliding_windows": (None,) * config.num_hidden_layers,
         "variant": Variant(
             embedding_scale=config.embedding_multiplier,
             residual_scale=config.residual_multiplier,
@@ -29,8 +25,6 @@ def write_granite(model: ModelConfig) -> dict[str, Any]:
     """The arguments that `read_granite` came from."""
     parts = model.parts
     return {
-        "attention_bias": model.qkv_bias,
-        "mlp_bias": model.mlp_bias,
         "embedding_multiplier": parts.embedding_scale,
         "residual_multiplier": parts.residual_scale,
         "attention_multiplier": model.head_dim**-0.5 if parts.attention_scale is None else parts.attention_scale,
@@ -43,4 +37,5 @@ FAMILY = Family(
     config_class="GraniteConfig",
     read=lambda config: read_granite(config, config.logits_scaling),
     write=write_granite,
+    same=BIASES,
 )

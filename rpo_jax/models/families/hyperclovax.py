@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.families.family import NORMS, Family, decoder_weights
+from rpo_jax.models.families.family import BIASES, NORMS, Family, decoder_weights
 from rpo_jax.models.families.granite import read_granite, write_granite
 
 
@@ -27,6 +27,7 @@ FAMILY = Family(
     config_class="HyperCLOVAXConfig",
     read=_read,
     write=_write,
+    same=BIASES,
     weights=decoder_weights(
         norms={**NORMS, "post_norm1": ("attention_output_norm",), "post_norm2": ("mlp_output_norm",)}
     ),

@@ -5,23 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from rpo_jax.models.architecture import Variant
-from rpo_jax.models.families.family import NORMS_AFTER, Family, decoder_weights
+from rpo_jax.models.families.family import ATTENTION_BIASES, NORMS_AFTER, Family, decoder_weights
 
 
 def read_olmo(config: Any) -> dict[str, Any]:
     """What OLMo 2 and 3 have in common."""
-    return {
-        "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
-        "qk_norm": True,
-        "variant": Variant(norm_before=False, norm_after=True, joint_qk_norm=True),
-    }
+    return {"qk_norm": True, "variant": Variant(norm_before=False, norm_after=True, joint_qk_norm=True)}
 
 
 FAMILY = Family(
     architecture="Olmo2ForCausalLM",
     config_class="Olmo2Config",
-    read=lambda config: {**read_olmo(config), "sliding_windows": (None,) * config.num_hidden_layers},
-    write=lambda model: {"attention_bias": model.qkv_bias},
+    read=read_olmo,
+    same=ATTENTION_BIASES,
     weights=decoder_weights(norms=NORMS_AFTER),
 )

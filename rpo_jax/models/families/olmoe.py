@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rpo_jax.models.architecture import Experts, ModelConfig, Variant
-from rpo_jax.models.families.family import Family, expert_weights, refuse
+from rpo_jax.models.families.family import ATTENTION_BIASES, Family, expert_weights, refuse
 
 
 def _read(config: Any) -> dict[str, Any]:
@@ -16,20 +16,13 @@ def _read(config: Any) -> dict[str, Any]:
         intermediate_size=config.intermediate_size,
         weights_sum_to_one=bool(config.norm_topk_prob),
     )
-    return {
-        "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
-        "qk_norm": True,
-        "sliding_windows": (None,) * config.num_hidden_layers,
-        "variant": Variant(experts=experts, joint_qk_norm=True),
-    }
+    return {"qk_norm": True, "variant": Variant(experts=experts, joint_qk_norm=True)}
 
 
 def _write(model: ModelConfig) -> dict[str, Any]:
     experts = model.parts.experts
     assert experts is not None
     return {
-        "attention_bias": model.qkv_bias,
         "num_experts": experts.count,
         "num_experts_per_tok": experts.per_token,
         "norm_topk_prob": experts.weights_sum_to_one,
@@ -41,5 +34,6 @@ FAMILY = Family(
     config_class="OlmoeConfig",
     read=_read,
     write=_write,
+    same=ATTENTION_BIASES,
     weights=expert_weights("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rpo_jax.models.architecture import Experts, ModelConfig, Variant
-from rpo_jax.models.families.family import Family, expert_weights, refuse
+from rpo_jax.models.families.family import ATTENTION_BIASES, Family, expert_weights, refuse
 
 
 def _read(config: Any) -> dict[str, Any]:
@@ -18,8 +18,6 @@ def _read(config: Any) -> dict[str, Any]:
     )
     window = config.sliding_window if config.use_sliding_window else None
     return {
-        "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
         "qk_norm": True,
         "sliding_windows": (window,) * config.num_hidden_layers,
         "variant": Variant(experts=experts),
@@ -30,7 +28,6 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     experts, window = model.parts.experts, model.sliding_windows[0]
     assert experts is not None
     return {
-        "attention_bias": model.qkv_bias,
         "use_sliding_window": window is not None,
         "sliding_window": window,
         "num_experts": experts.count,
@@ -47,5 +44,6 @@ FAMILY = Family(
     config_class="Qwen3MoeConfig",
     read=_read,
     write=_write,
+    same=ATTENTION_BIASES,
     weights=expert_weights("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
 )

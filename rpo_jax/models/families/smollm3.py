@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rpo_jax.models.architecture import ModelConfig, Variant
-from rpo_jax.models.families.family import Family, read_windows, write_windows
+from rpo_jax.models.families.family import BIASES, Family, read_windows, write_windows
 
 
 def _read(config: Any) -> dict[str, Any]:
@@ -14,9 +14,6 @@ def _read(config: Any) -> dict[str, Any]:
         raise ValueError(f"no_rope_layers has {len(config.no_rope_layers)} entries for {len(layers)} layers.")
     windows = read_windows(config) if config.use_sliding_window else (None,) * len(layers)
     return {
-        "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
         "sliding_windows": windows,
         "variant": Variant(unrotated_layers=tuple(n for n in layers if not config.no_rope_layers[n])),
     }
@@ -24,8 +21,6 @@ def _read(config: Any) -> dict[str, Any]:
 
 def _write(model: ModelConfig) -> dict[str, Any]:
     return {
-        "attention_bias": model.qkv_bias,
-        "mlp_bias": model.mlp_bias,
         # 1 where there is a rope, whatever the name says.
         "no_rope_layers": [int(rope is not None) for rope in model.layer_ropes],
         "use_sliding_window": any(window is not None for window in model.sliding_windows),
@@ -33,4 +28,4 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(architecture="SmolLM3ForCausalLM", config_class="SmolLM3Config", read=_read, write=_write)
+FAMILY = Family(architecture="SmolLM3ForCausalLM", config_class="SmolLM3Config", read=_read, write=_write, same=BIASES)

@@ -206,7 +206,7 @@ def to_transformers(model: ModelConfig, dtype: str) -> Any:
     family = FAMILIES[model.family]
     eos = model.eos_token_id
     values = {
-        **{theirs: getattr(model, ours) for ours, theirs in _SAME_VALUE.items()},
+        **{theirs: getattr(model, ours) for ours, theirs in {**_SAME_VALUE, **family.same}.items()},
         **family.write(model),
         family.activation: model.parts.activation,
         "head_dim": model.head_dim,
@@ -304,7 +304,8 @@ def _build(family: str, values: Mapping[str, Any]) -> Any:
 
 
 def _from_transformers(family: str, config: Any, dtype: str) -> ModelConfig:
-    kind, fields = FAMILIES[family], FAMILIES[family].read(config)
+    kind = FAMILIES[family]
+    fields = {"sliding_windows": (None,) * config.num_hidden_layers, **kind.read(config)}
     activation = getattr(config, kind.activation)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{kind.activation} {activation!r} is not supported; known ones: {', '.join(ACTIVATIONS)}.")
@@ -319,7 +320,7 @@ def _from_transformers(family: str, config: Any, dtype: str) -> ModelConfig:
     eos = config.eos_token_id
     return ModelConfig(
         family=family,
-        **{ours: getattr(config, theirs) for ours, theirs in _SAME_VALUE.items()},
+        **{ours: getattr(config, theirs) for ours, theirs in {**_SAME_VALUE, **kind.same}.items()},
         **fields,
         head_dim=head_dim,
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
