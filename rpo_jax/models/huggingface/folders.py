@@ -6,7 +6,10 @@ import hashlib
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
 
 from rpo_jax.core.files import inside, read_json, refuse_gguf
 from rpo_jax.data.hub import newest_folder
@@ -49,14 +52,29 @@ def resolve_folder(path: str | Path) -> Path:
         ) from error
 
 
+class Stored(NamedTuple):
+    """Where a tensor is: its file, and its name there."""
+
+    file: Path
+    name: str
+
+    def described(self) -> tuple[tuple[int, ...], str]:
+        """Its shape, and its dtype by safetensors' name."""
+        with safetensors.safe_open(self.file, "numpy") as stored:
+            view = stored.get_slice(self.name)
+            return tuple(view.get_shape()), view.get_dtype()
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        with safetensors.safe_open(self.file, "numpy") as stored:
+            return stored.get_slice(self.name)[index]
+
+
 def safetensors_files(folder: Path) -> dict[str, Path]:
     """For each tensor of a folder the file that holds it; one file, or several with an index.
 
     The library checks a file's header when it opens it: sizes, dtypes, and that the tensors fill the file without
     gaps and overlaps. Nothing is allocated for them.
     """
-    from safetensors import SafetensorError, safe_open
-
     index = _read_index(folder)
     files: dict[str, Path] = {}
     for name in sorted(set(index.values())) if index is not None else [WEIGHTS]:
@@ -66,9 +84,9 @@ def safetensors_files(folder: Path) -> dict[str, Path]:
         if not file.is_file():
             raise ValueError(f"{folder / WEIGHTS_INDEX} names {name}, which is not there; copy the folder again.")
         try:
-            with safe_open(file, "numpy") as tensors:
+            with safetensors.safe_open(file, "numpy") as tensors:
                 keys = list(tensors.keys())
-        except SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is not a complete safetensors file ({error}); copy it again.") from None
         for key in keys:
             if index is not None and index.get(key) != name:

@@ -25,7 +25,7 @@ from rpo_jax.models.architecture import ModelConfig
 from rpo_jax.models.decoder import Params, abstract_params
 from rpo_jax.models.families import FAMILIES
 from rpo_jax.models.huggingface.configuration import is_text_part, read_config
-from rpo_jax.models.huggingface.folders import resolve_folder, safetensors_files, some
+from rpo_jax.models.huggingface.folders import Stored, resolve_folder, safetensors_files, some
 from rpo_jax.models.huggingface.mxfp4 import SUFFIXES, Packed
 from rpo_jax.models.huggingface.tensors import Index, Shape, TensorLayout, flat_params, tensors_of
 
@@ -93,19 +93,6 @@ def check_dtype(dtype: str, *more: str) -> None:
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join((*DTYPES, *more))}.")
 
 
-class Stored(NamedTuple):
-    """Where a tensor is: its file, and its name there."""
-
-    file: Path
-    name: str
-
-    def read(self, index: Index) -> np.ndarray:
-        from safetensors import safe_open
-
-        with safe_open(self.file, "numpy") as stored:
-            return stored.get_slice(self.name)[index]
-
-
 Place: TypeAlias = Stored | Packed
 
 
@@ -165,7 +152,7 @@ class Weights(NamedTuple):
         rows, columns = self.tensors[names[1]].file_shape
         step = max(1, READ_BYTES // (4 * columns))
         blocks = (slice(start, min(rows, start + step)) for start in range(0, rows, step))
-        same = _shape_and_dtype(self.files[names[0]]) == _shape_and_dtype(self.files[names[1]])
+        same = self.files[names[0]].described() == self.files[names[1]].described()
         if not same or any(len({self.files[name].read((block,)).tobytes() for name in names}) > 1 for block in blocks):
             raise ValueError(
                 f"{self.folder / 'config.json'} ties the output head to the embedding (tie_word_embeddings), but "
@@ -183,12 +170,12 @@ def open_weights(path: str | Path) -> Weights:
     """The weights of a Hugging Face folder or hub name; errors as check_pretrained's."""
     folder = resolve_folder(path)
     model_config = read_config(folder)
-    file_of = safetensors_files(folder)
-    files: dict[str, Place] = {key: Stored(file, key) for key, file in file_of.items()}
+    stored = {key: Stored(file, key) for key, file in safetensors_files(folder).items()}
+    files: Mapping[str, Place] = stored
     if FAMILIES[model_config.family].reads_mxfp4:
-        files = _unpacked(files)
+        files = _unpacked(stored)
     if text_part := is_text_part(folder, model_config):
-        files = {name: Stored(file_of[key], key) for key in file_of if (name := _text_name(key))}
+        files = {name: place for key, place in stored.items() if (name := _text_name(key))}
     if model_config.num_layers > len(files):  # before a name is made for each
         raise ValueError(
             f"{folder / 'config.json'} has {model_config.num_layers} layers; the {len(files)} tensors of the folder "
@@ -202,18 +189,18 @@ def open_weights(path: str | Path) -> Weights:
     for key, tensor in tensors.items():
         keys.setdefault(tensor.rule.path, {})[tensor.place] = key
     model_config = dataclasses.replace(model_config, dtype=dtype)
-    left_out = len(file_of) - len(files) if text_part else 0
+    left_out = len(stored) - len(files) if text_part else 0
     return Weights(folder, model_config, tensors, files, keys, left_out)
 
 
-def _unpacked(files: Mapping[str, Place]) -> dict[str, Place]:
+def _unpacked(files: Mapping[str, Stored]) -> dict[str, Place]:
     """The same where two tensors that stand for one in MXFP4 are that one."""
     blocks, scales = SUFFIXES
     packed = [key.removesuffix(blocks) for key in files if key.endswith(blocks)]
     named = {key: tuple(files[key + suffix] for suffix in SUFFIXES) for key in packed if key + scales in files}
     halves = {key + suffix for key in named for suffix in SUFFIXES}
     others = {key: place for key, place in files.items() if key not in halves}
-    return others | {key: Packed(key, *((place.file, place.name) for place in two)) for key, two in named.items()}
+    return others | {key: Packed(key, *two) for key, two in named.items()}
 
 
 def _text_name(key: str) -> str | None:
@@ -240,21 +227,11 @@ def _check_keys(
         )
 
 
-def _shape_and_dtype(place: Place) -> tuple[Shape, str]:
-    from safetensors import safe_open
-
-    if isinstance(place, Packed):
-        return place.shape, "BF16"  # in which every one of their numbers can be written
-    with safe_open(place.file, "numpy") as stored:
-        view = stored.get_slice(place.name)
-        return tuple(view.get_shape()), view.get_dtype()
-
-
 def _check_contents(folder: Path, tensors: Mapping[str, TensorLayout], files: Mapping[str, Place]) -> set[str]:
     """Check each tensor's shape and dtype before any is read; returns the dtypes found."""
     dtypes: set[str] = set()
     for key, tensor in tensors.items():
-        got, dtype = _shape_and_dtype(files[key])
+        got, dtype = files[key].described()
         if got != tensor.file_shape:
             raise ValueError(
                 f"{files[key].name} in {files[key].file} has shape {got}; {folder / 'config.json'} implies "

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from rpo_jax.models.huggingface.folders import Stored
+
 GROUP = 32  # numbers of a scale
 SUFFIXES = ("_blocks", "_scales")  # of the two tensors that stand for one
 # E2M1, by its four bits: sign, exponent, mantissa.
@@ -33,45 +35,30 @@ class Packed(NamedTuple):
     """Where the two tensors are that stand for one of [X, I, O], under its name."""
 
     name: str
-    blocks: tuple[Path, str]
-    scales: tuple[Path, str]
+    blocks: Stored
+    scales: Stored
 
     @property
     def file(self) -> Path:
-        return self.blocks[0]
+        return self.blocks.file
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor; ValueError for two that do not belong together."""
-        (blocks, kinds), (scales, others) = (_described(*where) for where in (self.blocks, self.scales))
+    def described(self) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of the tensor, as Stored's; ValueError for two that do not belong together."""
+        (blocks, kinds), (scales, others) = self.blocks.described(), self.scales.described()
         whole = len(blocks) == 4 and blocks[3] == GROUP // 2 and scales == blocks[:3]
         if not whole or {kinds, others} != {"U8"}:
             raise ValueError(
-                f"{self.blocks[1]} in {self.file} has shape {blocks} ({kinds}) and its scales {scales} ({others}); in "
-                "MXFP4 these are [experts, outputs, groups, 16] and [experts, outputs, groups] of bytes."
+                f"{self.blocks.name} in {self.file} has shape {blocks} ({kinds}) and its scales {scales} ({others}); "
+                "in MXFP4 these are [experts, outputs, groups, 16] and [experts, outputs, groups] of bytes."
             )
-        return blocks[0], GROUP * blocks[2], blocks[1]
+        return (blocks[0], GROUP * blocks[2], blocks[1]), "BF16"  # in which each of their numbers can be written
 
     def read(self, index: tuple[slice, ...]) -> Float[np.ndarray, "X I O"]:
         """A part of the tensor, float32; only the groups that hold it are read."""
         experts, inputs, outputs = index
-        start, stop, _ = inputs.indices(self.shape[1])
+        shape, _ = self.described()
+        start, stop, _ = inputs.indices(shape[1])
         first = start // GROUP
         groups = slice(first, -(-stop // GROUP))
-        values = dequantized(*(_slice(*where, (experts, outputs, groups)) for where in (self.blocks, self.scales)))
+        values = dequantized(*(part.read((experts, outputs, groups)) for part in (self.blocks, self.scales)))
         return values[..., start - first * GROUP : stop - first * GROUP].swapaxes(1, 2)
-
-
-def _described(file: Path, name: str) -> tuple[tuple[int, ...], str]:
-    from safetensors import safe_open
-
-    with safe_open(file, "numpy") as stored:
-        view = stored.get_slice(name)
-        return tuple(view.get_shape()), view.get_dtype()
-
-
-def _slice(file: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    from safetensors import safe_open
-
-    with safe_open(file, "numpy") as stored:
-        return stored.get_slice(name)[index]
