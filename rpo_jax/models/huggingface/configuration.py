@@ -20,14 +20,17 @@ from rpo_jax.models.families.family import Family
 from rpo_jax.models.modules import ACTIVATIONS
 from rpo_jax.models.rope import ROPE_KINDS, Rope, frequencies
 
-# ModelConfig's name -> transformers' name, where the value is the same.
-_SAME_VALUE = {
+# ModelConfig's name -> transformers' name, where the value is the same. Arrays and lists are made of the sizes.
+_SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
+}
+_SAME_VALUE = {
+    **_SIZES,
     "rms_norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
     "max_position_embeddings": "max_position_embeddings",
@@ -35,17 +38,6 @@ _SAME_VALUE = {
     "bos_token_id": "bos_token_id",
     "pad_token_id": "pad_token_id",
 }
-
-# Of a config.json: numbers that arrays and lists are made of.
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 MAX_SIZE = 1 << 24
 _LARGEST = {"num_hidden_layers": 4096, "head_dim": 1 << 16}
 VOCABULARY_MULTIPLE = 64
@@ -177,7 +169,7 @@ def check_tokenizer(tokenizer: Any, model: ModelConfig, folder: str | Path) -> N
 
 def _check_sizes(file: Path, values: Mapping[str, Any]) -> None:
     """ValueError for sizes that no model has, before lists are made of their length."""
-    for name in _SIZES:
+    for name in (*_SIZES.values(), "head_dim"):
         value, largest = values.get(name), _LARGEST.get(name, MAX_SIZE)
         if value is not None and (type(value) is not int or not 1 <= value <= largest):
             raise ValueError(f"{file}: {name} must be an integer from 1 to {largest:,}, got {str(value)[:100]}.")
