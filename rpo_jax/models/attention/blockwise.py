@@ -79,7 +79,7 @@ class _How(NamedTuple):
     share: Share
 
 
-def make_plan(ids: TokenIds, window: Int[Array, ""] | int, share: Share = ALL) -> Plan:
+def make_plan(ids: TokenIds, window: int | None, share: Share = ALL) -> Plan:
     """Sort the blocks of all rows by the width of what they see; blocks of padding alone come last and are not done."""
     rows, tokens = ids.segment_ids.shape
     num_blocks = tokens // share.context // BLOCK_TOKENS
@@ -261,10 +261,8 @@ def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) 
     padding = -ids.segment_ids.shape[1] % BLOCK_TOKENS
     ids = ids.padded(padding)
     sizes = jnp.array([EVERYTHING if window is None else window for window in windows], jnp.int32)
-    # Once for all layers that share a window; every device plans its own rows.
     plan_axes = Plan(OWN, OWN)
-    plan_of = split.per_shard(partial(make_plan, share=split.share), (TOKEN_IDS_AXES, ()), plan_axes)
-    plans = jax.tree.map(lambda *parts: jnp.stack(parts), *(plan_of(ids, size) for size in sizes))
+    plans = split.by_window(partial(make_plan, share=split.share), ids, windows, plan_axes)
 
     def attend(query: Array, key: Array, value: Array, which: Array, sinks: Array | None = None) -> Array:
         more = ids, jax.tree.map(lambda x: x[which], plans), sizes[which]

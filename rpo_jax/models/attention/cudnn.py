@@ -5,13 +5,10 @@ Read in JAX's source and compiled for CUDA in a test, without its library, but n
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from rpo_jax.models.attention.kind import OWN, TOKEN_IDS_AXES, Attend, AttentionKind, Split, Windows
+from rpo_jax.models.attention.kind import OWN, Attend, AttentionKind, Split, Windows
 from rpo_jax.models.attention.masking import TokenIds
 
 
@@ -21,12 +18,8 @@ def _fused(query: Array, key: Array, value: Array, mask: Array) -> Array:
 
 def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) -> Attend:
     assert softcap is None, "check_attention refuses it"
-
     # One mask for all heads; the scores themselves stay inside the kernel.
-    def mask_of(window: int | None) -> Array:
-        return split.per_shard(partial(split.share.visible, window=window), (TOKEN_IDS_AXES,), OWN)(ids)
-
-    masks = jnp.stack([mask_of(window) for window in windows])[:, :, None]
+    masks = split.by_window(split.share.visible, ids, windows, OWN)[:, :, None]
 
     def attend(query: Array, key: Array, value: Array, which: Array, sinks: None = None) -> Array:
         mask = masks[which if len(masks) > 1 else 0]

@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float
 from rpo_jax.models.attention.kind import (
     ATTENTION_OUTPUT,
     OWN,
-    TOKEN_IDS_AXES,
     Attend,
     AttentionKind,
     Split,
@@ -55,11 +54,11 @@ def dense_attention(
 
 
 def _make(ids: TokenIds, windows: Windows, split: Split, softcap: float | None) -> Attend:
-    def mask_of(window: int | None) -> Array:
-        return split.per_shard(partial(split.share.visible, window=window), (TOKEN_IDS_AXES,), OWN)(ids)
-
     shared, run = split.share.context > 1, partial(dense_attention, softcap=softcap)
-    masks = jnp.stack([mask_of(window) if shared else visible(*ids, window) for window in windows])
+    if shared:
+        masks = split.by_window(split.share.visible, ids, windows, OWN)
+    else:
+        masks = jnp.stack([visible(*ids, window) for window in windows])
 
     def attend(query: Array, key: Array, value: Array, which: Array, sinks: Array | None = None) -> Array:
         # A single mask is indexed statically, so that a scan over layers need not copy it in every one.

@@ -337,15 +337,15 @@ class _Call(NamedTuple):
     head_dim: int
     group: int  # query heads of a key-value head
 
-    def block(self, of_head: Callable[[Any], Any] = lambda head: head) -> pl.BlockSpec:
+    def block(self) -> pl.BlockSpec:
         """A block of [R, T, heads, K]."""
         shape = (None, self.tiles.kept, None, kernels.padded(self.head_dim))
-        return pl.BlockSpec(shape, lambda i, h, r: (r, i, of_head(h), 0))
+        return pl.BlockSpec(shape, lambda i, h, r: (r, i, h, 0))
 
-    def row(self, of_head: Callable[[Any], Any] = lambda head: head) -> pl.BlockSpec:
-        """A whole row of [R, T, heads, K]."""
+    def key_row(self) -> pl.BlockSpec:
+        """A whole row of [R, T, G, K], of the key-value head of a query head."""
         shape = (None, self.others, None, kernels.padded(self.head_dim))
-        return pl.BlockSpec(shape, lambda i, h, r: (r, 0, of_head(h), 0))
+        return pl.BlockSpec(shape, lambda i, h, r: (r, 0, lax.div(h, self.group), 0))
 
     def group_row(self) -> pl.BlockSpec:
         """A whole row of [R, T, H, K] with all heads of a group."""
@@ -394,12 +394,11 @@ def _call(kernel: str, how: _How, query: Array, key: Array) -> _Call:
 
 def _forward(how, query, key, value, sight, plan, sinks) -> tuple[Array, _Saved]:
     call = _call("forward", how, query, key)
-    of_keys = call.row(lambda head: lax.div(head, call.group))
     shapes = [
         jax.ShapeDtypeStruct(query.shape, query.dtype),
         jax.ShapeDtypeStruct((query.shape[0], query.shape[2], query.shape[1]), jnp.float32),
     ]
-    specs, outs = [call.block(), of_keys, of_keys], [call.block(), call.number()]
+    specs, outs = [call.block(), call.key_row(), call.key_row()], [call.block(), call.number()]
     results = call.run(_forward_kernel, specs, outs, shapes, query, key, value, sight, plan.of_queries)
     if sinks is not None:
         # A sink adds to a softmax's sum alone: all weights of a query become smaller by one factor.
@@ -427,8 +426,7 @@ def _backward(how: _How, saved: _Saved, cotangent: Float[Array, "R T H K"]) -> t
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
 
     call = _call("queries", how, query, key)
-    of_keys = call.row(lambda head: lax.div(head, call.group))
-    specs = [call.block(), of_keys, of_keys, call.block(), call.number(), call.number()]
+    specs = [call.block(), call.key_row(), call.key_row(), call.block(), call.number(), call.number()]
     (dq,) = call.run(_queries_kernel, specs, [call.block()], like[:1], *arrays, plan.of_queries)
 
     call = _call("keys", how, query, key)
@@ -452,12 +450,7 @@ def make(
     ids = ids.padded(padding)
     how = _How(softcap, any(window is not None for window in windows), interpret, split.share)
     sizes = jnp.array([EVERYTHING if window is None else window for window in windows], jnp.int32)
-    # Once for all layers that share a window; every device plans its own rows.
-    plans = [
-        split.per_shard(partial(make_plan, window=window, share=split.share), (TOKEN_IDS_AXES,), PLAN_AXES)(ids)
-        for window in windows
-    ]
-    plan = jax.tree.map(lambda *parts: jnp.stack(parts), *plans)
+    plan = split.by_window(partial(make_plan, share=split.share), ids, windows, PLAN_AXES)
 
     def attend(query: Array, key: Array, value: Array, which: Array, sinks: Array | None = None) -> Array:
         one = which if len(windows) > 1 else 0

@@ -6,8 +6,10 @@ Letters: R rows, T tokens, H query heads, G key-value heads, K head dimension.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
@@ -102,6 +104,17 @@ class Split(NamedTuple):
     @property
     def share(self) -> Share:
         return Share(self.shards("tokens"), self.mesh_axes("tokens"))
+
+    def by_window(self, function: Callable[..., Any], ids: TokenIds, windows: Windows, axes: Any) -> Any:
+        """function(ids, window=...) by each device on its own rows, for each of the layers' distinct windows, stacked.
+
+        So layers that share a window share what is made of it.
+
+        Args:
+            axes: names of the axes of what `function` gives.
+        """
+        made = [self.per_shard(partial(function, window=window), (TOKEN_IDS_AXES,), axes)(ids) for window in windows]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *made)
 
     def attend(
         self,

@@ -25,7 +25,6 @@ from rpo_jax.models.attention.kind import (
     ATTENTION_OUTPUT,
     OWN,
     SHORT,
-    TOKEN_IDS_AXES,
     Attend,
     AttentionKind,
     Share,
@@ -149,12 +148,8 @@ def make(
     """AttentionKind.make; `interpret` as for make_kernels."""
     pad = 0 if split.share.context > 1 else padding(ids.segment_ids.shape[1])
     ids = ids.padded(pad)
-    # Once for all layers that share a window; every device makes the masks of its own rows, and all heads share them.
-    made = []
-    for window in windows:
-        kernels_of = partial(make_kernels, window=window, softcap=softcap, interpret=interpret, share=split.share)
-        made.append(split.per_shard(kernels_of, (TOKEN_IDS_AXES,), OWN)(ids))
-    kernels = jax.tree.map(lambda *parts: jnp.stack(parts), *made)
+    kernels_of = partial(make_kernels, softcap=softcap, interpret=interpret, share=split.share)
+    kernels = split.by_window(kernels_of, ids, windows, OWN)
 
     def attend(query: Array, key: Array, value: Array, which: Array, sinks: Array | None = None) -> Array:
         kernel = jax.tree.map(lambda x: x[which if len(windows) > 1 else 0], kernels)

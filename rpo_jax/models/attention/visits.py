@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 PLAN_AXES = Plan(Visits(OWN, OWN, OWN), Visits(OWN, OWN, OWN))
 
 
-def make_plan(ids: TokenIds, window: Int[Array, ""] | int | None, share: Share = ALL) -> Plan:
+def make_plan(ids: TokenIds, window: int | None, share: Share = ALL) -> Plan:
     """Which blocks have to do with which.
 
     Args:
