@@ -4,6 +4,7 @@ from rpo_jax.models.architecture import Experts, ModelConfig, Variant
 from rpo_jax.models.attention.kind import Split
 from rpo_jax.models.attention.registry import ATTENTIONS, Asked, attention_kind, attention_name, check_attention
 from rpo_jax.models.decoder import (
+    Execution,
     abstract_params,
     apply,
     count_params,
@@ -24,7 +25,7 @@ from rpo_jax.models.huggingface.folders import resolve_folder
 from rpo_jax.models.huggingface.loading import check_pretrained, load_pretrained
 from rpo_jax.models.huggingface.saving import RENDERING, RewardHead, classifier_name, save_pretrained
 from rpo_jax.models.lora import load_sharded
-from rpo_jax.models.policy import ROW_IDS, Execution, Outputs, Parameters, Policy, check_choices
+from rpo_jax.models.policy import ROW_IDS, Outputs, Parameters, Policy, check_choices
 from rpo_jax.models.rope import Rope
 
 __all__ = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,17 @@ from rpo_jax.models.recompute import REMATS, WHOLE, Axes, at_once, in_chunks
 from rpo_jax.models.rope import rotation
 
 Params = dict[str, Any]
+
+
+class Execution(NamedTuple):
+    """How a decoder is run; the fields are the arguments of hidden_states."""
+
+    compute_dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    attention: str = "auto"
+    platform: str | None = None
+    constrain: Constrain | None = None
+    split: Split = ONE_DEVICE
 
 
 class Layer(nnx.Module):
@@ -231,9 +242,8 @@ def hidden_states(
         split: how devices share attention and experts; where they share a row's tokens too, all that is given of
             tokens is striped (core.shards), and so is what comes out.
     """
-    arguments = (model_config, params, tokens, positions, segment_ids, branch_ids)
-    how = (compute_dtype, remat, attention, platform, constrain, split)
-    return hidden_states_and_routing(*arguments, *how)[0]
+    how = Execution(compute_dtype, remat, attention, platform, constrain, split)
+    return hidden_states_and_routing(model_config, params, tokens, positions, segment_ids, branch_ids, how)[0]
 
 
 def hidden_states_and_routing(
@@ -243,17 +253,12 @@ def hidden_states_and_routing(
     positions: Int[Array, "B T"] | None,
     segment_ids: Int[Array, "B T"] | None,
     branch_ids: Int[Array, "B T"] | None,
-    compute_dtype: DTypeLike,
-    remat: str,
-    attention: str,
-    platform: str | None,
-    constrain: Constrain | None,
-    split: Split,
+    how: Execution,
 ) -> tuple[Float[Array, "B T D"], Routing | None]:
     """hidden_states, and where the experts of every layer have their tokens from; None without experts."""
-    if remat not in REMATS:
-        raise ValueError(f"remat={remat!r} is not known; use one of {', '.join(REMATS)}.")
-    constrain = constrain or (lambda x, axes: x)
+    if how.remat not in REMATS:
+        raise ValueError(f"remat={how.remat!r} is not known; use one of {', '.join(REMATS)}.")
+    compute_dtype, split, constrain = how.compute_dtype, how.split, how.constrain or (lambda x, axes: x)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
     branch_ids = jnp.zeros_like(tokens) if branch_ids is None else branch_ids
@@ -261,7 +266,7 @@ def hidden_states_and_routing(
     windows = tuple(dict.fromkeys(model_config.sliding_windows))
     ids = TokenIds(positions, segment_ids, branch_ids)
     asked = Asked.of(model_config, compute_dtype)
-    attend = make_attention(attention, platform or jax.default_backend(), ids, windows, split, asked)
+    attend = make_attention(how.attention, how.platform or jax.default_backend(), ids, windows, split, asked)
     window_of_layer = jnp.array([windows.index(window) for window in model_config.sliding_windows])
     cos_sin, rope_of_layer = rotations(model_config, positions), jnp.array(model_config.rope_of_layer)
     model = nnx.merge(_abstract(model_config)[0], params)
@@ -269,7 +274,7 @@ def hidden_states_and_routing(
     table = split.gather(model.embed[...], ("vocab", "embed"), compute_dtype)
     x = constrain(embedded(model_config, table, tokens, compute_dtype), ("rows", "tokens", "embed"))
     of_layer = (window_of_layer, rope_of_layer)
-    return model(x, cos_sin, attend, of_layer, segment_ids > 0, remat, constrain, split)
+    return model(x, cos_sin, attend, of_layer, segment_ids > 0, how.remat, constrain, split)
 
 
 def output_head(model_config: ModelConfig, params: Params) -> Float[Array, "D V"]:
@@ -292,18 +297,8 @@ def apply(
     constrain: Constrain | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits of every token's successor, float32; the arguments are those of hidden_states. Compiled."""
-    x = hidden_states(
-        model_config,
-        params,
-        tokens,
-        positions,
-        segment_ids,
-        branch_ids,
-        compute_dtype=compute_dtype,
-        remat=remat,
-        attention=attention,
-        constrain=constrain,
-    )
+    how = Execution(compute_dtype, remat, attention, constrain=constrain)
+    x, _ = hidden_states_and_routing(model_config, params, tokens, positions, segment_ids, branch_ids, how)
     head = output_head(model_config, params).astype(compute_dtype)
     logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
     logits = capped(logits, model_config.parts.logit_softcap)

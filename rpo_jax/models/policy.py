@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rpo_jax.config import LoraConfig, PolicyConfig
 from rpo_jax.models import lora as adapters
 from rpo_jax.models.architecture import ModelConfig
-from rpo_jax.models.attention.kind import ONE_DEVICE, Split
 from rpo_jax.models.attention.registry import Asked, check_attention, check_attention_name
 from rpo_jax.models.decoder import (
+    Execution,
     Params,
     abstract_params,
     count_params,
@@ -36,7 +34,6 @@ from rpo_jax.models.experts import Routing
 from rpo_jax.models.families import FAMILIES, check_family
 from rpo_jax.models.huggingface.loading import load_pretrained
 from rpo_jax.models.huggingface.saving import save_pretrained
-from rpo_jax.models.modules import Constrain
 from rpo_jax.models.projection import Adapted, with_wide_gradient
 
 ROW_IDS = ("tokens", "positions", "segment_ids", "branch_ids")  # what a decoder reads of packed rows
@@ -52,17 +49,6 @@ class Parameters(NamedTuple):
 
     axes: Params
     shapes: Params
-
-
-class Execution(NamedTuple):
-    """How a decoder is run; the fields are the arguments of rpo_jax.models.hidden_states."""
-
-    compute_dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    attention: str = "auto"
-    platform: str | None = None
-    constrain: Constrain | None = None
-    split: Split = ONE_DEVICE
 
 
 class Outputs(NamedTuple):
@@ -205,9 +191,8 @@ class Policy:
                 where devices share a row's tokens.
         """
         tokens, positions, segments, branches = (rows[name] for name in ROW_IDS)
-        settings: Any = how._asdict()
         hidden, routing = hidden_states_and_routing(
-            self.model_config, params, tokens, positions, segments, branches, **settings
+            self.model_config, params, tokens, positions, segments, branches, how
         )
         # Whole over fsdp before the chunks of a loss run, or each chunk would gather it again.
         head = how.split.gather(output_head(self.model_config, params), ("embed", "vocab"), how.compute_dtype)
