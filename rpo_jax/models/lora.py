@@ -266,8 +266,8 @@ def _peft_tensors(
                 tensors[f"{name}.lora_B.weight"] = outputs.reshape(-1, rank * count)
             continue
         for number in np.ndindex(*kernel.layers.values()):
-            module = kernel.module.format(**dict(zip(("layer", "expert"), number, strict=False)))
             # As torch has linear layers, outputs first.
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a[number].reshape(-1, lora.rank).T
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b[number].reshape(lora.rank, -1).T
+            name = f"base_model.model.{kernel.name(number)}"
+            tensors[f"{name}.lora_A.weight"] = a[number].reshape(-1, lora.rank).T
+            tensors[f"{name}.lora_B.weight"] = b[number].reshape(lora.rank, -1).T
     return tensors, {target: known[target].module.partition("{layer}.")[2] for target in joined}

@@ -14,8 +14,9 @@ their nearest level.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -132,11 +133,6 @@ def load_rounded(weights: Weights, matrix: Matrix, shapes: Quantized | Blockwise
     return _load_blocks(weights, matrix, shapes, places)
 
 
-def _where(matrix: Matrix, index: Index) -> Iterator[tuple[int, ...]]:
-    """Layers, and experts, of a part."""
-    return itertools.product(*(range(size)[part] for size, part in zip(matrix.layers.values(), index, strict=False)))
-
-
 def _read(weights: Weights, matrix: Matrix, where: tuple[int, ...], index: Index) -> np.ndarray:
     """A part of one layer's, and expert's, matrix; ValueError for weights that are not finite."""
     one = tuple(slice(number, number + 1) for number in where)
@@ -146,10 +142,11 @@ def _read(weights: Weights, matrix: Matrix, where: tuple[int, ...], index: Index
     return wide.reshape(wide.shape[len(where) :])
 
 
-def _stacked(matrix: Matrix, index: Index, parts: list[np.ndarray]) -> np.ndarray:
-    """Of each layer, and expert, one part, as one array."""
-    sizes = (len(range(size)[part]) for size, part in zip(matrix.layers.values(), index, strict=False))
-    return np.stack(parts).reshape(*sizes, *parts[0].shape)
+def _stacked(matrix: Matrix, index: Index, read: Callable[[tuple[int, ...]], np.ndarray]) -> np.ndarray:
+    """What is read of each layer, and expert, of a part, as one array."""
+    numbers = [range(size)[part] for size, part in zip(matrix.layers.values(), index, strict=False)]
+    parts = [read(where) for where in itertools.product(*numbers)]
+    return np.stack(parts).reshape(*map(len, numbers), *parts[0].shape)
 
 
 def _load_int8(weights: Weights, matrix: Matrix, shapes: Quantized, places: Any) -> Quantized:
@@ -165,14 +162,14 @@ def _load_int8(weights: Weights, matrix: Matrix, shapes: Quantized, places: Any)
         return known[key]
 
     def read_scale(index: Index) -> np.ndarray:
-        return _stacked(matrix, index, [scale_of(where, index[lead:]) for where in _where(matrix, index)])
+        return _stacked(matrix, index, lambda where: scale_of(where, index[lead:]))
 
     def read_values(index: Index) -> np.ndarray:
-        parts = []
-        for where in _where(matrix, index):
+        def rounded(where: tuple[int, ...]) -> np.ndarray:
             scale = scale_of(where, index[lead + rank :])
-            parts.append(np.rint(_read(weights, matrix, where, index[lead:]) / scale).astype(np.int8))
-        return _stacked(matrix, index, parts)
+            return np.rint(_read(weights, matrix, where, index[lead:]) / scale).astype(np.int8)
+
+        return _stacked(matrix, index, rounded)
 
     scale = place(shapes.scale.shape, places.scale, read_scale)
     return Quantized(place(shapes.values.shape, places.values, read_values), scale)
@@ -182,34 +179,30 @@ def _load_blocks(weights: Weights, matrix: Matrix, shapes: Blockwise, places: An
     lead, levels = len(matrix.layers), INT4_LEVELS if isinstance(shapes, Int4) else NF4_LEVELS
     everything = (slice(None),) * (len(matrix.inputs) + len(matrix.outputs))
     inner = prod(list(matrix.inputs.values())[1:])  # inputs in one of the first axis
-    known: dict[tuple[int, ...], tuple[np.ndarray, ...]] = {}
 
+    @functools.cache
     def scales_of(where: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-        if where not in known:
-            wide = _read(weights, matrix, where, everything)
-            known[where] = rounded_scales(_largest(in_blocks(wide, len(matrix.inputs))))
-        return known[where]
+        wide = _read(weights, matrix, where, everything)
+        return rounded_scales(_largest(in_blocks(wide, len(matrix.inputs))))
 
-    def reader(field: int) -> Any:
-        def read(index: Index) -> np.ndarray:
-            return _stacked(matrix, index, [scales_of(where)[field][index[lead:]] for where in _where(matrix, index)])
-
-        return read
+    def read_scales(field: int, index: Index) -> np.ndarray:
+        return _stacked(matrix, index, lambda where: scales_of(where)[field][index[lead:]])
 
     def read_values(index: Index) -> np.ndarray:
         start, stop, _ = index[lead].indices(matrix.blocks)
         first, last = start * BLOCK // inner, -(-stop * BLOCK // inner)  # what holds these blocks
         part = (slice(first, last), *everything[1 : len(matrix.inputs)], *index[lead + 2 :])
-        parts = []
-        for where in _where(matrix, index):
+
+        def rounded(where: tuple[int, ...]) -> np.ndarray:
             wide = _read(weights, matrix, where, part)
             flat = wide.reshape(-1, *wide.shape[len(matrix.inputs) :])[start * BLOCK - first * inner :]
-            parts.append(packed(in_blocks(flat[: (stop - start) * BLOCK], 1), levels)[:, index[lead + 1]])
-        return _stacked(matrix, index, parts)
+            return packed(in_blocks(flat[: (stop - start) * BLOCK], 1), levels)[:, index[lead + 1]]
+
+        return _stacked(matrix, index, rounded)
 
     arrays = [place(shapes.values.shape, places.values, read_values)]
     for field, (shape, where) in enumerate(zip(shapes[1:], places[1:], strict=True)):
-        arrays.append(place(shape.shape, where, reader(field)))
+        arrays.append(place(shape.shape, where, functools.partial(read_scales, field)))
     return type(shapes)(*cast(Any, arrays))
 
 
