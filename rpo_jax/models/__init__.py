@@ -2,7 +2,7 @@
 
 from rpo_jax.models.architecture import Experts, ModelConfig, Variant
 from rpo_jax.models.attention.kind import Split
-from rpo_jax.models.attention.registry import ATTENTIONS, Asked, attention_kind, attention_name, check_attention
+from rpo_jax.models.attention.registry import Asked, attention_kind, attention_name
 from rpo_jax.models.decoder import (
     Execution,
     abstract_params,
@@ -29,7 +29,6 @@ from rpo_jax.models.policy import ROW_IDS, Outputs, Parameters, Policy, check_ch
 from rpo_jax.models.rope import Rope
 
 __all__ = [
-    "ATTENTIONS",
     "FAMILIES",
     "RENDERING",
     "ROW_IDS",
@@ -48,7 +47,6 @@ __all__ = [
     "apply",
     "attention_kind",
     "attention_name",
-    "check_attention",
     "check_choices",
     "check_pretrained",
     "check_tokenizer",

@@ -200,16 +200,10 @@ class ExpertMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], split: Split, axes: Axes = WHOLE
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        def value(param: nnx.Param | None) -> Any:
-            return None if param is None else param.get_value()
-
-        weights = ExpertWeights(
-            value(self.router),
-            value(self.gate_up if self.gate is None else self.gate),
-            value(self.up),
-            value(self.down),
-            *map(value, (self.router_bias, self.gate_up_bias, self.down_bias)),
-        )
+        params = (self.router, self.gate_up if self.gate is None else self.gate, self.up, self.down)
+        biases = (self.router_bias, self.gate_up_bias, self.down_bias)
+        values: Any = (None if param is None else param.get_value() for param in (*params, *biases))
+        weights = ExpertWeights(*values)
         return mixture(self.experts, ACTIVATIONS[self.activation], weights, x, real, split, axes)
 
     def gather(self, gather: Constrain, dtype: DTypeLike) -> None:

@@ -284,15 +284,12 @@ def _grouped_product(x: Array, kernel: Array, rows_of: Array) -> Array:
 def _transposed_product(x: Array, kernel: Array, input_rank: int) -> Array:
     lead, outputs = x.shape[: x.ndim - input_rank], kernel.shape[: kernel.ndim - input_rank]
     rows, flat = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1)
-    return transposed_matmul(rows, flat).reshape(*lead, *outputs)
-
-
-def transposed_matmul(x: Float[Array, "R K"], transposed: Float[Array, "N K"]) -> Float[Array, "R N"]:
-    """x W, float32 sums, for W with its outputs first."""
-    if len(x) > FEW_ROWS:
-        return jnp.einsum("rk,nk->rn", x, transposed)
-    # The barrier keeps XLA from transposing the product back.
-    return jax.lax.optimization_barrier(jnp.einsum("nk,rk->nr", transposed, x)).T
+    if len(rows) > FEW_ROWS:
+        y = jnp.einsum("rk,nk->rn", rows, flat)
+    else:
+        # The barrier keeps XLA from transposing the product back.
+        y = jax.lax.optimization_barrier(jnp.einsum("nk,rk->nr", flat, rows)).T
+    return y.reshape(*lead, *outputs)
 
 
 # The backward pass widens again: the widened weights of every layer, kept until then, would take the memory that
