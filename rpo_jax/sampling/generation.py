@@ -149,15 +149,15 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
     if (note := unused_card()) is not None:
         reporter.say(note)
     policy = find_policy(config.model, checkpoint=config.checkpoint, base=config.base)
-    ignored = policy.ignore_columns if config.ignore_columns is None else config.ignore_columns
+    ignored = policy.data.ignore_columns if config.ignore_columns is None else config.ignore_columns
     asked = read_prompts(
         config.prompts or _alpaca_eval_set(),
         columns=config.columns,
-        usual_columns=policy.columns,
+        usual_columns=policy.data.columns,
         ignore_columns=ignored,
     )
-    template = config.template or policy.template or "auto"
-    arguments = policy.template_arguments if config.template_arguments is None else config.template_arguments
+    template = config.template or policy.data.template
+    arguments = policy.data.template_arguments if config.template_arguments is None else config.template_arguments
     encoded = _encoded(asked, policy, template, arguments, config.max_prompt_tokens)
     prompts, without = [ids for ids in encoded for _ in range(config.samples)], None
     if config.principle is not None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from rpo_jax import models
+from rpo_jax.config import DataConfig
 from rpo_jax.config.reading import load_config
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.hosts import sharding
@@ -39,27 +39,22 @@ class StoredPolicy:
         name: its folder or hub name, and for a run the step.
         policy: what of it was trained.
         end_ids: tokens that end an answer: those of the model, its generation_config.json and the tokenizer.
-        template: data.template of its run; None for a folder.
-        template_arguments: data.template_arguments of its run; empty for a folder.
-        columns: data.columns of its run; empty for a folder, and so is `ignore_columns`.
         compute_dtype: that of its run; float32 for a folder.
         folder: of the weights; None for a run that trained all of them.
         run_dir: None for a folder.
         step: of the run's checkpoint.
+        data: how its run read data; the default for a folder.
     """
 
     name: str
     policy: models.Policy
     tokenizer: PreTrainedTokenizerBase
     end_ids: frozenset[int]
-    template: str | None
     compute_dtype: str
     folder: Path | None
     run_dir: Path | None = None
     step: int = 0
-    template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    ignore_columns: tuple[str, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -97,7 +92,7 @@ def find_policy(path: str, *, checkpoint: str | None = None, base: str | None = 
     tokenizer = load_tokenizer(folder)
     models.check_tokenizer(tokenizer, policy.model_config, folder)
     ends = end_tokens(folder, policy.model_config, tokenizer)
-    return StoredPolicy(path, policy, tokenizer, ends, None, "float32", folder)
+    return StoredPolicy(path, policy, tokenizer, ends, "float32", folder)
 
 
 def _of_run(run_dir: Path, path: str, checkpoint: str, base: str | None) -> StoredPolicy:
@@ -110,21 +105,7 @@ def _of_run(run_dir: Path, path: str, checkpoint: str, base: str | None) -> Stor
     tokenizer = load_tokenizer(run_dir / MODEL)
     ends = end_tokens(run_dir / MODEL, policy.model_config, tokenizer, config.data.template_arguments)
     name, dtype = f"{path}@{step}", config.model.compute_dtype
-    data = config.data
-    return StoredPolicy(
-        name,
-        policy,
-        tokenizer,
-        ends,
-        data.template,
-        dtype,
-        folder,
-        run_dir,
-        step,
-        data.template_arguments,
-        data.columns,
-        data.ignore_columns,
-    )
+    return StoredPolicy(name, policy, tokenizer, ends, dtype, folder, run_dir, step, config.data)
 
 
 def find_checkpoint(
