@@ -13,6 +13,7 @@ over stacked layers: apply_lora_to_model fails there, and quantize_model leaves 
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from rpo_jax.models.families import FAMILIES
 from rpo_jax.models.huggingface.folders import copy_tokenizer
 from rpo_jax.models.huggingface.loading import DTYPES, check_dtype, open_weights
 from rpo_jax.models.huggingface.tensors import flat_params
-from rpo_jax.models.projection import Adapted
-from rpo_jax.models.quantization import BY_BLOCKS, ROUNDED, Matrix, check_blocks, described, load_rounded
+from rpo_jax.models.projection import BLOCK, Adapted
+from rpo_jax.models.quantization import BY_BLOCKS, ROUNDED, Matrix, described, load_rounded
 
 A, B = "lora_a", "lora_b"
 
@@ -71,9 +72,13 @@ def _rounded(model_config: ModelConfig, base_dtype: str) -> dict[tuple[str, ...]
 
 
 def check_base_dtype(model_config: ModelConfig, base_dtype: str) -> None:
-    """Raise ValueError where the matrices of a model cannot be stored so."""
-    if base_dtype in BY_BLOCKS:
-        check_blocks(matrices(model_config).values(), base_dtype)
+    """Raise ValueError where blocks of 64 do not divide a matrix's inputs, if the base is to be rounded by blocks."""
+    for matrix in matrices(model_config).values() if base_dtype in BY_BLOCKS else ():
+        if (inputs := prod(matrix.inputs.values())) % BLOCK:
+            raise ValueError(
+                f"lora.base_dtype={base_dtype} rounds blocks of {BLOCK} inputs, and {matrix.name((0, 0))} has "
+                f"{inputs}; use lora.base_dtype=int8."
+            )
 
 
 def _adapter_sizes(model_config: ModelConfig, lora: LoraConfig) -> dict[tuple[str, ...], dict[str, int]]:

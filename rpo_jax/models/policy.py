@@ -198,20 +198,17 @@ class Policy:
         head = how.split.gather(output_head(self.model_config, params), ("embed", "vocab"), how.compute_dtype)
         return Outputs(hidden, head, routing)
 
-    def merged(self, trained: Params, folder: str | Path) -> Params:
-        """All parameters in float32, adapters added to the weights of the folder; what is trained, without adapters."""
-        if not self.trains_adapters:
-            return trained
-        return adapters.merge(self.model_config, load_pretrained(folder)[1], trained, self.lora)
-
     def save(self, out: str | Path, trained: Params, weights: str | Path | None, **settings: Any) -> Path:
-        """Write a Hugging Face folder of the whole policy.
+        """Write a Hugging Face folder of the whole policy, adapters added to the weights in float32.
 
         Args:
             weights: folder of the weights that adapters were trained on; not read without adapters.
             settings: of rpo_jax.models.save_pretrained.
         """
-        return save_pretrained(out, self.model_config, self.merged(trained, weights or ""), **settings)
+        params = trained
+        if self.trains_adapters:
+            params = adapters.merge(self.model_config, load_pretrained(weights or "")[1], trained, self.lora)
+        return save_pretrained(out, self.model_config, params, **settings)
 
     def save_adapter(self, out: str | Path, trained: Params, *, base: str, **settings: Any) -> Path:
         """Write the adapters alone as a PEFT folder; the settings are those of rpo_jax.models.lora.save_adapter."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -85,16 +85,6 @@ class Matrix(NamedTuple):
 def bytes_per_weight(dtype: str) -> float:
     """Of a matrix that is stored so, scales included where they grow with it in both directions."""
     return 0.5 + (1 + 4 / GROUP) / BLOCK if dtype in BY_BLOCKS else jnp.dtype(dtype).itemsize
-
-
-def check_blocks(matrices: Iterable[Matrix], dtype: str) -> None:
-    """Raise ValueError where blocks of 64 do not divide a matrix's inputs."""
-    for matrix in matrices:
-        if (inputs := prod(matrix.inputs.values())) % BLOCK:
-            raise ValueError(
-                f"lora.base_dtype={dtype} rounds blocks of {BLOCK} inputs, and {matrix.name((0, 0))} has {inputs}; use "
-                "lora.base_dtype=int8."
-            )
 
 
 def described(matrix: Matrix, dtype: str) -> tuple[Quantized | Blockwise, Quantized | Blockwise]:

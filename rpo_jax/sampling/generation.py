@@ -218,7 +218,8 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
             _write_answers(out, rows, done, answerer.answers(prompts, seeds, limits, wanted, without), reporter)
     write_jsonl(out, [done[index] for index in range(len(rows))], ascii_only=False)
     if config.alpaca_eval:
-        return _write_alpaca_eval(out.with_suffix(".json"), asked.rows, done, config.generator or _name(policy))
+        generator = config.generator or Path(policy.name).name
+        return _write_alpaca_eval(out.with_suffix(".json"), asked.rows, done, generator)
     return out
 
 
@@ -319,10 +320,6 @@ def _alpaca_eval_set() -> str:
             f"The hub did not give {ALPACA_EVAL_FILE} of the data set {ALPACA_EVAL} ({type(error).__name__}); fetch "
             "that file where the hub can be reached, and give it as --prompts."
         ) from None
-
-
-def _name(policy: StoredPolicy) -> str:
-    return Path(policy.name).name
 
 
 def _write_alpaca_eval(out: Path, asked: Sequence[PromptRow], done: dict[int, dict[str, Any]], generator: str) -> Path:

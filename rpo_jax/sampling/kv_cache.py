@@ -32,9 +32,8 @@ from rpo_jax.models.projection import Blockwise, Quantized, Transposed
 SLICE = 32  # slots
 BLOCK_SLICES = 2
 BLOCK = BLOCK_SLICES * SLICE
-APART = (
-    16  # blocks of a cache on CPU that are parts of their own: each is a piece of program, and takes time to compile
-)
+# Blocks of a cache on CPU that are parts of their own: each is a piece of program, and takes time to compile.
+APART = 16
 _KEY_AXES = ("rows", "kv_heads", "head_dim", None)
 _VALUE_AXES = ("rows", "kv_heads", None, "head_dim")
 _BLOCK_KEY_AXES = (None, "rows", "kv_heads", "head_dim", None, None)
