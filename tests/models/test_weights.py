@@ -54,7 +54,7 @@ def test_load_then_save_gives_equal_bytes_and_torch_gives_equal_logits(name, hf_
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shard", [None, "30KB"])
+@pytest.mark.parametrize("shard", [None, "30KB", "1KB"])  # of 1 KB many a tensor is more
 def test_half_precision_and_shards_survive(dtype, shard, tmp_path):
     half = type(torch_model("qwen3"))(torch_model("qwen3").config).to(getattr(torch, dtype))
     half.save_pretrained(tmp_path / "in", **({"max_shard_size": shard} if shard else {}))
@@ -62,7 +62,7 @@ def test_half_precision_and_shards_survive(dtype, shard, tmp_path):
     config, params = models.load_pretrained(tmp_path / "in")
     assert config.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
-    limit = 5_000_000_000 if shard is None else 30_000
+    limit = {None: 5_000_000_000, "30KB": 30_000, "1KB": 1_000}[shard]
     saved = models.save_pretrained(tmp_path / "out", config, params, max_shard_bytes=limit)
     _assert_same_bytes(tmp_path / "in", saved)
     assert json.loads((saved / "config.json").read_text())["dtype"] == dtype
