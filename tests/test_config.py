@@ -310,6 +310,20 @@ def test_words_that_are_no_options_are_refused():
     assert "batch.pairs" in refusal(["--batch.pairs"])
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "reason"),
+    [
+        ("optim", {"name": "adma"}, r"optim\.name=adma is not known; use one of .*adamw"),
+        ("data", {"template": "chats"}, r"data\.template=chats is not known; use one of auto, chat"),
+        ("contrast", {"group": "globl"}, r"contrast\.group=globl is not known; use one of global"),
+    ],
+)
+def test_a_word_that_no_field_knows_is_refused_in_python_too(section, values, reason):
+    wrong = dataclasses.replace(getattr(Config(), section), **values)
+    with pytest.raises(ConfigError, match=reason):
+        Config(**{section: wrong})
+
+
 def test_null_takes_a_value_back(tmp_path):
     file = write_yaml(tmp_path / "a.yaml", "contrast:\n  temperature: 0.5\n")
     config = load_config(file, ["contrast.temperature=null", "contrast.perplexity=4"])

@@ -6,9 +6,9 @@ before any file is read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from rpo_jax.config.checks import ConfigError
+from rpo_jax.config.checks import ConfigError, check_words
 from rpo_jax.config.data import BatchConfig, DataConfig, EmbeddingConfig
 from rpo_jax.config.guard import GuardConfig
 from rpo_jax.config.model import LoraConfig, PolicyConfig, ReferenceConfig
@@ -65,4 +65,6 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        for section in fields(self):
+            check_words(section.name, getattr(self, section.name))
         resolve(self)

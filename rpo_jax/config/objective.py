@@ -143,7 +143,7 @@ class ContrastConfig:
             raise ConfigError("contrast.temperature fixes tau, contrast.perplexity solves for it; set one to null.")
         if self.perplexity is not None and not self.perplexity >= 1:
             raise ConfigError(f"contrast.perplexity={self.perplexity} must be at least 1, one contrast a row.")
-        if self.group != "global" and self.group < 1:
+        if isinstance(self.group, int) and self.group < 1:
             raise ConfigError(f"contrast.group={self.group} must be a positive number of pairs or 'global'.")
         if isinstance(self.block, int) and self.block < 1:
             raise ConfigError(
