@@ -345,7 +345,10 @@ def test_objectives_name_what_they_prepare():
             "'sft' takes no weights",
         ),
         (lambda: ObjectiveConfig(link="log"), "unknown link 'log'"),  # pyright: ignore
-        (lambda: Config(contrast=ContrastConfig(weights="log")), "unknown weights 'log'"),  # pyright: ignore
+        (
+            lambda: Config(contrast=ContrastConfig(weights="log")),  # pyright: ignore
+            r"contrast\.weights=log is not known; use one of embedding, uniform, diagonal, pair\.",
+        ),
         (lambda: losses.pairwise_loss(jnp.zeros(2), jnp.zeros(2), 1.0, link="log"), "unknown link 'log'"),
         (lambda: losses.pairwise_loss(jnp.zeros(2), jnp.zeros(2), 1.0, weights_on="sum"), "'score' or 'loss'"),  # pyright: ignore
     ],
