@@ -263,7 +263,7 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
 
 
 # Of the settings, those that make another run; of another model, base or optimizer nothing could go on.
-_IDENTITY = ("objective.name", "data.pairing", "data.mix")
+_IDENTITY = ("objective.name", "objective.bco_shift", "data.pairing", "data.mix")
 
 
 # Settings of rounds that say nothing of what a round trains on.
