@@ -44,9 +44,10 @@ def read_csv(path: Path) -> Iterator[Row | BadRow]:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
+                why = str(error).replace("\t", "\\t")
                 if header is None:
-                    raise ValueError(f"{row_id}: the header is broken: {error}; mend it.") from None
-                yield BadRow(row_id, f"broken CSV: {error}")
+                    raise ValueError(f"{row_id}: the header is broken: {why}; mend it.") from None
+                yield BadRow(row_id, f"broken CSV: {why}")
                 continue
             if cells is None:
                 return

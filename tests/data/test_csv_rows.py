@@ -118,6 +118,14 @@ def test_a_row_that_cannot_be_read_is_a_bad_row_between_good_ones(tmp_path, monk
     assert found[1].reason.startswith(reason)
 
 
+def test_the_tab_of_a_message_stands_as_its_escape(tmp_path):
+    path = write(tmp_path / "rows.tsv", b'prompt\tchosen\trejected\n"q"x\ta\tb\n')
+    assert bad_rows(path) == [BadRow(f"{path}:2", "broken CSV: '\\t' expected after '\"'")]
+    path = write(tmp_path / "rows.tsv", b'"a"b\tc\n')
+    with pytest.raises(ValueError, match=r"rows.tsv:1: the header is broken: '\\t' expected after"):
+        list(read_rows(path))
+
+
 def test_a_quote_without_end_is_one_bad_row(tmp_path):
     path = write(tmp_path / "rows.csv", 'prompt,chosen,rejected\nq,a,b\nq,"a,b\nq,a,b\n')
     assert bad_rows(path) == [BadRow(f"{path}:3", "broken CSV: unexpected end of data")]
