@@ -142,9 +142,10 @@ class ScoredTask:
         """
         of: dict[str, dict[str, float]] = {}
         prompts: dict[str, Any] = {}
-        for row in answers:
+        ended = [row for row in answers if row["finish_reason"] == "eos"]
+        for row in ended:
             # Training reads no text with a null character.
-            if row["finish_reason"] == "eos" and row["response"].strip() and "\0" not in row["response"]:
+            if row["response"].strip() and "\0" not in row["response"]:
                 of.setdefault(row["row_id"], {})[row["response"]] = row["score"]
                 prompts[row["row_id"]] = row["prompt"]
         random_, draws = random.Random(seed), np.random.default_rng(seed)
@@ -159,7 +160,9 @@ class ScoredTask:
         ]
         if len(ordered) < self.rows:
             raise ValueError(
-                f"task: rows={self.rows} are more than the {len(ordered)} that the answers make; lower it."
+                f"task: rows={self.rows} are more than the {len(ordered)} that the answers make ({len(ended)} of "
+                f"{len(answers)} ended); lower it, raise train_prompts, samples or max_tokens, or have system ask for "
+                "shorter answers."
             )
         rows = []
         for place, texts in ordered[: self.rows]:
