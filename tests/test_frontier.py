@@ -128,7 +128,7 @@ def test_pairs_are_bradley_terry_draws_of_finished_answers_evenly_over_prompts()
     assert rows == task.training_rows(answers(prompts=1000), 0) != task.training_rows(answers(prompts=1000), 1)
     few = ScoredTask("sentiment", rows=30).training_rows(answers(), 0)
     assert set(Counter(row["prompt"][0]["content"] for row in few).values()) == {1, 2}
-    with pytest.raises(ValueError, match=r"the 120 that the answers make \(120 of 140 ended\)"):
+    with pytest.raises(ValueError, match=r"rows=121 are more than the 120 that the answers make \(120 of 140 ended\)"):
         ScoredTask("sentiment", rows=121).training_rows(answers(), 0)
 
 
