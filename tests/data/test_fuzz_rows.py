@@ -68,8 +68,9 @@ def feed(path, layout, tokenizer):
         assert text_of(example, "chosen") != text_of(example, "rejected")
         embedding_text(example, "prompt_response", text_of(example, "chosen") or "").encode()
     tokenized, bad = tokenize_examples(found.examples, tokenizer, TokenLimits(40, 60, found.truncation_side))
-    read = [row.row_id for row in (*tokenized, *bad.rows)]
-    assert sorted(read) == sorted(example.row_id for example in found.examples)
+    read, dropped = [example.row_id for example in found.examples], [row.row_id for row in bad.rows]
+    assert [example.row_id for example in tokenized] == [row_id for row_id in read if row_id not in dropped]
+    assert dropped == [row_id for row_id in read if row_id in dropped]
     assert all(0 < len(response.ids) < 60 for e in tokenized for response in e.responses)
 
 
