@@ -203,6 +203,19 @@ def test_an_override_that_the_objective_has_no_place_for(refused):
     assert "'kto' takes no weights" in refused({"objective.name": "kto"})
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective.name": "rpo_nce", "contrast.weights_on": "loss"},
+        {"objective.name": "rpo_nce", "contrast.weights": "diagonal", "contrast.diagonal_on": "loss"},
+        {"objective.name": "kto", "contrast.weights": "null", "contrast.weights_on": "loss"},
+    ],
+)
+def test_weights_on_losses_that_no_entry_has(refused, settings):
+    key = next(key for key, value in settings.items() if value == "loss")
+    assert f"{key}=loss weights the losses of entries" in refused(settings)
+
+
 def test_an_unknown_key(refused):
     assert "did you mean contrast.temperature?" in refused({"contrast.temprature": 0.5})
 

@@ -116,6 +116,7 @@ WEIGHTINGS = {
     "out of reach": {"weights": "embedding", "perplexity": 17.5},
     "uniform": {"weights": "uniform"},
     "diagonal": {"weights": "diagonal"},
+    "calibrated on the loss": {"weights": "embedding", "perplexity": 4.0, "weights_on": "loss"},
     "diagonal on the loss": {"weights": "diagonal", "diagonal_on": "loss"},
 }
 
@@ -204,6 +205,19 @@ def test_a_nan_in_a_valid_slot_surfaces_from_blocks():
     contrast = config.contrast
     scores, _ = make_scores(resolve(config), contrast.alpha, contrast.block, make_mesh(1, 1, 1))(log_probs, batch, True)
     assert np.isnan(resolve(config).objective.loss(scores))
+
+
+@pytest.mark.parametrize("weights", ["embedding", "uniform"])
+def test_weights_on_losses_sum_to_one_a_row(weights):
+    """Where all rejected responses are as likely, a row's loss is that of any of its pairs, whatever the weights."""
+    batch, log_probs = world(M, M)
+    chosen, rejected = batch.sides["chosen"], batch.sides["rejected"]
+    rejected = rejected._replace(reference_log_prob=log_probs.log_prob[M:] + 2)
+    config = Config(contrast=ContrastConfig(weights=weights, weights_on="loss"))
+    got = agree(config, (2, 2, 2), batch._replace(sides={"chosen": chosen, "rejected": rejected}), log_probs)
+    ratios = (log_probs.log_prob[:M] - chosen.reference_log_prob)[chosen.valid]
+    np.testing.assert_allclose(got["loss"], np.mean(np.logaddexp(0, -0.1 * (ratios + 2))), rtol=1e-5)
+    assert got["count"] == np.sum(chosen.valid)
 
 
 def test_large_matrices_are_taken_in_blocks_and_ordinary_ones_whole():

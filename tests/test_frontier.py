@@ -303,16 +303,22 @@ def test_the_small_frontier_is_part_of_the_whole_and_the_documentation_tells_of_
     small, whole = read_study(Path("frontier_small")), read_study(Path("configs/frontier.yaml"))
     assert len(whole.seeds) >= 3
     told = Path("docs/frontier.md").read_text(encoding="utf-8")
-    names = set()
-    for study in (small, whole):
-        names = {
+
+    def runs_of(study):
+        return {
             cell.name
             for one in study.frontiers
             for row in one.rows
             for seed in study.seeds
             for cell in study.points(row, seed)
         }
-        assert f"{len(names)} runs" in told
+
+    for study in (small, whole):
+        assert f"{len(runs_of(study))} runs" in told
+    weights = Path("configs/frontier_weights.yaml")
+    added = len(runs_of(read_study(weights)) - runs_of(whole))
+    assert f"{added} of the {len(runs_of(read_study(weights)))} runs are new" in weights.read_text(encoding="utf-8")
+    assert f"adds {added} runs" in told
     for table in whole.frontiers:
         assert f"`{table.name}`" in told
         assert all(len(whole.points(row, 0)) >= 5 for row in table.rows)

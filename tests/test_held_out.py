@@ -86,8 +86,9 @@ def test_held_out_metrics_do_not_depend_on_the_batch(name):
 
 
 @pytest.mark.parametrize("weights_on", ["score", "loss"])
-def test_nor_on_how_many_groups_a_batch_has(weights_on):
+@pytest.mark.parametrize("key", ["diagonal_on", "weights_on"])
+def test_nor_on_how_many_groups_a_batch_has(key, weights_on):
     """The last group has two pairs: it counts by its entries, or by its rows where weights are on the losses."""
-    contrast = ContrastConfig(weights="diagonal", diagonal_on=weights_on, group=4)
+    contrast = ContrastConfig(weights="diagonal", group=4, **{key: weights_on})
     whole, parts = (held_out(pairs, contrast, name="rpo")["loss"] for pairs in (12, 4))
     np.testing.assert_allclose(parts, whole, rtol=1e-5)

@@ -117,7 +117,9 @@ class ContrastConfig:
         weights: embedding, uniform, diagonal or pair; the objective's own where not given (rpo: embedding; dpo,
             ipo, cdpo, slic: pair).
         alpha: weight of the diagonal for `weights: diagonal`.
-        diagonal_on: `score` multiplies the scores (Eq. 13); `loss` the losses, as the authors' release does.
+        weights_on: what the weights multiply: `score` the scores (Eqs. 12, 13), `loss` their losses, so that a row
+            pulls as one pair does, whatever its length.
+        diagonal_on: `loss` is `weights_on: loss` for `weights: diagonal` alone, as the authors' release has it.
         temperature: fixed tau of the embedding weights.
         perplexity: instead of a temperature: solve each row's tau for this many effective contrasts. With neither
             given, 6.
@@ -130,6 +132,7 @@ class ContrastConfig:
 
     weights: Literal["embedding", "uniform", "diagonal", "pair"] | None = None
     alpha: float = 0.8
+    weights_on: Literal["score", "loss"] = "score"
     diagonal_on: Literal["score", "loss"] = "score"
     temperature: float | None = None
     perplexity: float | None = None

@@ -93,7 +93,7 @@ def resolve(config: Config) -> Method:
         group=config.batch.pairs if contrast.group == "global" else contrast.group,
         temperature=contrast.temperature,
         perplexity=None if fixed else DEFAULT_PERPLEXITY if contrast.perplexity is None else contrast.perplexity,
-        weights_on=contrast.diagonal_on if weights == "diagonal" else "score",
+        weights_on=_weights_on(config, objective, weights),
         paired=config.data.pairing == "paired",
         prompts=config.batch.pairs if config.data.pairing == "grouped" else None,
         reference=mode if objective.uses_reference and mode != "none" else None,
@@ -116,6 +116,23 @@ def with_defaults_taken(config: Config) -> Config:
     objective = config.objective.build()
     smoothing = getattr(objective, "label_smoothing", LinkObjective.label_smoothing)
     return replace(config, objective=replace(config.objective, beta=objective.beta, label_smoothing=smoothing))
+
+
+def _weights_on(config: Config, objective: Objective, weights: str | None) -> Literal["score", "loss"]:
+    keys = ("weights_on", "diagonal_on") if weights == "diagonal" else ("weights_on",)
+    key = next((key for key in keys if getattr(config.contrast, key) == "loss"), None)
+    if key is None:
+        return "score"
+    if not _averages_entries(objective):
+        raise ConfigError(
+            f"contrast.{key}=loss weights the losses of entries of the contrast matrix, which "
+            f"objective.name={config.objective.name} does not have; leave it out, or use an objective on the matrix."
+        )
+    return "loss"
+
+
+def _averages_entries(objective: Objective) -> bool:
+    return isinstance(objective, MatrixObjective) and objective.averages_entries
 
 
 def _check_matrix(config: Config, objective: Objective) -> None:
@@ -144,7 +161,7 @@ def _check_matrix(config: Config, objective: Objective) -> None:
 
 def _check_columns(config: Config, objective: Objective) -> None:
     name, data = config.objective.name, config.data
-    if data.weight is not None and not (isinstance(objective, MatrixObjective) and objective.takes_sample_weights):
+    if data.weight is not None and not _averages_entries(objective):
         raise ConfigError(
             f"data.weight={data.weight} weights entries of the contrast matrix, whose mean objective.name={name} does "
             "not take; leave it out, or use an objective on the matrix."

@@ -152,7 +152,7 @@ class MatrixObjective(Objective):
 
     weights: str | None = "pair"
     nll_weight: float = 0.0
-    takes_sample_weights: ClassVar[bool] = True
+    averages_entries: ClassVar[bool] = True  # else no entry has a loss of its own
     takes_margins: ClassVar[bool] = False
     nll_mean: str = "responses"
 

@@ -41,7 +41,7 @@ class RPONCE(MatrixObjective):
 
     weights: str | None = "embedding"
     average_log_prob: bool = False
-    takes_sample_weights: ClassVar[bool] = False  # entries of a row have no mean of their own
+    averages_entries: ClassVar[bool] = False  # a row has
 
     def loss(self, scores: Scores) -> Float[Array, ""]:
         ratios = map(at_least_float32, scores.log_ratios(self.average_log_prob))
