@@ -208,6 +208,7 @@ OUT_OF_RANGE = {
     "optim.decay": ["optim.decay=2"],
     "optim.warmup_steps": ["optim.warmup_steps=-1"],
     "optim.weight_decay": ["optim.weight_decay=-1"],
+    "weight_decay=0.1 is not used by optim.name=rmsprop": ["optim.weight_decay=0.1"],
     "train.steps": ["train.steps=0"],
     "train.epochs": ["train.epochs=0"],
     "train.log_every": ["train.log_every=0"],
@@ -239,6 +240,18 @@ def test_sections_check_themselves_without_a_file():
 def test_nan_is_in_no_range():
     for key in ("objective.beta", "optim.learning_rate", "contrast.alpha", "contrast.perplexity", "optim.weight_decay"):
         assert key in refusal([f"--{key}=.nan"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model.path=m", "--model.tokenizer=t"], "model.tokenizer=t is for a new model"),
+        (["--reference.path=r", "--reference.mode=none"], "would not be read: reference.mode=none asks for none"),
+        (["--reference.path=r", "--objective.name=simpo"], "would not be read: objective.name=simpo uses none"),
+    ],
+)
+def test_what_would_not_be_read_is_refused(arguments, said):
+    assert said in refusal(arguments)
 
 
 def test_a_group_that_does_not_divide_lists_those_that_do():

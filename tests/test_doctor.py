@@ -180,6 +180,13 @@ def test_damaged_data(seen, place):
     assert "data.eval_rows=38 leaves nothing of 38 examples" in said
 
 
+def test_data_without_the_scores_that_the_objective_needs(seen):
+    status, said = seen("--objective.name", "odpo", "--contrast.weights", "pair")
+    assert status == 2
+    assert "FAILED data" in said
+    assert "score" in said
+
+
 def test_a_damaged_reference_cache(seen, place):
     file = sorted((place / "cache" / "reference_log_probs").iterdir())[0]
     raw = bytearray(file.read_bytes())

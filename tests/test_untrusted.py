@@ -17,6 +17,7 @@ from rpo_jax.core.files import inside, read_json
 from rpo_jax.core.records import Message, PreferenceExample, Response
 from rpo_jax.data import chat_template
 from rpo_jax.data.chat_template import ChatTemplate, TemplateError
+from rpo_jax.data.limited_process import Stopped
 from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import TokenLimits, tokenize_examples
 from rpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
@@ -232,12 +233,7 @@ def test_a_template_renders_as_transformers_has_it(template, tokenizer):
 def test_a_template_that_is_beyond_use_stops_the_run(template, message, tokenizer, monkeypatch):
     """Not one row after another: each would take its time, and none is to blame."""
     tokenizer.chat_template = template
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 20.0)
-    if "more than" in message:
-        render_messages(load_with(tokenizer, "{{ 1 }}"))
-        monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1.0)
-        worker = chat_template._Worker.__init__
-        monkeypatch.setattr(chat_template._Worker, "__init__", lambda self, program: patient(worker, self, program))
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1.0 if "more than" in message else 20.0)
     example = PreferenceExample("file:1", MESSAGES, (Response("chosen", "yes"), Response("rejected", "no")))
     with pytest.raises(TemplateError, match=message):
         tokenize_examples([example] * 50, tokenizer, TokenLimits(8, 16, "keep_end", template="chat"))
@@ -250,13 +246,21 @@ def load_with(tokenizer, template):
     return other
 
 
-def patient(start, worker, program):
-    """A busy machine may take longer than the limit of this test to start a process."""
-    seconds, chat_template.RENDER_SECONDS = chat_template.RENDER_SECONDS, 60.0
-    try:
-        start(worker, program)
-    finally:
-        chat_template.RENDER_SECONDS = seconds
+def test_a_template_that_fails_once_is_not_used_half(tokenizer, monkeypatch):
+    """A worker that dies at the first question would leave no end token, and the next one would go on without."""
+    failures, exchange = [Stopped("it used too much memory")], chat_template._Worker.exchange
+
+    def fails_once(worker, request, seconds):
+        answer = exchange(worker, request, seconds)
+        if seconds == chat_template.RENDER_SECONDS and failures:
+            raise failures.pop()
+        return answer
+
+    monkeypatch.setattr(chat_template._Worker, "exchange", fails_once)
+    other = load_with(tokenizer, "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}{# fails once #}")
+    example = PreferenceExample("file:1", MESSAGES, (Response("chosen", "yes"), Response("rejected", "no")))
+    with pytest.raises(TemplateError, match="stopped: it used too much memory for one prompt"):
+        tokenize_examples([example], other, TokenLimits(8, 16, "keep_end"))
 
 
 @pytest.mark.parametrize(

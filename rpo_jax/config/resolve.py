@@ -80,6 +80,11 @@ def resolve(config: Config) -> Method:
     _check_matrix(config, objective)
     _check_columns(config, objective)
     _check_batch(config)
+    if config.model.path is not None and config.model.tokenizer != type(config.model)().tokenizer:
+        raise ConfigError(
+            f"model.tokenizer={config.model.tokenizer} is for a new model, and model.path={config.model.path} has a "
+            "tokenizer of its own; leave it out, or put the other one's files into that folder."
+        )
     _check_reference(config, objective)
     _check_rounds(config, objective)
     weights = contrast.weights or objective.weights
@@ -211,6 +216,9 @@ def _check_reference(config: Config, objective: Objective) -> None:
             f"reference.adaptive weighs references by pairs, but data.pairing is {config.data.pairing}; set it to "
             "paired, or give reference.weights."
         )
+    if config.reference.path is not None and (not objective.uses_reference or mode == "none"):
+        why = "reference.mode=none asks for none" if objective.uses_reference else f"objective.name={name} uses none"
+        raise ConfigError(f"reference.path={config.reference.path} would not be read: {why}; leave it out.")
     if not objective.uses_reference and config.reference.others:
         raise ConfigError(
             f"objective.name={name} uses no reference, so reference.others would not be read; leave it out."

@@ -17,6 +17,7 @@ from rpo_jax.data.tokenizer import DEFAULT_CHAT_TEMPLATE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+START_SECONDS = 60.0  # of Python and jinja2, which may come from a slow disk
 RENDER_SECONDS = 10.0  # for a prompt and its answers; a template takes well below a millisecond for each
 _PROBE = "\ue000answer\ue001"  # private-use characters: no template changes them
 WORKER = Path(__file__).with_name("template_worker.py")
@@ -32,11 +33,13 @@ Wanted = tuple[Sequence[Message], bool]  # messages, and whether the assistant's
 class Ending(NamedTuple):
     """What a template writes after an assistant's last turn.
 
-    `text` is what it writes up to the end token, that included; `token` the end token, None where it writes none.
+    `text` is what it writes up to the end token, that included; `token` the end token, None where it writes none;
+    `after` how many control tokens it writes after that.
     """
 
     text: str
     token: str | None
+    after: int = 0
 
 
 class ChatTemplate:
@@ -51,6 +54,7 @@ class ChatTemplate:
         self._tokenizer, self._arguments = tokenizer, dict(arguments or {})
         self.source = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
         self.check_arguments(self._arguments, "data.template_arguments")
+        self._beyond_use: str | None = None
         probe = self._probe()
         # Role tags are not always special tokens; what opens and closes thoughts the assistant writes itself.
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
@@ -59,14 +63,17 @@ class ChatTemplate:
         tokens = self.encoder.find(after)
         self.ending = None
         if probe:
-            self.ending = Ending(after[: tokens[0].end], tokens[0].name) if tokens else Ending(after, None)
+            self.ending = Ending(after, None)
+            if tokens:
+                self.ending = Ending(after[: tokens[0].end], tokens[0].name, len(tokens) - 1)
 
     def _probe(self) -> str:
         for opening in ((), (Message("system", "a"),)):
             try:
                 (text,) = self.render([((*opening, Message("user", "a"), Message("assistant", _PROBE)), False)])
-            except TemplateError:
-                break  # it is told when a conversation is to be rendered
+            except TemplateError as error:
+                self._beyond_use = str(error)  # told when a conversation is to be rendered: text needs no template
+                break
             if isinstance(text, str):
                 return text
         return ""
@@ -86,6 +93,8 @@ class ChatTemplate:
         the default one runs in jinja's sandbox, in a process without this one's environment variables, for at most
         RENDER_SECONDS and within the memory that template_worker allows. Raises TemplateError where it is beyond use.
         """
+        if self._beyond_use is not None:
+            raise TemplateError(self._beyond_use)
         tokenizer, arguments = self._tokenizer, {**self._arguments, **(more or {})}
         conversations = [([message.to_dict() for message in messages], opened) for messages, opened in wanted]
         if self.source == DEFAULT_CHAT_TEMPLATE:
@@ -145,7 +154,7 @@ class _Worker(LimitedProcess):
 
     def __init__(self, program: str) -> None:
         super().__init__(WORKER)
-        ((outcome, reason),) = self.ask(json.loads(program))
+        ((outcome, reason),) = self.ask(json.loads(program), START_SECONDS)
         if outcome == "error":
             self.close()
             raise TemplateError(f"The tokenizer's chat template cannot be used: {reason}")
@@ -155,10 +164,10 @@ class _Worker(LimitedProcess):
             del _kept[program]
         super().close()
 
-    def ask(self, request: Any) -> list[tuple[str, str]]:
+    def ask(self, request: Any, seconds: float | None = None) -> list[tuple[str, str]]:
         """For each thing asked ["ok", text] or ["error", reason]; TemplateError where no answer comes."""
         try:
-            return self.exchange(request, RENDER_SECONDS)
+            return self.exchange(request, RENDER_SECONDS if seconds is None else seconds)
         except BaseException as reason:
             self.close()  # after an interrupt too: its answer would be taken for the next one's
             if not isinstance(reason, Stopped):

@@ -114,12 +114,12 @@ class TextEncoder:
         return "".join([*pieces, text[at:]])
 
     def hide(self, value: Any) -> Any:
-        """A text whose control tokens are marked as text of others; of lists and objects, all texts in them."""
+        """A text whose control tokens are marked as text of others; of lists and objects, all texts and keys."""
         if isinstance(value, str):
             return self._replaced(value, lambda name: f"\ue000{_KEY}-{self._numbers[name]}\ue001")
         if isinstance(value, list):
             return [self.hide(item) for item in value]
-        return {key: self.hide(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return {self.hide(key): self.hide(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     def is_marked(self, text: str) -> bool:
         """Whether a text holds what `hide` marked."""

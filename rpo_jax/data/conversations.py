@@ -12,7 +12,7 @@ from rpo_jax.core.records import Message, Response
 from rpo_jax.data.chat_template import ChatTemplate, Wanted
 
 if TYPE_CHECKING:
-    from rpo_jax.data.control_tokens import TextEncoder
+    from rpo_jax.data.control_tokens import ControlToken, TextEncoder
 
 _OPENED = re.compile(r"<think>\s*\Z")
 _CONTINUED = "\ue000continued\ue001"
@@ -115,7 +115,7 @@ class Conversation:
 
     def _answer(self, response: Response, last: Message, whole: str) -> AnswerText:
         """ValueError for a response that the template does not write as it is."""
-        ending, encoder = self._template.ending, self._encoder
+        ending = self._template.ending
         for name in _REASONING:
             text = _more(last).get(name)
             if isinstance(text, str) and text.strip() not in whole:
@@ -127,9 +127,9 @@ class Conversation:
             raise ValueError(f"<think> is left open: the {response.kind} response never closes it")
         end, ended = len(whole), False
         if ending is None or ending.token is not None:
-            tokens = [token for token in encoder.find(whole) if ending is None or token.name == ending.token]
-            if tokens:
-                end, ended = tokens[-1].end, True
+            token = self._end_token(whole)
+            if token is not None:
+                end, ended = token.end, True
         elif whole.endswith(ending.text):
             end -= len(ending.text)
         whole = whole[:end]
@@ -143,16 +143,32 @@ class Conversation:
             return AnswerText(self.text + rest, rest, bool(ending and ending.token))
         return AnswerText(whole, None, ended)
 
+    def _end_token(self, whole: str) -> ControlToken | None:
+        """The control token that ends the last turn of a rendered conversation.
+
+        Turns may end in others than answers do: calls of tools in <|eom_id|> or <|call|>. The last <|eot_id|> is then
+        one of an earlier turn, with further control tokens behind it, and the text ends in the turn's own.
+        """
+        ending, start = self._template.ending, len(self.text) if whole.startswith(self.text) else 0
+        own = [token for token in self._encoder.find(whole) if token.start >= start]
+        last = own[-1 - (ending.after if ending is not None else 0) :]
+        found = next((token for token in reversed(last) if ending is None or token.name == ending.token), None)
+        if found is None and own and not whole[own[-1].end :].strip():
+            found = own[-1]
+        return found
+
 
 def without_end(text: str, ends: Sequence[str]) -> tuple[str, str | None]:
     """A text without end tokens, and white space after them, at its end; and the first of these tokens."""
-    first = None
+    first, end = None, len(text)
     while True:
-        bare = text.rstrip()
-        token = next((token for token in ends if bare.endswith(token)), None)
+        bare = end
+        while bare and text[bare - 1].isspace():
+            bare -= 1
+        token = next((token for token in ends if text.endswith(token, 0, bare)), None)
         if token is None:
-            return text, first
-        text, first = bare.removesuffix(token), token
+            return text[:end], first
+        end, first = bare - len(token), token
 
 
 def hidden(message: Message, encoder: TextEncoder) -> Message:

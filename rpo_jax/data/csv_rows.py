@@ -47,6 +47,8 @@ def read_csv(path: Path) -> Iterator[Row | BadRow]:
                 why = str(error).replace("\t", "\\t")
                 if header is None:
                     raise ValueError(f"{row_id}: the header is broken: {why}; mend it.") from None
+                if (last := reader.line_num) > line:
+                    why += f"; its quotes make one row of lines {line} to {last}"
                 yield BadRow(row_id, f"broken CSV: {why}")
                 continue
             if cells is None:

@@ -14,6 +14,7 @@ MAX_LINE_BYTES = 16 * 2**20  # a few million tokens: beyond that a line is no pr
 TOO_LONG = f"too long: the line has more than {MAX_LINE_BYTES // 2**20} MiB"
 
 MAX_GROWTH, FREE_BYTES = 200, 64 * 2**20  # of a compressed document: text grows about fivefold, a bomb a thousandfold
+_PIECE_BYTES = 2**20
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OTHER_ENCODINGS = {b"\xff\xfe\x00\x00": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -44,18 +45,23 @@ def read_document(path: Path) -> bytes:
 
     Raises BrokenFile where a compressed one breaks off, ValueError where it grows as no text does.
     """
-    most = -1 if path.suffix.lower() != ".gz" else MAX_GROWTH * path.stat().st_size + FREE_BYTES
     try:
         with open_bytes(path) as stream:
-            raw = stream.read(most)
-            if stream.read(1):
-                raise ValueError(
-                    f"{path} grows to more than {size(most)} when it is decompressed, which no text does; "
-                    "decompress it where there is room and look at what it holds."
-                )
+            if not isinstance(stream, gzip.GzipFile):
+                return stream.read()
+            most = MAX_GROWTH * path.stat().st_size + FREE_BYTES
+            pieces, length = [], 0
+            while piece := stream.read(_PIECE_BYTES):  # one read of `most` bytes would ask for all that memory at once
+                pieces.append(piece)
+                length += len(piece)
+                if length > most:
+                    raise ValueError(
+                        f"{path} grows to more than {size(most)} when it is decompressed, which no text does; "
+                        "decompress it where there is room and look at what it holds."
+                    )
+            return b"".join(pieces)
     except GZIP_ERRORS as error:
         raise broken_gzip(error) from None
-    return raw
 
 
 def broken_gzip(error: Exception) -> BrokenFile:

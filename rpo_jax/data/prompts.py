@@ -95,7 +95,8 @@ def read_prompts(
 
 def _lines(path: Path) -> list[PromptRow]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines, which takes form feeds and Unicode's separators for ends of lines too.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text: {error}; give a file with a prompt a line.") from None
     rows = [PromptRow(f"{path}:{n}", line, {}) for n, line in enumerate(lines, start=1) if line.strip()]

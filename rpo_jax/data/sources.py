@@ -22,6 +22,7 @@ from rpo_jax.data.table_rows import read_dataset, read_parquet
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _FILE_SUFFIX = re.compile(r"\.(?!v\d)[A-Za-z]\w*")  # not `.1` or `.v2`, which end many a hub name
 _SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|validation|valid|val|dev|test|eval)(?![a-z])")
+_SHARD = re.compile(r"([^-]+)-\d{5}-of-\d{5}\.")
 _READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     ".jsonl": read_json_lines,
     ".jsonl.gz": read_json_lines,
@@ -107,9 +108,17 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row | BadRow]:
             f"{folder} holds no data files; put {_KINDS} files directly into it, or give a folder written by "
             "datasets.save_to_disk."
         )
-    named = re.compile(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z])", re.IGNORECASE)
-    # A folder with train and test files must not train on its own test set.
-    wanted = [file for file in files if named.search(file.name) or not _SPLIT_WORD.search(file.name.lower())]
+    word = rf"(?<![A-Za-z0-9]){re.escape(split)}"
+
+    def is_wanted(name: str) -> bool:
+        # A folder with train and test files must not train on its own test set.
+        if not _SPLIT_WORD.search(name.lower()):
+            return True
+        shard = _SHARD.search(name)  # whose split stands before its number: train_prefs is not train
+        text, end = (name, "(?![A-Za-z])") if shard is None else (shard[1], "$")
+        return re.search(word + end, text, re.IGNORECASE) is not None
+
+    wanted = [file for file in files if is_wanted(file.name)]
     if not wanted:
         names = ", ".join(file.name for file in files)
         raise ValueError(f"{folder} has no file of the split '{split}': it holds {names}; set the split.")

@@ -185,16 +185,10 @@ class _Part:
 
 
 def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleSet:
-    """The examples of a source, with scores of their responses where the objective needs them."""
-    data, scores = config.data, None
-    if resolve(config).objective.uses_scores:
-        scores = {"chosen": data.chosen_score, "rejected": data.rejected_score}
+    """`read_examples` on every process, with what is to be said of them."""
+    data = config.data
     try:
-        rows = read_rows(path, split=split)
-        rule = Rule(data.ranked_rule, data.ranked_threshold)
-        examples = make_examples(
-            rows, data.layout, data.on_bad_row, scores, data.columns, data.ignore_columns, rule, row_value_columns(data)
-        )
+        examples = read_examples(config, path, split)
     except (ValueError, OSError):
         # All have read before one of them stops the others: each refuses a bad row by itself, in the same words.
         with contextlib.suppress(PeerFailure):
@@ -213,6 +207,17 @@ def _read(config: Config, path: str, split: str, reporter: Reporter) -> ExampleS
     if examples.faults:
         reporter.say(f"{path}: {examples.faults.total} unusable rows skipped\n{examples.faults.report()}")
     return examples
+
+
+def read_examples(config: Config, path: str, split: str) -> ExampleSet:
+    """The examples of a source, with scores of their responses where the objective needs them."""
+    data, scores = config.data, None
+    if resolve(config).objective.uses_scores:
+        scores = {"chosen": data.chosen_score, "rejected": data.rejected_score}
+    rows, rule = read_rows(path, split=split), Rule(data.ranked_rule, data.ranked_threshold)
+    return make_examples(
+        rows, data.layout, data.on_bad_row, scores, data.columns, data.ignore_columns, rule, row_value_columns(data)
+    )
 
 
 def row_value_columns(data: DataConfig) -> dict[str, str]:

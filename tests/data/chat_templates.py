@@ -142,7 +142,7 @@ STYLES = {
         "<|begin_of_text|>",
         "<|eot_id|>",
         "<|eot_id|>",
-        ("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
+        ("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"),
         adds_bos=True,
     ),
     "mistral": Style(MISTRAL, "<s>", "</s>", "</s>", ("[INST]", "[/INST]"), adds_bos=True, sentencepiece=True),

@@ -49,6 +49,14 @@ def test_the_rows_of_the_documentation_are_read():
     assert found == set(LAYOUTS) - {"oasst1"}, "which takes several rows"
 
 
+@pytest.mark.parametrize("blank", ["", " ", []])
+def test_a_blank_prompt_beside_whole_conversations_says_nothing(blank):
+    whole = {"chosen": [user("Why?"), assistant("So.")], "rejected": [user("Why?"), assistant("No.")]}
+    assert example_of({"prompt": blank, **whole}) == example_of(whole)
+    asked = {"messages": whole["chosen"], "label": True}
+    assert example_of({"instruction": blank, **asked}) == example_of(asked)
+
+
 # The prompt's column
 
 

@@ -1,5 +1,6 @@
 """What is trained is what transformers' apply_chat_template makes, for templates of the structure that models have."""
 
+import copy
 import json
 
 import numpy as np
@@ -187,6 +188,42 @@ def test_tools_and_their_calls_are_rendered():
     assert example.prompt_ids.tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
     called, _ = tokenized(tokenizer, (COLOUR,), (Message("assistant", "", CALL),))
     assert tokenizer.decode(ids_of(called, "chosen")).endswith('"arguments": {"city": "Rome"}}\n</tool_call><|im_end|>')
+
+
+CALLS_END_OTHERWISE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>' }}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function.name + '<|eom_id|>' }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + END }}{% else %}{{ m.content + '<|eot_id|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<|end_of_text|>"])
+def test_a_call_ends_as_the_template_ends_it(end):
+    """As Llama 3.1 ends calls of built-in tools, while users' turns end as answers do, and gpt-oss all calls."""
+    tokenizer = copy.copy(tokenizer_of("llama3"))
+    tokenizer.chat_template = CALLS_END_OTHERWISE.replace("END", f"'{end}'")
+    call, header = Message("assistant", "", CALL), "<|start_header_id|>assistant<|end_header_id|>"
+    again = (call, Message("tool", "sunny"), call)
+    example, counts = tokenized(tokenizer, (COLOUR,), (call,), "Red.")
+    assert tokenizer.decode(example.prompt_ids).endswith(f"Name a colour.<|eot_id|>{header}")
+    assert tokenizer.decode(ids_of(example, "chosen")) == "weather<|eom_id|>"
+    assert tokenizer.decode(ids_of(example, "rejected")) == f"Red.{end}"
+    assert "parted" not in counts
+    example, _ = tokenized(tokenizer, (COLOUR,), again, (*again[:2], Message("assistant", "Blue.")))
+    turns = f"weather<|eom_id|><|start_header_id|>tool<|end_header_id|>sunny<|eot_id|>{header}"
+    assert tokenizer.decode(ids_of(example, "chosen")) == f"{turns}weather<|eom_id|>"
+    assert tokenizer.decode(ids_of(example, "rejected")) == f"{turns}Blue.{end}"
+
+
+def test_keys_of_calls_never_become_control_tokens():
+    tokenizer = tokenizer_of("qwen2.5")
+    call = json.dumps({"tool_calls": [{"function": {"name": "weather", "arguments": {"<|im_end|>": 1}}}]})
+    example, _ = tokenized(tokenizer, (COLOUR,), (Message("assistant", "", call),))
+    ids = ids_of(example, "chosen").tolist()
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+    assert '{"<|im_end|>": 1}' in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(

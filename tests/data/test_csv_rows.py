@@ -128,7 +128,8 @@ def test_the_tab_of_a_message_stands_as_its_escape(tmp_path):
 
 def test_a_quote_without_end_is_one_bad_row(tmp_path):
     path = write(tmp_path / "rows.csv", 'prompt,chosen,rejected\nq,a,b\nq,"a,b\nq,a,b\n')
-    assert bad_rows(path) == [BadRow(f"{path}:3", "broken CSV: unexpected end of data")]
+    lost = "broken CSV: unexpected end of data; its quotes make one row of lines 3 to 4"
+    assert bad_rows(path) == [BadRow(f"{path}:3", lost)]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,14 @@ def test_a_row_gives_its_prompt(tmp_path, row, prompt):
     assert read_prompts(listed).rows[0].prompt == prompt
 
 
+def test_a_line_ends_where_a_line_feed_is(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("One\u2028and two\x0cand three?\r\n\nFour?\n".encode())
+    rows = read_prompts(file).rows
+    assert [row.prompt for row in rows] == ["One\u2028and two\x0cand three?", "Four?"]
+    assert rows[1].row_id == f"{file}:3"
+
+
 def test_prompts_take_columns_and_what_stands_beside_them(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "Why?", "tools": [{"name": "f"}], "context": "Rain."}])
     (found,) = read_prompts(file, columns={"prompt": "text"}, ignore_columns=["context"]).rows

@@ -131,6 +131,17 @@ def test_a_folder_is_its_files_in_name_order(tmp_path):
     assert rows[3].row_id == f"{tmp_path / 'b.json'}:1"
 
 
+def test_the_split_of_a_shard_is_all_that_stands_before_its_number(tmp_path):
+    for name, record in zip(("train_sft", "train_prefs", "ours-test_prefs"), RECORDS, strict=True):
+        write(tmp_path / f"{name}-00000-of-00001.jsonl", json.dumps(record))
+    assert values(read_rows(tmp_path, split="train_prefs")) == [RECORDS[1]]
+    assert values(read_rows(tmp_path, split="test_prefs")) == [RECORDS[2]]
+    with pytest.raises(ValueError, match=r"no file of the split 'train': it holds .*train_prefs.*; set the split"):
+        read_rows(tmp_path)
+    write(tmp_path / "ours_train-00000-of-00001.jsonl", json.dumps(RECORDS[0]))
+    assert values(read_rows(tmp_path)) == [RECORDS[0]]
+
+
 def test_a_folder_with_train_and_test_files_is_read_by_split(tmp_path):
     for name, record in zip(("train-00000", "test_prefs", "contest"), RECORDS, strict=True):
         write(tmp_path / f"{name}.jsonl", json.dumps(record))

@@ -74,11 +74,13 @@ def _check_repeats(prompt: Prompt, source: str, other: str, value: Any) -> None:
 
 def states(prompt: Prompt | None, parts: Parts, values: Fields) -> Parts:
     """Whole conversations beside a prompt, which must be what they begin with, or a turn of it."""
-    if prompt is None:
+    if not prompt:
         return parts
     shared, asked = parts.prompt, prompt if isinstance(prompt, str) else prompt[-1].content
     contents = [message.content for message in shared if isinstance(message, Message)]
     is_turn = isinstance(prompt, str) or len(prompt) == 1
+    if is_turn and not asked.strip():
+        return parts
     repeats = prompt == shared[: len(prompt)] or (is_turn and asked in contents)
     if not repeats:
         column = next(name for name in (PROMPT, *ASKED) if not is_blank(values.get(name)))

@@ -11,18 +11,16 @@ from rpo_jax import models
 from rpo_jax.config import Config, resolve
 from rpo_jax.core.records import PreferenceExample
 from rpo_jax.data.embeddings import HASHED_WORDS, MINILM, MINILM_DISTRIBUTION, MINILM_PACKAGE, encoder_folder
-from rpo_jax.data.examples import ExampleSet, make_examples
+from rpo_jax.data.examples import ExampleSet
 from rpo_jax.data.faults import plain
 from rpo_jax.data.hub import cached_folder
-from rpo_jax.data.layouts.ranked import Rule
-from rpo_jax.data.sources import read_rows
 from rpo_jax.data.tokenize import describe_cuts, describe_notes, encode_examples, join_encoded
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.models import ModelConfig
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
 from rpo_jax.training.advice import advise
-from rpo_jax.training.prepare import prepare, row_value_columns, token_limits, total_steps
+from rpo_jax.training.prepare import prepare, read_examples, token_limits, total_steps
 
 
 def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
@@ -129,15 +127,7 @@ def _check_source(
         fix = "if it is a hub data set, it is fetched when the run starts"
         return [warning(subject, f"{path} is not on this machine", fix)], None
     try:
-        read = make_examples(
-            read_rows(path, split=split),
-            config.data.layout,
-            config.data.on_bad_row,
-            columns=config.data.columns,
-            ignore_columns=config.data.ignore_columns,
-            rule=Rule(config.data.ranked_rule, config.data.ranked_threshold),
-            row_values=row_value_columns(config.data),
-        )
+        read = read_examples(config, path, split)
     except ValueError as error:
         return [failed(subject, error)], None
     text = f"{path}: {len(read.examples):,} examples, layout {read.layout}; {_columns(read)}"
