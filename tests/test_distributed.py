@@ -17,10 +17,12 @@ import pytest
 import rpo_jax
 from rpo_jax import train
 from rpo_jax.config import ConfigError, DistributedConfig
+from rpo_jax.hosts import processes
 from rpo_jax.hosts.channel import PeerFailure
 from rpo_jax.hosts.cluster import Cluster, find_cluster
 from rpo_jax.hosts.roll_call import roll_call
 from rpo_jax.hosts.stopping import Stopping
+from rpo_jax.runs import folder as run_folder
 from tests.processes import Processes, finished, free_port, slurm_environment, start
 from tests.runs import configured, metric_lines, preference_rows, settings, without_timings, write_rows
 
@@ -451,6 +453,42 @@ def test_a_process_that_has_left_ends_an_exchange():
     with pytest.raises(ConnectionError, match=rf"process 1 \({HOST}\) has left the run already\."):
         first.gather(1)
     first.close()
+
+
+def test_processes_leave_together():
+    """jax aborts all where one ends a minute before another, which may still be writing."""
+    main, *others = met(f"127.0.0.1:{free_port()}", 3, [0, 1, 2])
+    threads = [threading.Thread(target=channel.leave) for channel in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(0.5)
+        assert thread.is_alive()
+    main.leave()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_process_that_has_left_keeps_none_from_leaving():
+    main, first, second = met(f"127.0.0.1:{free_port()}", 3, [0, 1, 2])
+    main.close()
+    second.leave()
+    first.leave()
+
+
+def test_a_folder_that_hosts_do_not_share_is_told_before_the_storage_is_asked(tmp_path, monkeypatch):
+    """Its reader waits for the others', who see no run there and do not come."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "3").mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    monkeypatch.setattr(processes, "gather", lambda mine: [mine, 0])
+    monkeypatch.setattr(processes, "name", lambda number: f"process {number}")
+    monkeypatch.setattr(run_folder, "Checkpoints", None)
+    config = configured(tmp_path / "rows.jsonl", folder, tmp_path / "cache", {"run.resume": "auto"})
+    with pytest.raises(
+        ValueError, match=r"is not one folder for all: process 1 does not see there what process 0 sees"
+    ):
+        run_folder.check_run_folder(config, folder)
 
 
 def test_two_processes_of_one_id_are_told_apart():

@@ -136,6 +136,15 @@ def test_a_checkpoint_with_a_file_missing(seen, place):
     assert seen()[0] == 2
 
 
+def test_a_checkpoint_that_the_storage_cannot_open_hides_no_other_finding(seen, place):
+    (place / "run" / "checkpoints" / "2" / "metrics" / "metrics").write_bytes(b"")
+    status, said = seen()
+    assert status == 2
+    assert "FAILED checkpoints The checkpoint" in said
+    assert "is damaged" in said
+    assert "ok data" in said
+
+
 def test_a_checkpoint_without_its_record(seen, place):
     shutil.rmtree(place / "run" / "checkpoints" / "2" / "record")
     status, said = seen()

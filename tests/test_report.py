@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import jax
 import numpy as np
 import pytest
 
@@ -190,6 +191,21 @@ def test_rewards_are_those_of_the_last_evaluation(world, prepared):
     assert sum(shown["sides"]["counts"]["chosen"]) == 8
     assert shown["accuracy"] == pytest.approx(last["eval_rewards/accuracies"])
     assert not shown["tied"]
+
+
+def test_rewards_of_an_objective_that_compares_tokens_and_of_rows_that_devices_share(world, prepared):
+    """As if the run had been one of ld_dpo, whose reference the cache has no tokens of, on a mesh of other devices."""
+    expected, _ = rewards_panel.held_out_scores(world / "rpo", *prepared, Reporter(silent=True))
+    by_tokens = configured(
+        world / "data.jsonl",
+        world / "rpo",
+        world / "cache",
+        {**CHANGES, "objective.name": "ld_dpo", "contrast.perplexity": "null", "reference.mode": "live"}
+        | {"batch.micro_rows": 3, "mesh.context": jax.device_count()},
+    )
+    scores, _ = rewards_panel.held_out_scores(world / "rpo", by_tokens, prepared[1], Reporter(silent=True))
+    for name in ("chosen", "rejected"):
+        np.testing.assert_allclose(scores[name], expected[name], atol=1e-5)
 
 
 def test_rewards_that_are_alike_or_lost_are_told():

@@ -201,6 +201,23 @@ def test_what_would_be_another_run_is_refused(world, short, changes, reason):
         world.run("short", {**SHORT, "run.resume": "auto", **changes(world)})
 
 
+def test_labels_the_other_way_round_are_other_data(world):
+    """Texts alone do not tell: of unpaired rows a label is all that says which are good."""
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()]
+    answers = [(row["prompt"], row[kind], kind == "chosen") for row in rows for kind in ("chosen", "rejected")]
+    settings = {**SHORT, "objective.name": "kto", "contrast.weights": "null", "data.pairing": "unpaired"}
+    for name, flipped in (("labelled", False), ("flipped", True)):
+        rows = [{"prompt": p, "completion": text, "label": label != flipped} for p, text, label in answers]
+        (world.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    world.run("labels", {**settings, "train.steps": 1, "data.path": world.folder / "labelled.jsonl"})
+    (world.folder / "flipped.jsonl").replace(world.folder / "labelled.jsonl")
+    with pytest.raises(ValueError, match="was trained with other labels, scores or weights of the same training data"):
+        world.run(
+            "labels",
+            {**settings, "train.steps": 1, "data.path": world.folder / "labelled.jsonl", "run.resume": "auto"},
+        )
+
+
 @pytest.mark.parametrize(("name", "head"), [("reward", "a reward head"), ("bco_pair", "a running mean of rewards")])
 def test_a_head_that_a_checkpoint_has_not_is_refused_by_force_too(world, short, name, head):
     changes = {"objective.name": name, "contrast.weights": "null", "run.resume": "auto", "run.force": True}

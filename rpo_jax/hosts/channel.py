@@ -45,7 +45,7 @@ KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER
 # A frame: this much about it, the header, then the bytes of the arrays that the header describes. No pickle: what comes
 # from the network is never run.
 PREFIX = struct.Struct("<8sIQ")  # MAGIC, bytes of the header, bytes of the arrays
-MAGIC = b"rpo_jax3"
+MAGIC = b"rpo_jax4"
 PIECE_BYTES = 2**26  # a frame is read in pieces, so that a wrong length does not take the memory at once
 ARRAY = "__array__"
 ALIGNMENT = 8
@@ -158,6 +158,7 @@ class Channel:
         self._arrived: dict[int, queue.Queue[dict[str, Any]]] = {peer: queue.Queue() for peer in connections}
         self._sending = {peer: threading.Lock() for peer in connections}
         self._left: set[int] = set()
+        self._done = {peer: threading.Event() for peer in connections}  # it leaves; process 0: all the others do
         self._silence = dict.fromkeys(connections, 0.0)  # seconds of this process's own time
         self._quiet_elsewhere = False
         self._lock = threading.Lock()
@@ -244,12 +245,18 @@ class Channel:
             except OSError:
                 if peer not in self._left:
                     self._fail(Failure(f"{self.name(peer)} died: its connection closed without a word.", False), peer)
+                self._done[peer].set()
                 return
             if "quiet" in message:
                 self._quiet_elsewhere = message["quiet"]
                 continue
+            if "all leave" in message:
+                self._done[peer].set()
+                continue
             if "give" not in message:
                 self._left.add(peer)
+                if self.process_id == 0:
+                    self._done[peer].set()
             if "fail" in message:
                 self._fail(Failure(**message["fail"]), peer)
             self._arrived[peer].put(message)
@@ -308,6 +315,15 @@ class Channel:
         """Tell the others why this process stops; nothing where they know already."""
         self._taken_up.set()  # another one's failure, if it came first, stops this process no more: it has its own
         self._fail(Failure(f"{self.name(self.process_id)} stopped: {error}", is_user_error), None)
+
+    def leave(self) -> None:
+        """Close when all others leave too: jax aborts every process where one is a minute later than another."""
+        self._send_short({"leave": None}, NEWS_SECONDS)
+        for done in self._done.values():
+            done.wait()
+        if self.process_id == 0:
+            self._send_short({"all leave": None}, NEWS_SECONDS)
+        self.close()
 
     def close(self) -> None:
         """Leave in peace: the others go on, or leave too."""

@@ -87,7 +87,7 @@ def _join(config: Config) -> None:
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             coordinator_bind_address=listening_at(chosen.coordinator),
         )
-    atexit.register(_Run.channel.close)  # before jax's own way out, which was registered earlier
+    atexit.register(_Run.channel.leave)  # before jax's own way out, which was registered earlier
 
 
 def _compare(config: Config) -> None:

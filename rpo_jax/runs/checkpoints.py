@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 _DAMAGED = "damaged-"  # what a checkpoint is renamed to that cannot be used; its step can then be saved again
 _SUMMED = "checksums"  # in the record of a checkpoint that has them
 _REMOVED = "removed"  # a checkpoint that is no longer wanted goes here in one rename, so that none is ever half there
+LEAST_SAVE_SECONDS, SLOWEST_BYTES_PER_SECOND = 1200, 10**7  # what a save may take, and a disk at least write
 _UNRANKED = -1e30  # score of a checkpoint without an evaluation of its own: orbax ranks only numbers
 
 
@@ -84,6 +85,7 @@ class Checkpoints:
         keep_last: newest checkpoints to keep.
         keep_best: checkpoints of highest score to keep besides.
         marker: a file without which nothing is saved, as its disk has gone.
+        save_bytes: size of what is saved, for the time that a save may take.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Checkpoints:
         keep_best: int = 0,
         read_only: bool = False,
         marker: Path | None = None,
+        save_bytes: int = 0,
         warn: Callable[[str], None] = log.warning,
     ) -> None:
         _quieten_storage()
@@ -113,7 +116,12 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             todelete_subdir=None if read_only else _REMOVED,
             temporary_path_class=_DurablePath,
-            async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+            async_options=None
+            if read_only
+            else ocp.AsyncOptions(
+                post_finalization_callback=self._add_checksums,
+                timeout_secs=LEAST_SAVE_SECONDS + save_bytes // SLOWEST_BYTES_PER_SECOND,
+            ),
         )
         self._saving: int | None = None
         self._failed: SaveFailed | None = None

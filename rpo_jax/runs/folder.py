@@ -67,12 +67,18 @@ def check_run_folder(config: Config, folder: Path) -> bool:
     if processes.is_main():
         recover(folder)
     processes.agree()
+    # First without the storage, whose reader waits for the other processes' readers.
+    _check_seen_by_all(folder, (folder / "config.yaml").is_file() + any(folder.glob(f"{CHECKPOINTS}/[0-9]*")))
     resuming = _resuming(config, folder)
-    seen = processes.gather(resuming)  # all have looked before one changes anything
-    if len(set(seen)) > 1:
-        has, lacks = seen.index(True), seen.index(False)
-        raise ValueError(_not_shared(folder, has, lacks))
+    _check_seen_by_all(folder, resuming)  # all have looked before one changes anything
     return resuming
+
+
+def _check_seen_by_all(folder: Path, mine: int) -> None:
+    """ValueError where a process sees less of the folder than another."""
+    seen = processes.gather(int(mine))
+    if len(set(seen)) > 1:
+        raise ValueError(_not_shared(folder, seen.index(max(seen)), seen.index(min(seen))))
 
 
 def check_shared(folder: Path) -> None:
@@ -338,6 +344,8 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
     # Checkpoints of earlier versions say neither what their data was nor how long they were to be.
     if saved.get("data", record["data"]) != record["data"]:
         others.append("other training data")
+    elif saved.get("labels", record["labels"]) != record["labels"]:
+        others.append("other labels, scores or weights of the same training data")
     before, now = saved.get("total_steps"), record["total_steps"]
     if before not in (None, now) and record["config"]["optim"]["schedule"] not in ("constant", "inverse_sqrt"):
         others.append(f"a learning rate that decays over {before} steps, not {now}")

@@ -53,6 +53,11 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def total_bytes(tree: Any) -> int:
+    """Bytes of arrays, or of abstract ones, on all devices together, once each."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def held_bytes(state: Any, others: Any) -> str:
     """What a device holds while it trains: the state, and frozen weights or a reference that runs beside."""
     parts = {"parameters": state.params, "the optimizer": state.opt_state, "frozen weights and reference": others}

@@ -331,6 +331,16 @@ def _origins(name: str, part: _Part, tokenizer: PreTrainedTokenizerBase) -> dict
     }
 
 
+def labels_of(data: PreferenceData) -> str:
+    """Hash of what a step reads of every response besides its text: its kind, its score and its row's numbers."""
+    facts = {"kind": data.flat.kind, "score": data.scores, **data.row_values}
+    digest = hashlib.sha256()
+    for name, values in sorted(facts.items()):
+        if values is not None:
+            digest.update(f"{name} {values.dtype.str} {len(values)} ".encode() + values.tobytes())
+    return digest.hexdigest()
+
+
 def _tokenized(
     config: Config, part: _Part, tokenizer: PreTrainedTokenizerBase, responses: tuple[str, ...], reporter: Reporter
 ) -> tuple[Sequence[TokenizedExample], Mapping[str, int]]:

@@ -47,8 +47,8 @@ from rpo_jax.training.hooks.logging import Logging
 from rpo_jax.training.hooks.saving import Saving
 from rpo_jax.training.hooks.stopping import StopRequests
 from rpo_jax.training.loop import Programs, train
-from rpo_jax.training.needs import check_room, held_bytes, less_memory
-from rpo_jax.training.prepare import prepare
+from rpo_jax.training.needs import check_room, held_bytes, less_memory, total_bytes
+from rpo_jax.training.prepare import labels_of, prepare
 from rpo_jax.training.rounds import Extrapolation, Rater, RoundFailed
 from rpo_jax.training.setup import TrainingSetup, make_setup, policy_config, run_length
 from rpo_jax.training.step import check_experts, check_policy
@@ -133,6 +133,11 @@ def _run(asked: _Asked) -> RunResult:
             f"train.rounds={config.train.rounds} samples on one process only, and there are "
             f"{processes.num_processes()}; start one with all devices of a host, or make data with rpo_jax.sample."
         )
+    if config.train.sample_prompts and processes.num_processes() > 1:
+        raise ValueError(
+            f"train.sample_prompts={config.train.sample_prompts} samples on one process only so far; set it to 0, and "
+            "sample the checkpoints with rpo_jax.generate."
+        )
     if processes.is_main():
         check_login(config.tracking)
     if config.run.resume == "auto" and processes.is_main():
@@ -168,6 +173,7 @@ def _run(asked: _Asked) -> RunResult:
         "rendered": prepared.rendered,
         "versions": installed_versions(),
         "data": prepared.origins["train"]["data"],
+        "labels": labels_of(prepared.train),
         "total_steps": steps,
     }
     if resuming:
@@ -209,6 +215,7 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
         keep_last=settings.keep_last,
         keep_best=settings.keep_best,
         marker=run_dir / RUN_ID,
+        save_bytes=total_bytes(setup.steps.abstract_state),
         warn=reporter.say,
     )
     state, first_step = setup.state, 0
@@ -247,11 +254,12 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
                 sampled = setup.rounds(asked.rater, saving, log)
                 alpha, steps = config.rounds.extrapolation, sampled.batches.steps
                 extrapolation, rounds = [Extrapolation(alpha, steps, setup.steps.state_shardings)], [sampled]
+            stops = StopRequests(checkpoints)
             hooks = [
                 Guarding(guard, lambda: programs.source.data, reporter),
-                StopRequests(checkpoints),
+                stops,
                 *([] if setup.sampler is None else [setup.sampler]),
-                Evaluation(evaluations, setup.held_out, programs, log.held_out.get("step"), guard, reporter),
+                Evaluation(evaluations, setup.held_out, programs, log.held_out.get("step"), guard, reporter, stops),
                 Logging(settings.log_every, log, reporter, guard, closing),
                 *asked.hooks,
                 *extrapolation,
@@ -277,5 +285,6 @@ def _train(asked: _Asked, setup: TrainingSetup, mesh: Mesh, record: dict[str, An
     finally:
         log.close()
         checkpoints.close()
+    processes.agree()  # process 0 may have more to put away, and jax would not wait for it
     metrics = {**log.training, **log.held_out, **log.round}
     return RunResult(run_dir, newest_path, metrics, log.initial, reporter.phase_seconds, stopping.reason)

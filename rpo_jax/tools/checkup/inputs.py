@@ -64,7 +64,7 @@ def _describe(path: str | Path) -> str:
 
 
 def _check_encoder(config: Config) -> list[Finding]:
-    if not resolve(config).embeds_all:
+    if not resolve(config).embeds_training:
         return []
     name = config.embedding.encoder
     if name == HASHED_WORDS:

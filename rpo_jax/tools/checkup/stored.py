@@ -54,7 +54,11 @@ def check_checkpoints(config: Config, run_dir: Path) -> tuple[list[Finding], lis
     folder = run_dir / CHECKPOINTS
     if not folder.is_dir():
         return [ok("checkpoints", f"none in {run_dir} yet")], []
-    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+    try:
+        opened = Checkpoints(folder, read_only=True)
+    except ValueError as error:
+        return [failed("checkpoints", error)], []
+    with contextlib.closing(opened) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
             return [warning("checkpoints", f"none in {folder} is complete", "let the run reach its first save")], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,18 @@ def _here(config: Config, base: Path | None) -> Config:
         base: where a LoRA run's base is now; None for other runs.
     """
     mode = "none" if config.reference.mode == "none" else "cached"
+    objective = resolve(config).objective
+    if objective.uses_tokens:  # which the cache has not; a reward is of a whole response, as with any other objective
+        plain = type(config.objective)(name="rpo", beta=objective.beta)
+        uniform = dataclasses.replace(config.contrast, weights="uniform")
+        config = dataclasses.replace(config, objective=plain, contrast=uniform)
+    devices, batch = jax.device_count(), config.batch
+    shards = math.gcd(devices, batch.pairs)
+    rows = batch.micro_rows and -(-batch.micro_rows // shards) * shards
     return dataclasses.replace(
         config,
-        mesh=MeshConfig(),
+        mesh=MeshConfig(data=1, fsdp=shards, tensor=devices // shards),
+        batch=dataclasses.replace(batch, micro_rows=rows),
         model=config.model if base is None else dataclasses.replace(config.model, path=str(base)),
         reference=dataclasses.replace(config.reference, mode=mode),
         train=dataclasses.replace(config.train, sample_prompts=0),

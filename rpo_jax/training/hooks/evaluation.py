@@ -12,6 +12,7 @@ from rpo_jax.objectives import metrics as means
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.training.hooks.guard import FILE, Guard, row_ids, some
 from rpo_jax.training.hooks.hook import Hook, Training
+from rpo_jax.training.hooks.stopping import StopRequests
 from rpo_jax.training.loop import Programs
 from rpo_jax.training.step import Means
 
@@ -25,6 +26,7 @@ class Evaluation(Hook):
         held_out: None where there is none: then only the other hooks hear that an evaluation is due.
         evaluated: step of the newest evaluation that earlier parts of the run have logged.
         guard: keeps the rows whose numbers are not finite.
+        stops: knows how long the save after it may take.
     """
 
     every: tuple[int, ...]
@@ -33,6 +35,7 @@ class Evaluation(Hook):
     evaluated: float | None
     guard: Guard
     reporter: Reporter
+    stops: StopRequests
 
     def before_first_step(self, run: Training) -> None:
         missed = self.held_out is not None and self.wants_pause(run) and self.evaluated != run.step
@@ -54,7 +57,7 @@ class Evaluation(Hook):
         started = time.perf_counter()
         total: Means | None = None
         for index in range(self.held_out.steps_per_epoch):
-            if run.stopping.requested("evaluation"):
+            if run.stopping.requested("evaluation", self.stops.save_seconds(run)):
                 return
             batch = self.programs.evaluate(run.state.params, self.held_out.batch_at(index))
             total = batch if total is None else means.combine(total, batch)

@@ -63,11 +63,6 @@ class Sampler(Hook):
         frozen: Params,
         say: Callable[[str], None],
     ) -> None:
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"train.sample_prompts={config.train.sample_prompts} samples on one process only so far; set it to 0, "
-                "and sample the checkpoints with rpo_jax.generate."
-            )
         self._file, self._kept = Path(config.run.dir).expanduser() / SAMPLES, ByProduct("Samples", say)
         self._tokenizer, self._end_ids = prepared.tokenizer, end_ids
         self._encoder = TextEncoder(prepared.tokenizer)

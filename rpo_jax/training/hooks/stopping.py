@@ -32,5 +32,8 @@ class StopRequests(Hook):
             self._longest_step = max(self._longest_step, finished.seconds)
 
     def wants_pause(self, run: Training) -> bool:
-        save = self.checkpoints.longest_save(default=self._guessed_save) if run.stopping.has_limit else 0.0
-        return run.stopping.requested("steps", 2 * (save + self._longest_step)) is not None
+        return run.stopping.requested("steps", self.save_seconds(run) + 2 * self._longest_step) is not None
+
+    def save_seconds(self, run: Training) -> float:
+        """What must be left of a time limit for the last save."""
+        return 2 * self.checkpoints.longest_save(default=self._guessed_save) if run.stopping.has_limit else 0.0
