@@ -1,8 +1,10 @@
 """Checkpoints, caches and exports that are damaged or do not fit on the disk: noticed, told, and done without."""
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import shutil
 
 import jax
@@ -15,7 +17,7 @@ from rpo_jax import export, models, train
 from rpo_jax.core.manifest import NAME, fault, write_manifest
 from rpo_jax.core.store import ByProduct
 from rpo_jax.data import embeddings
-from rpo_jax.runs.checkpoints import Checkpoints, SaveFailed, faults, set_aside_damaged, step_fault
+from rpo_jax.runs.checkpoints import Checkpoints, SaveFailed, _why, faults, set_aside_damaged, step_fault
 from rpo_jax.runs.folder import CHECKPOINTS
 from rpo_jax.training.reference import FOLDER, cached_log_probs, read_cache, write_cache
 from tests.disks import filled, small_files
@@ -253,6 +255,19 @@ def world(tmp_path_factory):
 
 def largest(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_save_says_what_the_disk_refused_and_not_that_a_process_waited(tmp_path):
+    def commit():
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            raise TimeoutError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    with pytest.raises(TimeoutError) as caught:
+        commit()
+    assert f"{tmp_path} cannot be written: No space left on device" in _why(caught.value, tmp_path)
+    assert _why(TimeoutError("it took\nlong"), tmp_path) == "it took long"
 
 
 @pytest.mark.parametrize(

@@ -190,8 +190,7 @@ class Checkpoints:
 
     def _note_failed(self, error: Exception) -> None:
         step, self._saving_since = self._saving, None
-        reason = None if isinstance(error, WriteFailed) else refusal(self.folder / str(step), error)
-        reason = reason or " ".join(str(error).split())[:300] or type(error).__name__
+        reason = _why(error, self.folder / str(step))
         if step is not None and self.path(step) in _DurablePath.on_disk:
             self._warn(f"the checkpoint of step {step} is saved, but not what it replaces put away: {reason}")
             self._manager.reload()
@@ -316,6 +315,16 @@ class Checkpoints:
         except Exception:
             if self._failed is None:  # it raises once more what has been told
                 raise
+
+
+def _why(error: BaseException, path: Path) -> str:
+    """Why a save failed: what the disk refused, where that is behind the error, such as a wait for a process."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if reason := str(cause) if isinstance(cause, WriteFailed) else refusal(path, cause):
+            return reason
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @functools.cache
