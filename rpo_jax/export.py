@@ -36,6 +36,8 @@ def _export(options: dict[str, Any]) -> None:
     name, public = options.pop("push"), options.pop("public")
     if name is not None:
         check_push(name)
+    elif public:
+        raise ValueError("--public is for --push; name a repository there, or leave it out.")
     folder = export(**options)
     print_text(folder)
     if name is not None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from rpo_jax.core.command import column_names, print_error, print_text, run_command
+from rpo_jax.core.command import column_names, print_error, print_text, refuse_unread, run_command
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.tools.judging import summary
 from rpo_jax.tools.judging.endpoint import EndpointError, EndpointSettings
@@ -62,11 +62,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = vars(_parser().parse_args(arguments))
-    return run_command(lambda: _judge(options))
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    return run_command(lambda: _judge(parser, options))
 
 
-def _judge(options: dict[str, Any]) -> int:
+def _judge(parser: argparse.ArgumentParser, options: dict[str, Any]) -> int:
+    if options["data"] is None:
+        refuse_unread(parser, options, ("split", "layout", "columns"), "there is no --data")
     endpoint = {each.name: options.pop(each.name) for each in fields(EndpointSettings) if each.name in options}
     request = endpoint.pop("request")
     try:

@@ -10,21 +10,22 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rpo_jax.core.command import print_error, print_text, run_command
+from rpo_jax.core.command import print_error, print_text, refuse_unread, run_command
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.generation import GenerateConfig
 from rpo_jax.sampling.options import add_sampling_options, generate_settings
-from rpo_jax.tools.judging.endpoint import EndpointError
+from rpo_jax.tools.judging.endpoint import EndpointError, EndpointSettings
 from rpo_jax.tools.judging.judge import JudgeConfig
 from rpo_jax.tools.judging.questions import TEMPLATES
-from rpo_jax.tools.sampling.sample import SELECTIONS, Choice, SampleConfig, answers_file, sample
-from rpo_jax.tools.sampling.scorers import KINDS
+from rpo_jax.tools.sampling.sample import RSO, SELECTIONS, Choice, SampleConfig, answers_file, sample
+from rpo_jax.tools.sampling.scorers import JUDGE, KINDS
 
 __all__ = ["main", "sample"]
 
 ENDPOINT_FAILED = 3  # exit status: the judge's endpoint; answers so far are kept, the same command goes on
 _OWN = ("score", "select", "accept", "beta", "keep_unfinished")
-_JUDGE = ("task", "both_orders", "price_in", "price_out", "max_cost", "yes", "cache")
+_JUDGE = ("task", "both_orders", "request", "price_in", "price_out", "max_cost", "yes", "cache")
+_ENDPOINT = ("base_url", "key_variable", "answer_tokens")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", choices=tuple(TEMPLATES), default="dialogue", help="which question is asked (dialogue)")
     add("--both-orders", action="store_true", help="ask twice, each response first once")
     add("--base-url", metavar="URL", help="of any OpenAI-compatible server; default OPENAI_BASE_URL, then OpenAI")
+    add("--key-variable", default=EndpointSettings.key_variable, help="environment variable that holds the API key")
+    add("--answer-tokens", type=int, default=EndpointSettings.answer_tokens, help="limit of the judge's answer")
+    add("--request", default="{}", metavar="JSON", help="further fields of a request; null removes one of ours")
     add("--price-in", type=float, metavar="DOLLARS", help="per million tokens of questions")
     add("--price-out", type=float, metavar="DOLLARS", help="per million tokens of answers")
     add("--max-cost", type=float, metavar="DOLLARS", help="go on without asking up to this estimate, and stop there")
@@ -52,14 +56,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = vars(_parser().parse_args(arguments))
-    return run_command(lambda: _sample(options))
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    return run_command(lambda: _sample(parser, options))
 
 
-def _sample(options: dict[str, Any]) -> int:
+def _sample(parser: argparse.ArgumentParser, options: dict[str, Any]) -> int:
+    if not options["score"].startswith(f"{JUDGE}:"):
+        refuse_unread(parser, options, (*_JUDGE, *_ENDPOINT), f"--score {options['score']} is no judge")
+    if options["select"] != RSO:
+        refuse_unread(parser, options, ("accept", "beta"), f"--select {options['select']} is not rso")
     out, own = options.pop("out"), {name: options.pop(name) for name in _OWN}
-    url = options.pop("base_url")
-    judge = {name: options.pop(name) for name in _JUDGE} | {"endpoint": {} if url is None else {"base_url": url}}
+    judge = {name: options.pop(name) for name in _JUDGE}
+    judge["endpoint"] = {name: options.pop(name) for name in _ENDPOINT}
     answers = GenerateConfig(**generate_settings(options), out=answers_file(out))
     choice = Choice(**own, seed=answers.seed)
     config = SampleConfig(answers=answers, out=out, choice=choice, judge=judge | {"seed": answers.seed})

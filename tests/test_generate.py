@@ -132,6 +132,34 @@ def test_a_half_done_file_is_completed(world, sampled, capsys):
     assert out.read_bytes() == whole
 
 
+def test_answers_of_other_weights_in_the_same_folder_are_told_apart(world, tmp_path, capsys):
+    model, prompts = (
+        shutil.copytree(world.hf, tmp_path / "model"),
+        write_rows(tmp_path / "p.jsonl", [{"prompt": "Tea?"}]),
+    )
+    ask = {"model": str(model), "prompts": str(prompts), "out": str(tmp_path / "answers.jsonl")}
+    world.answers("", **ask)
+    export.export(world.run, model, step=2, overwrite=True)
+    with pytest.raises(ValueError, match=r"answers\.jsonl has answers of other weights that were in .*model before"):
+        world.answers("", **ask)
+    rows = rows_of(tmp_path / "answers.jsonl")
+    del rows[0]["weights"]  # as files were before they said so
+    write_rows(tmp_path / "answers.jsonl", rows)
+    world.answers("", **ask)
+    with pytest.raises(ValueError, match=r"p\.jsonl holds the prompts and would be replaced"):
+        world.answers("", **ask | {"out": str(prompts), "overwrite": True})
+
+
+def test_an_export_does_not_replace_what_it_is_made_of(world, tmp_path):
+    run = shutil.copytree(world.run, tmp_path / "runs" / "sft")
+    for out in (run, run.parent, run / "model", run / "checkpoints"):
+        with pytest.raises(ValueError, match=r"is to be written and holds .*, which it is made of"):
+            export.export(run, out, overwrite=True)
+    with pytest.raises(ValueError, match=r"is to be written and holds .*hf, which it is made of"):
+        export.export(world.lora, world.hf, overwrite=True)
+    assert export.export(run, run / "exported") == run / "exported"
+
+
 def test_what_a_killed_start_wrote_is_used(world, sampled, monkeypatch):
     """Batches are on disk as they come: the second start does the rest only."""
     asked = []
@@ -189,6 +217,10 @@ def test_a_principle_changes_answers_and_none_changes_nothing(world):
     assert told[0]["settings"]["principle"] == "Be brief."
     assert told[0]["settings"]["principle_weight"] == 3.0
     assert not {"principle", "principle_weight"} & plain[0]["settings"].keys()
+    with pytest.raises(ValueError, match=r"--max-prompt-tokens cuts \d+ prompts, which --principle compares"):
+        world.answers(
+            "cut principle", principle="Be brief.", sampling=Sampling(principle_weight=1), max_prompt_tokens=2
+        )
     with pytest.raises(ValueError, match="principle=None and principle_weight=1"):
         world.config("principle", sampling=Sampling(principle_weight=1.0))
     with pytest.raises(ValueError, match=r"other settings: principle was 'Be brief\.' and is None now"):

@@ -76,6 +76,23 @@ def test_a_rule_decides_and_everything_is_written(files, rule, tmp_path, capsys)
     assert [line["row_id"] for line in lines] == [f"{files[0]}:{i}" for i in range(1, 6)]
 
 
+def test_other_files_of_the_same_names_are_told_apart(rule, tmp_path, capsys):
+    names = [tmp_path / side / "answers.jsonl" for side in ("rpo", "dpo", "ipo")]
+    for number, name in enumerate(names):
+        name.parent.mkdir()
+        responses(name, ["x" * (number + 1), "y" * (number + 2)])
+    common = "--task", "dialogue", "--judge", rule
+    status, _, error = run(capsys, "--a", names[0], "--b", names[1], *common)
+    assert (status, error) == (0, "")
+    (out,) = names[0].parent.glob("answers-against-*")
+    assert [summary_of(out)[side] for side in "ab"] == ["rpo/answers.jsonl", "dpo/answers.jsonl"]
+    status, _, error = run(capsys, "--a", names[0], "--b", names[2], *common)
+    assert status == 2
+    assert "holds verdicts with b=dpo/answers.jsonl, not ipo/answers.jsonl; name another folder with --out" in error
+    status, _, error = run(capsys, "--a", names[0], "--b", names[1], *common, "--split", "train")
+    assert "--split would not be read: there is no --data" in error
+
+
 def test_two_cannot_judge_into_one_folder(files, rule, tmp_path, capsys):
     common = ("--a", files[0], "--b", files[1], "--task", "dialogue", "--judge", rule, "--out", tmp_path / "out")
     with one_writer(tmp_path / "out"):

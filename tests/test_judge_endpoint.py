@@ -13,6 +13,7 @@ import time
 import pytest
 
 from rpo_jax import judge
+from rpo_jax.tools.judging.endpoint import EndpointSettings
 from tests.judge_server import Reply, completion, failure, serving
 from tests.test_judge import responses, summary_of, verdicts_of
 
@@ -351,6 +352,9 @@ def test_further_fields_are_sent_and_null_removes(files, tmp_path, capsys):
             "top_k": 1,
         }
         assert not {"max_tokens", "temperature"} & server.requests[0].keys()
+        settings = EndpointSettings(model="m", request=json.loads(more))
+        assert settings.most_answer_tokens == 9, "what a cost is estimated by"
+        assert EndpointSettings(model="m", request={"max_tokens": 7}).most_answer_tokens == 7
         assert run(capsys, files, server, tmp_path, "--request", "[1]")[0] == 2
 
 

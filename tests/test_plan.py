@@ -213,6 +213,15 @@ def test_no_more_is_necessary_than_is_done(rank):
     assert 0.75 < share < 1  # logits are computed twice
 
 
+def test_lengths_of_a_file_are_cut_as_training_cuts(tmp_path):
+    file = tmp_path / "lengths.json"
+    file.write_text("[[900, 500, 500], [20, 30, 4], [400, 200, 8]]")
+    lengths = assumed_lengths(Config(data=DataConfig(max_prompt_tokens=256, max_tokens=512)), None, None, file)
+    assert lengths.tokens == [[256, 256, 256], [20, 30, 4], [256, 200, 8]]
+    assert "3 pairs of" in lengths.source
+    assert "2 of them cut to data.max_tokens=512" in lengths.source
+
+
 def test_the_batch_has_the_shape_that_the_loader_gives_it():
     config = Config(data=DataConfig(max_prompt_tokens=16, max_tokens=32), batch=BatchConfig(pairs=16))
     lengths = assumed_lengths(config, None, None, None)

@@ -193,8 +193,10 @@ def test_a_judge_scores_by_how_often_it_prefers(world, tmp_path, capsys, monkeyp
         ({"n": 1}, "--n 1 answers to a prompt make no pair"),
         ({"temperature": 0}, "samples=4 greedy answers are all the same; give a --temperature"),
         ({"out": "pairs.json"}, "--out pairs.json must end in .jsonl"),
-        ({"beta": 0}, "--beta 0.0 must be greater than 0"),
-        ({"accept": 1}, "--accept 1 answers make no pair"),
+        ({"beta": 0, "select": "rso"}, "--beta 0.0 must be greater than 0"),
+        ({"accept": 1, "select": "rso"}, "--accept 1 answers make no pair"),
+        ({"accept": 4}, "--accept would not be read: --select best_worst is not rso"),
+        ({"max-cost": 1}, "--max-cost would not be read: --score rule:"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_sampled(world, tmp_path, capsys, changes, said):
@@ -203,6 +205,23 @@ def test_what_cannot_be_is_refused_before_anything_is_sampled(world, tmp_path, c
     assert said in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.glob("x*"))
+
+
+def test_files_that_are_not_of_an_earlier_start_stay(world, tmp_path, capsys):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_bytes(world.prompts.read_bytes())
+    listed = tmp_path / "q.json"
+    listed.write_text(json.dumps(rows_of(prompts)), encoding="utf-8")
+    for own, out in ((prompts, prompts), (listed, tmp_path / "q.jsonl")):
+        before = own.read_bytes()
+        status, _, error = run(capsys, world.arguments(out, prompts=own))
+        assert status == 2
+        assert "holds the prompts and would be replaced" in error
+        assert own.read_bytes() == before
+    (tmp_path / "mine.html").write_text("mine", encoding="utf-8")
+    status, _, error = run(capsys, world.arguments(tmp_path / "mine.jsonl"))
+    assert status == 2
+    assert "mine.html exists and is not of an earlier start" in error
 
 
 def test_a_rule_that_likes_all_answers_alike_is_told(world, tmp_path, capsys):

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rpo_jax.core.files import refusal
@@ -45,6 +45,13 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
+
+
+def refuse_unread(parser: argparse.ArgumentParser, options: Mapping[str, Any], names: Iterable[str], why: str) -> None:
+    """ValueError for the first of these options that was given another value than its default, and would do nothing."""
+    for name in names:
+        if options[name] != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} would not be read: {why}; leave it out.")
 
 
 def column_names(text: str) -> dict[str, str]:

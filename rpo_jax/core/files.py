@@ -15,7 +15,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +274,15 @@ def recover(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def check_target(path: Path, *, overwrite: bool) -> None:
-    """ValueError for a folder that exists, holds something, and may not be replaced; WriteFailed where none can be."""
+def check_target(path: Path, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
+    """ValueError for a folder that exists, holds something, and may not be replaced; WriteFailed where none can be.
+
+    Args:
+        sources: what is made into it, and may not lie in it.
+    """
+    for source in sources:
+        if source.expanduser().resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"{path} is to be written and holds {source}, which it is made of; give another folder.")
     check_writable(path.parent)
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists; give another folder, or ask to overwrite it.")

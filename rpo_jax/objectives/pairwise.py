@@ -149,12 +149,19 @@ class LinkObjective(MatrixObjective):
 
     def loss(self, scores: Scores) -> Float[Array, ""]:
         """`pairwise_loss`; where the data has a label smoothing, an entry's is the mean of both responses' rows."""
-        smoothing = scores["chosen"].row_value("label_smoothing"), scores["rejected"].row_value("label_smoothing")
-        if smoothing[0] is None or smoothing[1] is None:
+        smoothing = self.smoothing_of(scores)
+        if not smoothing:
             return linked_mean(scores.contrasts, self.terms_of(scores), self.link, self.beta, self.label_smoothing)
+        return scores.contrasts.mean(self.terms_of(scores), lambda u, at: self.linked(u, at.values), smoothing)
 
-        def entry_loss(u, at):
-            ((chosen, rejected),) = at.values
-            return LINKS[self.link](u, self.beta, (chosen + rejected) / 2)
+    def smoothing_of(self, scores: Scores) -> BothSides:
+        """The label smoothing of the responses' rows, where the data has one."""
+        chosen, rejected = (scores[kind].row_value("label_smoothing") for kind in ("chosen", "rejected"))
+        return () if chosen is None or rejected is None else ((chosen, rejected),)
 
-        return scores.contrasts.mean(self.terms_of(scores), entry_loss, ((smoothing[0], smoothing[1]),))
+    def linked(self, u: Float[Array, "*G M N"], smoothing: BothSides) -> Float[Array, "*G M N"]:
+        """The link of weighted differences, an entry's label smoothing the mean of what `smoothing_of` has of both."""
+        if not smoothing:
+            return LINKS[self.link](u, self.beta, self.label_smoothing)
+        ((chosen, rejected),) = smoothing
+        return LINKS[self.link](u, self.beta, (chosen + rejected) / 2)

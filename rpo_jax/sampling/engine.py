@@ -179,9 +179,9 @@ def _drawn(probabilities: Float[Array, "B V"], seeds: UInt32[Array, "B"], count:
     # the layers of a small model.
     draw = jax.vmap(lambda seed, count: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), count)))
     uniform = draw(seeds, count)
-    below = jnp.cumsum(probabilities, axis=-1)
-    # Strictly greater: a token of probability 0 adds nothing, so it is never the first to exceed.
-    return jnp.argmax(below > (uniform * below[:, -1])[:, None], axis=-1).astype(jnp.int32)
+    # Only of tokens that may be drawn: in float32 the sum goes up and down a little between them.
+    below = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0.0)
+    return jnp.argmax(below > (uniform * jnp.max(below, axis=-1))[:, None], axis=-1).astype(jnp.int32)
 
 
 def _likeliest_token(logits: Float[Array, "B V"]) -> Int[Array, "B"]:

@@ -148,6 +148,8 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
     mesh = sharding.make_mesh(config.mesh)
     if (note := unused_card()) is not None:
         reporter.say(note)
+    if config.prompts is not None:
+        check_not_replaced(config.prompts, out, *([out.with_suffix(".json")] if config.alpaca_eval else []))
     policy = find_policy(config.model, checkpoint=config.checkpoint, base=config.base)
     ignored = policy.data.ignore_columns if config.ignore_columns is None else config.ignore_columns
     asked = read_prompts(
@@ -162,6 +164,13 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
     prompts, without = [ids for ids in encoded for _ in range(config.samples)], None
     if config.principle is not None:
         principled = replace(asked, rows=tuple(_with_principle(row, config.principle) for row in asked.rows))
+        if config.max_prompt_tokens is not None:
+            whole = _encoded(asked, policy, template, arguments, None)
+            if cut := sum(len(ids) < len(all_of) for ids, all_of in zip(encoded, whole, strict=True)):
+                raise ValueError(
+                    f"--max-prompt-tokens cuts {cut} prompts, which --principle compares with the same prompts and the "
+                    "principle before them; leave one of the two out, or those prompts."
+                )
         encoded = _encoded(principled, policy, template, arguments, None)
         prompts, without = [ids for ids in encoded for _ in range(config.samples)], prompts
     seeds = prompt_seeds(prompts, config.seed)
@@ -184,6 +193,7 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
             "prompt": row.prompt if isinstance(row.prompt, str) else [turn.to_dict() for turn in row.prompt],
             **({"sample": number} if config.samples > 1 else {}),
             "model": policy.name,
+            "weights": policy.weights_id,
             "settings": settings,
         }
         for row in asked.rows
@@ -221,6 +231,13 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
         generator = config.generator or Path(policy.name).name
         return _write_alpaca_eval(out.with_suffix(".json"), asked.rows, done, generator)
     return out
+
+
+def check_not_replaced(prompts: str | Path, *targets: Path) -> None:
+    """ValueError where one of the files to be written is the one that the prompts are read from."""
+    for target in targets:
+        if target.resolve() == Path(prompts).expanduser().resolve():
+            raise ValueError(f"{target} holds the prompts and would be replaced; give another --out.")
 
 
 def _with_principle(row: PromptRow, principle: str) -> PromptRow:
@@ -283,6 +300,8 @@ def _already(out: Path, rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, A
             before = recorded["model"] if key == "model" else recorded["settings"].get(key)
             if before != value:
                 raise ValueError(f"{where} settings: {key} was {before!r} and is {value!r} now; {mend}")
+        if answer.get("weights", expected["weights"]) != expected["weights"]:  # older files do not say
+            raise ValueError(f"{out} has answers of other weights that were in {expected['model']} before; {mend}")
         if index is None or recorded["prompt"] != expected["prompt"] or recorded["seed"] != expected["seed"]:
             raise ValueError(f"{where} prompts: {answer['row_id']} was {recorded['prompt']!r:.60}; {mend}")
         done[index] = answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from rpo_jax import models
 from rpo_jax.config import DataConfig
 from rpo_jax.config.reading import load_config
+from rpo_jax.core.manifest import NAME as MANIFEST
 from rpo_jax.data.tokenizer import load_tokenizer
 from rpo_jax.hosts import sharding
 from rpo_jax.models import ModelConfig
@@ -59,6 +61,15 @@ class StoredPolicy:
     @property
     def model_config(self) -> ModelConfig:
         return self.policy.model_config
+
+    @functools.cached_property
+    def weights_id(self) -> str:
+        """Which weights these are: of a run's checkpoint its checksums, of a folder that of its tensors."""
+        if self.run_dir is None:
+            assert self.folder is not None, "there are no other weights"
+            return folder_fingerprint(self.folder)[:16]
+        manifest = self.run_dir / CHECKPOINTS / str(self.step) / MANIFEST
+        return hashlib.sha256(manifest.read_bytes() if manifest.is_file() else b"").hexdigest()[:16]
 
     def load(self, mesh: Mesh) -> Params:
         """The parameters that the decoder reads, on the mesh; ValueError for experts that it does not divide."""

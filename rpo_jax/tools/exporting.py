@@ -12,7 +12,7 @@ from rpo_jax.config.reading import load_config
 from rpo_jax.core.files import check_target
 from rpo_jax.data.tokenizer import load_tokenizer, padding_id
 from rpo_jax.objectives import heads, reward
-from rpo_jax.runs.folder import GENERATION_CONFIG, MODEL
+from rpo_jax.runs.folder import CHECKPOINTS, GENERATION_CONFIG, MODEL
 from rpo_jax.runs.model_card import model_card
 from rpo_jax.sampling.end_tokens import end_tokens
 from rpo_jax.sampling.policy import checked_base, find_checkpoint, restored
@@ -53,7 +53,9 @@ def export(
     if not policy.trains_adapters and (adapter or base is not None):
         raise ValueError(f"{run_dir} is no LoRA run: it trained all weights; leave out --adapter and --base.")
     # What comes next may take minutes: hashing, loading and merging a base.
-    check_target(Path(out).expanduser(), overwrite=overwrite)
+    bases = (Path(path) for path in (base, config.model.path) if path is not None)
+    sources = run_dir / MODEL, run_dir / CHECKPOINTS, *bases
+    check_target(Path(out).expanduser(), overwrite=overwrite, sources=sources)
     wanted = "last" if step is None else str(step)
     step, record = find_checkpoint(
         run_dir, policy.model_config, wanted, "of step {wanted}; there are {steps}, and best"

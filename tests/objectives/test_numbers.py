@@ -359,6 +359,12 @@ def test_every_pair_has_its_own_label_smoothing(precision):
     np.testing.assert_allclose(smoothing_of(objective), 0.670840903136, rtol=precision)
 
 
+def test_wpo_reads_it_too(precision):
+    alike = tuple(jnp.array(side) for side in SMOOTHED.values())  # as likely as the policy's own: every weight is 1
+    got = smoothing_of(laws.named("wpo", link="smoothed", beta=0.1), log_collision=alike)
+    np.testing.assert_allclose(got, smoothing_of(OBJECTIVES["cdpo"]), rtol=precision)
+
+
 def test_across_pairs_it_is_the_mean_of_both():
     got = smoothing_of(OBJECTIVES["cdpo"], weights=np.full((3, 3), 1 / 3))
     entries = [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rpo_jax.objectives.objective import option
-from rpo_jax.objectives.pairwise import LINKS, LinkObjective
+from rpo_jax.objectives.pairwise import LinkObjective
 from rpo_jax.objectives.scores import Responses, Scores, zero_where_invalid
 
 
@@ -39,14 +39,14 @@ class WPO(LinkObjective):
 
     def loss(self, scores: Scores) -> Float[Array, ""]:
         def entry_loss(u, at):
-            ((chosen, rejected),) = at.values
+            (chosen, rejected), *smoothing = at.values
             weight = jnp.exp(chosen + rejected)
             if self.wpo_most:
                 weight = jnp.minimum(weight, self.wpo_most)
-            return weight * LINKS[self.link](u, self.beta, self.label_smoothing)
+            return weight * self.linked(u, tuple(smoothing))
 
         weights = log_weight(scores["chosen"]), log_weight(scores["rejected"])
-        return scores.contrasts.mean(self.terms_of(scores), entry_loss, (weights,))
+        return scores.contrasts.mean(self.terms_of(scores), entry_loss, (weights, *self.smoothing_of(scores)))
 
 
 OBJECTIVES = {"wpo": WPO(description="Weighted Preference Optimization", source="arXiv 2406.11827; TRL")}

@@ -77,6 +77,12 @@ class EndpointSettings:
         if self.retries < 0:
             raise ValueError(f"--retries {self.retries} must not be negative.")
 
+    @property
+    def most_answer_tokens(self) -> int:
+        """The limit of an answer's length that is asked for, whatever name `request` gives it."""
+        limits = (self.request.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        return next((limit for limit in limits if isinstance(limit, int)), self.answer_tokens)
+
 
 class _Transient(Exception):
     """What may pass if tried again, after `wait_seconds` if the endpoint said so."""

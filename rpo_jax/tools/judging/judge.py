@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.core.files import check_writable
+from rpo_jax.core.files import check_writable, read_json
 from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.locks import one_writer
 from rpo_jax.runs.tracking import Reporter
@@ -78,7 +78,8 @@ def judge_files(config: JudgeConfig, reporter: Reporter) -> dict[str, Any]:
     chosen_pairs = _pairs(config)
     compared = pairs.comparisons(chosen_pairs, config.seed, both_orders=config.both_orders)
     out = Path(config.out or _default_out(config)).expanduser()
-    _check_out(out)
+    # A folder that nobody named may be another comparison's; one that was named is replaced, as was asked.
+    _check_out(out, {} if config.out else {**_names(config), "task": config.task})
     # Another process that judges into the same folder would pay for the same verdicts.
     with one_writer(out, "--out"):
         return _judged(config, len(chosen_pairs), compared, out, reporter)
@@ -104,8 +105,7 @@ def _judged(
         "dollars": None if prices is None or not isinstance(judge, EndpointJudge) else spending.dollars,
     }
     result = {
-        "a": Path(config.a).name,
-        "b": "the chosen responses" if config.b == pairs.CHOSEN else Path(config.b).name,
+        **_names(config),
         "task": config.task,
         "judge": judge.name,
         "seed": config.seed,
@@ -135,17 +135,34 @@ def _pairs(config: JudgeConfig) -> list[pairs.Pair]:
 
 def _default_out(config: JudgeConfig) -> Path:
     a = Path(config.a)
-    b = config.b if config.b == pairs.CHOSEN else Path(config.b).name.partition(".")[0]
+    b = config.b if config.b == pairs.CHOSEN else Path(config.b).stem
     judge = re.sub(r"[^\w.-]+", "-", config.judge.replace(str(Path.home()), ""))
-    return a.with_name(f"{a.name.partition('.')[0]}-against-{b}-{judge}")
+    return a.with_name(f"{a.stem}-against-{b}-{judge}")
 
 
-def _check_out(out: Path) -> None:
+def _names(config: JudgeConfig) -> dict[str, str]:
+    """What both files are called: by their names, with their folders' where those are the same."""
+    a, b = Path(config.a), Path(config.b)
+    if config.b == pairs.CHOSEN:
+        return {"a": a.name, "b": "the chosen responses"}
+    if a.name == b.name:
+        return {key: f"{path.absolute().parent.name}/{path.name}" for key, path in (("a", a), ("b", b))}
+    return {"a": a.name, "b": b.name}
+
+
+def _check_out(out: Path, compared: Mapping[str, str]) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder.")
     check_writable(out)  # before anything is paid for
     if out.is_dir() and any(out.iterdir()) and not (out / summary.SUMMARY).is_file():
         raise ValueError(f"--out {out} holds something else; name a folder of its own.")
+    if (out / summary.SUMMARY).is_file():
+        before = read_json(out, summary.SUMMARY)
+        for key, value in compared.items():
+            if before.get(key) != value:
+                raise ValueError(
+                    f"{out} holds verdicts with {key}={before.get(key)}, not {value}; name another folder with --out."
+                )
 
 
 def make_judge(config: JudgeConfig, reporter: Reporter, stack: contextlib.ExitStack) -> Judge:
@@ -200,7 +217,7 @@ def agree_on_cost(
     prices = config.prices
     asked = [comparison for comparison in compared if comparison.pair.a != comparison.pair.b]
     new = [judge.question(comparison) for comparison in asked if judge.known(comparison) is None]
-    expected = cost.estimate(new, judge.settings.answer_tokens, prices)
+    expected = cost.estimate(new, judge.settings.most_answer_tokens, prices)
     price = "no price is known for it"
     if expected.dollars is not None and prices is not None:
         source = f"list prices of {cost.PRICES_OF}" if config.price_in is None else "the prices given"

@@ -41,7 +41,7 @@ _ALONE = re.compile(rf"^\W*(?:{_LABEL}|([12]))\W*$")
 _PICKS = tuple(
     re.compile(pattern)
     for pattern in (
-        r"(?<!not )(?<!n't )\b(?:pick|choose|chose|select|prefer|vote\s+for|go\s+with|going\s+with|opt\s+for)\s*:?\s+"
+        r"(?<!not )(?<!never )\b(?:pick|choose|chose|select|prefer|vote\s+for|go\s+with|going\s+with|opt\s+for)\s*:?\s+"
         rf"(?:{_LABEL}|{_NUMBER})",
         rf"\b(?:pick|choice|answer|verdict|winner|selection|preference|conclusion){_IS}(?:{_LABEL}|{_NUMBER})",
         rf"\b{_BETTER}\b[^.\n]{{0,60}}?\b(?:one|choice|{_KIND}){_IS}(?:{_LABEL}|{_NUMBER})",
@@ -56,6 +56,8 @@ _COMPARISONS = tuple(
         rf"\b{_LABEL}\s+(?:wins|better)\b",
     )
 )
+_CONTRACTED = re.compile(r"n['’]t\b")  # wouldn't, isn't
+_NEITHER = re.compile(r"\bneither\b[^.,;\n]*\bnor\b[^.,;\n]*")  # what is said of both picks none
 _TIE = re.compile(
     r"\b(?:a\s+tie|tied?|equally\s+\w+|neither|no\s+(?:clear\s+)?(?:preference|difference)|both\s+are\s+the\s+same)\b"
 )
@@ -70,10 +72,12 @@ def read_answer(answer: str) -> Choice | None:
     better one is Response 1"; the label opening a line; "Response 1 is more helpful". Thoughts in <think> do not count.
     """
     text = _THOUGHTS.sub("", answer)[-_READ_CHARACTERS:].lower()
+    text = _CONTRACTED.sub(" not", text)
     text = re.sub(r"[*_`\"'“”\[\]]", "", text).strip()
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))  # patterns of `\s+` are slow on much of it
+    said = _NEITHER.sub(" ", text)
     for patterns in ((_ALONE,), _PICKS, (_OPENING,), _COMPARISONS):
-        matches = [match.groups() for pattern in patterns for match in pattern.finditer(text)]
+        matches = [match.groups() for pattern in patterns for match in pattern.finditer(said)]
         picked = {_NUMBERS[group] for groups in matches for group in groups if group}
         if len(picked) == 1:
             return "second" if picked.pop() else "first"

@@ -97,7 +97,8 @@ def assumed_lengths(
 ) -> Lengths:
     """Lengths from a file, or of examples that are all alike: by default as long as the configuration lets them be.
 
-    Raises ValueError for a file that holds none, and lengths that the configuration would cut.
+    Those of a file are cut as training cuts. Raises ValueError for a file that holds none, and for lengths that are
+    given and that the configuration would cut.
     """
     data = config.data
     if file is not None:
@@ -111,9 +112,12 @@ def assumed_lengths(
             ) from None
         if not rows or any(len(row) != 3 or min(row) < 1 for row in rows):
             raise ValueError(f"--lengths {file} must hold rows of three positive numbers, prompt, chosen, rejected.")
-        mean = np.mean(rows, axis=0)
+        rows, whole = [_cut(data, *row) for row in rows], rows
+        cut, mean = sum(map(list.__ne__, rows, whole)), np.mean(rows, axis=0)
+        note = f", {cut:,} of them cut to data.max_tokens={data.max_tokens}" if cut else ""
         return Lengths(
-            rows, f"{len(rows):,} pairs of {file}, prompt {mean[0]:.0f}, responses {mean[1]:.0f} and {mean[2]:.0f}"
+            rows,
+            f"{len(rows):,} pairs of {file}{note}, prompt {mean[0]:.0f}, responses {mean[1]:.0f} and {mean[2]:.0f}",
         )
     prompt = data.max_prompt_tokens if prompt_tokens is None else prompt_tokens
     response = data.max_tokens - prompt if response_tokens is None else response_tokens
@@ -125,6 +129,13 @@ def assumed_lengths(
     alike = [[prompt, response, response]] * config.batch.pairs
     most = ", as long as the configuration lets them be" if prompt_tokens is None and response_tokens is None else ""
     return Lengths(alike, f"every prompt {prompt} and every response {response} tokens{most}")
+
+
+def _cut(data: DataConfig, prompt: int, *responses: int) -> list[int]:
+    """An example's lengths as tokenising leaves them."""
+    if prompt + max(responses) > data.max_tokens:
+        prompt = min(prompt, data.max_prompt_tokens)
+    return [prompt, *(min(response, data.max_tokens - prompt) for response in responses)]
 
 
 def planned_batch(

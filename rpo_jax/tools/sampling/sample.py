@@ -18,7 +18,7 @@ from rpo_jax.core.jsonl import read_jsonl, write_jsonl
 from rpo_jax.core.locks import one_writer
 from rpo_jax.core.templates import render
 from rpo_jax.runs.tracking import Reporter
-from rpo_jax.sampling.generation import GenerateConfig, generate
+from rpo_jax.sampling.generation import GenerateConfig, check_not_replaced, generate
 from rpo_jax.tools.judging.comparisons import as_json, turns
 from rpo_jax.tools.judging.pairs import prompt_of
 from rpo_jax.tools.sampling.scorers import Asked, Scorer, make_scorer, renamed
@@ -99,6 +99,12 @@ def sample(config: SampleConfig, reporter: Reporter) -> dict[str, Any]:
     Raises ValueError for what a user can correct: before anything is sampled where it can be known then.
     """
     out = Path(config.out).expanduser()
+    targets = out, out.with_suffix(".json"), out.with_suffix(".html")
+    if config.answers.prompts is not None:
+        check_not_replaced(config.answers.prompts, *targets)
+    others = [] if config.answers.overwrite or Path(config.answers.out).exists() else targets
+    if there := next((target for target in others if target.exists()), None):
+        raise ValueError(f"{there} exists and is not of an earlier start; give another --out, or --overwrite.")
     check_writable(out.parent)
     with one_writer(out, "--out"), contextlib.ExitStack() as stack:
         try:
@@ -109,8 +115,8 @@ def sample(config: SampleConfig, reporter: Reporter) -> dict[str, Any]:
         selected = preferences(answers, config.choice, score, reporter.say)
         result = _statistics(config, selected)
         write_jsonl(out, selected.rows, ascii_only=False)
-        atomic_write(out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-        atomic_write(out.with_suffix(".html"), _page(out.name, selected, result))
+        atomic_write(targets[1], json.dumps(result, indent=2) + "\n")
+        atomic_write(targets[2], _page(out.name, selected, result))
     return result
 
 
