@@ -125,6 +125,14 @@ def test_broken_held_out_data(refused, place):
     assert f"{path}:1" in refused({"data.eval_path": path})
 
 
+def test_a_folder_of_others_that_holds_a_config_yaml_is_no_run(refused, tmp_path):
+    (tmp_path / "config.yaml").write_text("run: {}\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    for changes in ({}, {"run.resume": "auto"}, {"run.overwrite": True}):
+        assert "is not empty and holds no run" in refused({"run.dir": tmp_path} | changes)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_an_unknown_layout(refused):
     error = refused({"data.layout": "preferance"})
     assert "did you mean 'preference'?" in error

@@ -254,6 +254,46 @@ def test_what_would_not_be_read_is_refused(arguments, said):
     assert said in refusal(arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--objective", "dpo"], "'--objective' is a section, not a key; did you mean --objective.name?"),
+        (["--data=rows.jsonl"], "'--data' is a section, not a key; did you mean --data.path?"),
+        (["--lora", "16"], "'--lora' is a section, not a key; did you mean --lora.rank?"),
+        (["--run.dir=null"], "run.dir is null, and must be a text"),
+        (["--data.eval_split=dev"], "data.eval_split=dev is a split of data.eval_path, which is not given"),
+        (["--objective.name=dpo", "--objective.label_smoothing=0.1"], "label_smoothing=0.1 means nothing to"),
+        (["--objective.name=sigmoid"], "unknown objective 'sigmoid'; did you mean 'dpo'?"),
+        (["--objective.name=DPO"], "unknown objective 'DPO'; did you mean 'dpo'?"),
+        (["--objective.name=nonsense"], "unknown objective 'nonsense'; there are "),
+        (["--train.save_steps=1"], "did you mean train.save_every?"),
+        (["--objective.rpo_alpha=1"], "did you mean objective.nll_weight?"),
+        (["--label_smoothing=0.1"], "did you mean objective.label_smoothing?"),
+        (["--optim.b1=1"], "optim.b1=1.0 must be at least 0, and below 1"),
+    ],
+)
+def test_habits_of_other_trainers_are_answered(arguments, said):
+    assert said in refusal(arguments)
+
+
+@pytest.mark.parametrize("key", ["optim.max_grad_norm", "data.max_prompt_tokens", "lora.targets", "batch.pairs"])
+def test_null_where_there_must_be_a_value_is_refused(tmp_path, key):
+    section, name = key.split(".")
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{section}: {{{name}: null}}\n")
+    assert refusal(["--config", str(file)]).startswith(f"{file}: {key} is null, and must be ")
+
+
+def test_a_file_of_comments_changes_nothing_and_a_runs_own_says_what_it_said(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("# nothing yet\n")
+    assert load_config(file) == Config()
+    file.write_text("objective: {name: dpo, label_smoothing: 0.1}\n")
+    assert "means nothing to objective.name=dpo" in refusal(["--config", str(file)])
+    (tmp_path / "run_id").touch()  # as earlier runs recorded it, whatever the objective
+    assert load_config(file).objective.name == "dpo"
+
+
 def test_a_group_that_does_not_divide_lists_those_that_do():
     assert "1, 2, 4, 8, 16, 32, 64 or 'global'" in refusal(["--contrast.group=24"])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rpo_jax.config.checks import ConfigError, in_range, positive
+from rpo_jax.config.synonyms import LOSSES
 from rpo_jax.objectives.losses import OBJECTIVES, OPTIONS, Objective
 from rpo_jax.objectives.pairwise import LinkObjective
 
@@ -53,10 +54,10 @@ class _SharedOptions:
         """
         name = self.name
         if name not in OBJECTIVES:
-            nearest = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"unknown objective {name!r}; did you mean {nearest!r}? There are {', '.join(OBJECTIVES)}."
-            )
+            word = name.lower()
+            near = [LOSSES[word]] if word in LOSSES else difflib.get_close_matches(word, OBJECTIVES, n=1)
+            hint = f"did you mean {near[0]!r}? There are" if near else "there are"
+            raise ConfigError(f"unknown objective {name!r}; {hint} {', '.join(OBJECTIVES)}.")
         own = OBJECTIVES[name].options()
         defaults = {key: entry.default for key, entry in type(self).__dataclass_fields__.items()}
         settings = {key: getattr(self, key) for key in defaults if getattr(self, key) != defaults[key]}
@@ -76,10 +77,16 @@ class _SharedOptions:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         # Configurations of earlier runs name the default for every objective.
-        if smoothing not in (None, LinkObjective.label_smoothing):
-            usable = [other for other, named in OBJECTIVES.items() if "label_smoothing" in named.options_in_use()]
-            raise _means_nothing(name, "label_smoothing", smoothing, usable)
+        if smoothing != LinkObjective.label_smoothing:
+            self.check_smoothing(objective)
         return objective
+
+    def check_smoothing(self, objective: Objective | None = None) -> None:
+        """ConfigError for a label smoothing that would not be read."""
+        if self.label_smoothing is None or "label_smoothing" in (objective or self.build()).options_in_use():
+            return
+        usable = [other for other, named in OBJECTIVES.items() if "label_smoothing" in named.options_in_use()]
+        raise _means_nothing(self.name, "label_smoothing", self.label_smoothing, usable)
 
 
 def _means_nothing(objective: str, key: str, value: Any, usable: list[str]) -> ConfigError:
@@ -189,7 +196,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         positive("optim", learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm, eps=self.eps)
         for name in ("b1", "b2", "decay"):
-            in_range("optim", name, getattr(self, name), 0.0, 1.0)
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be at least 0, and below 1.")
         if not 0 < self.decay_share <= 1:
             raise ConfigError(f"optim.decay_share={self.decay_share} must be more than 0, and at most 1.")
         if self.warmup_steps < 0 or not self.weight_decay >= 0:

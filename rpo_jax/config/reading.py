@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_loader
 
 from rpo_jax.config import Config, ConfigError
 from rpo_jax.config.presets import config_file, packaged
-from rpo_jax.config.synonyms import meant
+from rpo_jax.config.synonyms import meant, named_elsewhere
 from rpo_jax.core.yaml_text import MAX_INTEGER, parse_yaml, read_yaml
 
 MAX_WORD = 64  # characters of a word that a number's key may have instead
@@ -55,7 +55,7 @@ def _reject_unknown(keys: Iterable[str], where: str) -> None:
         section = key.partition(".")[0]
         # In a section that exists, another section's likely spelling is no help: its own keys are.
         choices = [name for name in known if name.startswith(f"{section}.")] if section in _SECTIONS else known
-        near = difflib.get_close_matches(key, choices, n=1, cutoff=0.8)
+        near = named_elsewhere(key) or difflib.get_close_matches(key, choices, n=1, cutoff=0.8)
         near = near or meant(key, (name for name in known if "." in name))
         near = near or difflib.get_close_matches(key, choices, n=1, cutoff=0.8 if section in _SECTIONS else 0.5)
         if near:
@@ -65,6 +65,13 @@ def _reject_unknown(keys: Iterable[str], where: str) -> None:
         else:
             hint = f"the sections are {', '.join(_SECTIONS)}."
         raise ValueError(f"{where}: unknown configuration key '{key}'; {hint}")
+
+
+def _refuse_section(name: str) -> None:
+    if name in _SECTIONS:
+        keys = list(get_type_hints(_SECTIONS[name]))
+        first = next((key for key in ("name", "path", "rank") if key in keys), keys[0])
+        raise ValueError(f"command line: '--{name}' is a section, not a key; did you mean --{name}.{first}?")
 
 
 def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
@@ -100,7 +107,8 @@ def _check_value(name: str, text: str) -> None:
         value = text
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    _check_text(name.removeprefix("--"), value, "command line")
+    if text.strip():
+        _check_text(name.removeprefix("--"), value, "command line")
 
 
 @functools.cache
@@ -122,8 +130,14 @@ def _numbers() -> frozenset[str]:
 
 
 def _check_text(key: str, value: Any, where: str) -> None:
-    """ValueError for a text that is no number; jsonargparse reads it as YAML once more, and 1:30 as a number to the
-    base 60, whatever its length."""
+    """ValueError for null where there must be a value, and for a text that is no number.
+
+    jsonargparse takes null for anything, reads a text as YAML once more, and 1:30 as a number to the base 60, whatever
+    its length.
+    """
+    kind = _types().get(key)
+    if value is None and kind is not None and NoneType not in get_args(kind):
+        raise ValueError(f"{where}: {key} is null, and must be {in_words(kind)}; leave it out for the default.")
     if isinstance(value, str) and key in _numbers() and (":" in value or len(value) > MAX_WORD):
         raise ValueError(f"{where}: {key} is {reprlib.repr(value)}, which is no number.")
 
@@ -180,11 +194,15 @@ def parse_config(arguments: Sequence[str]) -> Config:
             if not equals and following.startswith("--"):
                 raise ValueError("--config needs a file after it, or a preset's name, such as quickstart.")
             file = config_file(value if equals else following)
-            for section, values in _read_yaml(file).items():
+            sections = _read_yaml(file)
+            for section, values in sections.items():
                 origins |= {f"{section}.{key}": _Given(str(file), one) for key, one in values.items()}
+            if not sections:  # comments alone
+                continue
             value, equals = str(file), "="
         else:
             _reject_unknown([name.removeprefix("--")], "command line")
+            _refuse_section(name.removeprefix("--"))
             _check_value(name, value)
             origins[name.removeprefix("--")] = _Given("command line", value)
         if name in ("--run.overwrite", "--run.force") and not equals and following.startswith("--"):
@@ -196,6 +214,8 @@ def parse_config(arguments: Sequence[str]) -> Config:
         _check_numbers(read.as_dict(), "")
         parsed = parser.instantiate(read)
         config = Config(**{section: parsed[section] for section in _SECTIONS})
+        if (given := origins.get("objective.label_smoothing")) and not (Path(given.where).parent / "run_id").is_file():
+            config.objective.check_smoothing()
     except ConfigError as error:
         raise ValueError(_with_its_file(str(error), origins)) from None
     except ArgumentError as error:

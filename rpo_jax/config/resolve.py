@@ -166,6 +166,11 @@ def _check_matrix(config: Config, objective: Objective) -> None:
 
 def _check_columns(config: Config, objective: Objective) -> None:
     name, data = config.objective.name, config.data
+    if data.eval_path is None and data.eval_split != type(data)().eval_split:
+        raise ConfigError(
+            f"data.eval_split={data.eval_split} is a split of data.eval_path, which is not given; name the data there, "
+            "as in data.path, or leave it out."
+        )
     if data.weight is not None and not _averages_entries(objective):
         raise ConfigError(
             f"data.weight={data.weight} weights entries of the contrast matrix, whose mean objective.name={name} does "

@@ -24,17 +24,21 @@ KEYS = {
     "dataset_test_split": "data.eval_split",
     "dataset_train_split": "data.split",
     "ddp_timeout": "distributed.timeout_seconds",
+    "dpo_label_smoothing": "objective.label_smoothing",
     "dtype": "model.compute_dtype",
     "epochs": "train.epochs",
     "epsilon": "optim.eps",
     "eval_dataset": "data.eval_path",
     "eval_every_n_steps": "train.eval_every",
     "eval_steps": "train.eval_every",
+    "f_alpha_divergence_coef": "objective.f_dpo_alpha",
+    "f_divergence_type": "objective.f_dpo_divergence",
     "flash_attn": "model.attention",
     "fsdp": "mesh.fsdp",
     "gradient_accumulation_steps": "batch.micro_rows",
     "gradient_checkpointing": "model.remat",
     "label_smoothing": "objective.label_smoothing",
+    "ld_alpha": "objective.ld_dpo_alpha",
     "load_in_4bit": "lora.base_dtype",
     "load_in_8bit": "lora.base_dtype",
     "logging_steps": "train.log_every",
@@ -50,7 +54,6 @@ KEYS = {
     "lr_schedule": "optim.schedule",
     "max_completion_length": "data.max_tokens",
     "max_grad_norm": "optim.max_grad_norm",
-    "max_inflight_computations": "batch.micro_rows",
     "max_length": "data.max_tokens",
     "max_prompt_length": "data.max_prompt_tokens",
     "max_response_length": "data.max_tokens",
@@ -82,9 +85,11 @@ KEYS = {
     "save_total_limit": "train.keep_last",
     "scheduler": "optim.schedule",
     "sft_weight": "objective.nll_weight",
+    "simpo_gamma": "objective.simpo_margin",
     "tokenizer_name_or_path": "model.tokenizer",
     "torch_dtype": "model.compute_dtype",
     "truncation_mode": "data.truncation_side",
+    "use_peft": "lora.rank",
     "val_size": "data.eval_rows",
     "warmup_ratio": "optim.warmup_steps",
 }
@@ -107,6 +112,23 @@ SECTIONS = {
     "trainer": "train",
     "training": "train",
 }
+
+
+# TRL's loss_type, LLaMA-Factory's pref_loss.
+LOSSES = {
+    "exo_pair": "exo",
+    "hinge": "rso",
+    "kto_pair": "kto",
+    "nca_pair": "nca",
+    "robust": "rdpo",
+    "sigmoid": "dpo",
+}
+
+
+def named_elsewhere(key: str) -> list[str]:
+    """The key that is another trainer's name of one, whatever section it was put in."""
+    name = key.rpartition(".")[2]
+    return [KEYS[name]] if name in KEYS and KEYS[name] != key else []
 
 
 def meant(key: str, known: Iterable[str]) -> list[str]:

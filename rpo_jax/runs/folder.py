@@ -121,7 +121,7 @@ def _resuming(config: Config, folder: Path) -> bool:
     _check_place(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return False
-    if not (folder / "config.yaml").exists():
+    if not is_run(folder):
         raise ValueError(f"run.dir={folder} is not empty and holds no run; choose another folder.")
     if config.run.resume == "never" and not config.run.overwrite:
         raise ValueError(
@@ -135,13 +135,24 @@ def _resuming(config: Config, folder: Path) -> bool:
         ("reference.path", config.reference.path),
         *(("data.mix" if config.data.mix else "data.path", path) for path in config.data.sources),
         ("data.eval_path", config.data.eval_path),
+        *(("reference.others", path) for path in config.reference.others),
+        ("model.tokenizer", config.model.tokenizer),
+        ("embedding.encoder", config.embedding.encoder),
+        ("rounds.score", (config.rounds.score or "").partition(":")[2].partition(":")[0]),
     ):
-        if path is not None and Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
+        place = Path(path or "").expanduser()
+        if path and place.exists() and place.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"{key}={path} lies in run.dir={folder}, which this run would replace; move it, or choose another "
                 "run.dir."
             )
     return False
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, and not one that a file config.yaml happens to be in."""
+    own = RUN_ID, MODEL, CHECKPOINTS, "metrics.jsonl"
+    return (folder / "config.yaml").is_file() and any((folder / name).exists() for name in own)
 
 
 def newest_record(folder: Path) -> dict[str, Any] | None:
