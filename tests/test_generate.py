@@ -217,10 +217,8 @@ def test_a_principle_changes_answers_and_none_changes_nothing(world):
     assert told[0]["settings"]["principle"] == "Be brief."
     assert told[0]["settings"]["principle_weight"] == 3.0
     assert not {"principle", "principle_weight"} & plain[0]["settings"].keys()
-    with pytest.raises(ValueError, match=r"--max-prompt-tokens cuts \d+ prompts, which --principle compares"):
-        world.answers(
-            "cut principle", principle="Be brief.", sampling=Sampling(principle_weight=1), max_prompt_tokens=2
-        )
+    with pytest.raises(ValueError, match="max_prompt_tokens=9 would cut a prompt otherwise with the principle"):
+        world.config("principle", principle="Be brief.", sampling=Sampling(principle_weight=1.0), max_prompt_tokens=9)
     with pytest.raises(ValueError, match="principle=None and principle_weight=1"):
         world.config("principle", sampling=Sampling(principle_weight=1.0))
     with pytest.raises(ValueError, match=r"other settings: principle was 'Be brief\.' and is None now"):

@@ -13,7 +13,7 @@ class PolicyConfig:
     """The policy: a Hugging Face folder, or sizes of a new model.
 
     Args:
-        path: Hugging Face folder or hub name to start from, with its tokenizer; what follows is then not used.
+        path: Hugging Face folder or hub name to start from, with its tokenizer; family and sizes are then not used.
         tokenizer: tokenizer folder of a new model; `train` learns a byte-level BPE of `vocab_size` from the data.
         family: architecture of a new model, by transformers' model_type; any other name is answered with those there
             are.

@@ -151,8 +151,7 @@ def _resuming(config: Config, folder: Path) -> bool:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's, and not one that a file config.yaml happens to be in."""
-    own = RUN_ID, MODEL, CHECKPOINTS, "metrics.jsonl"
-    return (folder / "config.yaml").is_file() and any((folder / name).exists() for name in own)
+    return (folder / "config.yaml").is_file() and (folder / RUN_ID).is_file()
 
 
 def newest_record(folder: Path) -> dict[str, Any] | None:

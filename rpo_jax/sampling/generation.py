@@ -111,6 +111,11 @@ class GenerateConfig:
                 f"principle={self.principle!r} and principle_weight={self.sampling.principle_weight} go together: give "
                 "a text and a weight greater than 0, or neither."
             )
+        if self.principle is not None and self.max_prompt_tokens is not None:
+            raise ValueError(
+                f"max_prompt_tokens={self.max_prompt_tokens} would cut a prompt otherwise with the principle than "
+                "without, and the difference would count as the principle's; leave one of the two out."
+            )
         if "" in self.stop:
             raise ValueError("stop='' would end every answer at once; leave it out.")
         if self.template not in (None, *TEMPLATES):
@@ -164,13 +169,6 @@ def _generate(config: GenerateConfig, out: Path, reporter: Reporter) -> Path:
     prompts, without = [ids for ids in encoded for _ in range(config.samples)], None
     if config.principle is not None:
         principled = replace(asked, rows=tuple(_with_principle(row, config.principle) for row in asked.rows))
-        if config.max_prompt_tokens is not None:
-            whole = _encoded(asked, policy, template, arguments, None)
-            if cut := sum(len(ids) < len(all_of) for ids, all_of in zip(encoded, whole, strict=True)):
-                raise ValueError(
-                    f"--max-prompt-tokens cuts {cut} prompts, which --principle compares with the same prompts and the "
-                    "principle before them; leave one of the two out, or those prompts."
-                )
         encoded = _encoded(principled, policy, template, arguments, None)
         prompts, without = [ids for ids in encoded for _ in range(config.samples)], prompts
     seeds = prompt_seeds(prompts, config.seed)

@@ -102,7 +102,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> dict[str, Any]:
     targets = out, out.with_suffix(".json"), out.with_suffix(".html")
     if config.answers.prompts is not None:
         check_not_replaced(config.answers.prompts, *targets)
-    others = [] if config.answers.overwrite or Path(config.answers.out).exists() else targets
+    others = [] if config.answers.overwrite or config.answers.answers_file.exists() else targets
     if there := next((target for target in others if target.exists()), None):
         raise ValueError(f"{there} exists and is not of an earlier start; give another --out, or --overwrite.")
     check_writable(out.parent)
