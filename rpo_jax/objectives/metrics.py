@@ -48,7 +48,8 @@ def of_one_batch(means: dict[str, Mean]) -> dict[str, Mean]:
 
 def finalize(means: dict[str, Mean]) -> dict[str, Float[Array, ""]]:
     """The means as scalars; 0 where nothing was counted."""
-    scalars = {name: jnp.sum(mean.total / jnp.maximum(mean.count, 1.0)) for name, mean in means.items()}
+    # A count is a sum of weights where rows have weights: anything above 0.
+    scalars = {name: jnp.sum(mean.total / jnp.where(mean.count > 0, mean.count, 1.0)) for name, mean in means.items()}
     # Here and not before batches combine: the largest of 0 and a mean is no mean.
     return {name: jnp.maximum(value, 0.0) if name == KL else value for name, value in scalars.items()}
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,24 @@ def loss(chosen, rejected, weights, mask):
 
 def test_alpha_dpo_is_its_equation():
     laws.check_law(loss, equation, lambda rng, size: (rng.uniform(-3, 0, size), rng.normal(0, 1, size)))
+
+
+def test_with_weights_on_the_losses_neither_part_has_them():
+    rng = np.random.default_rng(2)
+    chosen, rejected = ((rng.uniform(-3, 0, n), rng.normal(0, 1, n)) for n in (3, 4))
+    weights = rng.dirichlet(np.ones(4), 3)
+    scores = laws.scores_of(
+        jnp.asarray(chosen[0]), jnp.asarray(rejected[0]), weights, None,
+        reference_log_prob=(jnp.asarray(chosen[0] - chosen[1]), jnp.asarray(rejected[0] - rejected[1])),
+    )  # fmt: skip
+    on_losses = replace(scores, matrix=replace(scores.contrasts, weights_on="loss"))
+    moved = chosen[1][:, None] - rejected[1][None, :]
+    share = weights / weights.sum()
+    mean = np.sum(share * moved)
+    std = np.sqrt(np.sum(share * (moved - mean) ** 2) * 12 / 11)
+    u = chosen[0][:, None] - rejected[0][None, :]
+    losses_of = np.logaddexp(0, -BETA * (u - MARGIN - ALPHA * (moved - mean) / std))
+    np.testing.assert_allclose(OBJECTIVE.loss(on_losses), np.sum(share * losses_of), rtol=1e-5)
 
 
 def test_the_margin_has_no_gradient():

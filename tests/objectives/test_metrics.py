@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rpo_jax.objectives import contrast, metrics
+from rpo_jax.objectives.objective import Term
 from rpo_jax.objectives.scores import Responses, Scores
 from tests.data.ragged import RESPONSES
 
@@ -78,6 +79,13 @@ def test_a_difference_of_rounding_is_a_tie_whatever_beta(difference, accuracy):
         got = metrics.finalize(metrics.preference_metrics(scores_of(chosen, rejected, chosen), beta, paired=True))
         assert got["rewards/accuracies"] == got["logps/accuracies"] == accuracy
         assert got["rewards/ties"] == (abs(difference) < metrics.TIE_NATS)
+
+
+def test_a_mean_over_small_weights_is_theirs():
+    parts = metrics.in_parts(*(Term(jnp.asarray(value), jnp.asarray(0.01)) for value in (1.0, 3.0)))
+    both = metrics.combine({"loss": parts}, {"loss": parts})
+    assert metrics.finalize(both)["loss"] == pytest.approx(4.0)
+    assert metrics.finalize({"loss": metrics.in_parts(Term(jnp.zeros(()), jnp.zeros(())))})["loss"] == 0.0
 
 
 @pytest.mark.parametrize(("difference", "accuracy"), [(2e-4, 0.0), (7e-4, 1.0)])

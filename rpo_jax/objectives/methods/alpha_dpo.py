@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from rpo_jax.objectives.objective import MatrixObjective, option
 from rpo_jax.objectives.scores import Scores
 
-LEAST_SPREAD = 1e-8  # of the log-ratios' differences, nats: all are 0 before the first step
+# Of the log-ratios' differences, nats a token: before the first step they are 0, but for what two programs round apart.
+LEAST_SPREAD = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class AlphaDPO(MatrixObjective):
 
     L = 1/|P| sum_P -log sigmoid(beta (u_ij - sg[margin + alpha M*_ij])),
     u_ij = w_ij (log pi(y_i) / |y_i| - log pi(y_j) / |y_j|),  M_ij = w_ij (rho_i / |y_i| - rho_j / |y_j|),
-    M* = (M - mean M) / std M over the valid entries; sg stops the gradient.
+    M* = (M - mean M) / std M over the valid entries; sg stops the gradient. With weights on the losses, u and M have
+    none, and the three means have them.
     Source: Wu et al. 2024, arXiv 2410.10148, in the form of its authors' release, with pair weights; beta 2.5, margin
     0.6 and alpha 0.2 are its authors'. Mean and standard deviation (with n - 1) are those of the batch; the release
     keeps moving averages of them.
@@ -32,15 +34,14 @@ class AlphaDPO(MatrixObjective):
 
     def loss(self, scores: Scores) -> Float[Array, ""]:
         ratios = jax.lax.stop_gradient(scores.log_ratios(average=True))
-        # The mean and spread of M weight scores, whatever the weights of the loss are on.
-        matrix, moved = scores.contrasts, replace(scores.contrasts, weights_on="score")
+        matrix = scores.contrasts
 
         def everywhere(value):
             """A number as context: a matrix in blocks takes no traced value another way."""
             return jnp.broadcast_to(value, ratios[0].shape), jnp.broadcast_to(value, ratios[1].shape)
 
-        centre = moved.mean((ratios,), lambda m, _: m)
-        variance = moved.mean((ratios,), lambda m, at: jnp.square(m - at.values[0][0]), (everywhere(centre),))
+        centre = matrix.mean((ratios,), lambda m, _: m)
+        variance = matrix.mean((ratios,), lambda m, at: jnp.square(m - at.values[0][0]), (everywhere(centre),))
         count, _ = matrix.counts()
         spread = jnp.maximum(jnp.sqrt(variance * count / jnp.maximum(count - 1, 1)), LEAST_SPREAD)
 
