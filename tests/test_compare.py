@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,6 +155,37 @@ def test_a_file_s_rows_are_held_out_by_seed(tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz cannot be read as JSON Lines: "):
         study.task.parts(0)
+
+
+def results_of(study, method, metrics):
+    """Results of the points of a method's grid, as a runner gives them."""
+    by_name = dict(zip((study.trial(method, point).name for point in study.candidates(method)), metrics, strict=True))
+    return SimpleNamespace(result=lambda cell: by_name.get(cell.name))
+
+
+def test_a_method_without_rewards_is_tuned_by_log_probs(tmp_path):
+    """As those are whose objective has no reference."""
+    methods = {"SimPO": {"objective.name": "simpo", "grid": {"optim.learning_rate": [1e-6, 1e-4]}}}
+    study = read_study(study_file(tmp_path, methods=methods, tables={"main": {"rows": {"S": {"method": "SimPO"}}}}))
+    found = [{"metrics": {"eval_logps/accuracies": accuracy}} for accuracy in (0.5, 0.9)]
+    assert tuned_settings(study, results_of(study, "SimPO", found))["SimPO"] == {"optim.learning_rate": 1e-4}
+    with pytest.raises(ValueError, match="The points of SimPO's grid cannot be told apart"):
+        tuned_settings(study, results_of(study, "SimPO", [{"metrics": {}}, {"metrics": {}}]))
+    # Beside one that has rewards, what both have decides, and of nothing in common nothing is said.
+    rewarded = {"metrics": {"eval_rewards/accuracies": 0.75, "eval_logps/accuracies": 0.25}}
+    assert tables.difference([found[1]], [rewarded])[0] == pytest.approx(65.0)
+    assert tables.difference([{"metrics": {}}], [rewarded]) is None
+
+
+def test_what_would_part_a_table_s_cells_is_escaped():
+    assert tables.markdown("Title", ["", "log π(y|x)"], [["two\nlines", "1"]]) == (
+        "### Title\n\n|  | log π(y\\|x) |\n|---|---|\n| two lines | 1 |\n"
+    )
+
+
+def test_a_table_s_name_is_part_of_a_file_s(tmp_path):
+    with pytest.raises(ValueError, match=r"tables: 'main/first' is part of a file's name"):
+        read_study(study_file(tmp_path, tables={"main/first": STUDY["tables"]["main"]}))
 
 
 @pytest.mark.slow

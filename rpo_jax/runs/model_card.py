@@ -14,6 +14,7 @@ from typing import Any
 from rpo_jax.config import Config, resolve
 from rpo_jax.core.jsonl import read_jsonl
 from rpo_jax.core.templates import render
+from rpo_jax.core.text import table_cell
 from rpo_jax.core.yaml_text import parse_yaml, read_text
 from rpo_jax.models import ModelConfig
 from rpo_jax.runs.folder import data_notes
@@ -164,7 +165,7 @@ def _settings(config: Config, step: int, epochs: str | None) -> list[tuple[str, 
     if config.lora.rank:
         targets = {"lora.targets": ", ".join(config.lora.targets)}
         chosen |= of("lora", "rank", "alpha", "targets", "base_dtype") | targets
-    return [(key, _cell(value)) for key, value in chosen.items() if value is not None]
+    return [(key, table_cell(value)) for key, value in chosen.items() if value is not None]
 
 
 def _held_out(metrics: list[dict[str, float]], is_own_reference: bool) -> tuple[list[int], list[tuple[str, ...]]]:
@@ -187,9 +188,5 @@ def _held_out(metrics: list[dict[str, float]], is_own_reference: bool) -> tuple[
             return "tied"  # every reward is 0, whatever rounding makes of it
         return f"{round(by_step[at][name], 4) + 0.0:.4f}"  # 0 has no sign
 
-    return steps, [(_cell(name), *(told(name, at) for at in steps)) for name in (by_step[steps[-1]] if steps else ())]
-
-
-def _cell(value: Any) -> str:
-    """In a Markdown table, where a bar would end the cell."""
-    return str(value).replace("|", "\\|")
+    names = by_step[steps[-1]] if steps else ()
+    return steps, [(table_cell(name), *(told(name, at) for at in steps)) for name in names]

@@ -65,7 +65,12 @@ def tuned_settings(study: Study, runner: CellRunner) -> dict[str, Settings]:
             del tuned[method]
             continue
         column = judged_by(done)
-        scores = [(summarised(column, [result]) or (float("-inf"),))[0] for result in done]
+        scores = [one[0] for result in done if (one := summarised(column, [result])) is not None]
+        if len(scores) < len(done):
+            raise ValueError(
+                f"The points of {method}'s grid cannot be told apart: they have neither a gold win rate nor a "
+                "preference accuracy; give held-out data in pairs, or one point."
+            )
         tuned[method] = points[scores.index(max(scores))][0]
     return tuned
 

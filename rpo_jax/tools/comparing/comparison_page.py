@@ -39,8 +39,10 @@ def _sentence(table: Table, results: Mapping[str, Sequence[Mapping[str, Any]]]) 
     rows = [row.label for row in table.rows if results.get(row.label)]
     column = judged_by([result for label in rows for result in results[label]])
     means = {label: one[0] for label in rows if (one := summarised(column, results[label])) is not None}
-    if not means:
+    if not rows:
         return "Nothing is done yet."
+    if not means:
+        return "Its rows have neither a gold win rate nor a preference accuracy in common."
     best = max(means, key=means.__getitem__)
     sentence = f"{table.title}: {best} has the highest {column.title.rstrip(', %')}, {means[best]:.1f} %"
     gap = None if best == table.against else difference(results[best], results.get(table.against, ()))

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import re
 import reprlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -335,7 +336,10 @@ def _grid(grid: Any, method: str) -> dict[str, list[Any]]:
 
 
 def _tables(key: str, content: Mapping[str, Any], methods: Mapping[str, Settings]) -> tuple[Table, ...]:
-    return tuple(_table(f"{key}: {name}", name, of, methods) for name, of in _mapping(content.get(key), key).items())
+    tables = _mapping(content.get(key), key)
+    if wrong := next((name for name in tables if not re.fullmatch(r"[\w.-]+", str(name))), None):
+        raise ValueError(f"{key}: {wrong!r} is part of a file's name: give letters, digits, '_', '-' and '.' alone.")
+    return tuple(_table(f"{key}: {name}", name, of, methods) for name, of in tables.items())
 
 
 def _table(where: str, name: str, content: Any, methods: Mapping[str, Settings]) -> Table:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from rpo_jax.core.text import table_cell
 from rpo_jax.tools.comparing.cells import ACCURACY, LOG_PROB_ACCURACY
 from rpo_jax.tools.comparing.study import Settings, StudyRow, Table
 
@@ -93,7 +94,7 @@ def summarised(column: Column, results: Sequence[Result]) -> Interval | None:
 
 def difference(results: Sequence[Result], others: Sequence[Result]) -> Interval | None:
     """Of the judged column, in its unit, paired by seed and by prompt: what both have in common cancels."""
-    column = judged_by(results)
+    column = judged_by([*results, *others])
     mine, theirs = ([column.values(result) for result in each] for each in (results, others))
     if len(mine) != len(theirs) or any(value is None for value in (*mine, *theirs)):
         return None
@@ -102,8 +103,12 @@ def difference(results: Sequence[Result], others: Sequence[Result]) -> Interval 
 
 
 def judged_by(results: Sequence[Result]) -> Column:
-    """The gold win rate where there is one, otherwise the preference accuracy of the rewards."""
-    return COLUMNS[0] if all(result.get("wins") is not None for result in results) else COLUMNS[1]
+    """The gold win rate where all have one, otherwise the preference accuracy of rewards, otherwise that of log-probs.
+
+    Objectives without a reference have no rewards. The gold win rate where they have nothing in common.
+    """
+    common = (column for column in COLUMNS[:3] if all(column.values(result) is not None for result in results))
+    return next(common, COLUMNS[0])
 
 
 def shown(interval: Interval | None, digits: int, signed: bool = False) -> str:
@@ -163,5 +168,5 @@ def _line(
 
 def markdown(title: str, titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table with its title."""
-    head = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    return "\n".join([f"### {title}", "", *head, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+    first, *rest = ("| " + " | ".join(map(table_cell, line)) + " |" for line in (titles, *lines))
+    return "\n".join([f"### {title}", "", first, "|" + "---|" * len(titles), *rest]) + "\n"
