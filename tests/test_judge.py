@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -63,7 +64,11 @@ def test_a_rule_decides_and_everything_is_written(files, rule, tmp_path, capsys)
     assert "| win / tie / loss | 3 / 1 / 1 |" in printed
     assert "| win rate, a tie is half a win | 70.0 % |" in printed
     assert (out / "summary.md").read_text(encoding="utf-8") in printed
-    assert "a.jsonl wins against b.jsonl about as often as not" in (out / "summary.html").read_text(encoding="utf-8")
+    page = (out / "summary.html").read_text(encoding="utf-8")
+    assert "a.jsonl wins against b.jsonl about as often as not" in page
+    # Of three longer responses three won: those of a; that b's one longer response won is the same fact.
+    assert "win rate where a.jsonl is longer" in page
+    assert re.search(r"length-controlled win rate</td><td[^>]*>\d+\.\d % \(\d+\.\d to \d+\.\d %\)<", page)
     summary = summary_of(out)
     assert (summary["win"], summary["tie"], summary["loss"], summary["unparsable"]) == (3, 1, 1, 0)
     assert summary["length"]["a_longer"] == 3
@@ -89,8 +94,29 @@ def test_other_files_of_the_same_names_are_told_apart(rule, tmp_path, capsys):
     status, _, error = run(capsys, "--a", names[0], "--b", names[2], *common)
     assert status == 2
     assert "holds verdicts with b=dpo/answers.jsonl, not ipo/answers.jsonl; name another folder with --out" in error
+    status, _, error = run(capsys, "--a", tmp_path / "rpo/answers.jsonl", "--b", names[1], *common)
+    assert (status, error) == (0, "")  # the same again
     status, _, error = run(capsys, "--a", names[0], "--b", names[1], *common, "--split", "train")
     assert "--split would not be read: there is no --data" in error
+
+
+def test_a_file_is_told_from_another_folder_s(rule, tmp_path, capsys):
+    a = responses(tmp_path / "mine.jsonl", ["x"])
+    one, other = (responses(make(tmp_path / name) / "answers.jsonl", ["yy"]) for name in ("one", "other"))
+    common = "--a", a, "--task", "dialogue", "--judge", rule
+    assert run(capsys, *common, "--b", one)[0] == 0
+    status, _, error = run(capsys, *common, "--b", other)
+    assert status == 2
+    assert "holds verdicts with files=" in error
+    # Folders of one name within folders that tell them apart.
+    far = [responses(make(tmp_path / seed / "out") / "answers.jsonl", ["y" * n]) for n, seed in ((1, "s1"), (2, "s2"))]
+    assert run(capsys, "--a", far[0], "--b", far[1], *common[2:], "--out", tmp_path / "far")[0] == 0
+    assert [summary_of(tmp_path / "far")[side] for side in "ab"] == ["s1/out/answers.jsonl", "s2/out/answers.jsonl"]
+
+
+def make(folder):
+    folder.mkdir(parents=True)
+    return folder
 
 
 def test_two_cannot_judge_into_one_folder(files, rule, tmp_path, capsys):

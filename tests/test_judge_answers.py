@@ -104,6 +104,8 @@ ANSWERS = {
         "Neither Response 1 nor Response 2 is perfect, but Response 2 is more helpful.",
         "RESPONSE 2 - it is shorter.",
         "My answer is response two.",
+        "Response 2 is the most helpful, harmless, and concise.",
+        "I don't think Response 1 is better, Response 2 is more helpful.",
     ],
     "tie": [
         "It's a tie.",
@@ -115,6 +117,9 @@ ANSWERS = {
     None: [
         "",
         "I cannot judge this.",
+        "I don't think Response 1 is better.",
+        "I do not believe that Response 1 is more helpful.",
+        "I'm not convinced that it's a tie.",
         "Response 1 is more concise, but Response 2 is more helpful.",
         "I pick Response 1. On reflection I pick Response 2.",
         "Response 1: fine.\nResponse 2: fine as well.",

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,15 @@ def inside(folder: Path, name: str) -> Path:
             f"{name[:100]!r} leads out of {folder} (to {target}), so it is not read; put the file itself there."
         )
     return folder / name
+
+
+def shortest_names(paths: Sequence[Path]) -> list[str]:
+    """What tells these paths apart: as few last parts of each as do, all of them where two are the same."""
+    for parts in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def refuse_gguf(path: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.core.files import check_writable, read_json
+from rpo_jax.core.files import check_writable, read_json, shortest_names
 from rpo_jax.core.jsonl import parse_json
 from rpo_jax.core.locks import one_writer
 from rpo_jax.runs.tracking import Reporter
@@ -79,7 +79,7 @@ def judge_files(config: JudgeConfig, reporter: Reporter) -> dict[str, Any]:
     compared = pairs.comparisons(chosen_pairs, config.seed, both_orders=config.both_orders)
     out = Path(config.out or _default_out(config)).expanduser()
     # A folder that nobody named may be another comparison's; one that was named is replaced, as was asked.
-    _check_out(out, {} if config.out else {**_names(config), "task": config.task})
+    _check_out(out, {} if config.out else {**_names(config), "task": config.task, "files": _files(config)})
     # Another process that judges into the same folder would pay for the same verdicts.
     with one_writer(out, "--out"):
         return _judged(config, len(chosen_pairs), compared, out, reporter)
@@ -106,6 +106,7 @@ def _judged(
     }
     result = {
         **_names(config),
+        "files": _files(config),
         "task": config.task,
         "judge": judge.name,
         "seed": config.seed,
@@ -141,13 +142,16 @@ def _default_out(config: JudgeConfig) -> Path:
 
 
 def _names(config: JudgeConfig) -> dict[str, str]:
-    """What both files are called: by their names, with their folders' where those are the same."""
-    a, b = Path(config.a), Path(config.b)
+    """What both files are called: by as few last parts of their paths as tell them apart."""
     if config.b == pairs.CHOSEN:
-        return {"a": a.name, "b": "the chosen responses"}
-    if a.name == b.name:
-        return {key: f"{path.absolute().parent.name}/{path.name}" for key, path in (("a", a), ("b", b))}
-    return {"a": a.name, "b": b.name}
+        return {"a": Path(config.a).name, "b": "the chosen responses"}
+    a, b = shortest_names([Path(file).expanduser().absolute() for file in (config.a, config.b)])
+    return {"a": a, "b": b}
+
+
+def _files(config: JudgeConfig) -> list[str]:
+    """Which two files they are: other folders have others of the same names."""
+    return [str(Path(file).expanduser().resolve()) for file in (config.a, config.data or config.b)]
 
 
 def _check_out(out: Path, compared: Mapping[str, str]) -> None:
@@ -159,7 +163,7 @@ def _check_out(out: Path, compared: Mapping[str, str]) -> None:
     if (out / summary.SUMMARY).is_file():
         before = read_json(out, summary.SUMMARY)
         for key, value in compared.items():
-            if before.get(key) != value:
+            if before.get(key, value) != value:
                 raise ValueError(
                     f"{out} holds verdicts with {key}={before.get(key)}, not {value}; name another folder with --out."
                 )

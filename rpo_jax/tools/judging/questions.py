@@ -32,7 +32,7 @@ _KIND = r"(?:response|summary|option|answer)"
 _LABEL = rf"(?:the\s+)?(?:{_KIND}\s*(?:number\s*|#\s*)?([12]|one|two)\b|(first|second)\s+(?:one|{_KIND})\b)"
 _NUMBER = r"([12])(?=\W*(?:\n|$))"  # alone at the end of a line
 _BETTER = (
-    r"(?:better|best|superior|preferable|preferred|stronger|(?:the\s+)?winner|more\s+(?:accurate|appropriate|clear|complete|"
+    r"(?:better|best|superior|preferable|preferred|stronger|(?:the\s+)?winner|(?:more|most)\s+(?:accurate|appropriate|clear|complete|"
     r"comprehensive|concise|detailed|direct|effective|empathetic|harmless|helpful|honest|informative|polite|precise|relevant|"
     r"respectful|safe|specific|suitable|thorough|useful))"
 )
@@ -57,6 +57,9 @@ _COMPARISONS = tuple(
     )
 )
 _CONTRACTED = re.compile(r"n['’]t\b")  # wouldn't, isn't
+_DENIED = re.compile(  # what is said not to be so
+    r"\b(?:not|never)\s+(?:agree|argue|believe|certain|claim|consider|convinced|feel|find|say|see|sure|think)\b[^.,;\n]*"
+)
 _NEITHER = re.compile(r"\bneither\b[^.,;\n]*\bnor\b[^.,;\n]*")  # what is said of both picks none
 _TIE = re.compile(
     r"\b(?:a\s+tie|tied?|equally\s+\w+|neither|no\s+(?:clear\s+)?(?:preference|difference)|both\s+are\s+the\s+same)\b"
@@ -75,6 +78,7 @@ def read_answer(answer: str) -> Choice | None:
     text = _CONTRACTED.sub(" not", text)
     text = re.sub(r"[*_`\"'“”\[\]]", "", text).strip()
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))  # patterns of `\s+` are slow on much of it
+    text = _DENIED.sub(" ", text)
     said = _NEITHER.sub(" ", text)
     for patterns in ((_ALONE,), _PICKS, (_OPENING,), _COMPARISONS):
         matches = [match.groups() for pattern in patterns for match in pattern.finditer(said)]

@@ -23,6 +23,12 @@ LENGTH_METHOD = (
     "logistic regression of the score on tanh(length difference / its standard deviation), predicted at equal lengths; "
     "lengths in characters (arXiv 2404.04475, Eq. 2, without instruction difficulty)"
 )
+# By their names on the page: what is drawn, and its interval.
+_RATES = {
+    "win rate, Wilson interval": ("win_rate", "win_rate_wilson_95"),
+    "win rate, bootstrap interval": ("win_rate", "win_rate_bootstrap_95"),
+    "length-controlled win rate": ("length_controlled_win_rate", "length_controlled_bootstrap_95"),
+}
 _SCORE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
@@ -155,14 +161,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
 def page(summary: Mapping[str, Any], comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]) -> str:
     """The summary as an HTML page, with some of the comparisons."""
     a, b = summary["a"], summary["b"]
-    rates = {
-        "win rate, Wilson interval": ("win_rate", "win_rate_wilson_95"),
-        "win rate, bootstrap interval": ("win_rate", "win_rate_bootstrap_95"),
-        "length-controlled win rate": ("length_controlled_win_rate", "length_controlled_bootstrap_95"),
-    }
     rows = {
         label: (100 * summary[mean], *(100 * end for end in summary[interval]))
-        for label, (mean, interval) in rates.items()
+        for label, (mean, interval) in _RATES.items()
         if summary[mean] is not None
     }
     step = -(-len(comparisons) // SHOWN) or 1
@@ -197,8 +198,10 @@ def _sentence(summary: Mapping[str, Any]) -> str:
 
 def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values of the table."""
-    length, position = summary["length"], summary["position"]
+    a, length, position = summary["a"], summary["length"], summary["position"]
+    rates = {name: f"{_percent(summary[mean])} ({_range(summary[ends])})" for name, (mean, ends) in _RATES.items()}
     facts = [
+        *rates.items(),
         ("wins, ties, losses", " / ".join(str(summary[name]) for name in ("win", "tie", "loss"))),
         ("unreadable answers", str(summary["unparsable"])),
         ("refused comparisons", str(summary["refused"])),
@@ -207,8 +210,8 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         means = f"{length['a_mean_characters']:.0f} / {length['b_mean_characters']:.0f}"
         facts += [
             ("mean length, characters", means),
-            ("win rate of longer responses", _percent(length["win_rate_where_a_is_longer"])),
-            ("win rate of shorter responses", _percent(length["win_rate_where_a_is_shorter"])),
+            (f"win rate where {a} is longer", _percent(length["win_rate_where_a_is_longer"])),
+            (f"win rate where {a} is shorter", _percent(length["win_rate_where_a_is_shorter"])),
         ]
     if position:
         facts.append(("wins of the response shown first", _percent(position["first_won"])))

@@ -9,7 +9,7 @@ from typing import Any
 
 from rpo_jax.config import Config
 from rpo_jax.config.reading import load_config
-from rpo_jax.core.files import inside
+from rpo_jax.core.files import inside, shortest_names
 from rpo_jax.core.jsonl import read_jsonl
 from rpo_jax.runs.folder import data_notes, held_out_examples
 from rpo_jax.runs.tracking import METRICS
@@ -49,16 +49,8 @@ def read_runs(folders: Sequence[str]) -> list[RunRecord]:
     for argument, path in zip(folders, paths, strict=True):
         if paths.count(path) > 1:
             raise ValueError(f"--run {argument} is given more than once; give every run once.")
-    names = _names(paths)
+    names = shortest_names(paths)
     return [_read_run(argument, path, name) for argument, path, name in zip(folders, paths, names, strict=True)]
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise AssertionError("different paths differ somewhere")
 
 
 def _read_run(argument: str, folder: Path, name: str) -> RunRecord:
