@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 
 import rpo_jax
+from rpo_jax.config import resolve
 from rpo_jax.config.reading import load_config
+from rpo_jax.objectives.metrics import TIE_NATS
 from rpo_jax.report import main, write_report
 from rpo_jax.runs.checkpoints import Checkpoints
 from rpo_jax.runs.folder import MODEL
@@ -181,12 +184,13 @@ def test_unpaired_responses_have_their_own_prompts(world, prepared):
 
 
 def test_rewards_are_those_of_the_last_evaluation(world, prepared):
-    scores, step = rewards_panel.held_out_scores(world / "rpo", *prepared, Reporter(silent=True))
+    scores, ties, step = rewards_panel.held_out_scores(world / "rpo", *prepared, Reporter(silent=True))
     assert step == 4
     last = [line for line in metric_lines(world / "rpo") if "eval_loss" in line][-1]
     for name in ("chosen", "rejected"):
         assert np.mean(scores[name]) == pytest.approx(last[f"eval_rewards/{name}"], abs=1e-4)
-    shown = rewards_panel.for_page(scores, step, beta=prepared[0].objective.beta)
+    assert ties == pytest.approx(resolve(prepared[0]).objective.beta * TIE_NATS, rel=0.5)  # of short answers
+    shown = rewards_panel.for_page(scores, ties, step, rewards=True)
     assert isinstance(shown, dict)
     assert sum(shown["sides"]["counts"]["chosen"]) == 8
     assert shown["accuracy"] == pytest.approx(last["eval_rewards/accuracies"])
@@ -195,26 +199,31 @@ def test_rewards_are_those_of_the_last_evaluation(world, prepared):
 
 def test_rewards_of_an_objective_that_compares_tokens_and_of_rows_that_devices_share(world, prepared):
     """As if the run had been one of ld_dpo, whose reference the cache has no tokens of, on a mesh of other devices."""
-    expected, _ = rewards_panel.held_out_scores(world / "rpo", *prepared, Reporter(silent=True))
+    expected, _, _ = rewards_panel.held_out_scores(world / "rpo", *prepared, Reporter(silent=True))
     by_tokens = configured(
         world / "data.jsonl",
         world / "rpo",
         world / "cache",
         {**CHANGES, "objective.name": "ld_dpo", "contrast.perplexity": "null", "reference.mode": "live"}
-        | {"batch.micro_rows": 3, "mesh.context": jax.device_count()},
+        | {"batch.micro_rows": 3, "mesh.context": jax.device_count(), "objective.link": "smoothed"}
+        | {"data.label_smoothing": "doubt"},
     )
-    scores, _ = rewards_panel.held_out_scores(world / "rpo", by_tokens, prepared[1], Reporter(silent=True))
+    scores, _, _ = rewards_panel.held_out_scores(world / "rpo", by_tokens, prepared[1], Reporter(silent=True))
     for name in ("chosen", "rejected"):
         np.testing.assert_allclose(scores[name], expected[name], atol=1e-5)
 
 
 def test_rewards_that_are_alike_or_lost_are_told():
-    alike = rewards_panel.for_page({"chosen": np.full(3, 2.0), "rejected": np.full(3, 2.0)}, 0, beta=0.1)
+    ties = np.array([1e-4, 1e-3, 1e-3])
+    alike = rewards_panel.for_page({"chosen": 2.0 + ties / 2, "rejected": np.full(3, 2.0)}, ties, 0, rewards=True)
     assert isinstance(alike, dict)
     assert sum(alike["sides"]["counts"]["chosen"]) == 3
     assert alike["accuracy"] == 0
     assert alike["tied"]
-    lost = rewards_panel.for_page({"chosen": np.full(3, np.nan), "rejected": np.full(3, np.nan)}, 7, beta=0.1)
+    apart = rewards_panel.for_page({"chosen": 2.0 + 2 * ties, "rejected": np.full(3, 2.0)}, ties, 0, rewards=False)
+    assert isinstance(apart, dict)
+    assert (apart["accuracy"], apart["tied"], apart["score"]) == (1, False, "log-prob")
+    lost = rewards_panel.for_page(dict.fromkeys(("chosen", "rejected"), np.full(3, np.nan)), ties, 7, rewards=True)
     assert lost == "No score of the held-out data is a finite number at step 7: the run has diverged."
 
 
@@ -260,6 +269,29 @@ def test_a_last_line_that_was_cut_short_is_left_out(world, tmp_path):
         file.write('{"step": 99, "lo')
     (record,) = read_runs([str(folder)])
     assert record.metrics == metric_lines(world / "dpo")
+
+
+def test_a_long_run_s_curves_are_thinned_and_its_newest_value_is_shown(world, tmp_path):
+    lines = [{"step": step, "loss": 1.0 / step} for step in range(1, 9002)] + [{"step": 9002, "loss": math.nan}]
+    record = told(world, tmp_path, "long", [*lines, evaluated(9002, math.nan, 0.5)])
+    curve = points(record, "loss")
+    assert [step for step, *_ in curve] == list(range(2, 9003, 3))
+    assert curve[-1] == [9002, None]
+    [loss] = [row for row in final_values([record]) if row["title"] == "Loss"]
+    assert loss["values"] == [{"train": "not finite", "held_out": "not finite"}]
+
+
+def test_a_batch_without_one_of_the_sides_has_no_matrix(world, prepared, monkeypatch):
+    config, data = prepared
+    empty = contrast_panel.batch_contrast(config, data)
+    shape = np.zeros((0, 8))
+    monkeypatch.setattr(
+        contrast_panel, "batch_contrast", lambda *_: replace(empty, weights=shape, mask=shape.astype(bool), chosen=[])
+    )
+    page = write_report([str(world / "rpo")], world / "empty.html", with_rewards=False, reporter=Reporter(silent=True))
+    assert data_of(page)["runs"][0]["matrix"] == (
+        "The batch of step 1 has no chosen response; `--batch-step` takes another."
+    )
 
 
 def test_pairs_that_all_tie_are_called_so(world):
@@ -431,7 +463,7 @@ def test_the_verdict_says_what_came_out(world, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "best_step", lambda self: 8)
     assert "that loss was least at step 8 (0.5): `export --step best` takes the checkpoint of step 8" in verdict([late])
     assert "ties on every held-out pair by rewards" in verdict([told(world, tmp_path, "still", [start])])
-    lost = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": float("nan")}]
+    lost = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": math.nan}]
     assert verdict([told(world, tmp_path, "lost", lost)]) == (
         "After 2 steps, rpo has diverged: no loss was a finite number since step 1."
     )
@@ -440,6 +472,10 @@ def test_the_verdict_says_what_came_out(world, tmp_path, monkeypatch):
         "After 2 steps, rpo is done: its training loss fell from 3 to 2, and no held-out data says what that is worth."
     )
     sampled = [{"step": step, "round": step, "eval_reward": step / 2, "eval_kl": step / 4} for step in (0, 1, 2)]
+    gone = told(
+        world, tmp_path, "gone", [{"step": 2, "loss": 1.0}, evaluated(1, 0.7, 0.5), evaluated(2, math.nan, 0.6)]
+    )
+    assert verdict([gone]).endswith("and its held-out loss is no finite number.")
     assert verdict([told(world, tmp_path, "sampled", [*sampled, {"step": 2, "loss": 0.5}])]) == (
         "After 2 steps, rpo is done: the reward of its answers to held-out prompts rose from 0 to 1 at a KL to the "
         "start of 0.5 nats."

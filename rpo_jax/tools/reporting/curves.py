@@ -9,6 +9,7 @@ from rpo_jax.runs.tracking import TIED, is_tied
 from rpo_jax.tools.reporting.run_records import RunRecord
 
 MOST_SHOWN = 1e300  # an integer may be beyond any float
+MOST_POINTS = 4000  # of a curve: more than a screen has columns, and a page of 100,000 is slow
 
 
 class Panel(NamedTuple):
@@ -69,10 +70,13 @@ def finite(value: Any) -> float | None:
 def points(record: RunRecord, key: str) -> list[list[Any]]:
     """[step, value] of every line that has this metric, ascending; of a step logged twice the last.
 
-    An accuracy that is 0 because all pairs tie has a word besides, which is shown in its place.
+    An accuracy that is 0 because all pairs tie has a word besides, which is shown in its place. Of more than
+    MOST_POINTS every second one, or every third, and so on, back from the newest.
     """
     lines = {line["step"]: line for line in record.metrics if key in line}
-    return [[step, finite(lines[step][key]), *([TIED] if is_tied(key, lines[step]) else [])] for step in sorted(lines)]
+    steps = sorted(lines, reverse=True)
+    steps = steps[:: -(-len(steps) // MOST_POINTS) or 1][::-1]
+    return [[step, finite(lines[step][key]), *([TIED] if is_tied(key, lines[step]) else [])] for step in steps]
 
 
 def make_panels(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -117,4 +121,6 @@ def final_values(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def _newest(curve: list[list[Any]]) -> float | str | None:
-    return next((point[-1] for point in reversed(curve) if point[1] is not None), None)
+    if not curve:
+        return None
+    return "not finite" if curve[-1][1] is None else curve[-1][-1]

@@ -75,7 +75,11 @@ def _matrix(record: RunRecord, prepared: Prepared, step: int) -> dict[str, Any] 
         described = method.objective.description
         return f"{described[0].upper()}{described[1:]} has no contrast matrix."
     _check_data(record, prepared)
-    return contrast_panel.for_page(contrast_panel.batch_contrast(record.config, prepared, step))
+    found = contrast_panel.batch_contrast(record.config, prepared, step)
+    if not found.weights.size:  # as where ranked answers are chosen and rejected by a threshold
+        missing = "chosen" if not len(found.chosen) else "rejected"
+        return f"The batch of step {step} has no {missing} response; `--batch-step` takes another."
+    return contrast_panel.for_page(found)
 
 
 def _check_data(record: RunRecord, prepared: Prepared) -> None:
@@ -105,8 +109,7 @@ def _rewards(record: RunRecord, prepared: Prepared, reporter: Reporter, base: st
         return "The run has no held-out data."
     try:
         own_base = base if record.config.lora.rank else None
-        scores, step = rewards_panel.held_out_scores(record.folder, record.config, prepared, reporter, own_base)
+        found = rewards_panel.held_out_scores(record.folder, record.config, prepared, reporter, own_base)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} (with --no-rewards the report does without)") from None
-    method = resolve(record.config)
-    return rewards_panel.for_page(scores, step, None if method.reference is None else method.objective.beta)
+    return rewards_panel.for_page(*found, rewards=resolve(record.config).reference is not None)

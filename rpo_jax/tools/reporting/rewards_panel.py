@@ -14,7 +14,7 @@ from jaxtyping import Float
 from rpo_jax import models
 from rpo_jax.config import Config, MeshConfig, resolve
 from rpo_jax.hosts import sharding
-from rpo_jax.objectives.metrics import TIE_NATS
+from rpo_jax.objectives.metrics import TIE_NATS, TIE_SHARE
 from rpo_jax.runs.folder import MODEL, base_record
 from rpo_jax.runs.tracking import Reporter
 from rpo_jax.sampling.policy import find_policy
@@ -37,7 +37,8 @@ def _here(config: Config, base: Path | None) -> Config:
     if objective.uses_tokens:  # which the cache has not; a reward is of a whole response, as with any other objective
         plain = type(config.objective)(name="rpo", beta=objective.beta)
         uniform = dataclasses.replace(config.contrast, weights="uniform")
-        config = dataclasses.replace(config, objective=plain, contrast=uniform)
+        data = dataclasses.replace(config.data, label_smoothing=None)  # a loss's, which is not wanted here
+        config = dataclasses.replace(config, objective=plain, contrast=uniform, data=data)
     devices, batch = jax.device_count(), config.batch
     shards = math.gcd(devices, batch.pairs)
     rows = batch.micro_rows and -(-batch.micro_rows // shards) * shards
@@ -53,8 +54,8 @@ def _here(config: Config, base: Path | None) -> Config:
 
 def held_out_scores(
     run_dir: Path, config: Config, prepared: Prepared, reporter: Reporter, base: str | None = None
-) -> tuple[dict[str, Float[np.ndarray, "n"]], int]:
-    """Scores of every held-out example's responses under the newest checkpoint, and its step.
+) -> tuple[dict[str, Float[np.ndarray, "n"]], Float[np.ndarray, "n"], int]:
+    """Scores of every held-out example's responses under the newest checkpoint; below what its pair ties; its step.
 
     Rewards, that is beta times the log-ratio to the reference; summed log-probs in nats where the objective has no
     reference. NaN where an example has no such response. Reference log-probs come from the run's cache, or are
@@ -88,31 +89,36 @@ def held_out_scores(
         params = policy.load(mesh)
         method = resolve(settings)
         scores = {name: np.full(len(prepared.held_out.examples), np.nan) for name in SIDES}
+        ties = np.full(len(prepared.held_out.examples), TIE_NATS)
+        beta = 1.0 if method.reference is None else method.objective.beta
         for index in range(setup.held_out.steps_per_epoch):
             batch = setup.held_out.batch_at(index)
             row_log_probs = np.asarray(log_probs(params, put_batch(mesh, batch)).log_prob, np.float64)
             for name in (name for name in SIDES if name in batch.sides):
                 side, values = batch.sides[name], row_log_probs[batch.slots()[name]]
+                examples = side.example_index[side.valid]
+                np.maximum.at(ties, examples, TIE_SHARE * np.abs(values[side.valid]))
                 if method.reference is not None:
-                    values = method.objective.beta * (values - side.reference_log_prob)
-                scores[name][side.example_index[side.valid]] = values[side.valid]
-    return scores, policy.step
+                    values = beta * (values - side.reference_log_prob)
+                scores[name][examples] = values[side.valid]
+    return scores, beta * ties, policy.step
 
 
-def for_page(scores: dict[str, Float[np.ndarray, "n"]], step: int, beta: float | None) -> dict[str, Any] | str:
+def for_page(
+    scores: dict[str, Float[np.ndarray, "n"]], ties: Float[np.ndarray, "n"], step: int, rewards: bool
+) -> dict[str, Any] | str:
     """What the page draws: counts of both sides in the same bins, and of pairs' margins; or why there is nothing.
 
-    beta: of rewards; None for log-probs.
+    rewards: whether the scores are these; otherwise they are log-probs.
     """
     margins = scores["chosen"] - scores["rejected"]
-    tie = TIE_NATS * (1.0 if beta is None else beta)
-    pairs = margins[np.isfinite(margins)]
+    pairs, tie = margins[np.isfinite(margins)], ties[np.isfinite(margins)]
     if not any(np.isfinite(values).any() for values in scores.values()):
         return f"No score of the held-out data is a finite number at step {step}: the run has diverged."
     return {
         "step": step,
-        "score": "log-prob" if beta is None else "reward",
-        "unit": "nats" if beta is None else "",
+        "score": "reward" if rewards else "log-prob",
+        "unit": "" if rewards else "nats",
         "sides": _histogram({name: values[np.isfinite(values)] for name, values in scores.items()}),
         "margins": _histogram({"chosen − rejected": pairs}) if len(pairs) else None,
         "accuracy": float(np.mean(pairs > tie)) if len(pairs) else None,

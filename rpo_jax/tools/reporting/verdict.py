@@ -50,6 +50,9 @@ def _outcome(record: RunRecord) -> str:
         since = f"since step {trained[-1][0]:,}" if trained else "at all"
         return f"{opening} has diverged: no loss was a finite number {since}"
     moved = f"its held-out loss {_moved(held_out)}" if held_out else ""
+    evaluated = [line["eval_loss"] for line in record.metrics if "eval_loss" in line]
+    if evaluated and finite(evaluated[-1]) is None:
+        moved = "its held-out loss is no finite number"
     if rewards := _values(record, "eval_reward"):  # of rounds
         distance = "".join(f" at a KL to the start of {kl:.3g} nats" for _, kl in _values(record, "eval_kl")[-1:])
         return f"{opening} is done: the reward of its answers to held-out prompts {_moved(rewards)}{distance}"
