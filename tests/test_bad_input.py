@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from rpo_jax import models, train
-from rpo_jax.data.tokenizer import train_tokenizer
+from rpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from rpo_jax.sampling.policy import find_policy
 from rpo_jax.tools.judging.local import RewardJudge
 from rpo_jax.tools.planning.workload import planned_model
@@ -300,6 +300,26 @@ def test_a_tokenizer_that_is_larger_than_its_model(refused, place):
     error = refused({"model.path": folder})
     assert "300 tokens" in error
     assert "64" in error
+
+
+def test_a_special_token_for_which_the_model_has_no_row(refused, place, tmp_path):
+    """As the one for images, id 262144, beside the 262144 rows of Gemma 3 1B."""
+    folder = place.copy_of_model("one_more_token")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([f"<image{number}>" for number in range(21)], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    assert max(load_tokenizer(folder).get_vocab().values()) == models.check_pretrained(folder).vocab_size == 320
+    find_policy(str(folder))
+    rows = preference_rows(8)
+    fine, used = (write_rows(tmp_path / name, rows) for name in ("fine.jsonl", "used.jsonl"))
+    rows[5]["prompt"] += " <image20>"
+    used = write_rows(tmp_path / "used.jsonl", rows)
+    error = refused({"model.path": folder, "data.path": used})
+    assert f"error: {used}:6: the text has '<image20>', token 320, and the model has no more than 320; mend" in error
+    # What a template writes stands in every prompt.
+    tokenizer.chat_template = "<image20>" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(folder)
+    assert "has 321 tokens, its model only 320" in refused({"model.path": folder, "data.path": fine})
 
 
 def test_a_tokenizer_without_its_model_s_special_tokens(refused, place):

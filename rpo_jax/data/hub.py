@@ -37,11 +37,21 @@ def download_folder(name: str, patterns: Sequence[str], revision: str | None = N
         ) from error
 
 
-def newest_folder(name: str, patterns: Sequence[str]) -> Path:
-    """The newest files of a hub repository that match, or without a connection the cached ones; the client's errors."""
+def newest_folder(name: str, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
+    """The newest files of a hub repository that match, or without a connection the cached ones; the client's errors.
+
+    Args:
+        patterns: as for fnmatch, where a star takes slashes too.
+        without: of files that are left out of these.
+    """
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=not is_reachable()))
+    offline = not is_reachable()
+    return Path(
+        snapshot_download(
+            name, allow_patterns=list(patterns), ignore_patterns=list(without) or None, local_files_only=offline
+        )
+    )
 
 
 def newest_file(data_set: str, file: str) -> Path:

@@ -15,10 +15,13 @@ from rpo_jax.models.decoder import (
 )
 from rpo_jax.models.families import FAMILIES
 from rpo_jax.models.huggingface.configuration import (
+    check_ids,
     check_tokenizer,
     configured,
+    is_text_part,
     new_config,
     read_config,
+    rows_needed,
     to_transformers,
 )
 from rpo_jax.models.huggingface.folders import resolve_folder
@@ -48,6 +51,7 @@ __all__ = [
     "attention_kind",
     "attention_name",
     "check_choices",
+    "check_ids",
     "check_pretrained",
     "check_tokenizer",
     "classifier_name",
@@ -55,6 +59,7 @@ __all__ = [
     "count_params",
     "hidden_states",
     "init_params",
+    "is_text_part",
     "load_pretrained",
     "load_sharded",
     "new_config",
@@ -62,6 +67,7 @@ __all__ = [
     "param_axes",
     "read_config",
     "resolve_folder",
+    "rows_needed",
     "save_pretrained",
     "to_transformers",
 ]

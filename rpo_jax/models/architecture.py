@@ -216,7 +216,7 @@ class ModelConfig:
                 "give one per layer, None where a layer sees everything."
             )
         if any(window is not None and window < 1 for window in self.sliding_windows):
-            raise ValueError(f"sliding_windows={self.sliding_windows} must be positive or None.")
+            raise ValueError(f"sliding_windows={self.sliding_windows} (sliding_window) must be positive or None.")
         if self.variant == LLAMA:
             object.__setattr__(self, "variant", None)  # one architecture is one value
         if self.rotated_dim > self.head_dim:

@@ -171,14 +171,20 @@ def load_sharded(path: str | Path, shardings: Any, dtype: str = "float32") -> Pa
     return unflatten_dict(loaded)
 
 
-def merge(model_config: ModelConfig, params: Params, adapters: Params, lora: LoraConfig) -> Params:
-    """float32 parameters in host memory with the adapters added.  W + (alpha / rank) a b."""
+def merge(
+    model_config: ModelConfig, params: Params, adapters: Params, lora: LoraConfig, *, in_place: bool = False
+) -> Params:
+    """float32 parameters in host memory with the adapters added.  W + (alpha / rank) a b.
+
+    Args:
+        in_place: whether the arrays of `params`, float32 ones, may be changed, which halves the memory.
+    """
     flat, pairs = flat_params(params), flat_params(adapters)
     known = projections(model_config)
     for target in lora.targets:
         path, lead = known[target].path, len(known[target].layers)
         a, b = (np.asarray(pairs[(*known[target].place, name)], np.float32) for name in (A, B))
-        merged = np.array(flat[path], np.float32)
+        merged = flat[path] if in_place else np.array(flat[path], np.float32)
         for number in np.ndindex(merged.shape[:lead]):
             merged[number] += (lora.alpha / lora.rank) * np.tensordot(a[number], b[number], axes=1)
         flat[path] = merged
@@ -196,6 +202,7 @@ def save_adapter(
     dtype: str | None = None,
     readme: str | None = None,
     overwrite: bool = False,
+    within: str | None = None,
 ) -> Path:
     """Write a PEFT folder that peft.PeftModel.from_pretrained loads onto the base; whole or not at all.
 
@@ -206,11 +213,17 @@ def save_adapter(
         dtype: of the written tensors; float32 where not given.
         readme: the folder's README.md.
         overwrite: replace an existing folder.
+        within: of a base that is more than this model, such as one that sees, the module that holds its layers.
     """
     from safetensors.numpy import save
 
     check_dtype(dtype or "float32")
     tensors, parameters = _peft_tensors(model_config, adapters, lora)
+    modules: str | list[str] = [target for target in lora.targets if target not in parameters]
+    if within is not None:  # other parts of the base have modules of the same names
+        whole = f"base_model.model.model.{within}."
+        tensors = {name.replace("base_model.model.model.", whole, 1): tensor for name, tensor in tensors.items()}
+        modules = rf"model\.{within}\..*\.({'|'.join(modules)})"
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     description = {
         "peft_type": "LORA",
@@ -219,7 +232,7 @@ def save_adapter(
         "r": lora.rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": [target for target in lora.targets if target not in parameters],
+        "target_modules": modules,
         **({"target_parameters": list(parameters.values())} if parameters else {}),
         "bias": "none",
         "fan_in_fan_out": False,

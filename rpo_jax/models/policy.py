@@ -207,7 +207,8 @@ class Policy:
         """
         params = trained
         if self.trains_adapters:
-            params = adapters.merge(self.model_config, load_pretrained(weights or "")[1], trained, self.lora)
+            _, base = load_pretrained(weights or "")
+            params = adapters.merge(self.model_config, base, trained, self.lora, in_place=True)
         return save_pretrained(out, self.model_config, params, **settings)
 
     def save_adapter(self, out: str | Path, trained: Params, *, base: str, **settings: Any) -> Path:

@@ -271,6 +271,8 @@ def _encoded(
                 "prompt and answer; leave it out, or cut long prompts with --max-prompt-tokens."
             )
         encoded.append(ids)
+    texts = ((row.row_id, ids) for row, ids in zip(asked.rows, encoded, strict=True))
+    models.check_ids(policy.tokenizer, policy.model_config, texts)
     return encoded
 
 

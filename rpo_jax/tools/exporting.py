@@ -80,7 +80,8 @@ def export(
         "overwrite": overwrite,
     }
     if adapter:
-        return policy.save_adapter(out, trained, base=_base_name(base, record["base"], run_dir), **settings)
+        named, part = _base_name(base, record["base"], run_dir), within(policy.model_config, start)
+        return policy.save_adapter(out, trained, base=named, within=part, **settings)
     weights = _checked_base(base, record["base"], run_dir) if policy.trains_adapters else None
     # As the folder that the run started from had them; otherwise from the architecture.
     settings["config"] = run_dir / MODEL
@@ -132,6 +133,13 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
             f"--push {name} failed: {reason}; {folder} is whole: `hf upload {name} {folder}` sends it again."
         ) from None
     return str(address)
+
+
+def within(model: models.ModelConfig, base: str) -> str | None:
+    """The module of the base that holds the model's layers, where the base is more than text."""
+    if not models.FAMILIES[model.family].multimodal:
+        return None
+    return "language_model" if models.is_text_part(models.resolve_folder(base), model) else None
 
 
 def _base_name(base: str | None, recorded: Mapping[str, str], run_dir: Path) -> str:

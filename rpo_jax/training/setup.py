@@ -96,13 +96,21 @@ def policy_config(
     return models.configured(size, len(tokenizer), max_tokens, **ids)
 
 
+def _check_tokens(prepared: Prepared, smallest: ModelConfig) -> None:
+    """ValueError for data with tokens that the smallest of the models has no row for."""
+    prompts = (one.data for one in prepared.prompts.values())
+    for data in filter(None, (prepared.train, prepared.held_out, *prompts)):
+        texts = ((e.row_id, np.concatenate([*e.prompts, *(one.ids for one in e.responses)])) for e in data.examples)
+        models.check_ids(prepared.tokenizer, smallest, texts)
+
+
 def _reference_config(path: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
     """Architecture of a reference of its own; ValueError unless it reads the policy's tokens as the policy does."""
     reference_config, folder = models.check_pretrained(path), models.resolve_folder(path)
-    if len(tokenizer) > reference_config.vocab_size:
+    if (count := models.rows_needed(tokenizer)) > reference_config.vocab_size:
         raise ValueError(
             f"reference.path={path} has a vocabulary of {reference_config.vocab_size} tokens, the policy's tokenizer "
-            f"{len(tokenizer)}; use a reference that was trained with the policy's tokenizer."
+            f"{count}; use a reference that was trained with the policy's tokenizer."
         )
     if any((folder / name).is_file() for name in VOCABULARY_FILES):
         theirs = load_tokenizer(folder).get_vocab()
@@ -300,8 +308,8 @@ def make_setup(
     architecture = model_config
     if config.reference.path is not None and resolve(config).reference is not None:
         architecture = _reference_config(config.reference.path, prepared.tokenizer)
-    for path in config.reference.others:
-        _reference_config(path, prepared.tokenizer)
+    others = [_reference_config(path, prepared.tokenizer) for path in config.reference.others]
+    _check_tokens(prepared, min((model_config, architecture, *others), key=lambda model: model.vocab_size))
     steps = build_steps(
         config,
         model_config,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rpo_jax import models
 from rpo_jax.models.huggingface.configuration import to_transformers
@@ -87,6 +87,29 @@ def test_older_rope_keys_mean_the_same(tmp_path):
     assert dict(old.rope.scaling)["factor"] == 8.0
     legacy = models.read_config(_write(tmp_path / "old", rope_scaling={"type": "linear", "factor": 2.0}))
     assert legacy.rope == models.Rope(theta=10_000.0, kind="linear", scaling=(("factor", 2.0),))
+
+
+def test_rope_keys_that_transformers_ignores_are_ignored_and_named(tmp_path, caplog):
+    """As in DeepSeek-R1-0528-Qwen3-8B, whose yarn has an attn_factor."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    plain = models.read_config(_write(tmp_path, rope_scaling=yarn))
+    assert "ignored" not in caplog.text
+    assert models.read_config(_write(tmp_path, rope_scaling={**yarn, "attn_factor": 0.87})) == plain
+    assert "rope type yarn has no attn_factor: ignored." in caplog.text
+
+
+def test_another_name_of_an_activation(tmp_path):
+    assert models.read_config(_write(tmp_path, hidden_act="swish")).parts.activation == "silu"
+
+
+def test_mistral_with_types_of_layers_is_ministral(tmp_path):
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 4}
+    mistral |= {"sliding_window": 7}
+    layer_types = ["sliding_attention", "full_attention"]
+    config = models.read_config(_write(tmp_path, **mistral, layer_types=layer_types))
+    assert config.sliding_windows == (7, None)
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert (theirs.model_type, theirs.layer_types) == (config.family, layer_types)
 
 
 def test_older_dtype_key_and_absent_sizes_have_transformers_meaning(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,6 +21,10 @@ from transformers import (
 )
 
 from rpo_jax import models
+from rpo_jax.config import LoraConfig
+from rpo_jax.data.tokenizer import train_tokenizer
+from rpo_jax.models import lora
+from rpo_jax.tools.exporting import within
 
 from .conftest import CASES, torch_model
 
@@ -147,6 +152,35 @@ def test_of_a_folder_that_also_sees_the_text_is_used_and_that_is_said(family, na
     with torch.no_grad():
         np.testing.assert_allclose(alone(torch.tensor(TOKENS)).logits.numpy(), expected, atol=1e-4)
     assert models.check_pretrained(saved) == config
+
+
+# peft asks transformers for a name that it has deprecated.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_adapters_of_a_folder_that_also_sees_are_of_its_language_model(family, tmp_path):
+    whole = _with_eyes(family).eval()
+    whole.save_pretrained(tmp_path / "in")
+    config, params = models.load_pretrained(tmp_path / "in")
+    settings = LoraConfig(rank=2, targets=("q_proj", "down_proj"))
+    shapes, rng = lora.abstract_adapters(config, settings), np.random.default_rng(1)
+    adapters = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 8, shapes)
+    expected = np.asarray(models.apply(config, lora.merge(config, params, adapters, settings), jnp.array(TOKENS)))
+    train_tokenizer(["a"], 300, tmp_path / "tokenizer")
+    saved = models.Policy(config, settings).save_adapter(
+        tmp_path / "out", adapters, base=str(tmp_path / "in"), within=within(config, str(tmp_path / "in")),
+        tokenizer=tmp_path / "tokenizer",
+    )  # fmt: skip
+    with torch.no_grad():
+        plain = whole(torch.tensor(TOKENS)).logits.numpy()
+        adapted = peft.PeftModel.from_pretrained(whole, saved)(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(adapted, expected, atol=1e-4)
+    assert np.max(np.abs(plain - expected)) > 0.05
+    alone = models.save_pretrained(tmp_path / "text", config, params)
+    assert within(config, str(alone)) is None
+    # Where nobody else needs the base, it is changed where it lies.
+    merged = lora.merge(config, params, adapters, settings, in_place=True)
+    assert all(map(np.shares_memory, jax.tree.leaves(merged), jax.tree.leaves(params)))
+    np.testing.assert_allclose(models.apply(config, merged, jnp.array(TOKENS)), expected, atol=1e-5)
 
 
 def _rewrite(source: Path, target: Path, change) -> Path:

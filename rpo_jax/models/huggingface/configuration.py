@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from rpo_jax.models.families import FAMILIES, check_family
 from rpo_jax.models.families.family import Family
 from rpo_jax.models.modules import ACTIVATIONS
 from rpo_jax.models.rope import ROPE_KINDS, Rope, frequencies
+
+log = logging.getLogger(__name__)
 
 # ModelConfig's name -> transformers' name, where the value is the same. Arrays and lists are made of the sizes.
 _SIZES = {
@@ -101,6 +104,8 @@ def read_config(folder: Path) -> ModelConfig:
         refuse_gguf(folder)
         raise ValueError(f"{folder} has no config.json; a model folder is what transformers' save_pretrained writes.")
     values = text_part(read_json(folder, file.name))
+    if values.get("model_type") == "mistral" and "layer_types" in values:  # as transformers' AutoConfig reads it
+        values |= {"model_type": "ministral", "architectures": [FAMILIES["ministral"].architecture]}
     family = str(values.get("model_type"))
     architectures = values.get("architectures") or [f"model_type {family}"]
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -145,18 +150,30 @@ def is_text_part(folder: Path, model: ModelConfig) -> bool:
     return read_json(folder, "config.json").get("model_type") in FAMILIES[model.family].multimodal
 
 
+def rows_needed(tokenizer: Any) -> int:
+    """How many rows of an embedding a tokenizer's texts need.
+
+    A special token that ends no text and is in no template may lie beyond, as the one for images does that Gemma 3's
+    models of text alone have no row for; `check_ids` refuses a text that has it.
+    """
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    written, ends = str(tokenizer.chat_template or ""), (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    unused = {number for number, token in added.items() if token not in written and number not in ends}
+    return max(set(tokenizer.get_vocab().values()) - unused, default=-1) + 1
+
+
 def check_tokenizer(tokenizer: Any, model: ModelConfig, folder: str | Path) -> None:
     """ValueError for a tokenizer that is not the model's: with ids beyond its embedding, or without its special tokens.
 
     Fewer tokens than the embedding has rows are usual: those are rounded up. A padding token is not asked for, since
     some models name one that nobody has; nothing here pads with it.
     """
-    ids = set(tokenizer.get_vocab().values())
-    if (count := max(ids, default=-1) + 1) > model.vocab_size:
+    if (count := rows_needed(tokenizer)) > model.vocab_size:
         raise ValueError(
             f"The tokenizer in {folder} has {count} tokens, its model only {model.vocab_size}; use the tokenizer that "
             "belongs to the model."
         )
+    ids = set(tokenizer.get_vocab().values())
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(model, name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -165,6 +182,18 @@ def check_tokenizer(tokenizer: Any, model: ModelConfig, folder: str | Path) -> N
                     f"The tokenizer in {folder} has no token {number}, which config.json there gives as {name}; use "
                     "the tokenizer that belongs to the model, or correct config.json."
                 )
+
+
+def check_ids(tokenizer: Any, model: ModelConfig, texts: Iterable[tuple[str, np.ndarray]]) -> None:
+    """ValueError for token ids beyond the model's embedding, of texts by the row that they are from."""
+    if max(tokenizer.get_vocab().values(), default=-1) < model.vocab_size:
+        return
+    for row_id, ids in texts:
+        if len(beyond := ids[ids >= model.vocab_size]):
+            raise ValueError(
+                f"{row_id}: the text has {tokenizer.convert_ids_to_tokens(int(beyond[0]))!r}, token {beyond[0]}, and "
+                f"the model has no more than {model.vocab_size}; mend the row, or leave it out."
+            )
 
 
 def _check_sizes(file: Path, values: Mapping[str, Any]) -> None:
@@ -298,7 +327,7 @@ def _build(family: str, values: Mapping[str, Any]) -> Any:
 def _from_transformers(family: str, config: Any, dtype: str) -> ModelConfig:
     kind = FAMILIES[family]
     fields = {"sliding_windows": (None,) * config.num_hidden_layers, **kind.read(config)}
-    activation = getattr(config, kind.activation)
+    activation = {"swish": "silu"}.get(found := getattr(config, kind.activation), found)  # another name of it
     if activation not in ACTIVATIONS:
         raise ValueError(f"{kind.activation} {activation!r} is not supported; known ones: {', '.join(ACTIVATIONS)}.")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -344,6 +373,10 @@ def _read_rope(parameters: Mapping[str, Any], config: Any) -> tuple[Rope, float]
     if kind == "longrope":
         scaling |= {name: tuple(scaling[name]) for name in ("short_factor", "long_factor")}
         scaling.setdefault("factor", config.max_position_embeddings / scaling["original_max_position_embeddings"])
+    known = inspect.signature(ROPE_KINDS[kind]).parameters
+    if ignored := sorted(set(scaling) - set(known)):  # as by transformers
+        log.warning("rope type %s has no %s: ignored.", kind, ", ".join(ignored))
+    scaling = {name: value for name, value in scaling.items() if name in known}
     return Rope(theta=float(theta), kind=kind, scaling=tuple(sorted(scaling.items()))), share
 
 

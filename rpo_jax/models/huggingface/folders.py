@@ -29,6 +29,8 @@ TOKENIZER_FILES = (
 )
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WEIGHTS_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
+# The weights once more in their maker's own format, as in gpt-oss's and Mistral's repositories.
+_SECOND_COPIES = ("consolidated*.safetensors", "*/*.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz")
 
 
@@ -43,7 +45,7 @@ def resolve_folder(path: str | Path) -> Path:
     if not _HUB_NAME.fullmatch(str(path)):
         raise ValueError(f"There is no model folder {path}; give an existing folder or a hub name such as org/model.")
     try:
-        return newest_folder(str(path), ["*.safetensors", "*.json", "README.md", *TOKENIZER_FILES])
+        return newest_folder(str(path), ["*.safetensors", "*.json", "README.md", *TOKENIZER_FILES], _SECOND_COPIES)
     except Exception as error:  # whatever keeps the hub from answering, the user can do the same about it
         raise ValueError(
             f"There is no folder {path}, and the Hugging Face hub did not give a model of that name "

@@ -240,7 +240,7 @@ def _check_contents(folder: Path, tensors: Mapping[str, TensorLayout], files: Ma
         if dtype not in _FILE_DTYPES:
             raise ValueError(
                 f"{files[key].name} in {files[key].file} has dtype {dtype}; supported are {', '.join(_FILE_DTYPES)}: "
-                "quantized weights must be converted first."
+                "others, quantized weights among them, must be converted first."
             )
         dtypes.add(_FILE_DTYPES[dtype])
     return dtypes
