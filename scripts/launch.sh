@@ -17,6 +17,7 @@
 # CACHE=FOLDER   compiled programs, embeddings and reference log-probs (.cache/rpo_jax; best on a disk all hosts share)
 # EXTRAS=cuda    optional dependencies to install: cuda or tpu
 # RPO_JAX_SECRET keeps strangers out of the run; ssh carries it to no host: set it there, as in ~/.ssh/environment
+# GRACE_SECONDS  how long processes may take to save and leave when the launcher is stopped, or one of them fails (90)
 # DRY_RUN=1      print the command of every process and do nothing
 #
 # One process per host, because a process drives all devices of its host. Ends with 0 if all processes do; where one
@@ -69,7 +70,7 @@ command_of() {
     --distributed.num_processes "$count" --distributed.process_id "$1"
 }
 
-setup_command="cd $(printf '%q' "$root") && EXTRAS=$(printf '%q' "${EXTRAS:-}") VENV=$(printf '%q' "${VENV:-}") bash -euo pipefail -c '. scripts/environment.sh'"
+setup_command="cd $(printf '%q' "$root") && EXTRAS=$(printf '%q' "${EXTRAS:-}") VENV=$(printf '%q' "${VENV:-}") PYTHON=$(printf '%q' "${PYTHON:-}") bash -euo pipefail -c '. scripts/environment.sh'"
 
 if [ -n "${DRY_RUN:-}" ]; then
   for ((i = 0; i < count; i++)); do
@@ -105,14 +106,14 @@ interrupted() {
   trap '' INT TERM
   echo "stopping ${#number[@]} processes" >&2
   exec 2> /dev/null # bash would tell of every job that it ends
-  stop_all TERM; end_all 20; stop_all KILL
+  stop_all TERM; end_all "$GRACE_SECONDS"; stop_all KILL
   exit 130
 }
 trap interrupted INT TERM
 
 set -m # a process group each, so that what a process has started ends with it
 for ((i = 0; i < count; i++)); do
-  become "${hosts[i]:-}" "$(command_of "$i" "$@")" < /dev/null > >(exec sed -u "s/^/[$i] /") 2>&1 &
+  become "${hosts[i]:-}" "$(command_of "$i" "$@")" < /dev/null > >(trap '' INT TERM; exec sed -u "s/^/[$i] /") 2>&1 &
   number[$!]=$i
 done
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # What every pod of scripts/jobset_*.yaml runs: its own copy of the code, its own environment, one process of the run.
+# A pod that is to leave its node (preempted, drained) saves with the others and ends with 143: all start again elsewhere.
 #
 # Arguments go to rpo_jax.train, with --resume auto: after a restart the run goes on after its newest checkpoint.
 #
@@ -20,7 +21,8 @@ if [ $# -eq 0 ]; then
   echo "error: nothing to run; give the options of rpo_jax.train, as in --config FILE --run.dir FOLDER." >&2
   exit 2
 fi
-run=(-m rpo_jax.train "$@" --resume auto --run.cache_dir "$CACHE")
+# Pods wait for each other's nodes and environments, which takes longer than the processes' own 300 seconds.
+run=(-m rpo_jax.train --distributed.timeout_seconds 1800 "$@" --resume auto --run.cache_dir "$CACHE")
 if [ -n "${COORDINATOR:-}" ]; then
   : "${NUM_PROCESSES:?error: COORDINATOR needs NUM_PROCESSES}" "${JOB_COMPLETION_INDEX:?error: this is no indexed Job}"
   run+=(--distributed.coordinator "$COORDINATOR" --distributed.num_processes "$NUM_PROCESSES")
@@ -38,4 +40,15 @@ mkdir -p "$WORK" "$CACHE"
 tar -C "$SOURCE" --exclude=./.venv* --exclude=./.git --exclude=./runs --exclude=./.cache -cf - . | tar -C "$WORK" -xf -
 cd "$WORK"
 . scripts/environment.sh
-exec "$python" "${run[@]}"
+"$python" "${run[@]}" &
+process=$! stopped=""
+trap 'stopped=1; kill -TERM "$process"' TERM
+status=0
+wait "$process" || status=$?
+while kill -0 "$process" 2> /dev/null; do # the signal has ended the first wait
+  status=0
+  wait "$process" || status=$?
+done
+# A pod that ends with 0 counts as done, and a run that was asked to stop is not.
+if [ -n "$stopped" ] && [ "$status" -eq 0 ]; then exit 143; fi
+exit "$status"

@@ -8,7 +8,8 @@
 # --gpus-per-node, not --gpus-per-task. The processes find each other by SLURM's own variables.
 #
 # What follows the script's name goes to every process of rpo_jax.train, with --resume auto: a job that was requeued, or
-# submitted again, goes on after its newest checkpoint, also on another number of nodes.
+# submitted again, goes on after its newest checkpoint, also on another number of nodes. Five minutes before its time is
+# up the processes are told to save, and the job ends: submit it again, or chain jobs by --dependency=afterany.
 #
 # CACHE=FOLDER   compiled programs, embeddings and reference log-probs (.cache/rpo_jax here), shared by all nodes
 # VENV=FOLDER    the environment (.venv here); where compute nodes reach no registry, make it first on a login node:
@@ -22,6 +23,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
@@ -62,4 +64,5 @@ cd "$root"
 # Here, on the first node, before any process starts: they share the folder.
 . scripts/environment.sh
 # A process that fails makes the others leave with its message; srun sees to those that cannot.
-exec srun --kill-on-bad-exit=1 --wait=90 --label "$python" "${run[@]}"
+# Newer versions of srun do not read from the job how many cores a task has.
+exec srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 --wait=90 --label "$python" "${run[@]}"

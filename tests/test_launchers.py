@@ -110,7 +110,7 @@ def test_every_pod_of_a_manifest_runs_one_process_of_the_run(path):
     (accelerators,) = container["resources"]["limits"].items()
     if accelerators[0] == "google.com/tpu":
         # GKE tells the pods of a slice who they are; every host of it has one.
-        assert not any(key.startswith("--distributed") for flags in found for key in flags)
+        assert not any(key.startswith("--distributed.") and "timeout" not in key for flags in found for key in flags)
         chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
         assert chips == job["completions"] * accelerators[1]
     else:
@@ -136,10 +136,23 @@ def test_a_pod_has_its_own_copy_of_the_code_and_starts_its_process_there(tmp_pat
     meeting = {"COORDINATOR": "first:7777", "NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "1"}
     done = bash("pod.sh", "--config", "c.yaml", **places, **meeting)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{work}: -m rpo_jax.train --config c.yaml --resume auto")
+    own = "--distributed.timeout_seconds 1800 --config c.yaml --resume auto"
+    assert done.stdout.startswith(f"{work}: -m rpo_jax.train {own}")
     assert done.stdout.endswith("--distributed.num_processes 2 --distributed.process_id 1\n")
     assert not (work / ".venv").exists()
     assert (tmp_path / "cache").is_dir()
+    # It saves and ends well when it is asked to stop, and the pod does not count as done.
+    (source / "tell").write_text(
+        '#!/bin/sh\ntrap "sleep 1; echo saved; exit" TERM\necho here\nwhile :; do sleep 0.1; done\n'
+    )
+    pod = subprocess.Popen(
+        ["bash", str(SCRIPTS / "pod.sh"), "--config", "c.yaml"], env={**os.environ, **places}, stdout=subprocess.PIPE
+    )
+    with pod.stdout as said:
+        assert said.readline() == b"here\n"
+        pod.send_signal(signal.SIGTERM)
+        assert pod.wait(60) == 143
+        assert said.read() == b"saved\n"
 
 
 def test_slurm_starts_one_process_for_each_gpu():
@@ -241,10 +254,14 @@ def test_a_process_that_fails_stops_the_others_and_gives_its_status(tmp_path):
 
 
 def test_an_interrupted_launcher_leaves_no_process_behind(tmp_path):
-    lines = f"echo $$ > {tmp_path}/pid-$number\nsleep 300 & wait\n"
+    saving = 'trap "sleep 1; echo saved $number; exit" TERM\n'
+    lines = f"{saving}echo $$ > {tmp_path}/pid-$number\nsleep 300 & wait\n"
     command = ["bash", str(SCRIPTS / "launch.sh"), "--local", "2", "--no-setup"]
     launcher = subprocess.Popen(
-        [*command, "--program", program(tmp_path, lines), "--", *RUN], stderr=subprocess.DEVNULL
+        [*command, "--program", program(tmp_path, lines), "--", *RUN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     while not all(
         (tmp_path / f"pid-{number}").exists() and (tmp_path / f"pid-{number}").read_text() for number in (0, 1)
@@ -252,6 +269,8 @@ def test_an_interrupted_launcher_leaves_no_process_behind(tmp_path):
         time.sleep(0.1)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(60) == 130
+    with launcher.stdout as said:
+        assert sorted(said) == ["[0] saved 0\n", "[1] saved 1\n"]  # their last words arrive too
     for number in (0, 1):
         assert not Path(f"/proc/{(tmp_path / f'pid-{number}').read_text().strip()}").exists()
 

@@ -1,4 +1,4 @@
-"""Requests to stop a run: SIGTERM, SIGINT and its time limit, taken up between two steps, by all processes at one step.
+"""Requests to stop a run: signals and its time limit, taken up between two steps, by all processes at one step.
 
 A signal is noted by a handler, which Python runs between two lines of its main thread. The second one ends the process
 from a thread of its own, at once also where the main thread waits for the device or for a compiler.
@@ -20,7 +20,8 @@ from types import FrameType
 
 from rpo_jax.hosts import processes
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# The last one comes where a terminal or a connection closes; nohup has it ignored.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TIME_LIMIT = "train.max_minutes"
 # `timeout` and some schedulers send a signal to the process and to its group: that is one request, sent twice.
 REPEAT_SECONDS = 0.5
@@ -85,7 +86,8 @@ class Stopping:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        earlier = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        heard = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+        earlier = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             with _second_signal_exits():
                 yield
@@ -144,7 +146,7 @@ def _is_interactive() -> bool:
 
 @contextlib.contextmanager
 def _second_signal_exits() -> Iterator[None]:
-    """Inside, a second SIGTERM or SIGINT ends the process with status 143 or 130, whatever its main thread does."""
+    """Inside, a second signal ends the process with status 128 and its number, whatever its main thread does."""
     if _is_interactive():
         yield
         return
@@ -169,6 +171,7 @@ def _watch(arrivals: socket.socket) -> None:
         if number[0] not in SIGNALS:
             continue
         if time.monotonic() - first > REPEAT_SECONDS:
-            os.write(2, b"stopped at once by a second signal; what was not saved yet is lost\n")
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                os.write(2, b"stopped at once by a second signal; what was not saved yet is lost\n")
             os._exit(128 + number[0])
         first = min(first, time.monotonic())

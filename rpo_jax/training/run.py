@@ -93,8 +93,8 @@ class _Asked:
 def run(config: Config, hooks: Sequence[Hook] = (), rater: Rater | None = None) -> RunResult:
     """Train as configured and return where the result is; every process of a run calls this.
 
-    In a main thread, SIGTERM and SIGINT, which is what interrupts a notebook's cell, save and return early; a second
-    one ends the process at once, or, in a notebook, the cell.
+    In a main thread, SIGTERM, SIGHUP and SIGINT, which is what interrupts a notebook's cell, save and return early; a
+    second one ends the process at once, or, in a notebook, the cell.
 
     Args:
         hooks: called while the run trains, besides its own; their order is that of rpo_jax.Hook.
