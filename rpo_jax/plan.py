@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--topology", help="GPUs: h100:8, h100:4x8 (hosts x GPUs), a100, h200, b200 ...; TPUs: v5e:2x4, v5p:4x4x4 ...")
     add("--devices", type=int, help="number of GPUs, of the kind that --chip names: 8 is --topology h100:8")
-    add("--device-memory", help="of each GPU, as 80GiB; the chip's own where not given")
+    add("--device-memory", help="what a program may take of each GPU, as 76GiB; the chip's own where not given")
     add("--chip", help="a GPU as --topology names it; h100 where not given")
     add("--model", help=f"a known architecture, where model.path is not here: {', '.join(KNOWN_MODELS)}")
     add("--rows", type=int, help="packed rows of a batch, with --row-tokens")

@@ -165,6 +165,14 @@ def test_other_settings_than_the_checkpoint_has(seen):
     assert "optim.name rmsprop -> adamw" in said
     assert "model.num_layers 2 -> 3" in said
     assert "train.steps" not in said
+    status, said = seen("--objective.name", "dpo", "--contrast.weights", "null")
+    assert status == 2
+    assert "objective.name rpo -> dpo" in said
+    assert "or --force, which makes another run of it" in said
+    status, said = seen("--objective.partition", "learned")  # a head that the checkpoint has not
+    assert status == 2
+    assert "objective.partition none -> learned" in said
+    assert "--force" not in said
 
 
 def test_missing_data(seen, place):
@@ -172,6 +180,22 @@ def test_missing_data(seen, place):
     status, said = seen()
     assert status == 2
     assert "FAILED data no such file" in said
+
+
+def test_prompts_of_rounds_that_are_not_here_are_not_fetched(seen, monkeypatch):
+    monkeypatch.setattr("rpo_jax.data.hub._probe", lambda: pytest.fail("the hub was asked"))
+    rounds = (
+        "--train.rounds",
+        "1",
+        "--rounds.scorer",
+        "rule:x.py:f",
+        "--data.path",
+        "org/prompts",
+        "--data.eval_rows=0",
+    )
+    _, said = seen(*rounds, run=False)
+    assert "org/prompts is not on this machine" in said
+    assert "if it is a hub data set, it is fetched when the run starts" in said
 
 
 def test_damaged_data(seen, place):

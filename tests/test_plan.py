@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rpo_jax import models, plan
-from rpo_jax.config import BatchConfig, Config, DataConfig, LoraConfig, MeshConfig, PolicyConfig
+from rpo_jax.config import BatchConfig, Config, DataConfig, LoraConfig, MeshConfig, OptimConfig, PolicyConfig
 from rpo_jax.hosts import sharding
 from rpo_jax.tools.planning import hlo, planner, search, targets, workload
 from rpo_jax.tools.planning.arithmetic import StepSizes, step_flops
@@ -344,6 +345,35 @@ def test_meshes_divide_what_they_split():
     assert search.micro_sizes(24, 8) == [16, 8]
 
 
+def test_a_micro_batch_that_is_known_to_fit_is_among_those_tried():
+    def compile_one(config):
+        rows = config.batch.micro_rows or 24
+        return SimpleNamespace(fits=rows <= 8, peak_bytes=rows, memory_limit=8)
+
+    known = search.with_micro_rows(Config(), 8)
+    largest, tried = search.largest_micro_batch(compile_one, search.judged(known, compile_one(known)), 24, 1)
+    assert largest.config.batch.micro_rows == 8
+    assert [trial.config.batch.micro_rows for trial in tried] == [None, 12, 8]
+
+
+def test_state_is_the_optimizer_s_own():
+    """Adafactor has rows and columns where RMSprop has another copy of the weights."""
+    model, mesh = small_model(hidden_size=512, intermediate_size=512), MeshConfig(data=1, fsdp=2, tensor=1)
+    rmsprop, adafactor, adamw = (
+        search.least_bytes(Config(optim=OptimConfig(name=name)), model, mesh) / (2 * models.count_params(model))
+        for name in ("rmsprop", "adafactor", "adamw")
+    )
+    assert (rmsprop, adamw) == pytest.approx((3, 4), abs=0.01)
+    assert 2 < adafactor < 2.2
+
+
+def test_float32_has_a_peak_of_its_own():
+    """As the makers' pages have it for GPUs: 67 and 19.5 TFLOP/s of H100 and A100."""
+    for name, teraflops in (("h100", 67), ("a100-80gb", 19.5), ("l40s", 91.6), ("v5p", 459 / 6)):
+        assert CHIPS[name].rate("float32") == pytest.approx(teraflops * 1e12, rel=0.01)
+    assert CHIPS["h100"].rate("bfloat16") == 989e12
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("devices_here")
 def test_a_search_ranks_what_fits_before_what_does_not(tmp_path):
@@ -374,6 +404,7 @@ def test_a_search_ranks_what_fits_before_what_does_not(tmp_path):
         (["--devices", "8", "--chip", "a10"], "--topology a10:8 is not known, the nearest is a100"),
         (["--devices", "-1"], "give a GPU and how many, as h100:8"),
         (["--devices", "8", "--device-memory", "80"], "is no size"),
+        (["--devices", "8", "--device-memory", "0GiB"], "is no size"),
         ([], "one of --topology (h100:8, v5p:4x4x4) and --devices (a number of GPUs)"),
     ],
 )

@@ -256,7 +256,7 @@ def base_record(config: Config) -> dict[str, str] | None:
     return {"path": str(local.resolve()) if local.is_dir() else path, "fingerprint": fingerprint}
 
 
-def _same(before: Any, now: Any) -> bool:
+def same(before: Any, now: Any) -> bool:
     """Equal settings; the order of a list says nothing."""
     return before == now or (isinstance(before, list) and isinstance(now, list) and sorted(before) == sorted(now))
 
@@ -279,7 +279,7 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
 
 
 # Of the settings, those that make another run; of another model, base or optimizer nothing could go on.
-_IDENTITY = ("objective.name", "objective.bco_shift", "data.pairing", "data.mix")
+IDENTITY = ("objective.name", "objective.bco_shift", "data.pairing", "data.mix")
 
 
 # Settings of rounds that say nothing of what a round trains on.
@@ -302,7 +302,7 @@ def _changed_round(saved: dict[str, Any], record: dict[str, Any], step: int, cha
 
 
 # What decides the heads beside a model, which are part of a checkpoint's state, and what they are.
-_OF_HEADS = ("objective.partition", "objective.name", "objective.bco_shift")
+OF_HEADS = ("objective.partition", "objective.name", "objective.bco_shift")
 _HEADS = {
     partition.NAME: "a head for a value of the prompt",
     value.NAME: "a value head",
@@ -311,7 +311,7 @@ _HEADS = {
 }
 
 
-def _heads(settings: Mapping[str, Any]) -> set[str]:
+def heads_of(settings: Mapping[str, Any]) -> set[str]:
     """Names of the heads of an objective, by its section of a checkpoint's settings."""
     known = {one.name for one in dataclasses.fields(ObjectiveConfig)}
     section = ObjectiveConfig(**{key: value for key, value in settings.items() if key in known})
@@ -328,7 +328,7 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
     assert saved is not None, "and it has a record"
     check_architecture(saved["model"], record["model"], folder)
     changed = changed_settings(saved["config"], record["config"])
-    adapters = [key for key, (before, now) in changed.items() if key.startswith("lora.") and not _same(before, now)]
+    adapters = [key for key, (before, now) in changed.items() if key.startswith("lora.") and not same(before, now)]
 
     def refused(reason: str, fix: str) -> ValueError:
         return ValueError(f"The checkpoint in {folder} {reason}; resume with {fix}, or choose another run.dir.")
@@ -336,8 +336,8 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
     if adapters:
         settings = ", ".join(f"{key}={changed[key][0]}, not {changed[key][1]}" for key in adapters)
         raise refused(f"was trained with {settings}", "its own lora section")
-    if differing := _heads(saved["config"]["objective"]) ^ _heads(record["config"]["objective"]):
-        key = next(key for key in _OF_HEADS if key in changed)
+    if differing := heads_of(saved["config"]["objective"]) ^ heads_of(record["config"]["objective"]):
+        key = next(key for key in OF_HEADS if key in changed)
         note = f", and one of them has {_HEADS[min(differing)]}" if key == "objective.name" else ""
         raise refused(f"was trained with {key}={changed[key][0]}, not {changed[key][1]}{note}", "its own")
     before, now = changed.get("rounds.extrapolation", (0, 0))
@@ -350,7 +350,7 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
     if "optim.name" in changed:
         before, now = changed["optim.name"]
         raise refused(f"holds the state of optim.name={before}, not of {now}", before)
-    others = [f"{key}={changed[key][0]}, not {changed[key][1]}" for key in _IDENTITY if key in changed]
+    others = [f"{key}={changed[key][0]}, not {changed[key][1]}" for key in IDENTITY if key in changed]
     # Checkpoints of earlier versions say neither what their data was nor how long they were to be.
     if saved.get("data", record["data"]) != record["data"]:
         others.append("other training data")

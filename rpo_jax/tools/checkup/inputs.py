@@ -22,6 +22,8 @@ from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
 from rpo_jax.training.advice import advise
 from rpo_jax.training.prepare import prepare, read_examples, token_limits, total_steps
 
+_FETCHED = "if it is a hub data set, it is fetched when the run starts"
+
 
 def check_models(config: Config) -> tuple[list[Finding], ModelConfig | None]:
     """Findings on the models, and the policy's architecture where it is known."""
@@ -91,6 +93,12 @@ def check_data(config: Config, policy: ModelConfig | None) -> list[Finding]:
     if config.data.name is None:
         return [failed("data", "data.path is not set", "give a file, a folder or a hub data set")]
     if config.train.rounds:
+        paths = [path for path in (config.data.path, config.data.eval_path) if path is not None]
+        if absent := [path for path in paths if _may_be_of_hub(path)]:
+            return [warning("data", f"{absent[0]} is not on this machine", _FETCHED)]
+        source = config.model.path or config.model.tokenizer
+        if source != "train" and not Path(_place(source)).exists():
+            return [warning("data", f"its prompts need the tokenizer of {source}", "they are read when the run starts")]
         try:
             prepared = prepare(config, Reporter(silent=True))
         except (ValueError, OSError) as error:
@@ -120,12 +128,15 @@ def _check_training(config: Config, examples: Sequence[PreferenceExample], polic
     return [warning("training", *advice) for advice in advise(config, draws, steps, policy.initializer_range)]
 
 
+def _may_be_of_hub(path: str) -> bool:
+    return not Path(path).expanduser().exists() and path.count("/") == 1 and not Path(path).suffix
+
+
 def _check_source(
     config: Config, subject: str, path: str, split: str
 ) -> tuple[list[Finding], list[PreferenceExample] | None]:
-    if not Path(path).expanduser().exists() and path.count("/") == 1 and not Path(path).suffix:
-        fix = "if it is a hub data set, it is fetched when the run starts"
-        return [warning(subject, f"{path} is not on this machine", fix)], None
+    if _may_be_of_hub(path):
+        return [warning(subject, f"{path} is not on this machine", _FETCHED)], None
     try:
         read = read_examples(config, path, split)
     except ValueError as error:

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from rpo_jax.config import Config, with_defaults_taken
 from rpo_jax.data.embeddings import embedding_file_fault
 from rpo_jax.runs.checkpoints import Checkpoints, step_fault, to_json_dict
-from rpo_jax.runs.folder import CHECKPOINTS, changed_settings
+from rpo_jax.runs.folder import CHECKPOINTS, IDENTITY, OF_HEADS, changed_settings, heads_of, same
 from rpo_jax.runs.versions import installed
 from rpo_jax.tools.checkup.finding import Finding, failed, ok, warning
 from rpo_jax.training.reference import FOLDER as REFERENCE_FOLDER
@@ -96,14 +96,25 @@ def read_state(folder: Path) -> tuple[int, int]:
 
 def _check_settings(config: Config, record: dict[str, Any]) -> list[Finding]:
     """What differs between the configuration and the one that the checkpoint was made with."""
-    changed = changed_settings(record["config"], to_json_dict(with_defaults_taken(config)))
-    sizes = [f"model.{name}" for name in MODEL_SIZES] if config.model.path is None else []
-    decisive = [key for key in changed if key == "optim.name" or key.startswith("lora.") or key in sizes]
+    saved, now = record["config"], to_json_dict(with_defaults_taken(config))
+    changed = changed_settings(saved, now)
+    decisive = {"optim.name"} | {key for key in changed if key.startswith("lora.") and not same(*changed[key])}
+    if config.model.path is None:
+        decisive |= {f"model.{name}" for name in MODEL_SIZES}
+    if heads_of(saved["objective"]) != heads_of(now["objective"]):
+        decisive.add(next(key for key in OF_HEADS if key in changed))
+    extrapolated = changed.get("rounds.extrapolation", (0, 0))
+    if bool(extrapolated[0]) != bool(extrapolated[1]):
+        decisive.add("rounds.extrapolation")
+    another = set(IDENTITY) - decisive
+    own = "use the checkpoint's own setting, or another run.dir"
     findings = []
-    for keys, make, fix in (
-        (decisive, failed, "use the checkpoint's own setting, or another run.dir"),
-        ([key for key in changed if key not in decisive], warning, "a resumed run goes on with the new setting"),
+    for wanted, make, fix in (
+        (decisive, failed, own),
+        (another, failed, f"{own}, or --force, which makes another run of it"),
+        (set(changed) - decisive - another, warning, "a resumed run goes on with the new setting"),
     ):
+        keys = [key for key in changed if key in wanted]
         if keys:
             changes = ", ".join(f"{key} {changed[key][0]} -> {changed[key][1]}" for key in keys)
             findings.append(make("settings", f"checkpoint -> configuration: {changes}", fix))

@@ -51,6 +51,7 @@ class Estimate:
         fits: whether its peak is within the limit; a TPU's compiler says so itself, a GPU's refuses nothing.
         flops: operations that the step does, padding and recomputation included.
         necessary_flops: those that it cannot do without.
+        peak_flops: a second, of the chip in the dtype that the step computes in.
         moved_bytes: between memory and arithmetic.
         sent_bytes: to other devices.
         seconds_overlapped: if arithmetic, memory and links all work at their peak at the same time.
@@ -71,6 +72,7 @@ class Estimate:
     memory_limit: float
     flops: float
     necessary_flops: float
+    peak_flops: float
     moved_bytes: float
     sent_bytes: float
     compute_seconds: float
@@ -88,8 +90,8 @@ class Estimate:
     def seconds_serial(self) -> float:
         return self.compute_seconds + self.memory_seconds + self.link_seconds
 
-    def utilisation(self, seconds: float, peak_flops: float) -> float:
-        return self.necessary_flops / (seconds * peak_flops)
+    def utilisation(self, seconds: float) -> float:
+        return self.necessary_flops / (seconds * self.peak_flops)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -137,7 +139,7 @@ def counted(
     chunks = -(-local_tokens // CHUNK_TOKENS) + REST_SHARE
     exchanges = hlo.collectives(done.text, most_trips=chunks)
     sent = sum(exchange.sent * exchange.times for exchange in exchanges)
-    chip = target.chip
+    chip, peak = target.chip, target.chip.rate(config.model.compute_dtype)
     return Estimate(
         target=target.name,
         mesh=dict(mesh.shape),
@@ -153,7 +155,8 @@ def counted(
         necessary_flops=necessary(model, config, lengths, resolve(config).objective.responses) / mesh.size,
         moved_bytes=moved,
         sent_bytes=sent,
-        compute_seconds=flops / chip.flops,
+        compute_seconds=flops / peak,
+        peak_flops=peak,
         memory_seconds=moved / chip.memory_rate,
         link_seconds=sum(one.sent * one.times / target.link_rate(one.group) for one in exchanges),
         exchanges=_summed(exchanges),

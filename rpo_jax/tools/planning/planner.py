@@ -104,8 +104,8 @@ class Planner:
 def parse_bytes(text: str) -> float:
     """80GiB, 80GB or 81920MiB in bytes."""
     match = re.fullmatch(r"([\d.]+) *([A-Za-z]+)", text)
-    if not match or match.group(2).lower() not in _UNITS:
-        raise ValueError(f"--device-memory {text} is no size; write it as 80GiB or 80GB.")
+    if not match or match.group(2).lower() not in _UNITS or not float(match.group(1)):
+        raise ValueError(f"--device-memory {text} is no size; write it as 80GB or 76GiB.")
     return float(match.group(1)) * _UNITS[match.group(2).lower()]
 
 

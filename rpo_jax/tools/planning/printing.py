@@ -54,7 +54,7 @@ def print_plan(console: Console, one: Estimate, target: Target, largest: str, ba
         ("bytes sent to others", f"{one.sent_bytes / 1e9:,.2f} GB"),
         ("step time, arithmetic / memory / links", " / ".join(map(seconds, parts))),
         ("step time", f"{seconds(one.seconds_overlapped)} to {seconds(one.seconds_serial)}"),
-        ("utilisation", _utilisation(one, target)),
+        ("utilisation", _utilisation(one)),
         ("compiled in", seconds(one.compile_seconds)),
     ]
     for row in rows:
@@ -88,10 +88,10 @@ def print_ranking(console: Console, trials: list[Trial], target: Target) -> None
             table.add_row(*head, f"does not fit: {trial.reason}", "", "", "")
             continue
         times = f"{seconds(one.seconds_overlapped)} to {seconds(one.seconds_serial)}"
-        table.add_row(*head, gib(one.peak_bytes), gib(one.sent_bytes), times, _utilisation(one, target))
+        table.add_row(*head, gib(one.peak_bytes), gib(one.sent_bytes), times, _utilisation(one))
     console.print(table)
 
 
-def _utilisation(one: Estimate, target: Target) -> str:
-    low, high = (one.utilisation(t, target.chip.flops) for t in (one.seconds_serial, one.seconds_overlapped))
+def _utilisation(one: Estimate) -> str:
+    low, high = (one.utilisation(seconds) for seconds in (one.seconds_serial, one.seconds_overlapped))
     return f"{low:.0%} to {high:.0%}"

@@ -10,6 +10,7 @@ from rpo_jax.config import Config, MeshConfig
 from rpo_jax.models import ModelConfig
 from rpo_jax.tools.planning.estimate import Estimate
 from rpo_jax.tools.planning.targets import Target
+from rpo_jax.training.needs import checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ def micro_sizes(rows: int, shards: int) -> list[int]:
 
 
 def largest_micro_batch(compile_one: Try, known: Trial, rows: int, shards: int) -> tuple[Trial | None, list[Trial]]:
-    """The largest micro-batch that fits, of the whole batch and its halvings, and everything that was tried.
+    """The largest micro-batch that fits, of the whole batch, its halvings and the one known; everything that was tried.
 
     Args:
         known: the configuration, tried already.
     """
-    tried = []
-    for micro_rows in (None, *micro_sizes(rows, shards)):
+    tried, own = [], known.config.batch.micro_rows
+    sizes = {*micro_sizes(rows, shards), *([own] if own is not None and own < rows else [])}
+    for micro_rows in (None, *sorted(sizes, reverse=True)):
         config = with_micro_rows(known.config, micro_rows)
         tried.append(known if config == known.config else attempt(compile_one, config))
         if tried[-1].fits:
@@ -91,9 +93,10 @@ def meshes(config: Config, model: ModelConfig, devices: int) -> list[MeshConfig]
     return sorted(fitting, key=lambda mesh: (-mesh.fsdp * mesh.tensor, mesh.tensor))
 
 
-def least_bytes(model: ModelConfig, mesh: MeshConfig) -> float:
-    """Of parameters, a gradient and one slot of optimizer state, float32, on each device."""
-    return 3 * 4 * models.count_params(model) / (mesh.fsdp * mesh.tensor * mesh.expert * mesh.context)
+def least_bytes(config: Config, model: ModelConfig, mesh: MeshConfig) -> float:
+    """Of parameters, the optimizer's state and a gradient, on each device."""
+    whole = checkpoint_bytes(config, model) + 4 * models.count_params(model)
+    return whole / (mesh.fsdp * mesh.tensor * mesh.expert * mesh.context)
 
 
 def search(
@@ -113,8 +116,8 @@ def search(
         )
     for mesh in candidates:
         meshed = with_micro_rows(replace(config, mesh=mesh), None)
-        if config.lora.rank == 0 and least_bytes(model, mesh) > target.memory:
-            yield Trial(meshed, None, f"its state alone takes {least_bytes(model, mesh) / 2**30:.1f} GiB")
+        if config.lora.rank == 0 and (least := least_bytes(config, model, mesh)) > target.memory:
+            yield Trial(meshed, None, f"its state alone takes {least / 2**30:.1f} GiB")
             continue
         whole = attempt(compile_one, _with_remat(meshed, "dots"))
         yield whole
