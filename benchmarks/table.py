@@ -54,6 +54,12 @@ class Row:
     records: tuple[Record, ...]
 
     @property
+    def kind(self) -> tuple[Any, ...]:
+        """What a peer has in common with it: the work, what is trained, and in which numbers."""
+        spec = self.records[0]["spec"]
+        return self.workload, self.pairs, spec.get("lora_rank", 0), spec.get("dtype", "float32")
+
+    @property
     def done(self) -> list[Record]:
         return [record["measured"] for record in self.records if record["status"] == "ok"]
 
@@ -98,6 +104,7 @@ def make_rows(records: Iterable[Record]) -> list[Row]:
         if spec is None or spec["system"].startswith("ceiling-"):
             continue
         parts = [f"LoRA {rank}"] if (rank := spec.get("lora_rank")) else []
+        parts += [dtype] if (dtype := spec.get("dtype", "float32")) != "float32" else []
         parts += spec["settings"]
         if not spec["system"].startswith("ours") and spec["micro"] != spec["pairs"]:
             parts.append(f"{spec['pairs'] // spec['micro']} x {spec['micro']}")
@@ -107,9 +114,9 @@ def make_rows(records: Iterable[Record]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.workload, row.pairs))
 
 
-def fastest_peer(rows: Iterable[Row], workload: str, pairs: int) -> Row | None:
-    peers = [row for row in rows if (row.workload, row.pairs) == (workload, pairs) and row.done]
-    return min((row for row in peers if not row.system.startswith("ours")), key=lambda row: row.seconds, default=None)
+def fastest_peer(rows: Iterable[Row], own: Row) -> Row | None:
+    peers = [row for row in rows if row.kind == own.kind and row.done and not row.system.startswith("ours")]
+    return min(peers, key=lambda row: row.seconds, default=None)
 
 
 def _cells(row: Row, peer: Row | None, limit: float) -> list[str]:
@@ -143,7 +150,7 @@ def render(records: list[Record]) -> str:
     lines += ["", f"Ceiling: {limit / 1e9:,.0f} GFLOP/s.", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
-        lines.append("| " + " | ".join(_cells(row, fastest_peer(rows, row.workload, row.pairs), limit)) + " |")
+        lines.append("| " + " | ".join(_cells(row, fastest_peer(rows, row), limit)) + " |")
     return "\n".join(lines)
 
 

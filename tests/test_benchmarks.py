@@ -274,6 +274,22 @@ def test_the_table_compares_with_the_fastest_peer():
     assert cells["trl-best"]["seconds a step (min-max)"] == "out of memory"
 
 
+def test_a_peer_trains_the_same_weights_in_the_same_numbers():
+    records = [
+        _record("trl", [4.0]),
+        _record("trl", [9.0]),
+        _record("ours-cached", [3.0]),
+        _record("ours-cached", [1.0]),
+    ]
+    for record in records[1:3]:
+        record["spec"] |= {"lora_rank": 16}
+    records[3]["spec"] |= {"dtype": "bfloat16"}
+    rows = {row.system: row for row in table.make_rows(records)}
+    assert table.fastest_peer(rows.values(), rows["ours-cached (LoRA 16)"]) is rows["trl (LoRA 16)"]
+    assert table.fastest_peer(rows.values(), rows["trl"]) is rows["trl"]
+    assert table.fastest_peer(rows.values(), rows["ours-cached (bfloat16)"]) is None
+
+
 def test_the_table_goes_between_its_marks():
     document = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
     inserted = table.insert(document, "| new |")

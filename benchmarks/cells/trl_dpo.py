@@ -132,6 +132,7 @@ def measure(spec: CellSpec, folder: str) -> Measurement:
     measured = Measurement(step_seconds=clock.seconds[spec.warmup :], first_step_seconds=clock.first_step_seconds)
     measured.processor_seconds = clock.processor_seconds[spec.warmup :]
     measured.reference_seconds = built if cached else 0.0
+    measured.peak_device_bytes = torch.cuda.max_memory_allocated() if spec.device == "gpu" else 0
     measured.useful_tokens, measured.necessary_flops = timed_work(spec, pairs)
     measured.notes = {
         "torch": torch.__version__,
