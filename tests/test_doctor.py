@@ -184,15 +184,8 @@ def test_missing_data(seen, place):
 
 def test_prompts_of_rounds_that_are_not_here_are_not_fetched(seen, monkeypatch):
     monkeypatch.setattr("rpo_jax.data.hub._probe", lambda: pytest.fail("the hub was asked"))
-    rounds = (
-        "--train.rounds",
-        "1",
-        "--rounds.scorer",
-        "rule:x.py:f",
-        "--data.path",
-        "org/prompts",
-        "--data.eval_rows=0",
-    )
+    sources = "--model.path org/model --data.path org/prompts --data.eval_rows=0"
+    rounds = f"--train.rounds 1 --rounds.score rule:x.py:f {sources}".split()
     _, said = seen(*rounds, run=False)
     assert "org/prompts is not on this machine" in said
     assert "if it is a hub data set, it is fetched when the run starts" in said

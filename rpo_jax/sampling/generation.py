@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rpo_jax import models
 from rpo_jax.config import MeshConfig, RunConfig
 from rpo_jax.core.files import atomic_write, check_writable
 from rpo_jax.core.jsonl import GrowingFile, complete_lines, parse_json, write_jsonl

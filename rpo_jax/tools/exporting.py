@@ -80,7 +80,7 @@ def export(
         "overwrite": overwrite,
     }
     if adapter:
-        named, part = _base_name(base, record["base"], run_dir), within(policy.model_config, start)
+        named, part = _base_name(base, record["base"], run_dir), within(policy.model_config, str(start))
         return policy.save_adapter(out, trained, base=named, within=part, **settings)
     weights = _checked_base(base, record["base"], run_dir) if policy.trains_adapters else None
     # As the folder that the run started from had them; otherwise from the architecture.

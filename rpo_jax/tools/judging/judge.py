@@ -154,7 +154,7 @@ def _files(config: JudgeConfig) -> list[str]:
     return [str(Path(file).expanduser().resolve()) for file in (config.a, config.data or config.b)]
 
 
-def _check_out(out: Path, compared: Mapping[str, str]) -> None:
+def _check_out(out: Path, compared: Mapping[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder.")
     check_writable(out)  # before anything is paid for
