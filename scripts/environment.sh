@@ -24,9 +24,10 @@ if [ "$made" != "$wanted" ]; then
   pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt")
   # torch first and alone: its pin must be settled before another package asks for any torch. Its CPU build is in
   # PyTorch's own index, which uv knows; where that cannot be reached, whatever pip is set up to find.
-  "${pip[@]}" uv
-  UV_HTTP_RETRIES=0 "$venv/bin/uv" pip install --quiet --python "$python" --torch-backend cpu \
-    -c "$root/constraints.txt" torch 2>/dev/null || "${pip[@]}" torch
+  if ! { "${pip[@]}" uv && UV_HTTP_RETRIES=0 "$venv/bin/uv" pip install --quiet --python "$python" \
+    --torch-backend cpu -c "$root/constraints.txt" torch; } 2>/dev/null; then
+    "${pip[@]}" torch
+  fi
   "${pip[@]}" -e "${root}[test,minilm,quickstart${extras:+,$extras}]"
   echo "$wanted" > "$venv/.made-from"
 fi
