@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import re
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -176,6 +177,20 @@ def test_end_tokens_are_those_of_the_model_its_folder_and_the_tokenizer(tmp_path
     (tmp_path / "generation_config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="is not a JSON object"):
         end_tokens(tmp_path, model, tokenizer)
+
+
+@pytest.mark.parametrize(("earlier", "reason"), [(signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)])
+def test_a_closed_connection_asks_to_stop_unless_nohup_has_it_ignored(earlier, reason):
+    before = signal.signal(signal.SIGHUP, earlier)
+    stopping = Stopping(None)
+    stopping.defer()
+    try:
+        with stopping.listening():
+            signal.raise_signal(signal.SIGHUP)
+            assert stopping.requested("here") == reason
+        assert signal.getsignal(signal.SIGHUP) == earlier
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_step_that_compares_nothing_is_not_the_run_s_result(tmp_path, capsys):

@@ -66,7 +66,6 @@ def test_a_rule_decides_and_everything_is_written(files, rule, tmp_path, capsys)
     assert (out / "summary.md").read_text(encoding="utf-8") in printed
     page = (out / "summary.html").read_text(encoding="utf-8")
     assert "a.jsonl wins against b.jsonl about as often as not" in page
-    # Of three longer responses three won: those of a; that b's one longer response won is the same fact.
     assert "win rate where a.jsonl is longer" in page
     assert re.search(r"length-controlled win rate</td><td[^>]*>\d+\.\d % \(\d+\.\d to \d+\.\d %\)<", page)
     summary = summary_of(out)

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -42,6 +43,23 @@ def test_a_hub_name_without_a_hub_says_to_use_a_local_folder(monkeypatch, tmp_pa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"no folder org/model, and the Hugging Face hub .* Give a local folder"):
         models.resolve_folder("org/model")
+
+
+def test_weights_are_fetched_once(monkeypatch, tmp_path):
+    """Of repositories as gpt-oss's and Mistral's, which have them in their makers' format too."""
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "metal/model.bin", "pytorch_model.bin"]
+    fetched = []
+
+    def download(name, allow_patterns, ignore_patterns, local_files_only):
+        kept = filter_repo_objects([*wanted, *others], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        fetched.extend(kept)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("rpo_jax.data.hub.is_reachable", lambda: True)
+    models.resolve_folder("org/model")
+    assert fetched == wanted
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
