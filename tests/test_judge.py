@@ -111,6 +111,14 @@ def test_a_file_is_told_from_another_folder_s(rule, tmp_path, capsys):
     far = [responses(make(tmp_path / seed / "out") / "answers.jsonl", ["y" * n]) for n, seed in ((1, "s1"), (2, "s2"))]
     assert run(capsys, "--a", far[0], "--b", far[1], *common[2:], "--out", tmp_path / "far")[0] == 0
     assert [summary_of(tmp_path / "far")[side] for side in "ab"] == ["s1/out/answers.jsonl", "s2/out/answers.jsonl"]
+    # A project that has moved is the same one.
+    project = make(tmp_path / "project")
+    for n in (1, 2):
+        responses(project / f"{n}.jsonl", ["y" * n])
+    assert run(capsys, "--a", project / "1.jsonl", "--b", project / "2.jsonl", *common[2:])[0] == 0
+    project.rename(tmp_path / "moved")
+    moved = ("--a", tmp_path / "moved/1.jsonl", "--b", tmp_path / "moved/2.jsonl")
+    assert run(capsys, *moved, *common[2:])[0] == 0
 
 
 def make(folder):

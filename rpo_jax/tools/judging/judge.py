@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,7 @@ def judge_files(config: JudgeConfig, reporter: Reporter) -> dict[str, Any]:
     compared = pairs.comparisons(chosen_pairs, config.seed, both_orders=config.both_orders)
     out = Path(config.out or _default_out(config)).expanduser()
     # A folder that nobody named may be another comparison's; one that was named is replaced, as was asked.
-    _check_out(out, {} if config.out else {**_names(config), "task": config.task, "files": _files(config)})
+    _check_out(out, {} if config.out else {**_names(config), "task": config.task, "files": _files(config, out)})
     # Another process that judges into the same folder would pay for the same verdicts.
     with one_writer(out, "--out"):
         return _judged(config, len(chosen_pairs), compared, out, reporter)
@@ -106,7 +107,7 @@ def _judged(
     }
     result = {
         **_names(config),
-        "files": _files(config),
+        "files": _files(config, out),
         "task": config.task,
         "judge": judge.name,
         "seed": config.seed,
@@ -149,9 +150,14 @@ def _names(config: JudgeConfig) -> dict[str, str]:
     return {"a": a, "b": b}
 
 
-def _files(config: JudgeConfig) -> list[str]:
-    """Which two files they are: other folders have others of the same names."""
-    return [str(Path(file).expanduser().resolve()) for file in (config.a, config.data or config.b)]
+def _files(config: JudgeConfig, out: Path) -> list[str]:
+    """Which two files they are, seen from `out`, as a project may move: other folders have others of their names."""
+
+    def named(file: str) -> str:  # a hub's name as it is
+        place = Path(file).expanduser()
+        return os.path.relpath(place.resolve(), out.resolve()) if place.exists() else file
+
+    return [named(config.a), named(config.data or config.b)]
 
 
 def _check_out(out: Path, compared: Mapping[str, Any]) -> None:
@@ -160,7 +166,7 @@ def _check_out(out: Path, compared: Mapping[str, Any]) -> None:
     check_writable(out)  # before anything is paid for
     if out.is_dir() and any(out.iterdir()) and not (out / summary.SUMMARY).is_file():
         raise ValueError(f"--out {out} holds something else; name a folder of its own.")
-    if (out / summary.SUMMARY).is_file():
+    if compared and (out / summary.SUMMARY).is_file():
         before = read_json(out, summary.SUMMARY)
         for key, value in compared.items():
             if before.get(key, value) != value:

@@ -57,10 +57,13 @@ _COMPARISONS = tuple(
     )
 )
 _CONTRACTED = re.compile(r"n['’]t\b")  # wouldn't, isn't
+_NEXT = rf"but|so|yet|though|although|however|while|whereas|because|and(?!\s+{_LABEL}\s+(?:are|differ|have|were)\b)"
+_CLAUSE = rf"(?:(?!\b(?:{_NEXT})\b)[^.,;:()—–\n])*"  # up to where another may begin
 _DENIED = re.compile(  # what is said not to be so
-    r"\b(?:not|never)\s+(?:agree|argue|believe|certain|claim|consider|convinced|feel|find|say|see|sure|think)\b[^.,;\n]*"
+    r"\b(?:not|never)\s+(?:agree|argue|believe|certain|claim|consider|convinced|feel|find|say|see|sure|think)\b"
+    + _CLAUSE
 )
-_NEITHER = re.compile(r"\bneither\b[^.,;\n]*\bnor\b[^.,;\n]*")  # what is said of both picks none
+_NEITHER = re.compile(rf"\bneither\b{_CLAUSE}\bnor\b{_CLAUSE}")  # what is said of both picks none
 _TIE = re.compile(
     r"\b(?:a\s+tie|tied?|equally\s+\w+|neither|no\s+(?:clear\s+)?(?:preference|difference)|both\s+are\s+the\s+same)\b"
 )
