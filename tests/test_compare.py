@@ -183,9 +183,18 @@ def test_what_would_part_a_table_s_cells_is_escaped():
     )
 
 
-def test_a_table_s_name_is_part_of_a_file_s(tmp_path):
-    with pytest.raises(ValueError, match=r"tables: 'main/first' is part of a file's name"):
-        read_study(study_file(tmp_path, tables={"main/first": STUDY["tables"]["main"]}))
+def test_what_a_study_gives_to_all_is_left_out_where_it_would_not_be_read(tmp_path):
+    base = {**BASE, "model.tokenizer": "t", "contrast.weights_on": "loss", "reference.path": "r"}
+    study = read_study(study_file(tmp_path, base=base))
+    cell = study.points(study.tables[0].rows[0], 0)[0]
+    assert (cell.config().model.tokenizer, cell.config().contrast.weights_on) == ("train", "loss")
+    start = cell.beginning().config()
+    assert (start.model.tokenizer, start.contrast.weights_on, start.reference.path) == ("t", "score", None)
+
+
+def test_a_frontier_s_name_is_part_of_a_file_s(tmp_path):
+    with pytest.raises(ValueError, match=r"frontiers: 'main/first' is part of a file's name"):
+        read_study(study_file(tmp_path, frontiers={"main/first": STUDY["tables"]["main"]}))
 
 
 @pytest.mark.slow

@@ -269,6 +269,8 @@ def test_what_would_not_be_read_is_refused(arguments, said):
         (["--train.save_steps=1"], "did you mean train.save_every?"),
         (["--objective.rpo_alpha=1"], "did you mean objective.nll_weight?"),
         (["--label_smoothing=0.1"], "did you mean objective.label_smoothing?"),
+        (["--embedding.batch_size=8"], "did you mean embedding.batch_texts?"),
+        (["--data.batch_size=8"], "did you mean batch.pairs?"),
         (["--optim.b1=1"], "optim.b1=1.0 must be at least 0, and below 1"),
     ],
 )
@@ -292,6 +294,8 @@ def test_a_file_of_comments_changes_nothing_and_a_runs_own_says_what_it_said(tmp
     assert "means nothing to objective.name=dpo" in refusal(["--config", str(file)])
     (tmp_path / "run_id").touch()  # as earlier runs recorded it, whatever the objective
     assert load_config(file).objective.name == "dpo"
+    file.write_text("optim: {weight_decay: 0.01}\nreference: {path: r, mode: none}\nmodel: {path: m, tokenizer: t}\n")
+    assert load_config(file, ["data.eval_split=dev"]).optim.weight_decay == 0.01
 
 
 def test_a_group_that_does_not_divide_lists_those_that_do():

@@ -13,7 +13,7 @@ from rpo_jax.config.data import BatchConfig, DataConfig, EmbeddingConfig
 from rpo_jax.config.guard import GuardConfig
 from rpo_jax.config.model import LoraConfig, PolicyConfig, ReferenceConfig
 from rpo_jax.config.objective import ContrastConfig, ObjectiveConfig, OptimConfig
-from rpo_jax.config.resolve import Method, options_taken, resolve, with_defaults_taken
+from rpo_jax.config.resolve import Method, check_unread, options_taken, resolve, with_defaults_taken
 from rpo_jax.config.rounds import RoundsConfig
 from rpo_jax.config.run import DistributedConfig, MeshConfig, RunConfig, TrackingConfig, TrainConfig
 
@@ -37,6 +37,7 @@ __all__ = [
     "RunConfig",
     "TrackingConfig",
     "TrainConfig",
+    "check_unread",
     "options_taken",
     "resolve",
     "with_defaults_taken",

@@ -202,8 +202,3 @@ class OptimConfig:
             raise ConfigError(f"optim.decay_share={self.decay_share} must be more than 0, and at most 1.")
         if self.warmup_steps < 0 or not self.weight_decay >= 0:
             raise ConfigError("optim.warmup_steps and optim.weight_decay must not be negative.")
-        if self.name == "rmsprop" and self.weight_decay:
-            raise ConfigError(
-                f"optim.weight_decay={self.weight_decay} is not used by optim.name=rmsprop, the default; leave it out, "
-                "or set optim.name to adamw, lion, adafactor or muon."
-            )

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_loader
 
 from rpo_jax.config import Config, ConfigError
 from rpo_jax.config.presets import config_file, packaged
+from rpo_jax.config.resolve import check_unread
 from rpo_jax.config.synonyms import meant, named_elsewhere
 from rpo_jax.core.yaml_text import MAX_INTEGER, parse_yaml, read_yaml
 
@@ -55,7 +56,8 @@ def _reject_unknown(keys: Iterable[str], where: str) -> None:
         section = key.partition(".")[0]
         # In a section that exists, another section's likely spelling is no help: its own keys are.
         choices = [name for name in known if name.startswith(f"{section}.")] if section in _SECTIONS else known
-        near = named_elsewhere(key) or difflib.get_close_matches(key, choices, n=1, cutoff=0.8)
+        named, alike = named_elsewhere(key), difflib.get_close_matches(key, choices, n=1, cutoff=0.8)
+        near = named if named and (named[0] in choices or not alike) else alike
         near = near or meant(key, (name for name in known if "." in name))
         near = near or difflib.get_close_matches(key, choices, n=1, cutoff=0.8 if section in _SECTIONS else 0.5)
         if near:
@@ -175,6 +177,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
     file that it stands in.
     """
     expanded: list[str] = []
+    files: list[Path] = []
     origins: dict[str, _Given] = {}
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
@@ -194,6 +197,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
             if not equals and following.startswith("--"):
                 raise ValueError("--config needs a file after it, or a preset's name, such as quickstart.")
             file = config_file(value if equals else following)
+            files.append(file)
             sections = _read_yaml(file)
             for section, values in sections.items():
                 origins |= {f"{section}.{key}": _Given(str(file), one) for key, one in values.items()}
@@ -214,8 +218,8 @@ def parse_config(arguments: Sequence[str]) -> Config:
         _check_numbers(read.as_dict(), "")
         parsed = parser.instantiate(read)
         config = Config(**{section: parsed[section] for section in _SECTIONS})
-        if (given := origins.get("objective.label_smoothing")) and not (Path(given.where).parent / "run_id").is_file():
-            config.objective.check_smoothing()
+        if not any((file.parent / "run_id").is_file() for file in files):  # a run's own is as it was accepted
+            check_unread(config)
     except ConfigError as error:
         raise ValueError(_with_its_file(str(error), origins)) from None
     except ArgumentError as error:

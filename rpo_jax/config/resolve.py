@@ -80,11 +80,6 @@ def resolve(config: Config) -> Method:
     _check_matrix(config, objective)
     _check_columns(config, objective)
     _check_batch(config)
-    if config.model.path is not None and config.model.tokenizer != type(config.model)().tokenizer:
-        raise ConfigError(
-            f"model.tokenizer={config.model.tokenizer} is for a new model, and model.path={config.model.path} has a "
-            "tokenizer of its own; leave it out, or put the other one's files into that folder."
-        )
     _check_reference(config, objective)
     _check_rounds(config, objective)
     weights = contrast.weights or objective.weights
@@ -164,13 +159,36 @@ def _check_matrix(config: Config, objective: Objective) -> None:
         )
 
 
-def _check_columns(config: Config, objective: Objective) -> None:
-    name, data = config.objective.name, config.data
-    if data.eval_path is None and data.eval_split != type(data)().eval_split:
+def check_unread(config: Config) -> None:
+    """ConfigError for a setting that nothing would read.
+
+    Not part of `resolve`: an earlier release may have made a run with one, and that run is still to be read.
+    """
+    data, model, optim, reference = config.data, config.model, config.optim, config.reference
+    config.objective.check_smoothing()
+    if model.path is not None and model.tokenizer != type(model)().tokenizer:
+        raise ConfigError(
+            f"model.tokenizer={model.tokenizer} is for a new model, and model.path={model.path} has a tokenizer of its "
+            "own; leave it out, or put the other one's files into that folder."
+        )
+    if data.eval_path is None and data.eval_split != (default := type(data)().eval_split):
         raise ConfigError(
             f"data.eval_split={data.eval_split} is a split of data.eval_path, which is not given; name the data there, "
-            "as in data.path, or leave it out."
+            f"as in data.path, or leave it out, which is data.eval_split={default}."
         )
+    if optim.name == "rmsprop" and optim.weight_decay:
+        raise ConfigError(
+            f"optim.weight_decay={optim.weight_decay} is not used by optim.name=rmsprop, the default; leave it out, "
+            "or set optim.name to adamw, lion, adafactor or muon."
+        )
+    used = config.objective.build().uses_reference
+    if reference.path is not None and (not used or reference.mode == "none"):
+        why = "reference.mode=none asks for none" if used else f"objective.name={config.objective.name} uses none"
+        raise ConfigError(f"reference.path={reference.path} would not be read: {why}; leave it out.")
+
+
+def _check_columns(config: Config, objective: Objective) -> None:
+    name, data = config.objective.name, config.data
     if data.weight is not None and not _averages_entries(objective):
         raise ConfigError(
             f"data.weight={data.weight} weights entries of the contrast matrix, whose mean objective.name={name} does "
@@ -221,9 +239,6 @@ def _check_reference(config: Config, objective: Objective) -> None:
             f"reference.adaptive weighs references by pairs, but data.pairing is {config.data.pairing}; set it to "
             "paired, or give reference.weights."
         )
-    if config.reference.path is not None and (not objective.uses_reference or mode == "none"):
-        why = "reference.mode=none asks for none" if objective.uses_reference else f"objective.name={name} uses none"
-        raise ConfigError(f"reference.path={config.reference.path} would not be read: {why}; leave it out.")
     if not objective.uses_reference and config.reference.others:
         raise ConfigError(
             f"objective.name={name} uses no reference, so reference.others would not be read; leave it out."

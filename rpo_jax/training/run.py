@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from rpo_jax import models
-from rpo_jax.config import Config, options_taken, resolve, with_defaults_taken
+from rpo_jax.config import Config, check_unread, options_taken, resolve, with_defaults_taken
 from rpo_jax.core.files import WriteFailed, atomic_write
 from rpo_jax.core.memory import explaining_memory
 from rpo_jax.hosts import processes, sharding
@@ -143,6 +143,8 @@ def _run(asked: _Asked) -> RunResult:
     if config.run.resume == "auto" and processes.is_main():
         set_aside_damaged(run_dir / CHECKPOINTS, reporter.say)
     resuming = stopping.started = check_run_folder(config, run_dir)
+    if not resuming:
+        check_unread(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch.pairs, config.batch.micro_rows, mesh)
     trim_after_compiling()

@@ -31,7 +31,7 @@ from rpo_jax.tasks import quickstart
 from rpo_jax.tasks.gold import GoldTask, make_rows, win
 from rpo_jax.tasks.scored import Row, ScoredTask
 from rpo_jax.tools.comparing.measure import divergences
-from rpo_jax.tools.comparing.study import START, Cell, FileTask, Settings, configured
+from rpo_jax.tools.comparing.study import START, Cell, FileTask, configured
 from rpo_jax.tools.exporting import export
 from rpo_jax.tools.judging.pairs import prompt_of
 from rpo_jax.tools.sampling.rounds import run
@@ -100,7 +100,7 @@ class CellRunner:
         start = self._start(cell)
         if not cell.settings and cell.pretrained is not None:
             return {"metrics": {}} | (self._scored(cell, files, start) if isinstance(cell.task, ScoredTask) else {})
-        changes: Settings = {**(cell.settings or cell.start), "run.seed": cell.seed, "run.overwrite": True}
+        changes = cell.training() | {"run.overwrite": True}
         changes |= {"run.dir": run_dir, "run.cache_dir": self.cache_dir, "data.path": files["train"]}
         if not isinstance(cell.task, ScoredTask):
             changes["data.eval_path"] = files["held_out"]

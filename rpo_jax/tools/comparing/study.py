@@ -98,12 +98,15 @@ class Cell:
         """The model that it starts from as it is; None where that is fine-tuned first."""
         return None if "objective.name" in self.start else str(self.start["model.path"])
 
+    def training(self) -> Settings:
+        """The settings of its training run, without those that a study gives to all and this run would not read."""
+        unread = ("model.tokenizer",) if self.settings else ("reference.path", "contrast.weights_on")
+        given = {**(self.settings or self.start), "run.seed": self.seed}
+        return {key: value for key, value in given.items() if key not in unread}
+
     def config(self) -> Config:
         """Its training configuration without folders; ValueError for what cannot be trained so."""
-        changes = {**(self.settings or self.start), "run.seed": self.seed}
-        if self.settings:
-            changes["model.path"] = START
-        config = configured(changes)
+        config = configured(self.training() | ({"model.path": START} if self.settings else {}))
         models.check_choices(config.model, config.lora)
         return config
 
@@ -337,7 +340,9 @@ def _grid(grid: Any, method: str) -> dict[str, list[Any]]:
 
 def _tables(key: str, content: Mapping[str, Any], methods: Mapping[str, Settings]) -> tuple[Table, ...]:
     tables = _mapping(content.get(key), key)
-    if wrong := next((name for name in tables if not re.fullmatch(r"[\w.-]+", str(name))), None):
+    # A frontier's picture is a file with its name.
+    names = tables if key == "frontiers" else ()
+    if wrong := next((name for name in names if not re.fullmatch(r"[\w.-]+", str(name))), None):
         raise ValueError(f"{key}: {wrong!r} is part of a file's name: give letters, digits, '_', '-' and '.' alone.")
     return tuple(_table(f"{key}: {name}", name, of, methods) for name, of in tables.items())
 
