@@ -17,7 +17,8 @@
 # CACHE=FOLDER   compiled programs, embeddings and reference log-probs (.cache/rpo_jax; best on a disk all hosts share)
 # EXTRAS=cuda    optional dependencies to install: cuda or tpu
 # RPO_JAX_SECRET keeps strangers out of the run; ssh carries it to no host: set it there, as in ~/.ssh/environment
-# GRACE_SECONDS  how long processes may take to save and leave when the launcher is stopped, or one of them fails (90)
+# GRACE_SECONDS  how long processes may take to save and leave when the launcher is stopped, or one of them fails (90);
+#                with --hosts a stopped launcher's connections end at once, and the processes there save by themselves
 # DRY_RUN=1      print the command of every process and do nothing
 #
 # One process per host, because a process drives all devices of its host. Ends with 0 if all processes do; where one
@@ -103,17 +104,17 @@ end_all() { # let them leave by themselves if they are about to, then make them
   done
 }
 interrupted() {
-  trap '' INT TERM
-  echo "stopping ${#number[@]} processes" >&2
+  trap '' INT TERM HUP
+  echo "stopping ${#number[@]} processes" >&2 || true # with a terminal that is gone too
   exec 2> /dev/null # bash would tell of every job that it ends
   stop_all TERM; end_all "$GRACE_SECONDS"; stop_all KILL
   exit 130
 }
-trap interrupted INT TERM
+trap interrupted INT TERM HUP
 
 set -m # a process group each, so that what a process has started ends with it
 for ((i = 0; i < count; i++)); do
-  become "${hosts[i]:-}" "$(command_of "$i" "$@")" < /dev/null > >(trap '' INT TERM; exec sed -u "s/^/[$i] /") 2>&1 &
+  become "${hosts[i]:-}" "$(command_of "$i" "$@")" < /dev/null > >(trap '' INT TERM HUP; exec sed -u "s/^/[$i] /") 2>&1 &
   number[$!]=$i
 done
 

@@ -13,6 +13,7 @@
 #                      the processes find each other by what GKE tells TPU pods.
 # DRY_RUN=1            print the command and do nothing
 set -euo pipefail
+trap 'exit 143' TERM # process 1 ignores it else; heeded when the step of the setup that runs has ended
 SOURCE=${SOURCE:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 WORK=${WORK:-/tmp/rpo_jax}
 

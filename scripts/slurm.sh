@@ -9,7 +9,8 @@
 #
 # What follows the script's name goes to every process of rpo_jax.train, with --resume auto: a job that was requeued, or
 # submitted again, goes on after its newest checkpoint, also on another number of nodes. Five minutes before its time is
-# up the processes are told to save, and the job ends: submit it again, or chain jobs by --dependency=afterany.
+# up (a short job gives less, as in sbatch --signal=TERM@30) the processes are told to save, and the job ends: submit it
+# again, or chain jobs by --dependency=afterany.
 #
 # CACHE=FOLDER   compiled programs, embeddings and reference log-probs (.cache/rpo_jax here), shared by all nodes
 # VENV=FOLDER    the environment (.venv here); where compute nodes reach no registry, make it first on a login node:

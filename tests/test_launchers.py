@@ -141,18 +141,22 @@ def test_a_pod_has_its_own_copy_of_the_code_and_starts_its_process_there(tmp_pat
     assert done.stdout.endswith("--distributed.num_processes 2 --distributed.process_id 1\n")
     assert not (work / ".venv").exists()
     assert (tmp_path / "cache").is_dir()
-    # It saves and ends well when it is asked to stop, and the pod does not count as done.
+    # It saves and ends well when it is asked to stop, and the pod does not count as done; nor does it train afterwards.
     (source / "tell").write_text(
         '#!/bin/sh\ntrap "sleep 1; echo saved; exit" TERM\necho here\nwhile :; do sleep 0.1; done\n'
     )
-    pod = subprocess.Popen(
-        ["bash", str(SCRIPTS / "pod.sh"), "--config", "c.yaml"], env={**os.environ, **places}, stdout=subprocess.PIPE
-    )
-    with pod.stdout as said:
-        assert said.readline() == b"here\n"
-        pod.send_signal(signal.SIGTERM)
-        assert pod.wait(60) == 143
-        assert said.read() == b"saved\n"
+    for setup, last in (("", b"saved\n"), ("echo here\nsleep 1\n", b"")):
+        (source / "scripts/environment.sh").write_text(f"python=$PWD/tell\n{setup}", encoding="utf-8")
+        pod = subprocess.Popen(
+            ["bash", str(SCRIPTS / "pod.sh"), "--config", "c.yaml"],
+            env={**os.environ, **places},
+            stdout=subprocess.PIPE,
+        )
+        with pod.stdout as said:
+            assert said.readline() == b"here\n"
+            pod.send_signal(signal.SIGTERM)
+            assert pod.wait(60) == 143
+            assert said.read() == last
 
 
 def test_slurm_starts_one_process_for_each_gpu():
@@ -253,10 +257,12 @@ def test_a_process_that_fails_stops_the_others_and_gives_its_status(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("left-*")) == ["left-0", "left-2"]
 
 
-def test_an_interrupted_launcher_leaves_no_process_behind(tmp_path):
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_launcher_leaves_no_process_behind(asked, tmp_path):
     saving = 'trap "sleep 1; echo saved $number; exit" TERM\n'
     lines = f"{saving}echo $$ > {tmp_path}/pid-$number\nsleep 300 & wait\n"
-    command = ["bash", str(SCRIPTS / "launch.sh"), "--local", "2", "--no-setup"]
+    # These tests may run under nohup.
+    command = ["env", "--default-signal=HUP", "bash", str(SCRIPTS / "launch.sh"), "--local", "2", "--no-setup"]
     launcher = subprocess.Popen(
         [*command, "--program", program(tmp_path, lines), "--", *RUN],
         stdout=subprocess.PIPE,
@@ -267,7 +273,7 @@ def test_an_interrupted_launcher_leaves_no_process_behind(tmp_path):
         (tmp_path / f"pid-{number}").exists() and (tmp_path / f"pid-{number}").read_text() for number in (0, 1)
     ):
         time.sleep(0.1)
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(asked)
     assert launcher.wait(60) == 130
     with launcher.stdout as said:
         assert sorted(said) == ["[0] saved 0\n", "[1] saved 1\n"]  # their last words arrive too
