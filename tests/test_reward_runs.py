@@ -60,7 +60,7 @@ def scores_of_checkpoint(run, folder):
     for one in tokenize_examples(examples, tokenizer, TokenLimits(40, 120, "keep_end", "chat"))[0]:
         ids = np.concatenate([one.prompt_ids, one.responses[0].ids])[None]
         hidden = models.hidden_states(model_config, params, jnp.asarray(ids), segment_ids=jnp.ones_like(ids))
-        last = ids.shape[1] - 1 - (ids[0, -1] == padding_id(tokenizer))
+        last = ids.shape[1] - 1 - (ids[0, -1] == padding_id(tokenizer, model_config.vocab_size))
         scores.append(float(hidden[0, last] @ kernel))
         found.append(ids)
     return np.array(scores), found

@@ -22,7 +22,7 @@ from rpo_jax.data.table_rows import read_dataset, read_parquet
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _FILE_SUFFIX = re.compile(r"\.(?!v\d)[A-Za-z]\w*")  # not `.1` or `.v2`, which end many a hub name
 _SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|validation|valid|val|dev|test|eval)(?![a-z])")
-_SHARD = re.compile(r"([^-]+)-\d{5}-of-\d{5}\.")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}[-.]")
 _READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     ".jsonl": read_json_lines,
     ".jsonl.gz": read_json_lines,
@@ -115,7 +115,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row | BadRow]:
         if not _SPLIT_WORD.search(name.lower()):
             return True
         shard = _SHARD.search(name)  # whose split stands before its number: train_prefs is not train
-        text, end = (name, "(?![A-Za-z])") if shard is None else (shard[1], "$")
+        text, end = (name, "(?![A-Za-z])") if shard is None else (shard[1], "(?!_?[A-Za-z])")
         return re.search(word + end, text, re.IGNORECASE) is not None
 
     wanted = [file for file in files if is_wanted(file.name)]

@@ -225,8 +225,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that rows of a batch end with where they are shorter: the end token where there is none for it."""
-    token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def padding_id(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
+    """The token that rows of a batch end with where they are shorter: the end token where there is none for it.
+
+    Args:
+        rows: of the embedding; a padding token beyond them is none.
+    """
+    token_id = tokenizer.pad_token_id
+    if not isinstance(token_id, int) or token_id >= rows:
+        token_id = tokenizer.eos_token_id
     assert isinstance(token_id, int), "a tokenizer without EOS is refused with the data"
     return token_id

@@ -280,6 +280,7 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
 
 # Of the settings, those that make another run; of another model, base or optimizer nothing could go on.
 IDENTITY = ("objective.name", "objective.bco_shift", "data.pairing", "data.mix")
+LIMITS = {"data.max_tokens", "data.max_prompt_tokens"}
 
 
 # Settings of rounds that say nothing of what a round trains on.
@@ -354,7 +355,8 @@ def check_resumable(folder: Path, record: dict[str, Any], reporter: Reporter, fo
     # Checkpoints of earlier versions say neither what their data was nor how long they were to be.
     if saved.get("data", record["data"]) != record["data"]:
         others.append("other training data")
-    elif saved.get("labels", record["labels"]) != record["labels"]:
+    # With other limits, other examples may be too long to be told apart, and are left out.
+    elif saved.get("labels", record["labels"]) != record["labels"] and not changed.keys() & LIMITS:
         others.append("other labels, scores or weights of the same training data")
     before, now = saved.get("total_steps"), record["total_steps"]
     if before not in (None, now) and record["config"]["optim"]["schedule"] not in ("constant", "inverse_sqrt"):

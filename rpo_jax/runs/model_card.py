@@ -149,6 +149,7 @@ def _settings(config: Config, step: int, epochs: str | None) -> list[tuple[str, 
         "objective.name": config.objective.name,
         **{f"objective.{name}": value for name, value in method.objective.options_in_use().items()},
         "contrast.weights": method.weights,
+        "contrast.weights_on": "loss" if method.weights_on == "loss" else None,
     }
     if method.weights == "embedding":
         chosen |= of("contrast", "temperature", "perplexity", "group") | {"contrast.perplexity": method.perplexity}

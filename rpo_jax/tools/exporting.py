@@ -91,7 +91,8 @@ def export(
         names = ("template", "template_arguments", "max_prompt_tokens", "max_tokens", "truncation_side")
         rendering = {name: getattr(config.data, name) for name in names}
         kernel = np.asarray(of_heads[reward.NAME]["kernel"])
-        settings["reward"] = models.RewardHead(kernel, padding_id(tokenizer), rendering)
+        padding = padding_id(tokenizer, policy.model_config.vocab_size)
+        settings["reward"] = models.RewardHead(kernel, padding, rendering)
     ends = end_tokens(run_dir / MODEL, policy.model_config, tokenizer, arguments)
     return policy.save(out, trained, weights, end_ids=ends, **settings)
 
@@ -136,10 +137,21 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
 
 
 def within(model: models.ModelConfig, base: str) -> str | None:
-    """The module of the base that holds the model's layers, where the base is more than text."""
-    if not models.FAMILIES[model.family].multimodal:
+    """The module of the base that holds the model's layers, where the base is more than text.
+
+    Of the base its config.json is read alone. Raises ValueError where there is none.
+    """
+    from transformers import PretrainedConfig
+
+    kinds = models.FAMILIES[model.family].multimodal
+    if not kinds:
         return None
-    return "language_model" if models.is_text_part(models.resolve_folder(base), model) else None
+    try:
+        values, _ = PretrainedConfig.get_config_dict(str(Path(base).expanduser()))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"No config.json of the base {base}: {reason} (--base says where the base is)") from None
+    return "language_model" if values.get("model_type") in kinds else None
 
 
 def _base_name(base: str | None, recorded: Mapping[str, str], run_dir: Path) -> str:

@@ -317,7 +317,7 @@ def make_setup(
         total_steps,
         eval_paired=prepared.held_out is not None and eval_pairing(config.data.pairing, prepared.held_out) == "paired",
         reference_config=architecture,
-        pad_id=padding_id(prepared.tokenizer),
+        pad_id=padding_id(prepared.tokenizer, model_config.vocab_size),
     )
 
     # Loaded at once for a new run; a resumed one needs them only if the reference is made of them, or if they are

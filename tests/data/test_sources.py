@@ -140,6 +140,11 @@ def test_the_split_of_a_shard_is_all_that_stands_before_its_number(tmp_path):
         read_rows(tmp_path)
     write(tmp_path / "ours_train-00000-of-00001.jsonl", json.dumps(RECORDS[0]))
     assert values(read_rows(tmp_path)) == [RECORDS[0]]
+    for number, end in enumerate(("", "-a1b2c3d4e5f60718")):  # the hub's older names end in a hash
+        (tmp_path / f"parts{number}").mkdir()
+        write(tmp_path / f"parts{number}" / f"train-part-00000-of-00001{end}.jsonl", json.dumps(RECORDS[1]))
+        write(tmp_path / f"parts{number}" / f"train_sft-00000-of-00001{end}.jsonl", json.dumps(RECORDS[0]))
+        assert values(read_rows(tmp_path / f"parts{number}")) == [RECORDS[1]]
 
 
 def test_a_folder_with_train_and_test_files_is_read_by_split(tmp_path):

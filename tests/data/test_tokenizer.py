@@ -9,6 +9,7 @@ from rpo_jax.data.tokenizer import (
     DEFAULT_CHAT_TEMPLATE,
     SPECIAL_TOKENS,
     load_tokenizer,
+    padding_id,
     tokenizer_fingerprint,
     train_tokenizer,
 )
@@ -32,6 +33,11 @@ def test_any_text_survives_encoding(tokenizer, text):
 def test_special_tokens_are_one_token_each(tokenizer):
     assert tokenizer("".join(SPECIAL_TOKENS), add_special_tokens=False)["input_ids"] == list(range(len(SPECIAL_TOKENS)))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
+
+
+def test_a_padding_token_without_a_row_pads_nothing(tokenizer):
+    assert padding_id(tokenizer, len(tokenizer)) == tokenizer.pad_token_id
+    assert padding_id(tokenizer, tokenizer.pad_token_id) == tokenizer.eos_token_id
 
 
 def test_other_programs_see_what_training_saw(tokenizer):
