@@ -21,7 +21,7 @@ __all__ = ["compare", "main"]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rpo_jax.compare", description=__doc__)
     add = parser.add_argument
-    add("--config", required=True, type=Path, help="the study: a YAML file, or compare_small, frontier_small")
+    add("--config", required=True, type=Path, help="the study: a YAML file, or a preset's name, as compare_small")
     add("--out", required=True, type=Path, help="folder of cells and reports; what is there is kept")
     add("--cache-dir", type=Path, default=RunConfig().cache_dir, help="as run.cache_dir")
     add("--report", action="store_true", help="run nothing: report what is there")

@@ -14,10 +14,12 @@ class DataConfig:
     """Which preferences to train on, and how they become tokens.
 
     Args:
-        path: a JSON, JSONL, CSV, TSV (.gz too) or Parquet file, a folder of them, an Arrow folder, or a hub data set.
+        path: a JSON, JSONL, CSV, TSV (.gz too) or Parquet file, a folder of them, an Arrow folder, or a hub data set,
+            as `owner/name` or `owner/name:config`.
         mix: several sources in place of `path`, each with how often an epoch draws each of its examples, as in
             `{a.jsonl: 1, b.jsonl: 0.5}`: with 0.5 one half in one epoch, the other in the next.
-        split: split of a hub data set or of an Arrow folder with several.
+        split: split of a hub data set or of an Arrow folder with several; of a folder of files, those whose names speak
+            of another split are left out.
         eval_path: held-out data, read like `path`.
         eval_split: split of `eval_path`.
         eval_rows: without `eval_path`: hold out this many usable examples from the end of `path`.

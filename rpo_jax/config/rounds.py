@@ -36,8 +36,8 @@ class RoundsConfig:
         eval_prompts: held-out prompts (data.eval_rows, data.eval_path) that are answered, for the reward and the KL to
             the start.
         eval_every: rounds between these evaluations.
-        judge: settings of the judge: task, both_orders, price_in, price_out, max_cost, yes, cache, endpoint. One that
-            is an endpoint needs `yes: true` or max_cost, the most dollars of all rounds together.
+        judge: settings of the judge: task, both_orders, price_in, price_out, max_cost, yes, cache, request, seed,
+            endpoint. One that is an endpoint needs `yes: true` or max_cost, the most dollars of all rounds together.
     """
 
     score: str | None = None

@@ -41,7 +41,7 @@ def help_text(command: str, about: str, topic: str, options: Sequence[tuple[str,
     title, _, rest = about.partition("\n\n")
     lines = [
         ("--config FILE", "YAML of sections and keys, or a preset; several are merged in order"),
-        ("--section.key VALUE", "one key, after the files; VALUE as in YAML"),
+        ("--section.key VALUE", "one key, after the files: what comes later wins; VALUE as in YAML"),
         *options,
         ("--help SECTION", f"a section's keys with default and meaning; --help {ALL}: of every section"),
     ]
