@@ -48,7 +48,7 @@ def _train(arguments: Sequence[str]) -> int:
     if result.stopped is None and processes.is_main():
         print(f"done: {summary(result.metrics)}")
         print_text(f"checkpoint {result.checkpoint}")
-        print_text(f"export it: python -m rpo_jax.export --run {result.run_dir} --out {result.run_dir}/hf")
+        print_text(f"export it: python -m rpo_jax.export --run {result.run_dir} --out {result.run_dir}-hf")
     return 0
 
 

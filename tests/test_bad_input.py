@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from rpo_jax import models, train
@@ -11,6 +12,7 @@ from rpo_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from rpo_jax.sampling.policy import find_policy
 from rpo_jax.tools.judging.local import RewardJudge
 from rpo_jax.tools.planning.workload import planned_model
+from rpo_jax.training.prepare import look_alike
 from tests.runs import configured, preference_rows, settings, write_rows
 from tests.worlds import small_model
 
@@ -358,6 +360,28 @@ def test_gguf_is_named_with_the_command_that_converts_it(refused, place):
         with pytest.raises(ValueError, match="is GGUF"):
             RewardJudge(name)
     assert f"save_pretrained('{folder}/tea.Q4_0')" in refused({"model.path": file})
+
+
+def test_an_adapter_and_a_run_are_no_models_yet(refused, place, finished):
+    adapter = place.folder / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "is an adapter without its base; merge it first, by peft's AutoPeft" in refused({"model.path": adapter})
+    assert f"is a run; first python -m rpo_jax.export --run {finished} --out" in refused({"model.path": finished})
+
+
+def test_held_out_rows_of_a_sorted_file(refused, place):
+    rows = [{"prompt": f"p{i}", "completion": "a", "label": i > 2} for i in range(10)]
+    file = place.file("sorted.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    kto = {"objective.name": "kto", "contrast.weights": "null", "data.pairing": "unpaired"}
+    error = refused({**kto, "data.path": file, "data.eval_rows": 4})
+    assert "Held-out data (the last data.eval_rows=4 of the data; shuffle it, or give data.eval_path): None of" in error
+
+
+def test_texts_that_an_encoder_cannot_tell_apart():
+    same, other = np.array([0.6, 0.8]), np.array([1.0, 0.0])
+    assert look_alike(["a", "b", "c", "a"], [same, same + 1e-7, other, same]) == 2
+    assert look_alike(["a", "a"], [same, same]) == 0
 
 
 def test_a_reference_with_a_smaller_vocabulary(refused, place):

@@ -1,11 +1,13 @@
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from rpo_jax.config import Config, ConfigError, resolve, synonyms
+from rpo_jax.config import Config, ConfigError, DataConfig, OptimConfig, RunConfig, TrackingConfig, resolve, synonyms
 from rpo_jax.config.presets import preset_names
 from rpo_jax.config.reading import dump_config, known_keys, load_config, parse_config
 
@@ -237,6 +239,20 @@ def test_sections_check_themselves_without_a_file():
         dataclasses.replace(Config().batch, pairs=0)
 
 
+def test_configurations_made_in_python_are_checked_too():
+    config = Config(optim=OptimConfig(learning_rate=np.float64(0.1), eps=1), data=DataConfig(path=Path("a"), mix={}))
+    assert (type(config.optim.learning_rate), config.data.path) == (float, "a")
+    assert yaml.safe_load(dump_config(config))["optim"]["learning_rate"] == 0.1
+    for made, said in (
+        (lambda: Config(data=DataConfig(eval_rows=0.1)), "data.eval_rows=0.1 must be int, not float"),
+        (lambda: Config(data={}), "data must be a DataConfig, not dict"),
+        (lambda: Config(tracking=TrackingConfig(wandb="yes")), "tracking.wandb='yes' must be bool, not str"),
+        (lambda: RunConfig(dir="gs://bucket/run"), "run.dir=gs://bucket/run is an address, not a folder; mount"),
+    ):
+        with pytest.raises((ConfigError, TypeError), match=re.escape(said)):
+            made()
+
+
 def test_nan_is_in_no_range():
     for key in ("objective.beta", "optim.learning_rate", "contrast.alpha", "contrast.perplexity", "optim.weight_decay"):
         assert key in refusal([f"--{key}=.nan"])
@@ -268,6 +284,8 @@ def test_what_would_not_be_read_is_refused(arguments, said):
         (["--objective.name=nonsense"], "unknown objective 'nonsense'; there are "),
         (["--train.save_steps=1"], "did you mean train.save_every?"),
         (["--objective.rpo_alpha=1"], "did you mean objective.nll_weight?"),
+        (["--kto_rejected_weight=9"], "did you mean objective.kto_undesirable_weight?"),
+        (["--use_liger_kernel=true"], "the sections are run, data,"),
         (["--label_smoothing=0.1"], "did you mean objective.label_smoothing?"),
         (["--embedding.batch_size=8"], "did you mean embedding.batch_texts?"),
         (["--data.batch_size=8"], "did you mean batch.pairs?"),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,11 @@ def test_a_read_only_disk_is_told(disk_of):
     for check in (lambda: check_writable(disk / "run" / "below"), lambda: atomic_write(disk / "a", "x")):
         with pytest.raises(WriteFailed, match="cannot be written: Read-only file system; mount that disk for writing"):
             check()
+
+
+def test_an_address_is_no_folder():
+    with pytest.raises(ValueError, match="gs:/bucket/run is an address, not a folder; mount the bucket"):
+        check_writable(pathlib.Path("gs://bucket/run"))
 
 
 def test_a_full_disk_is_told(disk_of):

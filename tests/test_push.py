@@ -33,6 +33,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
+        if self.path.startswith(f"/api/models/{NAME}/tree/main"):
+            self.answer([{"type": "file", "path": name, "size": 1, "oid": "1"} for name in self.server.files])
+            return
         known = self.headers.get("authorization") == "Bearer hf_secret"
         self.answer({"type": "user", "name": "somebody"} if known else {"error": "who?"}, 200 if known else 401)
 
@@ -57,6 +60,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.server.files[line["value"]["path"]]
             self.answer({"commitUrl": f"{self.server.url}/{NAME}/commit/1", "commitOid": "1"})
         else:
             self.answer({"error": self.path}, 404)
@@ -102,6 +107,8 @@ def run_dir(tmp_path_factory):
 
 
 def test_an_export_is_pushed_whole_and_private_unless_asked(hub, run_dir, tmp_path, capsys):
+    earlier = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json")
+    hub.files = dict.fromkeys(earlier, b"what a reader would take for the weights")
     for name, more, private in (("private", [], True), ("public", ["--public"], False)):
         out = tmp_path / name
         arguments = ["--run", str(run_dir), "--out", str(out), "--step", "best", "--push", NAME, *more]

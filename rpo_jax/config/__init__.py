@@ -7,8 +7,9 @@ before any file is read.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
-from rpo_jax.config.checks import ConfigError, check_words
+from rpo_jax.config.checks import ConfigError, check_fields
 from rpo_jax.config.data import BatchConfig, DataConfig, EmbeddingConfig
 from rpo_jax.config.guard import GuardConfig
 from rpo_jax.config.model import LoraConfig, PolicyConfig, ReferenceConfig
@@ -67,5 +68,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for section in fields(self):
-            check_words(section.name, getattr(self, section.name))
+            kind: Any = section.default_factory
+            given = getattr(self, section.name)
+            if not isinstance(given, kind):
+                raise ConfigError(f"{section.name} must be a {kind.__name__}, not {type(given).__name__}.")
+            check_fields(section.name, given)
         resolve(self)

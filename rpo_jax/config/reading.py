@@ -59,7 +59,7 @@ def _reject_unknown(keys: Iterable[str], where: str) -> None:
         named, alike = named_elsewhere(key), difflib.get_close_matches(key, choices, n=1, cutoff=0.8)
         near = named if named and (named[0] in choices or not alike) else alike
         near = near or meant(key, (name for name in known if "." in name))
-        near = near or difflib.get_close_matches(key, choices, n=1, cutoff=0.8 if section in _SECTIONS else 0.5)
+        near = near or difflib.get_close_matches(key, choices, n=1, cutoff=0.8 if section in _SECTIONS else 0.7)
         if near:
             hint = f"did you mean {' or '.join(near)}?"
         elif section in _SECTIONS:

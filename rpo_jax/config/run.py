@@ -34,6 +34,12 @@ class RunConfig:
             raise ConfigError("run.resume=auto and run.overwrite=true contradict each other; give one of them.")
         if self.seed < 0:
             raise ConfigError(f"run.seed={self.seed} must not be negative.")
+        for name in ("dir", "cache_dir"):
+            if "://" in (given := str(getattr(self, name))):
+                raise ConfigError(
+                    f"run.{name}={given} is an address, not a folder; mount the bucket (gcsfuse, mountpoint-s3) and "
+                    "give its folder here."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

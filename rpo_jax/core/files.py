@@ -73,7 +73,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """WriteFailed where no file can be written into a folder, or into the nearest one above it that is there."""
+    """WriteFailed where no file can be written into a folder, or into the nearest one above it that is there.
+
+    Raises ValueError for an address, such as a bucket's: as a path it would be a folder of that name here.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):  # paths have one slash of the two
+        raise ValueError(
+            f"{folder} is an address, not a folder; mount the bucket and give the folder it is mounted at."
+        )
     nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     with writing(nearest), tempfile.TemporaryFile(dir=nearest, buffering=0) as file:
         file.write(bytes(1 << 12))

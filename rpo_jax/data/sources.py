@@ -35,6 +35,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     ".parquet": read_parquet,
 }
 _KINDS = ", ".join(_READERS)
+_REGISTRY = "dataset_info.json"  # LLaMA-Factory's, of the files beside it
 
 
 def read_rows(path: str | Path, *, split: str = "train") -> Iterator[Row | BadRow]:
@@ -69,7 +70,7 @@ def _rows_of(place: Path, path: str, split: str) -> Iterator[Row | BadRow]:
         return _read_hub(path, split)
     raise ValueError(
         f"no such file: data path '{path}' does not exist; give an existing {_KINDS} file, a folder of them, or a "
-        "hub data set as owner/name."
+        "hub data set as owner/name" + ("; several go into data.mix." if "," in path else ".")
     )
 
 
@@ -101,7 +102,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row | BadRow]:
     files = sorted(
         file
         for file in folder.iterdir()
-        if file.is_file() and _kind(file) in _READERS and not file.name.startswith(".")
+        if file.is_file() and _kind(file) in _READERS and not file.name.startswith(".") and file.name != _REGISTRY
     )
     if not files:
         raise ValueError(

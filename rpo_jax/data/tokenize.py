@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 TRUNCATION_SIDES = ("keep_start", "keep_end")
 TEMPLATES = ("auto", "chat")
-_THOUGHTS = ("<think>", "</think>")
+_EMPTY = re.compile(r"\s*<think>\s*</think>")
 _HASH_BYTES = 16
 
 BLOCK_EXAMPLES = 4096  # encoded together; equal texts among them once
@@ -36,6 +37,8 @@ MANY_CUT = 0.05  # of prompts or responses: a warning
 # counted, and what is said.
 NOTES = {
     "parted": "examples in which the template writes an answer otherwise than it opens one, from where they part",
+    "empty_thought": "examples whose answers begin with an empty thought, which is learnt with them "
+    "(data.template_arguments={enable_thinking: false} makes it part of the prompt, where the template knows that)",
     "control_text": "examples whose texts hold what looks like a control token; it stays text",
     "raw_prompts": "string prompts used as they are, though the tokenizer has a chat template (data.template=chat "
     "makes turns of them)",
@@ -206,6 +209,8 @@ class _ExampleEncoder:
                 prompt, responses, parted = self._joined(again, _Encoded(self.encoder, [again]))
         if parted:
             notes.append("parted")
+        if text.answers is not None and all(_EMPTY.match(one.text, len(text.prompt)) for one in text.answers):
+            notes.append("empty_thought")
         if text.answers is None:
             has_template = self.tokenizer.chat_template is not None
             controls = self.encoder.holds(text.prompt)

@@ -11,6 +11,8 @@ import jax
 # One of these is there with NVIDIA's driver; the last is Windows' Linux.
 NVIDIA = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/gpus/*", "/usr/lib/wsl/lib/nvidia-smi")
 
+_CUDA = 'pip install "jax[cuda13]", or "jax[cuda12]" where the driver is older than 580'
+
 
 def _asked() -> str | None:
     settings: Any = jax.config  # its values are attributes that it makes
@@ -28,7 +30,7 @@ def devices() -> list[Any]:
             raise ValueError(f"jax starts no device: {reason}; JAX_PLATFORMS=cpu does without the others.") from None
         raise ValueError(
             f"JAX_PLATFORMS={asked} asks jax for what it cannot start: {reason}; set JAX_PLATFORMS=cpu, or install "
-            'what that device needs (for NVIDIA: its driver, and pip install "jax[cuda13]").'
+            f"what that device needs (for NVIDIA: its driver, and {_CUDA})."
         ) from None
 
 
@@ -39,4 +41,4 @@ def unused_card() -> str | None:
         return None
     if not any(glob.glob(place) for place in NVIDIA):
         return None
-    return 'there is an NVIDIA card, but jax computes on the CPU: pip install "jax[cuda13]", or set JAX_PLATFORMS=cpu'
+    return f"there is an NVIDIA card, but jax computes on the CPU: {_CUDA}, or set JAX_PLATFORMS=cpu"

@@ -121,13 +121,23 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
     Args:
         public: whether a repository that is made can be seen by everyone.
 
+    Weights and adapters of an earlier export that this one has not are removed: readers would take them.
+
     Raises ValueError where the hub refuses; the folder stays.
     """
     from huggingface_hub import HfApi
 
+    def is_stale(file: str) -> bool:
+        weights = file.endswith((".safetensors", ".safetensors.index.json")) or file == "adapter_config.json"
+        return weights and "/" not in file and not (folder / file).exists()
+
+    api = HfApi()
     try:
-        address = HfApi().create_repo(name, private=not public, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Export of rpo_jax")
+        address = api.create_repo(name, private=not public, exist_ok=True)
+        stale = [file for file in api.list_repo_files(name) if is_stale(file)]
+        api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message="Export of rpo_jax", delete_patterns=stale or None
+        )
     except Exception as error:  # the classes differ between versions of the hub client
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,6 +44,8 @@ from rpo_jax.training.round_prompts import RoundPrompts, encoded_prompts, read_p
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MANY_ALIKE = 0.05  # of different texts that have another one's embedding: a warning
 
 
 OwnRows = Callable[[int], Bool[np.ndarray, "R"]]
@@ -362,6 +365,13 @@ def _tokenized(
     return tokenized, joined.counts
 
 
+def look_alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> int:
+    """How many different texts have another one's embedding; what batches of other lengths round apart is alike."""
+    distinct = dict(zip(texts, vectors, strict=True)).values()
+    counts = Counter(np.round(one / max(float(np.linalg.norm(one)), 1e-9), 3).tobytes() for one in distinct)
+    return sum(count for count in counts.values() if count > 1)
+
+
 def _with_facts(
     config: Config, part: _Part, tokenized: Sequence[TokenizedExample], embedded: bool, reporter: Reporter
 ) -> PreferenceData:
@@ -394,6 +404,12 @@ def _with_facts(
         data = replace(data, row_values=columns)
     if embedded:
         vectors = list(shared(texts, partial(_embed, config.embedding, config.run.cache_dir, reporter)))
+        if (alike := look_alike(texts, vectors)) > MANY_ALIKE * len(set(texts)):
+            reporter.say(
+                f"warning: {part.path}: {alike} of {len(set(texts))} different texts are one and the same to the "
+                "encoder, which reads the beginning of a long text alone, and weighs them alike; "
+                "embedding.text=last_turn has it read the last question"
+            )
         data = replace(data, embeddings=np.stack(vectors), embedding_row=np.array(rows, np.int64))
     return data
 

@@ -264,7 +264,11 @@ def _check_held_out(config: Config, prepared: Prepared, shards: int) -> None:
     """ValueError for held-out data that cannot be packed or contrasted, before anything is loaded."""
     if prepared.held_out is None:
         return
-    sweep_of(config, prepared.held_out, prepared.eval_responses, shards)
+    try:
+        sweep_of(config, prepared.held_out, prepared.eval_responses, shards)
+    except ValueError as error:
+        last = f"the last data.eval_rows={config.data.eval_rows} of the data; shuffle it, or give data.eval_path"
+        raise ValueError(f"Held-out data ({config.data.eval_path or last}): {error}") from None
     if (resolve(config).needs_pairs or config.reference.adaptive) and not is_paired(prepared.held_out):
         raise ValueError(
             f"objective.name={config.objective.name} contrasts the two responses of a pair, but the held-out data has "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rpo_jax.core.records import Message, Row
-from rpo_jax.data.examples import LAYOUTS, embedding_text, make_examples, prompt_text
+from rpo_jax.data.examples import LAYOUTS, detect_layout, embedding_text, make_examples, prompt_text
 
 LONG = {"chosen": "The capital is Paris.", "rejected": "The capital is Lyon, I think."}
 SHORT = {"chosen": "Bleu.", "rejected": "Blue."}
@@ -47,6 +47,17 @@ def test_the_rows_of_the_documentation_are_read():
         for line in block.splitlines()
     }
     assert found == set(LAYOUTS) - {"oasst1"}, "which takes several rows"
+
+
+def test_a_row_of_one_answer_is_for_fine_tuning_unless_it_says_how_good_it_is():
+    talk = [user("Why?"), assistant("So.")]
+    for row in ({"messages": talk, "id": 7}, {"instruction": "Why?", "input": "", "output": "So.", "source": "a book"}):
+        example = example_of(row)
+        assert (prompt_text(example), [one.text for one in example.responses]) == ("user: Why?", ["So."])
+    for more in ({"reward": 1.0}, {"bad_output": "No."}, {"win": "a"}):
+        with pytest.raises(ValueError, match="fit no layout"):
+            detect_layout(rows_of({"prompt": "Why?", "output": "So.", **more}))
+    assert make_examples(rows_of({"messages": talk, "label": True})).layout == "unpaired"
 
 
 @pytest.mark.parametrize("blank", ["", " ", []])

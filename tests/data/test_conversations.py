@@ -151,6 +151,7 @@ def test_thoughts_are_opened_and_closed_once(name, answer, got):
     text = tokenizer.decode([*example.prompt_ids, *ids_of(example, "chosen")])
     assert text.endswith(got)
     assert bool(counts.get("parted")) == (name in ("r1", "keeps thoughts")), "the rejected answer has no thoughts"
+    assert bool(counts.get("empty_thought")) == ((name, answer) == ("qwen3", "4"))
 
 
 def test_thoughts_left_open_are_refused():

@@ -84,6 +84,7 @@ GOOD = {
             "score_rejected": 2.0,
         }
     ],
+    "prompt_completion": [{"prompt": "Why?", "completion": "So."}],
     "shp": [{"history": "Why?", "human_ref_A": "No.", "human_ref_B": "So.", "labels": 0, "score_ratio": 2.0}],
     "oasst1": TREE,
     "sharegpt": [

@@ -125,6 +125,7 @@ def test_a_folder_is_its_files_in_name_order(tmp_path):
     write(tmp_path / "b.json", json.dumps(RECORDS[1:]))
     write(tmp_path / "a.jsonl.gz", LINES)
     write(tmp_path / "README.md", "not data")
+    write(tmp_path / "dataset_info.json", '{"mine": {"file_name": "b.json"}}')  # LLaMA-Factory's
     write(tmp_path / ".hidden.jsonl", "{")
     rows = read_rows(tmp_path)
     assert values(rows) == RECORDS + RECORDS[1:]

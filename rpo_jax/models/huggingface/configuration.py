@@ -102,6 +102,14 @@ def read_config(folder: Path) -> ModelConfig:
     file = folder / "config.json"
     if not file.is_file():
         refuse_gguf(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{folder} is an adapter without its base; merge it first, by peft's "
+                f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(OUT), "
+                "and save the tokenizer there too."
+            )
+        if (folder / "run_id").is_file():
+            raise ValueError(f"{folder} is a run; first python -m rpo_jax.export --run {folder} --out FOLDER")
         raise ValueError(f"{folder} has no config.json; a model folder is what transformers' save_pretrained writes.")
     values = text_part(read_json(folder, file.name))
     if values.get("model_type") == "mistral" and "layer_types" in values:  # as transformers' AutoConfig reads it
