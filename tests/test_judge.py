@@ -126,6 +126,16 @@ def make(folder):
     return folder
 
 
+def test_a_judging_that_was_killed_is_done_again(files, rule, tmp_path, capsys):
+    out = make(tmp_path / "out")
+    (out / "verdicts.jsonl").write_text("{}\n")
+    (out / ".verdicts.jsonl.ab12.tmp").write_text("{")
+    common = ("--a", files[0], "--b", files[1], "--task", "dialogue", "--judge", rule, "--out", out)
+    assert run(capsys, *common)[0] == 0
+    (out / "mine.txt").touch()
+    assert "holds something else" in run(capsys, *common)[2]
+
+
 def test_two_cannot_judge_into_one_folder(files, rule, tmp_path, capsys):
     common = ("--a", files[0], "--b", files[1], "--task", "dialogue", "--judge", rule, "--out", tmp_path / "out")
     with one_writer(tmp_path / "out"):

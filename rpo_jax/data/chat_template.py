@@ -57,8 +57,8 @@ class ChatTemplate:
         self._beyond_use: str | None = None
         probe = self._probe()
         # Role tags are not always special tokens; what opens and closes thoughts the assistant writes itself.
-        added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-        self.encoder = TextEncoder(tokenizer, (name for name in added if name in probe and "think" not in name))
+        added, written = {str(token) for token in tokenizer.added_tokens_decoder.values()}, probe + self._system_probe()
+        self.encoder = TextEncoder(tokenizer, (name for name in added if name in written and "think" not in name))
         after = probe.partition(_PROBE)[2]
         tokens = self.encoder.find(after)
         self.ending = None
@@ -77,6 +77,15 @@ class ChatTemplate:
             if isinstance(text, str):
                 return text
         return ""
+
+    def _system_probe(self) -> str:
+        """What the template makes of a conversation with a system turn; nothing where it takes none."""
+        roles = ("system", "user", "assistant")
+        try:
+            (text,) = self.render([(tuple(Message(role, "a") for role in roles), False)])
+        except TemplateError:
+            return ""
+        return text if isinstance(text, str) else ""
 
     def check_arguments(self, arguments: Mapping[str, Any], where: str) -> None:
         """ValueError for an argument that the template does not read."""

@@ -51,7 +51,10 @@ class TextEncoder:
         special = (str(token) for token in added if token.special)
         self._stripping = {str(token) for token in added if token.lstrip or token.rstrip}
         names = {
-            name for name in (*special, *tokenizer.all_special_tokens, *others) if name and not _BYTE.fullmatch(name)
+            name
+            for name in (*special, *tokenizer.all_special_tokens, *others)
+            # What opens and closes thoughts the assistant writes itself, and templates look for it in texts.
+            if name and not _BYTE.fullmatch(name) and name not in ("<think>", "</think>")
         }
         self._names = sorted(names, key=lambda name: (-len(name), name))
         self._numbers = {name: number for number, name in enumerate(self._names)}

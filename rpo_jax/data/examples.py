@@ -13,7 +13,7 @@ from typing import Literal
 from rpo_jax.core.records import PreferenceExample, Row
 from rpo_jax.data.faults import BadRow, Faults, LeftOut, plain
 from rpo_jax.data.layouts import LAYOUTS
-from rpo_jax.data.layouts.fields import Fields, Unusable, number_field
+from rpo_jax.data.layouts.fields import LARGEST, Fields, Unusable, number_field
 from rpo_jax.data.layouts.layout import Layout
 from rpo_jax.data.layouts.messages import turns_text
 from rpo_jax.data.layouts.ranked import ABOVE_MEAN, AllEqual, Rule, by_rule
@@ -216,7 +216,10 @@ def _scored(example: PreferenceExample, row: Row, columns: Mapping[str, ScoreCol
     def score(of: ScoreColumns) -> float:
         if isinstance(of, str):
             return number_field(row.values, of)
-        return math.fsum(weight * number_field(row.values, column) for column, weight in of.items())
+        products = [weight * number_field(row.values, column) for column, weight in of.items()]
+        if not abs(total := sum(products)) <= LARGEST:
+            raise Unusable(f"no finite score: the weighted sum of {', '.join(of)} is {total:g}")
+        return math.fsum(products)
 
     try:
         responses = [one._replace(score=score(columns[one.kind])) for one in example.responses]

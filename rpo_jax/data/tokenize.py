@@ -181,6 +181,9 @@ class _ExampleEncoder:
             yield outcome
 
     def _text(self, example: PreferenceExample, prompt: str | tuple[Message, ...]) -> _Text:
+        for one in example.responses:
+            if one.text and not one.turns and not without_end(one.text, self.template.end_texts)[0].strip():
+                raise ValueError(f"empty {one.kind} response: an end token alone")
         if isinstance(prompt, str):
             if example.template_arguments:
                 raise ValueError("template arguments of a text: tools and the like need a prompt of messages")

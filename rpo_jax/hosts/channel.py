@@ -125,7 +125,7 @@ def receive(
 
     magic, header_bytes, body_bytes = PREFIX.unpack(read(PREFIX.size))
     if magic == MAGIC and header_bytes + body_bytes <= limit:
-        with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError, SyntaxError):
             return _decode(read(header_bytes), read(body_bytes))
     raise OtherProtocol(OTHER)
 

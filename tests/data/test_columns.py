@@ -60,6 +60,12 @@ def test_a_row_of_one_answer_is_for_fine_tuning_unless_it_says_how_good_it_is():
     assert make_examples(rows_of({"messages": talk, "label": True})).layout == "unpaired"
 
 
+@pytest.mark.parametrize("name", ["model_input", "judge_prompt", "chosen_prompt", "scoreInput"])
+def test_a_column_that_asks_is_no_metadata_whatever_else_its_name_says(name):
+    assert f"column '{name}' may belong to the prompt" in reason_of({name: "What is the capital?", **LONG})
+    assert example_of({"prompt": "What?", "prompt_id": "a1", **LONG}).prompt == "What?"
+
+
 @pytest.mark.parametrize("blank", ["", " ", []])
 def test_a_blank_prompt_beside_whole_conversations_says_nothing(blank):
     whole = {"chosen": [user("Why?"), assistant("So.")], "rejected": [user("Why?"), assistant("No.")]}

@@ -186,6 +186,19 @@ def test_rows_that_cannot_be_used_are_reported_and_left_out(tokenizer):
     assert "roles system, user: roles must alternate" in bad_rows.first.reason
 
 
+def test_a_response_of_an_end_token_alone_is_empty(tokenizer):
+    for prompt in ("p", (Message("user", "p"),)):
+        tokenized, bad_rows = tokenized_with(
+            [pair(prompt, f" {tokenizer.eos_token}\n", "b")],
+            tokenizer,
+            max_prompt_tokens=99,
+            max_tokens=100,
+            truncation_side="keep_end",
+        )
+        assert not tokenized
+        assert bad_rows.first.reason == "empty chosen response: an end token alone"
+
+
 def test_an_empty_prompt_needs_a_bos():
     arguments = {"max_prompt_tokens": 4, "max_tokens": 10, "truncation_side": "keep_start"}
     examples = [pair("", "w3", "w4")]

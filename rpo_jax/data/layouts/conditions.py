@@ -25,7 +25,10 @@ from rpo_jax.data.layouts.parts import Parts, Prompt
 
 PROMPT = "prompt"
 ASKED = ("question", "instruction", "query", "input")  # other names of a prompt, which is then what a user says
-ALIASES = {"system": ("system_prompt", "system_message"), "history": ("chat_history", "conversation_history")}
+ALIASES = {
+    "system": ("system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt", "System"),
+    "history": ("chat_history", "conversation_history"),
+}
 USED = ("system", "history", "tools", "documents", "chat_template_kwargs")
 _REFUSED = (*MEDIA, "functions", "context", "contexts", "passage", "passages", "document")
 _INSTRUCTING = ("system", "developer")

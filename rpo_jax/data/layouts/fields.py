@@ -13,7 +13,7 @@ import numpy as np
 from rpo_jax.data.csv_rows import Cell
 from rpo_jax.data.faults import shown
 
-_LARGEST = float(np.finfo(np.float32).max)  # scores are trained on in float32
+LARGEST = float(np.finfo(np.float32).max)  # scores are trained on in float32
 MAX_NESTING = 100  # of what templates get: functions that call themselves work on it
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 
@@ -28,6 +28,7 @@ _METADATA = frozenset(
         "url uuid verdict version winner worker",
     )
 )
+_ASKED = ("prompt", "question", "query", "input", "instruction", "request")
 # These too, unless a text without roles is to be told from them: a source may be a book's name, or what to translate.
 _KINDS = frozenset(re.findall(r"\w+", "category dataset domain lang language origin source style task topic type"))
 
@@ -114,7 +115,7 @@ def number_field(values: Mapping[str, Any], name: str) -> float:
             raise wrong_type(name, "a number", value) from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong_type(name, "a number", value)
-    if not abs(value) <= _LARGEST:  # NaN too; an integer may be beyond any float
+    if not abs(value) <= LARGEST:  # NaN too; an integer may be beyond any float
         raise Unusable(f"column '{name}' does not hold a finite number: got {shown(value)}")
     return float(value)
 
@@ -213,8 +214,10 @@ def is_metadata(name: str, value: Any, most_words: float = math.inf) -> bool:
     Args:
         most_words: so many words of a name that may be a text's too may have.
     """
-    words = set(re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()))
-    texts = [text.split() for text in texts_in(value)]
+    parts = re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+    words, texts = set(parts), [text.split() for text in texts_in(value)]
+    if any(texts) and parts[-1:] and parts[-1] in _ASKED:  # `model_input`, unlike `prompt_id`
+        return False
     return not any(texts) or bool(words & _METADATA) or (bool(words & _KINDS) and max(map(len, texts)) <= most_words)
 
 

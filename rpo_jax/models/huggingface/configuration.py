@@ -326,6 +326,8 @@ def _build(family: str, values: Mapping[str, Any]) -> Any:
         # LongRoPE's name in older configurations of Phi-3, which transformers reads so.
         if kind not in ROPE_KINDS and not (family == "phi3" and kind == "su"):
             raise ValueError(f"rope type {kind!r} is not supported; known types: {', '.join(ROPE_KINDS)}.")
+        if kind == "su":  # transformers 5 looks for what LongRoPE needs before it has renamed it
+            values = {**values, "rope_scaling": {**rope, "type": "longrope", "rope_type": "longrope"}}
     try:
         return getattr(transformers, FAMILIES[family].config_class).from_dict(dict(values))
     except Exception as error:  # a config.json may hold anything, and whatever it breaks the user can do the same

@@ -58,7 +58,7 @@ _COMPARISONS = tuple(
 )
 _CONTRACTED = re.compile(r"n['’]t\b")  # wouldn't, isn't
 _NEXT = rf"but|so|yet|though|although|however|while|whereas|because|and(?!\s+{_LABEL}\s+(?:are|differ|have|were)\b)"
-_CLAUSE = rf"(?:(?!\b(?:{_NEXT})\b)[^.,;:()—–\n])*"  # up to where another may begin
+_CLAUSE = rf"(?:(?!\b(?:{_NEXT})\b)[^.,;:()—–\n]){{0,300}}"  # up to where another may begin
 _DENIED = re.compile(  # what is said not to be so
     r"\b(?:not|never)\s+(?:agree|argue|believe|certain|claim|consider|convinced|feel|find|say|see|sure|think)\b"
     + _CLAUSE

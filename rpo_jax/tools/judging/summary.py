@@ -17,7 +17,7 @@ from rpo_jax.core.templates import render
 from rpo_jax.tools.judging import statistics
 from rpo_jax.tools.judging.comparisons import Comparison, Verdict, as_json
 
-VERDICTS, SUMMARY, REPORT, PAGE = "verdicts.jsonl", "summary.json", "summary.md", "summary.html"
+FILES = VERDICTS, SUMMARY, REPORT, PAGE = "verdicts.jsonl", "summary.json", "summary.md", "summary.html"
 SHOWN = 12  # comparisons of the page
 LENGTH_METHOD = (
     "logistic regression of the score on tanh(length difference / its standard deviation), predicted at equal lengths; "
