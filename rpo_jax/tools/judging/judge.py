@@ -165,7 +165,8 @@ def _check_out(out: Path, compared: Mapping[str, Any]) -> None:
         raise ValueError(f"--out {out} is a file; name a folder.")
     check_writable(out)  # before anything is paid for
     # A judging that was killed has left some of its files, or a part of one.
-    if out.is_dir() and any(file.name not in summary.FILES and not file.name.startswith(".") for file in out.iterdir()):
+    files = [file for file in out.iterdir() if not file.name.startswith(".")] if out.is_dir() else []
+    if not (out / summary.SUMMARY).is_file() and any(file.name not in summary.FILES for file in files):
         raise ValueError(f"--out {out} holds something else; name a folder of its own.")
     if compared and (out / summary.SUMMARY).is_file():
         before = read_json(out, summary.SUMMARY)
