@@ -133,15 +133,22 @@ class Conversation:
         elif whole.endswith(ending.text):
             end -= len(ending.text)
         whole = whole[:end]
-        opened = _OPENED.search(self.text)
+        thoughts, closed, _ = content.partition("</think>")
+        thoughts = thoughts.rpartition("<think>")[2].strip() if closed else ""
         if whole.startswith(self.text):
-            return AnswerText(whole, whole[len(self.text) :], ended)
-        if opened and "</think>" in content:
+            continues = whole[len(self.text) :]
+        elif _OPENED.search(self.text) and closed:
             # Templates drop thoughts of earlier turns, often of the last one too; the model is to go on with them.
-            thoughts = content.lstrip().removeprefix("<think>").lstrip() if "<think>" in content else content
-            rest = thoughts + (ending.text if ending is not None and ending.token else "")
-            return AnswerText(self.text + rest, rest, bool(ending and ending.token))
-        return AnswerText(whole, None, ended)
+            kept = content.lstrip().removeprefix("<think>").lstrip() if "<think>" in content else content
+            continues = kept + (ending.text if ending is not None and ending.token else "")
+            whole, ended = self.text + continues, bool(ending and ending.token)
+        else:
+            continues = None
+        if thoughts not in whole:
+            raise ValueError(
+                f"the tokenizer's chat template leaves out thoughts: those of the {response.kind} response"
+            )
+        return AnswerText(whole, continues, ended)
 
     def _end_token(self, whole: str) -> ControlToken | None:
         """The control token that ends the last turn of a rendered conversation.

@@ -183,6 +183,16 @@ def test_thoughts_left_open_are_refused():
         )
 
 
+def test_thoughts_that_a_template_drops_are_refused():
+    tokenizer = copy.deepcopy(tokenizer_of("r1"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>\\n", "").replace("<think>\n", "")
+    reason = "the tokenizer's chat template leaves out thoughts: those of the chosen response"
+    assert tokenized(tokenizer, (COLOUR,), THOUGHT) == reason
+    assert tokenized(tokenizer, (COLOUR,), "add\n</think>\n\n4") == reason
+    example, _ = tokenized(tokenizer, (COLOUR,), "<think>\n\n</think>\n\n4")
+    assert tokenizer.decode(ids_of(example, "chosen")).startswith("\n\n4")
+
+
 def reasoned(thoughts):
     return (Message("assistant", "4", json.dumps({"reasoning_content": thoughts})),)
 
